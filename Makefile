@@ -1,0 +1,43 @@
+# Everything runs in a virtual environment that the first call makes.
+PYTHON ?= python3
+VENV ?= .venv
+WORKDIR ?= runs/quickstart
+PYTEST_ARGS ?=
+BIN := $(VENV)/bin
+SETTINGS := setup.py pyproject.toml
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+quickstart: $(VENV)/installed  ## install, and train a small model into WORKDIR
+	$(BIN)/moe train --gin_file=quickstart.gin --workdir=$(WORKDIR)
+
+test: $(VENV)/installed-test  ## run the tests (PYTEST_ARGS="-k routing -n 2")
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/installed-dev  ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:  ## remove the environment, caches and build leftovers; runs stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(SETTINGS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/installed-test: $(SETTINGS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@ $(VENV)/installed
+
+$(VENV)/installed-dev: $(SETTINGS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@ $(VENV)/installed $(VENV)/installed-test

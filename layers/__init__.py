@@ -1,0 +1,1 @@
+"""Parameters and arithmetic: norms, positions, attention, feed-forward, experts, dispatch, blocks."""

@@ -1,0 +1,99 @@
+"""Multi-head attention with grouped keys and values.
+
+B batch, T tokens, D model width, H query heads, N key-value heads, K width of a head.
+"""
+
+from flax import nnx
+import gin
+import jax
+import jax.numpy as jnp
+
+from layers.norms import RMSNorm
+from layers.positions import Rotary, alibi
+from routing.parameters import parameter, truncated_normal
+
+
+@gin.configurable
+class Attention(nnx.Module):
+    """Softmax attention inside each document of the batch.
+
+    Args:
+        d_model: D.
+        num_heads: H; D must divide by it unless head_width is given.
+        num_kv_heads: N (grouped-query attention; 1 is multi-query); H where None.
+        head_width: K; D / H where None.
+        positions: "rotary", "alibi", or anything else for none here.
+        causal: a token sees only itself and earlier ones.
+        window: a token sees only the last `window` tokens (both sides when not causal).
+        qk_norm: RMSNorm on queries and keys.
+        out_scale: variance scale of the output weights.
+        implementation: as in `jax.nn.dot_product_attention`; None lets JAX choose.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_width: int | None = None,
+        positions: str = "rotary",
+        causal: bool = True,
+        window: int | None = None,
+        qk_norm: bool = False,
+        rotary: Rotary = Rotary(),
+        out_scale: float = 1.0,
+        implementation: str | None = None,
+    ):
+        kv_heads = num_kv_heads or num_heads
+        if head_width is None and d_model % num_heads:
+            raise ValueError(
+                f"d_model={d_model} does not divide by num_heads={num_heads}; choose a multiple "
+                "or set Attention.head_width"
+            )
+        if num_heads % kv_heads:
+            raise ValueError(
+                f"num_heads={num_heads} does not divide by num_kv_heads={kv_heads}; "
+                "choose a divisor of num_heads"
+            )
+        if window is not None and window < 1:
+            raise ValueError(f"Attention.window={window} must be at least 1, or None")
+        width = head_width or d_model // num_heads
+        if positions == "rotary" and width % 2:
+            raise ValueError(f"rotary positions need an even head width, not {width}")
+        self.positions, self.causal, self.window, self.rotary = positions, causal, window, rotary
+        self.implementation = implementation
+        init = truncated_normal()
+        self.query_DHK = parameter((d_model, num_heads, width), ("embed", "heads", None), init)
+        self.key_DNK = parameter((d_model, kv_heads, width), ("embed", "kv_heads", None), init)
+        self.value_DNK = parameter((d_model, kv_heads, width), ("embed", "kv_heads", None), init)
+        out = truncated_normal(out_scale, fan_in_axes=2)
+        self.out_HKD = parameter((num_heads, width, d_model), ("heads", None, "embed"), out)
+        self.query_norm = RMSNorm(width) if qk_norm else None
+        self.key_norm = RMSNorm(width) if qk_norm else None
+
+    def __call__(self, x_BTD: jax.Array, position_BT: jax.Array, segment_BT: jax.Array):
+        """(B, T, D). Attention never crosses from one segment into another."""
+        dtype = x_BTD.dtype
+        query_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, self.query_DHK[...].astype(dtype))
+        key_BTNK = jnp.einsum("btd,dnk->btnk", x_BTD, self.key_DNK[...].astype(dtype))
+        value_BTNK = jnp.einsum("btd,dnk->btnk", x_BTD, self.value_DNK[...].astype(dtype))
+        if self.query_norm is not None and self.key_norm is not None:
+            query_BTHK, key_BTNK = self.query_norm(query_BTHK), self.key_norm(key_BTNK)
+        if self.positions == "rotary":
+            query_BTHK = self.rotary(query_BTHK, position_BT)
+            key_BTNK = self.rotary(key_BTNK, position_BT)
+        bias_BHTT = None
+        if self.positions == "alibi":
+            bias_BHTT = alibi(position_BT, query_BTHK.shape[2]).astype(dtype)
+        side = None if self.window is None else self.window - 1
+        mixed_BTHK = jax.nn.dot_product_attention(
+            query_BTHK,
+            key_BTNK,
+            value_BTNK,
+            bias=bias_BHTT,
+            mask=(segment_BT[:, None, :, None] == segment_BT[:, None, None, :]),
+            is_causal=self.causal,
+            local_window_size=None if side is None else (side, 0 if self.causal else side),
+            implementation=self.implementation,  # pyright: ignore[reportArgumentType]
+        )
+        return jnp.einsum("bthk,hkd->btd", mixed_BTHK, self.out_HKD[...].astype(dtype))

@@ -1,0 +1,63 @@
+"""One transformer block: attention and a feed-forward, dense or a mixture of experts."""
+
+from collections.abc import Callable
+
+from flax import nnx
+import gin
+import jax
+
+from layers.attention import Attention
+from layers.constrain import constrain
+from layers.feed_forward import FeedForward
+from layers.moe_layer import MoELayer
+from layers.norms import RMSNorm
+from layers.tokens import Tokens
+from routing.records import RouterOutput
+
+
+@gin.configurable
+class Block(nnx.Module):
+    """Pre-norm: x + attention(norm(x)), then x + ff(norm(x)); or both beside each other.
+
+    Args:
+        d_model: D.
+        attention: a function (d_model) -> Attention.
+        feed_forward: a function (d_model) -> FeedForward or MoELayer.
+        norm: a norm class.
+        parallel: attention and feed-forward read the same norm and are added at once
+            (Chowdhery et al. 2022, section 2).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        attention: Callable[[int], Attention],
+        feed_forward: Callable[[int], FeedForward | MoELayer],
+        norm: Callable[[int], nnx.Module] = RMSNorm,
+        parallel: bool = False,
+    ):
+        self.parallel = parallel
+        self.attention_norm = norm(d_model)
+        self.attention = attention(d_model)
+        self.feed_forward_norm = None if parallel else norm(d_model)
+        self.feed_forward = feed_forward(d_model)
+
+    @property
+    def is_moe(self) -> bool:
+        return isinstance(self.feed_forward, MoELayer)
+
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, RouterOutput | None]:
+        """The block's output (B, T, D) and, for a mixture of experts, what its router said."""
+        h_BTD = self.attention_norm(x_BTD)  # pyright: ignore[reportCallIssue]
+        with jax.named_scope("attention"):
+            mixed_BTD = self.attention(h_BTD, tokens.position_BT, tokens.segment_BT)
+        if self.feed_forward_norm is not None:
+            x_BTD = constrain(x_BTD + mixed_BTD, "batch", None, None)
+            h_BTD = self.feed_forward_norm(x_BTD)  # pyright: ignore[reportCallIssue]
+            mixed_BTD = 0
+        if isinstance(self.feed_forward, MoELayer):
+            y_BTD, output = self.feed_forward(h_BTD, tokens)
+        else:
+            with jax.named_scope("feed_forward"):
+                y_BTD, output = self.feed_forward(h_BTD), None
+        return constrain(x_BTD + mixed_BTD + y_BTD, "batch", None, None), output

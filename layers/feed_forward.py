@@ -1,0 +1,95 @@
+"""Feed-forward: dense, and one per expert. D model width, F hidden width, E experts, N rows."""
+
+from typing import Literal
+
+from flax import nnx
+import gin
+import jax
+import jax.numpy as jnp
+
+from routing.parameters import parameter, truncated_normal
+
+Activation = Literal["swiglu", "geglu", "gelu", "relu", "relu2"]
+ACTIVATIONS = {
+    "swiglu": jax.nn.silu,
+    "geglu": jax.nn.gelu,
+    "gelu": jax.nn.gelu,
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+GATED = ("swiglu", "geglu")
+
+
+def check_activation(activation: str) -> None:
+    """Raise ValueError for an unknown activation."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}: one of {', '.join(ACTIVATIONS)}")
+
+
+def hidden_width(d_model: int, activation: str) -> int:
+    """4 D, or 8/3 D for the gated kinds (equal parameters), up to a multiple of 16."""
+    width = 8 * d_model // 3 if activation in GATED else 4 * d_model
+    return -(-width // 16) * 16
+
+
+@gin.configurable
+class FeedForward(nnx.Module):
+    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) for the gated kinds."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int | None = None,
+        activation: Activation = "swiglu",
+        out_scale: float = 1.0,
+    ):
+        check_activation(activation)
+        d_ff = d_ff or hidden_width(d_model, activation)
+        self.activation = activation
+        shape, axes = (d_model, d_ff), ("embed", "mlp")
+        self.up_DF = parameter(shape, axes, truncated_normal())
+        gated = activation in GATED
+        self.gate_DF = parameter(shape, axes, truncated_normal()) if gated else None
+        self.down_FD = parameter((d_ff, d_model), ("mlp", "embed"), truncated_normal(out_scale))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        act, dtype = ACTIVATIONS[self.activation], x.dtype
+        hidden = x @ self.up_DF[...].astype(dtype)
+        if self.gate_DF is None:
+            hidden = act(hidden)
+        else:
+            hidden = act(x @ self.gate_DF[...].astype(dtype)) * hidden
+        return hidden @ self.down_FD[...].astype(dtype)
+
+
+@gin.configurable
+class Experts(nnx.Module):
+    """E feed-forwards, each on its own rows."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        d_model: int,
+        d_ff: int,
+        activation: Activation = "swiglu",
+        out_scale: float = 1.0,
+    ):
+        check_activation(activation)
+        self.activation = activation
+        shape, axes = (num_experts, d_model, d_ff), ("expert", "embed", "mlp")
+        self.up_EDF = parameter(shape, axes, truncated_normal())
+        gated = activation in GATED
+        self.gate_EDF = parameter(shape, axes, truncated_normal()) if gated else None
+        shape, axes = (num_experts, d_ff, d_model), ("expert", "mlp", "embed")
+        self.down_EFD = parameter(shape, axes, truncated_normal(out_scale))
+
+    def __call__(self, x_EGND: jax.Array) -> jax.Array:
+        """(E, G, N, D): expert e works on x_EGND[e]; G keeps the groups apart for the mesh."""
+        act, dtype = ACTIVATIONS[self.activation], x_EGND.dtype
+        hidden = jnp.einsum("egnd,edf->egnf", x_EGND, self.up_EDF[...].astype(dtype))
+        if self.gate_EDF is None:
+            hidden = act(hidden)
+        else:
+            gate = jnp.einsum("egnd,edf->egnf", x_EGND, self.gate_EDF[...].astype(dtype))
+            hidden = act(gate) * hidden
+        return jnp.einsum("egnf,efd->egnd", hidden, self.down_EFD[...].astype(dtype))

@@ -1,0 +1,129 @@
+"""Moving rows by index, with backward passes that gather too: no scatter-add anywhere.
+
+An index of -1 means "no row": it reads zero and writes nothing, whatever the row holds (NaN too).
+G groups, T tokens, D width, E experts, K experts per token, C slots; N = E * C.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def take(rows_GND: jax.Array, index_GM: jax.Array) -> jax.Array:
+    """rows_GND[g, index_GM[g, m]], zero where the index is -1: (G, M, D)."""
+    safe_GM = jnp.maximum(index_GM, 0)
+    taken = jax.vmap(lambda rows_ND, index_M: rows_ND.at[index_M].get(mode="clip"))
+    return jnp.where((index_GM >= 0)[..., None], taken(rows_GND, safe_GM), 0)
+
+
+def _expert_major(rows_GND, experts: int):
+    """(G, E*C, D) to (E, G, C, D)."""
+    groups, rows, width = rows_GND.shape
+    return jnp.swapaxes(rows_GND.reshape(groups, experts, rows // experts, width), 0, 1)
+
+
+def _group_major(y_EGCD):
+    """(E, G, C, D) to (G, E*C, D)."""
+    experts, groups, slots, width = y_EGCD.shape
+    return jnp.swapaxes(y_EGCD, 0, 1).reshape(groups, experts * slots, width)
+
+
+@jax.custom_vjp
+def dispatch_rows(x_GTD, token_GEC, home_GTK):
+    """(E, G, C, D): x of the token in every slot. Equivalent to: one-hot(token) @ x.
+
+    home_GTK (the slots of every token) lets the backward pass gather; None where a token's slots
+    are not bounded by K, and the sum goes over a sorted list instead.
+    """
+    groups, experts, slots = token_GEC.shape
+    return _expert_major(take(x_GTD, token_GEC.reshape(groups, experts * slots)), experts)
+
+
+def _dispatch_forward(x_GTD, token_GEC, home_GTK):
+    return dispatch_rows(x_GTD, token_GEC, home_GTK), (token_GEC, home_GTK, x_GTD.shape[1])
+
+
+def _dispatch_backward(saved, dx_EGCD):
+    token_GEC, home_GTK, tokens = saved
+    if home_GTK is None:
+        return sum_by_token(dx_EGCD, token_GEC, tokens), None, None
+    return _sum_over_k(_group_major(dx_EGCD), home_GTK, None), None, None
+
+
+dispatch_rows.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+def _sum_over_k(rows_GND, home_GTK, gate_GTK):
+    """sum over k of gate * rows at home: one gather for each k, then a sum."""
+    total = jnp.zeros((*home_GTK.shape[:2], rows_GND.shape[-1]), rows_GND.dtype)
+    for k in range(home_GTK.shape[2]):
+        came = take(rows_GND, home_GTK[..., k])
+        total = total + (came if gate_GTK is None else came * gate_GTK[..., k, None])
+    return total
+
+
+@jax.custom_vjp
+def combine_rows(y_EGCD, gate_GTK, source_GEC, home_GTK):
+    """(G, T, D): sum over k of gate_GTK * y at home_GTK; source_GEC is the inverse of home_GTK."""
+    return _sum_over_k(_group_major(y_EGCD), home_GTK, gate_GTK)
+
+
+def _combine_forward(y_EGCD, gate_GTK, source_GEC, home_GTK):
+    saved = (y_EGCD, gate_GTK, source_GEC, home_GTK)
+    return combine_rows(y_EGCD, gate_GTK, source_GEC, home_GTK), saved
+
+
+def _combine_backward(saved, dy_GTD):
+    y_EGCD, gate_GTK, source_GEC, home_GTK = saved
+    groups, experts, slots = source_GEC.shape
+    k = home_GTK.shape[2]
+    source_GN = source_GEC.reshape(groups, experts * slots)
+    gate_GN1 = take(gate_GTK.reshape(groups, -1, 1), source_GN)
+    token_GN = jnp.where(source_GN < 0, -1, source_GN // k)
+    came_GND = take(dy_GTD, token_GN)
+    dy_EGCD = _expert_major(came_GND * gate_GN1, experts)
+    # d gate: the dot product in slot order, then one scalar gathered for each assignment.
+    rows_GND = jnp.where((source_GN >= 0)[..., None], _group_major(y_EGCD), 0)
+    dot_GN1 = jnp.sum(came_GND * rows_GND, axis=-1, keepdims=True)
+    dgate_GTK = take(dot_GN1, home_GTK.reshape(groups, -1)).reshape(gate_GTK.shape)
+    return dy_EGCD, dgate_GTK, None, None
+
+
+combine_rows.defvjp(_combine_forward, _combine_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def sum_by_token(y_EGCD, token_GEC, num_tokens: int):
+    """(G, T, D): the sum of all rows of each token; deterministic, by sorting and gathering.
+
+    Rows are sorted by token; round j adds every token's j-th row, until no token has one left.
+    """
+    rows_GND = _group_major(y_EGCD)
+    groups, _, width = rows_GND.shape
+    token_GN = token_GEC.reshape(groups, -1)
+    token_GN = jnp.where(token_GN < 0, num_tokens, token_GN)
+    order_GN = jnp.argsort(token_GN, axis=1, stable=True)
+    sorted_GN = jnp.take_along_axis(token_GN, order_GN, axis=1)
+    edges_GT = jax.vmap(lambda s: jnp.searchsorted(s, jnp.arange(num_tokens + 1)))(sorted_GN)
+    start_GT, count_GT = edges_GT[:, :-1], jnp.diff(edges_GT, axis=1)
+
+    def add(carry):
+        j, total_GTD = carry
+        place_GT = jnp.minimum(start_GT + j, order_GN.shape[1] - 1)
+        row_GT = jnp.take_along_axis(order_GN, place_GT, axis=1)
+        return j + 1, total_GTD + take(rows_GND, jnp.where(j < count_GT, row_GT, -1))
+
+    start = (jnp.int32(0), jnp.zeros((groups, num_tokens, width), rows_GND.dtype))
+    return jax.lax.while_loop(lambda carry: carry[0] < count_GT.max(), add, start)[1]
+
+
+def _sum_forward(y_EGCD, token_GEC, num_tokens):
+    return sum_by_token(y_EGCD, token_GEC, num_tokens), token_GEC
+
+
+def _sum_backward(num_tokens, token_GEC, dy_GTD):
+    return dispatch_rows(dy_GTD, token_GEC, None), None
+
+
+sum_by_token.defvjp(_sum_forward, _sum_backward)

@@ -1,0 +1,68 @@
+"""Positions: rotary and ALiBi inside attention, learned and sinusoidal at the embedding.
+
+B batch, T tokens, H heads, D width (of the model or of a head).
+"""
+
+import dataclasses
+from typing import Literal
+
+from flax import nnx
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from routing.parameters import normal, parameter
+
+Positions = Literal["rotary", "alibi", "learned", "sinusoidal", "none"]
+POSITIONS = ("rotary", "alibi", "learned", "sinusoidal", "none")
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Turn pairs (i, i + D/2) by position * base^(-2i/D), in float32 (Su et al. 2021, eq. 34)."""
+
+    base: float = 10_000.0
+
+    def __call__(self, x_BTHD: jax.Array, position_BT: jax.Array) -> jax.Array:
+        half = x_BTHD.shape[-1] // 2
+        frequency_D = self.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        angle_BTD = jnp.einsum("bt,d->btd", position_BT.astype(jnp.float32), frequency_D)
+        sin, cos = jnp.sin(angle_BTD)[:, :, None], jnp.cos(angle_BTD)[:, :, None]
+        first, second = x_BTHD[..., :half], x_BTHD[..., half:]
+        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+        return turned.astype(x_BTHD.dtype)
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """One slope per head: a geometric sequence from 2^(-8/n) (Press et al. 2022, section 3)."""
+    whole = 2 ** int(np.floor(np.log2(heads)))
+    slopes = 2.0 ** (-8.0 / whole * np.arange(1, whole + 1))
+    between = 2.0 ** (-4.0 / whole * np.arange(1, 2 * (heads - whole) + 1, 2))
+    return np.concatenate([slopes, between]).astype(np.float32)
+
+
+def alibi(position_BT: jax.Array, heads: int) -> jax.Array:
+    """Bias (B, H, T, T): minus slope times the distance between query and key."""
+    distance_BTT = jnp.abs(position_BT[:, :, None] - position_BT[:, None, :]).astype(jnp.float32)
+    return -jnp.asarray(alibi_slopes(heads))[None, :, None, None] * distance_BTT[:, None]
+
+
+def sinusoidal(position_BT: jax.Array, width: int) -> jax.Array:
+    """(B, T, D): sines, then cosines, of falling frequency (Vaswani et al. 2017, section 3.5)."""
+    frequency_D = 10_000.0 ** (-jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
+    angle_BTD = jnp.einsum("bt,d->btd", position_BT.astype(jnp.float32), frequency_D)
+    return jnp.concatenate([jnp.sin(angle_BTD), jnp.cos(angle_BTD)], axis=-1)
+
+
+class LearnedPositions(nnx.Module):
+    """A vector for each of the first `length` positions."""
+
+    def __init__(self, length: int, width: int):
+        self.length = length
+        self.table_TD = parameter((length, width), (None, "embed"), normal(0.02))
+
+    def __call__(self, position_BT: jax.Array) -> jax.Array:
+        """(B, T, D); positions at or beyond `length` are refused where the model is called."""
+        return self.table_TD[...][position_BT]

@@ -1,0 +1,131 @@
+"""Layers as a scan: equal layers share one traced body, so that depth costs no compile time.
+
+L layers, B batch, T tokens, D model width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from layers.block import Block
+from layers.tokens import Tokens
+from routing.records import RouterOutput, WholeStep
+
+Remat = Literal["none", "full", "dots", "dots_with_batch"]
+_SAVEABLE = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots_with_batch": jax.checkpoint_policies.dots_saveable,
+}
+REMAT = ("none", *_SAVEABLE)
+
+
+def rematerialised(body: Callable, remat: str) -> Callable:
+    """The body with its activations recomputed in the backward pass; routing is always kept."""
+    if remat == "none":
+        return body
+    keep_routing = jax.checkpoint_policies.save_only_these_names("routing")
+    policy = jax.checkpoint_policies.save_from_both_policies(_SAVEABLE[remat], keep_routing)
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+
+class Unit(nnx.Module):
+    """The blocks of one step of the scan, e.g. a dense one and then a sparse one."""
+
+    def __init__(self, blocks: Sequence[Block]):
+        self.blocks = nnx.List(blocks)
+
+    def __call__(self, x_BTD, tokens: Tokens, first_layer, steps):
+        """x after the blocks, and the router output of each sparse one."""
+        outputs = []
+        for j, block in enumerate(self.blocks):
+            step = steps[len(outputs)] if steps and block.is_moe else None
+            x_BTD, output = block(x_BTD, tokens.for_layer(first_layer + j, step))
+            if output is not None:
+                outputs.append(output)
+        return x_BTD, outputs
+
+
+class Stack(nnx.Module):
+    """`repeats` units with their parameters stacked along a leading layer axis.
+
+    Args:
+        make_blocks: makes the blocks of one unit.
+        repeats: how many units.
+        first_layer: number of the first layer in the model; first values derive from it.
+        remat: a name of `REMAT`.
+        scan: False unrolls the loop; the result is the same.
+    """
+
+    def __init__(
+        self,
+        make_blocks: Callable[[], Sequence[Block]],
+        repeats: int,
+        first_layer: int,
+        remat: Remat = "none",
+        scan: bool = True,
+    ):
+        self.repeats, self.first_layer, self.remat, self.scan = repeats, first_layer, remat, scan
+        self.unit = Unit(make_blocks())
+        self.length = len(self.unit.blocks)
+        graphdef, state = nnx.split(self.unit)
+        flat = [
+            (path, self._stacked(path, variable)) for path, variable in nnx.to_flat_state(state)
+        ]
+        self.unit = nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+    def _stacked(self, path, variable):
+        """A variable with a leading layer axis, and the model's number of each of its layers."""
+        block = next(part for part in path if isinstance(part, int))
+        layers = tuple(self.first_layer + block + self.length * i for i in range(self.repeats))
+        value = jnp.zeros((self.repeats, *variable.shape), variable.dtype)
+        return variable.replace(value, layers=layers)
+
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens, steps: list[WholeStep] | None):
+        """x after all layers, and the router outputs with a leading axis over sparse layers.
+
+        steps: for each sparse block of the unit, whole-step statistics stacked over repeats.
+        """
+        graphdef, state = nnx.split(self.unit)
+
+        def body(x_BTD, slices):
+            state, first_layer, steps = slices
+            return nnx.merge(graphdef, state)(x_BTD, tokens, first_layer, steps)
+
+        body = rematerialised(body, self.remat)
+        first = self.first_layer + self.length * jnp.arange(self.repeats)
+        unroll = 1 if self.scan else self.repeats
+        x_BTD, outputs = jax.lax.scan(body, x_BTD, (state, first, steps), unroll=unroll)
+        return x_BTD, in_layer_order(outputs)
+
+    def update_router_state(self, stats_per_block) -> None:
+        """Every balancer's update, layer by layer, from statistics stacked over repeats."""
+        sparse = [block for block in self.unit.blocks if block.is_moe]
+        if not any(block.feed_forward.router.balancers() for block in sparse):
+            return
+        graphdef, state = nnx.split(self.unit)
+
+        def one(state, stats_per_block):
+            unit = nnx.merge(graphdef, state)
+            blocks = [block for block in unit.blocks if block.is_moe]
+            for block, stats in zip(blocks, stats_per_block, strict=True):
+                for balancer in block.feed_forward.router.balancers():
+                    balancer.update(stats)
+            return nnx.state(unit)
+
+        nnx.update(self.unit, jax.vmap(one)(state, stats_per_block))
+
+
+def in_layer_order(outputs: list[RouterOutput]):
+    """Outputs of the sparse blocks, each stacked over repeats, as one stacked over layers."""
+    if not outputs:
+        return None
+
+    def interleave(*leaves):
+        stacked = jnp.stack(leaves, axis=1)
+        return stacked.reshape(-1, *stacked.shape[2:])
+
+    return jax.tree.map(interleave, *outputs)

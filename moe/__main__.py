@@ -1,0 +1,7 @@
+"""`python -m moe` is `moe`."""
+
+import sys
+
+from moe.cli import main
+
+sys.exit(main())

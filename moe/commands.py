@@ -1,0 +1,92 @@
+"""The table of commands: what `moe COMMAND --help` says and what the command line accepts."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag. `kind` is str, int, float or list (repeatable text); bounds are inclusive."""
+
+    name: str
+    kind: type
+    value: str  # what stands after `=` in the help
+    help: str
+    default: object = None
+    required: bool = False
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def expected(self) -> str:
+        """Such as "a whole number of at least 1"."""
+        noun = {int: "a whole number", float: "a number", str: "text", list: "text"}[self.kind]
+        if self.high is not None:
+            return f"{noun} from {self.low:g} to {self.high:g}"
+        return noun if self.low is None else f"{noun} of at least {self.low:g}"
+
+
+@dataclass(frozen=True)
+class Command:
+    """`module` holds `run(flags) -> int`; it is imported only when the command runs."""
+
+    name: str
+    summary: str
+    module: str
+    example: str
+    flags: tuple[Flag, ...]
+
+
+GIN_FILE = Flag(
+    "gin_file", list, "NAME", "a config, from this folder or a shipped one (repeatable)"
+)
+GIN_BINDINGS = Flag(
+    "gin_bindings", list, "SETTING", 'one setting, as "train.steps = 50" (repeatable)'
+)
+JSON = Flag("json", str, "PATH", "also write the results to this file")
+RUN = Flag("workdir", str, "FOLDER", "the folder of a run", required=True)
+
+TRAIN = Command(
+    name="train",
+    summary="Train a model; continue the run that the folder holds.",
+    module="moe.train_command",
+    example="moe train --gin_file=quickstart.gin --workdir=runs/quickstart",
+    flags=(
+        Flag("workdir", str, "FOLDER", "where the run is written", required=True),
+        GIN_FILE,
+        GIN_BINDINGS,
+        JSON,
+    ),
+)
+
+EVAL = Command(
+    name="eval",
+    summary="Measure a trained model on a corpus.",
+    module="moe.eval_command",
+    example="moe eval --workdir=runs/quickstart --json=eval.json",
+    flags=(
+        RUN,
+        GIN_BINDINGS,
+        Flag("step", int, "N", "the checkpoint to measure (default: the last one)", low=0),
+        JSON,
+    ),
+)
+
+GENERATE = Command(
+    name="generate",
+    summary="Continue a text with a trained model.",
+    module="moe.generate_command",
+    example='moe generate --workdir=runs/quickstart --prompt="Once upon" --tokens=64',
+    flags=(
+        RUN,
+        Flag("prompt", str, "TEXT", "the text to continue (default: none)", ""),
+        Flag("tokens", int, "N", "tokens to add (default: 128)", 128, low=1),
+        Flag("temperature", float, "X", "0 takes the likeliest token (default: 1)", 1.0, low=0),
+        Flag("top_k", int, "N", "draw from the N likeliest tokens (default: all)", low=1),
+        Flag("top_p", float, "X", "draw from this share of probability", low=0, high=1),
+        Flag("seed", int, "N", "same seed, same text (default: 0)", 0, low=0),
+        Flag("count", int, "N", "how many texts (default: 1)", 1, low=1),
+        JSON,
+    ),
+)
+
+COMMANDS = (TRAIN, EVAL, GENERATE)

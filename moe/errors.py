@@ -1,0 +1,14 @@
+"""Errors that are the user's to mend: one clear line, exit status 2, no traceback."""
+
+from collections.abc import Iterable
+import difflib
+
+
+class UserError(ValueError):
+    """What was given, what was expected and the nearest valid choice, in one line."""
+
+
+def nearest(name: str, valid: Iterable[str], *, most: int = 3) -> str:
+    """A hint such as ``; did you mean 'TopK'?``, or an empty string where nothing is near."""
+    close = difflib.get_close_matches(name, list(valid), n=most, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

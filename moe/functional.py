@@ -1,0 +1,58 @@
+"""A model as data: its parameters and router state by dotted name, and the graph that joins them."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+from flax import nnx
+import jax
+
+from routing.parameters import RouterState, initialize
+
+Arrays = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """Everything of a model but its values: joins `params` and `state` into a module again."""
+
+    graphdef: Any
+    paths: dict[str, tuple]
+    axes: dict[str, tuple[str | None, ...]]
+    variables: dict[str, nnx.Variable]
+
+    def join(self, params: Arrays, state: Arrays) -> Any:
+        """The module with these values; cheap, and free inside jit."""
+        values = params | state
+        flat = [
+            (path, self.variables[name].replace(values[name])) for name, path in self.paths.items()
+        ]
+        return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
+
+
+def split(model: nnx.Module) -> tuple[Graph, Arrays, Arrays]:
+    """The graph, the parameters and the router state; names are dotted paths."""
+    graphdef, everything = nnx.split(model)
+    flat = {".".join(map(str, path)): (path, v) for path, v in nnx.to_flat_state(everything)}
+    axes = {}
+    for name, (_, variable) in flat.items():
+        declared = variable.get_metadata()["axes"]
+        stacked = len(variable.shape) == len(declared) + 1
+        axes[name] = ("layer", *declared) if stacked else tuple(declared)
+    variables = {name: v for name, (_, v) in flat.items()}
+    params = {n: v.get_value() for n, v in variables.items() if isinstance(v, nnx.Param)}
+    state = {n: v.get_value() for n, v in variables.items() if isinstance(v, RouterState)}
+    assert len(params) + len(state) == len(flat), sorted(set(flat) - set(params) - set(state))
+    abstract = {n: v.replace(jax.ShapeDtypeStruct(v.shape, v.dtype)) for n, v in variables.items()}
+    return Graph(graphdef, {n: p for n, (p, _) in flat.items()}, axes, abstract), params, state
+
+
+def abstract(make: Callable[[], nnx.Module]) -> tuple[Graph, Arrays, Arrays]:
+    """The model without any memory for its values: they are `ShapeDtypeStruct`s."""
+    return split(nnx.eval_shape(make))
+
+
+def first_values(graph: Graph, params: Arrays, state: Arrays, seed) -> tuple[Arrays, Arrays]:
+    """Parameters and router state at the start; depends on the seed and names alone. For jit."""
+    _, params, state = split(initialize(graph.join(params, state), seed))
+    return params, state

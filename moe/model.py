@@ -1,0 +1,237 @@
+"""The transformer: embeddings, stacks of blocks, a head. Dense where it has no MoE layer.
+
+B batch, T tokens, D model width, V vocabulary, L sparse layers, H heads.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+
+from flax import nnx
+import gin
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from layers.attention import Attention
+from layers.block import Block
+from layers.constrain import constrain
+from layers.feed_forward import FeedForward
+from layers.moe_layer import MoELayer
+from layers.norms import RMSNorm
+from layers.positions import POSITIONS, LearnedPositions, Positions, sinusoidal
+from layers.stack import REMAT, Remat, Stack
+from layers.tokens import Tokens
+from routing import Causality, RouterOutput, RouterStats, WholeStep
+from routing.parameters import normal, parameter, truncated_normal
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@nnx.dataclass
+class ModelOutput(nnx.Pytree):
+    """hidden_BTD is normalised, ready for `Transformer.logits`; routers is stacked over layers."""
+
+    hidden_BTD: Float[Array, "B T D"] = nnx.data()
+    routers: RouterOutput | None = nnx.data(default=None)
+
+
+def runs_of_layers(is_moe: Sequence[bool]) -> list[tuple[tuple[bool, ...], int]]:
+    """(pattern, repeats) pairs that spell out the layers: the fewest traced blocks first.
+
+    [0,1,0,1] is one run of (0,1) twice; [0,1,1,1] is (0) once, then (1) three times.
+    """
+    layers = tuple(is_moe)
+    for period in range(1, len(layers) // 2 + 1):
+        if len(layers) % period == 0 and layers[:period] * (len(layers) // period) == layers:
+            return [(layers[:period], len(layers) // period)]
+    runs: list[tuple[tuple[bool, ...], int]] = []
+    for kind in layers:
+        if runs and runs[-1][0] == (kind,):
+            runs[-1] = ((kind,), runs[-1][1] + 1)
+        else:
+            runs.append(((kind,), 1))
+    return runs
+
+
+@gin.configurable
+class Transformer(nnx.Module):
+    """A decoder, or with causal=False an encoder for masked tokens.
+
+    Args:
+        vocab_size: V, given by the tokenizer and the objective.
+        causal: given by the objective.
+        d_model: D.
+        num_layers: all layers, dense and sparse.
+        num_heads: H; D / 64, at least 1, where None.
+        moe: `MoELayer`, or None for the dense model.
+        moe_every: layers n-1, 2n-1, ... (from 0) are sparse.
+        moe_layers: exactly these layers (from 0) are sparse; then moe_every must be 1.
+        positions: rotary, alibi, learned, sinusoidal or none.
+        max_length: tokens per sequence at most; needed by learned positions alone.
+        norm, feed_forward, attention, block: the classes that layers are made of.
+        tie_embeddings: the head is the embedding's transpose.
+        remat: what the backward pass recomputes: none, full, dots or dots_with_batch. What the
+            routers decided is always kept.
+        compute_dtype: of matmuls and activations; parameters, routers and losses are float32.
+        scan: loop over equal layers (compiles once) or unroll them.
+
+    Raises:
+        ValueError: sizes that don't fit each other; a router that can't be causal in a decoder.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        causal: bool = True,
+        d_model: int = 128,
+        num_layers: int = 4,
+        num_heads: int | None = None,
+        moe: Callable[..., MoELayer] | None = None,
+        moe_every: int = 1,
+        moe_layers: Sequence[int] | None = None,
+        positions: Positions = "rotary",
+        max_length: int | None = None,
+        norm: Callable[[int], nnx.Module] = RMSNorm,
+        feed_forward: Callable[..., FeedForward] = FeedForward,
+        attention: Callable[..., Attention] = Attention,
+        block: Callable[..., Block] = Block,
+        tie_embeddings: bool = True,
+        remat: Remat = "none",
+        compute_dtype: str = "float32",
+        scan: bool = True,
+    ):
+        check_choice("positions", positions, POSITIONS)
+        check_choice("remat", remat, REMAT)
+        check_choice("compute_dtype", compute_dtype, tuple(DTYPES))
+        is_moe = sparse_layers(num_layers, moe is not None, moe_every, moe_layers)
+        self.vocab_size, self.d_model, self.causal = vocab_size, d_model, causal
+        self.is_moe, self.positions, self.compute_dtype = is_moe, positions, compute_dtype
+        self.embedding_VD = parameter((vocab_size, d_model), ("vocab", "embed"), normal(0.02))
+        self.learned = None
+        if positions == "learned":
+            if max_length is None:
+                raise ValueError("learned positions need Transformer.max_length")
+            self.learned = LearnedPositions(max_length, d_model)
+        out_scale = 0.5 / num_layers
+        make_attention = functools.partial(
+            attention,
+            num_heads=num_heads or max(1, d_model // 64),
+            positions=positions,
+            causal=causal,
+            out_scale=out_scale,
+        )
+        make_dense = functools.partial(feed_forward, out_scale=out_scale)
+        make_moe = moe and functools.partial(moe, vocab_size=vocab_size, out_scale=out_scale)
+        stacks, first = [], 0
+        for pattern, repeats in runs_of_layers(is_moe):
+
+            def make_blocks(pattern=pattern):
+                kinds = [make_moe if sparse else make_dense for sparse in pattern]
+                return [block(d_model, make_attention, kind, norm=norm) for kind in kinds]
+
+            stacks.append(Stack(make_blocks, repeats, first, remat, scan))
+            first += len(pattern) * repeats
+        self.stacks = nnx.List(stacks)
+        self.final_norm = norm(d_model)
+        head = truncated_normal()
+        self.head_DV = None
+        if not tie_embeddings:
+            self.head_DV = parameter((d_model, vocab_size), ("embed", "vocab"), head)
+        if causal:
+            self._refuse_routers_that_see_the_future()
+
+    def moe_layers_of_units(self) -> list[MoELayer]:
+        """One representative of the sparse layers of each unit (its parameters are stacked)."""
+        blocks = [block for stack in self.stacks for block in stack.unit.blocks]
+        return [b.feed_forward for b in blocks if isinstance(b.feed_forward, MoELayer)]
+
+    def _refuse_routers_that_see_the_future(self) -> None:
+        for layer in self.moe_layers_of_units():
+            if layer.router.causality is Causality.NEVER:
+                raise ValueError(
+                    f"{type(layer.router).__name__} is not causal and has no causal rule for "
+                    f"evaluation (decoding: {layer.router.decoding}); in a decoder use TopK, "
+                    "Switch or RandomHash, or train a bidirectional model with "
+                    "train.objective = @MaskedToken()"
+                )
+
+    def __call__(self, tokens: Tokens, step: WholeStep | None = None) -> ModelOutput:
+        """Hidden states of every position and what the routers said.
+
+        step: whole-step statistics, stacked over sparse layers, in a micro-batch that needs them.
+        """
+        dtype = DTYPES[self.compute_dtype]
+        x_BTD = self.embedding_VD[...][tokens.token_BT] * (1 / 0.02)
+        if self.learned is not None:
+            x_BTD = x_BTD + self.learned(tokens.position_BT) * (1 / 0.02)
+        elif self.positions == "sinusoidal":
+            x_BTD = x_BTD + sinusoidal(tokens.position_BT, self.d_model)
+        x_BTD = constrain(x_BTD.astype(dtype), "batch", None, None)
+        outputs, done = [], 0
+        for stack in self.stacks:
+            per_unit = sum(b.is_moe for b in stack.unit.blocks)
+            steps = per_block(step, done, per_unit, stack.repeats)
+            x_BTD, output = stack(x_BTD, tokens, steps)
+            done += per_unit * stack.repeats
+            if output is not None:
+                outputs.append(output)
+        hidden_BTD = self.final_norm(x_BTD)  # pyright: ignore[reportCallIssue]
+        routers = jax.tree.map(lambda *a: jnp.concatenate(a), *outputs) if outputs else None
+        return ModelOutput(hidden_BTD, routers)
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """(B, T, V) float32."""
+        if self.head_DV is not None:
+            weight_DV = self.head_DV[...]
+        else:
+            weight_DV = self.embedding_VD[...].T / (0.02 * self.d_model**0.5)
+        logits_BTV = hidden_BTD @ weight_DV.astype(hidden_BTD.dtype)
+        return constrain(logits_BTV.astype(jnp.float32), "batch", None, "vocab")
+
+    def update_router_state(self, stats: RouterStats) -> None:
+        """The routers' state after an optimizer step with these statistics (stacked over layers)."""
+        done = 0
+        for stack in self.stacks:
+            per_unit = sum(b.is_moe for b in stack.unit.blocks)
+            stats_per_block = per_block(stats, done, per_unit, stack.repeats)
+            if stats_per_block:
+                stack.update_router_state(stats_per_block)
+            done += per_unit * stack.repeats
+
+
+def per_block(tree, first: int, per_unit: int, repeats: int):
+    """Leaves stacked over sparse layers, cut for one stack: a list, each stacked over repeats."""
+    if tree is None or not per_unit:
+        return None
+    last = first + per_unit * repeats
+    return [
+        jax.tree.map(lambda a, j=j: a[first + j : last : per_unit], tree) for j in range(per_unit)
+    ]
+
+
+def sparse_layers(num_layers, has_moe, every, listed) -> tuple[bool, ...]:
+    """Which layers are sparse; raise ValueError for a choice that can't be."""
+    if num_layers < 1:
+        raise ValueError(f"Transformer.num_layers={num_layers} must be at least 1")
+    if not has_moe:
+        return (False,) * num_layers
+    if listed is not None:
+        wrong = sorted(set(listed) - set(range(num_layers)))
+        if wrong or every != 1:
+            raise ValueError(
+                f"Transformer.moe_layers={list(listed)} with moe_every={every}: list layers "
+                f"between 0 and {num_layers - 1}, and leave moe_every at 1"
+            )
+        return tuple(layer in listed for layer in range(num_layers))
+    if not 1 <= every <= num_layers:
+        raise ValueError(
+            f"Transformer.moe_every={every} leaves no sparse layer among {num_layers}; "
+            f"choose 1 to {num_layers}, or moe = None for a dense model"
+        )
+    return tuple(layer % every == every - 1 for layer in range(num_layers))
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError unless value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"Transformer.{name}={value!r}: one of {', '.join(choices)}")

@@ -1,0 +1,112 @@
+"""What the model learns: the next token, or masked tokens. B batch, T tokens, D width, V vocabulary."""
+
+import dataclasses
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layers.tokens import Tokens
+from moe.batch import Batch
+
+_MASKING, _ROUTING = 0, 1
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+    """Predict every next token; the model is causal."""
+
+    causal = True
+    extra_tokens = 0
+
+    def prepare(self, batch: Batch, key: jax.Array, vocab_size: int) -> Batch:
+        """The batch as it is."""
+        return batch
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class MaskedToken:
+    """Predict a share of the tokens that are hidden (Devlin et al. 2019); sees both sides.
+
+    Only hidden tokens are scored, each replaced by one extra token of the vocabulary.
+    """
+
+    rate: float = 0.15
+    causal = False
+    extra_tokens = 1
+
+    def __post_init__(self):
+        if not 0 < self.rate < 1:
+            raise ValueError(f"MaskedToken.rate={self.rate} must lie between 0 and 1")
+
+    def prepare(self, batch: Batch, key: jax.Array, vocab_size: int) -> Batch:
+        """The batch with tokens hidden; the draw depends on key and sequence number alone."""
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(batch.index_B))
+        tokens = batch.token_BT.shape[1]
+        draw_BT = jax.vmap(lambda key: jax.random.uniform(key, (tokens,)))(keys_B)
+        hidden_BT = (draw_BT < self.rate) & (batch.segment_BT > 0)
+        return dataclasses.replace(
+            batch,
+            token_BT=jnp.where(hidden_BT, vocab_size - 1, batch.token_BT),
+            target_BT=batch.token_BT,
+            scored_BT=hidden_BT,
+        )
+
+
+Objective = NextToken | MaskedToken
+
+
+def step_key(seed, step) -> jax.Array:
+    """The key of an optimizer step; evaluation uses step -1."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def prepared(objective: Objective, batch: Batch, key: jax.Array, vocab_size: int) -> Batch:
+    """The batch as the objective wants it."""
+    return objective.prepare(batch, jax.random.fold_in(key, _MASKING), vocab_size)
+
+
+def tokens_of(batch: Batch, key: jax.Array, *, train: bool) -> Tokens:
+    """What the blocks need of a batch."""
+    return Tokens(
+        token_BT=jnp.asarray(batch.token_BT),
+        segment_BT=jnp.asarray(batch.segment_BT),
+        position_BT=jnp.asarray(batch.position_BT),
+        index_B=jnp.asarray(batch.index_B),
+        key=jax.random.fold_in(key, _ROUTING),
+        train=train,
+    )
+
+
+def cross_entropy_sum(model, hidden_BTD, target_BT, scored_BT) -> jax.Array:
+    """Summed over scored tokens, nats, float32. The logits exist for a slice of tokens at a time.
+
+    A block of tokens stays in cache and its logits are recomputed in the backward pass, so that
+    (B, T, V) is never stored.
+    """
+    width = hidden_BTD.shape[-1]
+    count = int(np.prod(target_BT.shape))
+    blocks = _blocks(count, model.vocab_size)
+
+    def one(total, block):
+        hidden_ND, target_N, scored_N = block
+        logits_NV = model.logits(hidden_ND[None])[0]
+        picked_N = jnp.take_along_axis(logits_NV, target_N[:, None], axis=-1)[:, 0]
+        loss_N = jax.nn.logsumexp(logits_NV, axis=-1) - picked_N
+        return total + jnp.where(scored_N, loss_N, 0.0).sum(), None
+
+    split = (
+        hidden_BTD.reshape(blocks, -1, width),
+        jnp.asarray(target_BT).reshape(blocks, -1),
+        jnp.asarray(scored_BT).reshape(blocks, -1),
+    )
+    return jax.lax.scan(jax.checkpoint(one), jnp.float32(0), split)[0]
+
+
+def _blocks(count: int, vocab_size: int) -> int:
+    """A divisor of the number of tokens that keeps a block's logits near a megabyte."""
+    wanted = max(1, count * vocab_size // 2**18)
+    return next(n for n in range(wanted, 0, -1) if count % n == 0)

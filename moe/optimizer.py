@@ -1,0 +1,148 @@
+"""Optimizers as values: `build(axes, steps)` gives an optax transformation with global clipping.
+
+`axes` holds every parameter's logical axes by name; from them follows what is a matrix. Weight
+decay leaves norms and biases alone; router state is no parameter and never comes here.
+"""
+
+import abc
+import dataclasses
+
+import gin
+import optax
+import optax.contrib
+
+from moe.schedules import Cosine, Schedule
+
+Axes = dict[str, tuple[str | None, ...]]
+
+
+class Optimizer(abc.ABC):
+    """Abstract: peak learning rate, schedule, clipping; and the transformation they make."""
+
+    learning_rate: float
+    schedule: Schedule
+    clip_norm: float | None
+
+    @abc.abstractmethod
+    def transform(self, rate: optax.Schedule, axes: Axes) -> optax.GradientTransformation:
+        """The update rule without clipping."""
+
+    def build(self, axes: Axes, steps: int) -> optax.GradientTransformation:
+        """Clip by the global norm, then update; state lives under the parameters' names."""
+        rate = self.schedule.build(self.learning_rate, steps)
+        clip = optax.identity()
+        if self.clip_norm is not None:
+            clip = optax.clip_by_global_norm(self.clip_norm)
+        return optax.chain(clip, self.transform(rate, axes))
+
+
+def own_axes(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """The axes of one weight: without the layers and experts it is stacked over."""
+    return tuple(a for a in axes if a not in ("layer", "expert"))
+
+
+def is_matrix(axes: tuple[str | None, ...]) -> bool:
+    """True for what weight decay applies to."""
+    return len(own_axes(axes)) >= 2
+
+
+def decayed(axes: Axes) -> dict[str, bool]:
+    """Weight decay by name: matrices and embeddings, not norms, biases or scales."""
+    return {name: is_matrix(a) for name, a in axes.items()}
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class AdamW(Optimizer):
+    """Loshchilov & Hutter 2019."""
+
+    learning_rate: float = 1e-3
+    schedule: Schedule = Cosine()
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+
+    def transform(self, rate, axes):
+        decay = {"weight_decay": self.weight_decay, "mask": decayed(axes)}
+        return optax.adamw(rate, b1=self.b1, b2=self.b2, eps=self.epsilon, **decay)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Adafactor(Optimizer):
+    """Shazeer & Stern 2018: second moments by row and column."""
+
+    learning_rate: float = 1e-2
+    schedule: Schedule = Cosine()
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+
+    def transform(self, rate, axes):
+        decay = {"weight_decay_rate": self.weight_decay or None, "weight_decay_mask": decayed(axes)}
+        return optax.adafactor(rate, multiply_by_parameter_scale=False, **decay)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Lion(Optimizer):
+    """Chen et al. 2023."""
+
+    learning_rate: float = 3e-4
+    schedule: Schedule = Cosine()
+    b1: float = 0.9
+    b2: float = 0.99
+    weight_decay: float = 0.3
+    clip_norm: float | None = 1.0
+
+    def transform(self, rate, axes):
+        decay = {"weight_decay": self.weight_decay, "mask": decayed(axes)}
+        return optax.lion(rate, b1=self.b1, b2=self.b2, **decay)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Muon(Optimizer):
+    """Orthogonalised momentum for the weight matrices (Jordan 2024), every expert by itself.
+
+    Embeddings, head, routers and vectors get Adam with the same rate; updates are scaled to Adam's
+    size (Liu et al. 2025, `consistent_rms` 0.2).
+    """
+
+    learning_rate: float = 4e-3
+    schedule: Schedule = Cosine()
+    momentum: float = 0.95
+    iterations: int = 5
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+
+    def transform(self, rate, axes):
+        numbers = {name: matrix_axes(name, a) for name, a in axes.items()}
+        return optax.contrib.muon(
+            rate,
+            ns_steps=self.iterations,
+            beta=self.momentum,
+            weight_decay=self.weight_decay,
+            weight_decay_mask=decayed(axes),
+            adam_b1=self.b1,
+            adam_b2=self.b2,
+            muon_weight_dimension_numbers=lambda params: {n: numbers[n] for n in params},
+            consistent_rms=0.2,
+        )
+
+
+def matrix_axes(name: str, axes: tuple[str | None, ...]):
+    """Which axes Muon reads as rows and columns; None for what Adam updates.
+
+    Weights that start at the model width ("embed" first) are read as width by the rest, e.g.
+    (D, H*K); the others as the rest by their last axis, e.g. (H*K, D).
+    """
+    if not is_matrix(axes) or "vocab" in axes or ".router." in name:
+        return None
+    first = len(axes) - len(own_axes(axes))
+    every = tuple(range(first, len(axes)))
+    cut = 1 if axes[first] == "embed" else len(every) - 1
+    return optax.contrib.MuonDimensionNumbers(every[:cut], every[cut:])

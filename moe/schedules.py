@@ -1,0 +1,99 @@
+"""Learning-rate schedules, as values: warm-up, then a shape. All end at `final` times the peak."""
+
+import abc
+import dataclasses
+
+import gin
+import jax.numpy as jnp
+import optax
+
+
+class Schedule(abc.ABC):
+    """Abstract: (peak, steps) to an optax schedule. warmup is a share of all steps."""
+
+    @abc.abstractmethod
+    def build(self, peak: float, steps: int) -> optax.Schedule:
+        """Learning rate by step: linear from 0 over the warm-up, then this schedule's shape."""
+
+
+def _check(schedule, **shares: float) -> None:
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            kind = type(schedule).__name__
+            raise ValueError(f"{kind}.{name}={value} is a share and must lie between 0 and 1")
+
+
+def _after_warmup(peak: float, warm: int, rest: optax.Schedule) -> optax.Schedule:
+    # The first step already learns: its rate is peak / warm, not 0.
+    first = optax.linear_schedule(peak / max(warm, 1), peak, max(warm - 1, 1))
+    return optax.join_schedules([first, rest], [warm]) if warm else rest
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Cosine(Schedule):
+    """Half a cosine from the peak to final * peak."""
+
+    warmup: float = 0.05
+    final: float = 0.1
+
+    def __post_init__(self):
+        _check(self, warmup=self.warmup, final=self.final)
+
+    def build(self, peak, steps):
+        warm = round(self.warmup * steps)
+        rest = optax.cosine_decay_schedule(peak, max(steps - warm, 1), self.final)
+        return _after_warmup(peak, warm, rest)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Linear(Schedule):
+    """A straight line from the peak to final * peak."""
+
+    warmup: float = 0.05
+    final: float = 0.0
+
+    def __post_init__(self):
+        _check(self, warmup=self.warmup, final=self.final)
+
+    def build(self, peak, steps):
+        warm = round(self.warmup * steps)
+        rest = optax.linear_schedule(peak, self.final * peak, max(steps - warm, 1))
+        return _after_warmup(peak, warm, rest)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Rsqrt(Schedule):
+    """peak * sqrt(warm / step) after the warm-up (Shazeer & Stern 2018)."""
+
+    warmup: float = 0.05
+
+    def __post_init__(self):
+        _check(self, warmup=self.warmup)
+
+    def build(self, peak, steps):
+        warm = max(round(self.warmup * steps), 1)
+        return _after_warmup(peak, warm, lambda step: peak * jnp.sqrt(warm / (warm + step)))
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class WarmupStableDecay(Schedule):
+    """Constant at the peak, then a straight line over the last `decay` share (Hu et al. 2024)."""
+
+    warmup: float = 0.05
+    decay: float = 0.2
+    final: float = 0.0
+
+    def __post_init__(self):
+        _check(self, warmup=self.warmup, decay=self.decay, final=self.final)
+        _check(self, **{"warmup + decay": self.warmup + self.decay})
+
+    def build(self, peak, steps):
+        warm, last = round(self.warmup * steps), max(round(self.decay * steps), 1)
+        stable = optax.constant_schedule(peak)
+        down = optax.linear_schedule(peak, self.final * peak, last)
+        rest = optax.join_schedules([stable, down], [max(steps - warm - last, 0)])
+        return _after_warmup(peak, warm, rest)

@@ -1,0 +1,102 @@
+"""Where arrays live: one table from logical axes to mesh axes, and the mesh.
+
+Mesh axes: data (replicas), fsdp (parameters cut along the model width), expert, tensor.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+
+import gin
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+
+# Logical axis -> mesh axes. "embed" cuts parameters only: activations name no axis for the width.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp", "expert"),
+    "expert_group": ("data", "fsdp"),
+    "expert": ("expert",),
+    "embed": ("fsdp",),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "vocab": ("tensor",),
+    "layer": (),
+}
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """The size of each mesh axis; at most one may be -1, which takes the devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh over all devices.
+
+        Raises:
+            ValueError: the sizes don't multiply to the number of devices.
+        """
+        devices = jax.devices() if devices is None else devices
+        sizes = [getattr(self, axis) for axis in MESH_AXES]
+        said = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        fixed = math.prod(size for size in sizes if size != -1)
+        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError(f"MeshShape({said}): sizes are at least 1, and one of them may be -1")
+        if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
+            raise ValueError(
+                f"MeshShape({said}) needs {'a multiple of ' if -1 in sizes else ''}{fixed} "
+                f"devices, but there are {len(devices)}; set one axis to -1 to use what is there"
+            )
+        sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
+        # Auto axes: the compiler partitions what our constraints leave open.
+        auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=auto, devices=devices)
+
+
+def spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+    """The mesh axes of each dimension; a dimension that does not divide stays whole."""
+    used: set[str] = set()
+    parts = []
+    for axis, size in zip(axes, shape, strict=True):
+        names = [n for n in RULES[axis] if n not in used] if axis else []
+        names = [n for n in names if mesh.shape[n] > 1]
+        if names and size % math.prod(mesh.shape[n] for n in names):
+            names = []
+        used.update(names)
+        parts.append(tuple(names) if names else None)
+    return PartitionSpec(*parts)
+
+
+def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    """Where an array with these logical axes lives."""
+    return NamedSharding(mesh, spec(mesh, axes, shape))
+
+
+def rule(mesh: Mesh):
+    """For `layers.constrain.placing`; None on one device, where nothing is to be placed."""
+    if mesh.size == 1:
+        return None
+    return lambda axes, shape: sharding(mesh, axes, shape)
+
+
+def check_batch(mesh: Mesh, groups: int, num_experts: int | None) -> None:
+    """Raise ValueError where groups of sequences or experts don't divide over the mesh."""
+    shards = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    if groups % shards:
+        raise ValueError(
+            f"{groups} groups of sequences per micro-batch don't divide over data * fsdp * expert "
+            f"= {shards} devices; make train.batch_size a multiple of {shards} times "
+            "MoELayer.sequences_per_group * train.accumulate"
+        )
+    if num_experts is not None and num_experts % mesh.shape["expert"]:
+        raise ValueError(
+            f"MoELayer.num_experts={num_experts} doesn't divide over MeshShape.expert="
+            f"{mesh.shape['expert']}; choose a multiple"
+        )

@@ -1,0 +1,214 @@
+"""One optimizer step as a pure function. B batch, T tokens, L sparse layers, E experts."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+import numpy as np
+import optax
+
+from layers.constrain import placing
+from moe import objective as objectives
+from moe import sharding
+from moe.batch import Batch
+from moe.functional import Arrays, Graph, first_values, split
+from routing import RouterOutput, WholeStep
+
+
+@nnx.dataclass
+class TrainState(nnx.Pytree):
+    """All that a step changes: this, and nothing else, is what a checkpoint holds."""
+
+    step: Int[Array, ""] = nnx.data()
+    params: dict[str, Array] = nnx.data()
+    router_state: dict[str, Array] = nnx.data()
+    opt_state: Any = nnx.data()
+
+
+@nnx.dataclass
+class StepMetrics(nnx.Pytree):
+    """What one step measured; stays on the device until it is read."""
+
+    loss: Float[Array, ""] = nnx.data()
+    scored: Int[Array, ""] = nnx.data()
+    routers: RouterOutput | None = nnx.data()
+    grad_norms: dict[str, Array] = nnx.data()
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The jitted functions of a run and where its arrays live."""
+
+    init: Callable[[int], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+    gradients: Callable[[TrainState, Batch], tuple[Arrays, StepMetrics]]
+    state_shardings: TrainState
+    batch_sharding: NamedSharding
+
+
+def build(
+    graph: Graph,
+    abstract: tuple[Arrays, Arrays],
+    *,
+    objective: objectives.Objective,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    seed: int,
+    accumulate: int = 1,
+    sequences_per_group: int = 1,
+    whole_step_losses: bool = False,
+) -> Program:
+    """The step for a model, an objective, an optimizer and a mesh.
+
+    whole_step_losses: with more than one micro-batch, run all of them forward first, so that
+    losses on the whole step's statistics are exact.
+    """
+
+    def init(seed) -> TrainState:
+        params, router_state = first_values(graph, *abstract, seed)
+        return TrainState(jnp.int32(0), params, router_state, optimizer.init(params))
+
+    def forward(params, state, batch: Batch, key, whole: WholeStep | None, scored, valid):
+        """This micro-batch's part of the step's loss, and what it measured."""
+        model = graph.join(params, state.router_state)
+        tokens = objectives.tokens_of(batch, key, train=True)
+        out = model(tokens, whole)
+        nats = objectives.cross_entropy_sum(model, out.hidden_BTD, batch.target_BT, batch.scored_BT)
+        loss, routers = nats / scored, None
+        share = (batch.segment_BT > 0).sum() / valid
+        total = loss
+        if out.routers is not None:
+            routers = dataclasses.replace(
+                out.routers,
+                decision=None,
+                losses=jax.tree.map(lambda value: share * value, out.routers.losses),
+                penalty=share * out.routers.penalty,
+            )
+            total = total + routers.penalty.sum()
+        return total, (loss, routers)
+
+    def gradients(state: TrainState, batch: Batch) -> tuple[Arrays, StepMetrics]:
+        key = objectives.step_key(seed, state.step)
+        vocab_size = graph.join(state.params, state.router_state).vocab_size
+        batch = objectives.prepared(objective, batch, key, vocab_size)
+        scored = jnp.maximum(batch.scored_BT.sum(), 1)
+        valid = jnp.maximum((batch.segment_BT > 0).sum(), 1)
+        grad = jax.value_and_grad(forward, has_aux=True)
+
+        def one(micro: Batch, whole):
+            with placing(sharding.rule(mesh)):
+                (_, measured), grads = grad(state.params, state, micro, key, whole, scored, valid)
+            return grads, measured
+
+        if accumulate == 1:
+            grads, (loss, routers) = one(batch, None)
+        else:
+            micros = micro_batches(batch, accumulate, sequences_per_group)
+            statistics = None
+            if whole_step_losses:
+                only = jax.lax.map(lambda m: forward_statistics(state, m, key), micros)
+                statistics = jax.tree.map(lambda a: a.sum(0), only)
+            (grads, (loss, routers)) = summed(
+                lambda m: one(m, share_of(statistics, m, valid)), micros
+            )
+        return grads, StepMetrics(loss, scored, routers, grad_norms(grads))
+
+    def forward_statistics(state, micro, key):
+        model = graph.join(state.params, state.router_state)
+        with placing(sharding.rule(mesh)):
+            return model(objectives.tokens_of(micro, key, train=True)).routers.stats
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        grads, metrics = gradients(state, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        router_state = state.router_state
+        if metrics.routers is not None and router_state:
+            model = graph.join(params, router_state)
+            model.update_router_state(metrics.routers.stats)
+            router_state = split(model)[2]
+        return TrainState(state.step + 1, params, router_state, opt_state), metrics
+
+    shapes = jax.eval_shape(init, 0)
+    state_shardings = place_state(graph, shapes, mesh)
+    by_batch = NamedSharding(mesh, PartitionSpec(sharding.RULES["batch"]))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return Program(
+        init=jax.jit(init, out_shardings=state_shardings),
+        step=jax.jit(
+            step,
+            in_shardings=(state_shardings, by_batch),
+            out_shardings=(state_shardings, everywhere),
+            donate_argnums=0,
+        ),
+        gradients=jax.jit(gradients, in_shardings=(state_shardings, by_batch)),
+        state_shardings=state_shardings,
+        batch_sharding=by_batch,
+    )
+
+
+def place_state(graph: Graph, shapes: TrainState, mesh: Mesh) -> TrainState:
+    """Shardings of a train state: optimizer leaves live where their parameter lives."""
+
+    def place(path, leaf):
+        name = next((p.key for p in reversed(path) if getattr(p, "key", None) in graph.axes), None)
+        axes = graph.axes[name] if name is not None else ()
+        if len(axes) != len(leaf.shape):  # counters, and Adafactor's factored moments
+            axes = (None,) * len(leaf.shape)
+        return sharding.sharding(mesh, axes, leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def micro_batches(batch: Batch, accumulate: int, sequences_per_group: int) -> Batch:
+    """Leaves (A, B/A, ...): whole groups dealt in turn, so that every device has some of each."""
+
+    def deal(a):
+        groups = a.shape[0] // (accumulate * sequences_per_group)
+        dealt = a.reshape(groups, accumulate, sequences_per_group, *a.shape[1:])
+        return jnp.moveaxis(dealt, 1, 0).reshape(accumulate, -1, *a.shape[1:])
+
+    return jax.tree.map(deal, batch)
+
+
+def share_of(statistics, micro: Batch, valid) -> WholeStep | None:
+    """Whole-step statistics with this micro-batch's share of the tokens, for every sparse layer."""
+    if statistics is None:
+        return None
+    share = (micro.segment_BT > 0).sum() / valid
+    layers = statistics.token_count.shape[0]
+    return WholeStep(statistics, jnp.full(layers, jnp.maximum(share, 1e-9)))
+
+
+def summed(one: Callable, micros: Batch):
+    """The sum of one(micro-batch) over all of them, one at a time."""
+    first = jax.tree.map(lambda a: a[0], micros)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, first))
+
+    def add(total, micro):
+        return jax.tree.map(jnp.add, total, one(micro)), None
+
+    return jax.lax.scan(add, zeros, micros)[0]
+
+
+def grad_norms(grads: Arrays) -> dict[str, Array]:
+    """L2 norms of all gradients, of the routers' and of the experts'."""
+    kinds = {"all": "", "router": ".router.", "experts": ".experts."}
+    chosen = {kind: [g for n, g in grads.items() if part in n] for kind, part in kinds.items()}
+    return {kind: optax.global_norm(found) for kind, found in chosen.items() if found}
+
+
+def to_devices(batch: Batch, where: NamedSharding, batch_size: int) -> Batch:
+    """This host's rows as part of the global batch of batch_size sequences."""
+
+    def put(rows):
+        rows = np.asarray(rows)
+        shape = (batch_size, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(where, rows, shape)
+
+    return jax.tree.map(put, batch)

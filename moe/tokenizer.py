@@ -1,0 +1,222 @@
+"""Text to tokens and back: plain bytes, a byte-level BPE trained on the run's text, or a file.
+
+A *spec* (`Bytes`, `TrainedBPE`, `TokenizerFile`) is what a config names; `fit` turns it into a
+`Tokenizer`. Every tokenizer has one special token, `<|document|>`, which starts each document and
+never comes from text: a text that spells it out is encoded like any other.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+import hashlib
+import itertools
+import json
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import gin
+
+from moe.corpus import nearest_path
+from moe.errors import UserError
+from moe.token_cache import write_atomically
+
+DOCUMENT_TOKEN = "<|document|>"
+FILE_NAME = "tokenizer.json"
+BYTES_JSON = '{"type": "bytes"}'
+Texts = Callable[[], Iterator[str]]
+Ids = Iterable[Any]  # of int, or an array of integers
+
+# What a token may span, in the manner of GPT-4's pattern: a word with the sign before it, up to
+# three digits, signs. Unlike there, a line's end and the next line's indentation are one piece,
+# and signs before it may join: 9 % more bytes per token on Python at a vocabulary of 8,192.
+PIECES = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?",
+        r"\s*[\r\n]+[ \t]*",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text to token ids and back, without loss on UTF-8 text.
+
+    Attributes:
+        vocab_size: one more than the largest token id.
+        document_id: the token that starts each document; `decode` leaves it out.
+        fingerprint: equal for two tokenizers only if they encode alike.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def document_id(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: Ids) -> str: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+@runtime_checkable
+class TokenizerSpec(Protocol):
+    """How a run comes by its tokenizer."""
+
+    def fit(self, texts: Texts, cache_dir: Path, fingerprint: str) -> Tokenizer:
+        """The tokenizer for the training texts, whose hash is `fingerprint`."""
+        ...
+
+
+class ByteTokenizer:
+    """256 bytes and the document token."""
+
+    vocab_size = 257
+    document_id = 256
+    fingerprint = "bytes"
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [list(text.encode("utf-8")) for text in texts]
+
+    def decode(self, ids: Ids) -> str:
+        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def save(self, folder: Path) -> None:
+        write_atomically(Path(folder, FILE_NAME), BYTES_JSON.encode())
+
+
+class SubwordTokenizer:
+    """A tokenizer of the `tokenizers` library, with the document token added if it lacks it."""
+
+    def __init__(self, inner: Any):
+        inner.no_truncation()
+        inner.no_padding()
+        if inner.token_to_id(DOCUMENT_TOKEN) is None:
+            inner.add_special_tokens([DOCUMENT_TOKEN])
+        inner.encode_special_tokens = True  # special tokens that a text spells out are text
+        self._inner = inner
+        self.document_id: int = inner.token_to_id(DOCUMENT_TOKEN)
+        self.vocab_size: int = 1 + max(inner.get_vocab(with_added_tokens=True).values())
+        self.fingerprint: str = hashlib.sha256(inner.to_str().encode()).hexdigest()
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        encodings = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Ids) -> str:
+        kept = [int(i) for i in ids if i != self.document_id]
+        return self._inner.decode(kept, skip_special_tokens=False)
+
+    def save(self, folder: Path) -> None:
+        write_atomically(Path(folder, FILE_NAME), self._inner.to_str().encode("utf-8"))
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """One token per UTF-8 byte: nothing to train, 257 tokens."""
+
+    def fit(self, texts: Texts, cache_dir: Path, fingerprint: str) -> ByteTokenizer:
+        del texts, cache_dir, fingerprint
+        return ByteTokenizer()
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class TrainedBPE:
+    """A byte-level BPE of `vocab_size` tokens (256 bytes and the document token among them).
+
+    Trained on the training split and cached. A small corpus may give fewer tokens.
+    """
+
+    vocab_size: int = 2048
+
+    def fit(self, texts: Texts, cache_dir: Path, fingerprint: str) -> SubwordTokenizer:
+        if self.vocab_size < 257:
+            raise UserError(
+                f"TrainedBPE.vocab_size={self.vocab_size} is too small: 256 bytes and the "
+                "document token need 257"
+            )
+        import tokenizers
+
+        settings = [tokenizers.__version__, PIECES, self.vocab_size, fingerprint]
+        name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
+        folder = cache_dir / "tokenizers" / name
+        try:
+            return _load_subwords(folder / FILE_NAME)
+        except UserError:  # not there yet, or cut
+            trained = SubwordTokenizer(_train(texts(), self.vocab_size))
+            trained.save(folder)
+            return trained
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class TokenizerFile:
+    """A tokenizer.json of the `tokenizers` library, or the folder of a saved tokenizer.
+
+    UserError where it does not give back the text that it was given (checked on the first
+    documents): bits per byte would then be wrong.
+    """
+
+    path: str
+
+    def fit(self, texts: Texts, cache_dir: Path, fingerprint: str) -> Tokenizer:
+        del cache_dir, fingerprint
+        tokenizer = load_tokenizer(Path(self.path).expanduser())
+        samples = [text[:10_000] for text in itertools.islice(texts(), 8)]
+        for sample, ids in zip(samples, tokenizer.encode_batch(samples), strict=True):
+            if tokenizer.decode(ids) != sample:
+                raise UserError(
+                    f"{self.path}: this tokenizer does not give back the text it is given, so "
+                    "bits per byte would be wrong; use a byte-level one"
+                )
+        return tokenizer
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """A tokenizer from the folder it was saved in, or from a tokenizer.json itself."""
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    if path.is_file() and path.read_bytes() == BYTES_JSON.encode():
+        return ByteTokenizer()
+    return _load_subwords(path)
+
+
+def _load_subwords(path: Path) -> SubwordTokenizer:
+    import tokenizers
+
+    if not path.is_file():
+        raise UserError(f"no tokenizer file {str(path)!r}{nearest_path(path)}")
+    try:
+        return SubwordTokenizer(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+    except Exception as error:  # the library raises bare Exceptions
+        raise UserError(f"{path}: not a tokenizer.json: {error}") from None
+
+
+def _train(texts: Iterator[str], vocab_size: int) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    inner.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[DOCUMENT_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(texts, trainer)
+    return inner

@@ -1,0 +1,104 @@
+"""Parameters that know their logical axes and how they start, and one function that starts them.
+
+A module declares `parameter(shape, axes, init)`; `initialize(module, seed)` fills it. Values derive
+from (seed, path, layer, expert) alone: not from the mesh, not from the order of construction, not
+from how layers are stacked for the scan.
+"""
+
+from collections.abc import Callable
+import math
+import zlib
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+# Axes along which every index gets its own key.
+KEYED_AXES = ("layer", "expert")
+
+
+class RouterState(nnx.Variable):
+    """What a router remembers outside its parameters: the optimizer never touches it."""
+
+
+def parameter(shape: tuple[int, ...], axes: tuple[str | None, ...], init: Init) -> nnx.Param:
+    """A float32 parameter, zero until `initialize`; one logical axis name per dimension."""
+    assert len(shape) == len(axes), (shape, axes)
+    return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes, init=init)
+
+
+def router_state(shape: tuple[int, ...], dtype, axes: tuple[str | None, ...], init: Init):
+    """A piece of router state, zero until `initialize`."""
+    assert len(shape) == len(axes), (shape, axes)
+    return RouterState(jnp.zeros(shape, dtype), axes=axes, init=init)
+
+
+def zeros(key, shape, dtype):
+    return jnp.zeros(shape, dtype)
+
+
+def ones(key, shape, dtype):
+    return jnp.ones(shape, dtype)
+
+
+def normal(std: float) -> Init:
+    """Normal with a given standard deviation."""
+
+    def init(key, shape, dtype):
+        return std * jax.random.normal(key, shape, dtype)
+
+    return init
+
+
+def truncated_normal(scale: float = 1.0, fan_in_axes: int = 1) -> Init:
+    """Variance scale / fan_in, cut at two standard deviations (Fedus et al. 2021, section 2.4).
+
+    Fan-in is the product of the first `fan_in_axes` dimensions (after layer and expert). As in the
+    paper, the cut is not compensated: the deviation is that of the normal before cutting.
+    """
+
+    def init(key, shape, dtype):
+        std = math.sqrt(scale / math.prod(shape[:fan_in_axes]))
+        return std * jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype)
+
+    return init
+
+
+def initialize(module: nnx.Module, seed: int | jax.Array) -> nnx.Module:
+    """The module with every parameter and router state at its first value. Works under jit."""
+    root = jax.random.key(seed)
+    graphdef, state = nnx.split(module)
+
+    def fill(path, variable):
+        if not isinstance(variable, nnx.Param | RouterState):
+            return variable
+        meta = variable.get_metadata()
+        name = "/".join(str(part) for part in path if not isinstance(part, int))
+        key = jax.random.fold_in(root, zlib.crc32(name.encode()))
+        return variable.replace(_keyed(key, variable, meta["axes"], meta["init"], meta))
+
+    flat = [(path, fill(path, variable)) for path, variable in nnx.to_flat_state(state)]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def _keyed(key, variable, axes, init, meta):
+    """The initialiser, mapped over the layer and expert axes with a key for each index."""
+    shape, dtype = variable.shape, variable.dtype
+    axes = ("layer", *axes) if len(shape) == len(axes) + 1 else axes
+    indices = []
+    while axes and axes[0] in KEYED_AXES:
+        numbers = meta.get("layers") if axes[0] == "layer" else None
+        indices.append(jnp.arange(shape[0]) if numbers is None else jnp.asarray(numbers))
+        axes, shape = axes[1:], shape[1:]
+
+    def one(key):
+        return init(key, shape, dtype)
+
+    for index in reversed(indices):
+        one = _over(index, one)
+    return one(key)
+
+
+def _over(index, one):
+    return lambda key: jax.vmap(lambda i: one(jax.random.fold_in(key, i)))(index)

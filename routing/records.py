@@ -1,0 +1,148 @@
+"""What passes between a router and the rest of the model.
+
+Array fields say `nnx.data()`: on Python 3.11, Flax does not recognise a traced array by itself.
+
+G groups (a group is one sequence unless configured otherwise), T tokens per group, D model width,
+E experts, K experts per token, C slots per expert, S soft slots per expert, V vocabulary.
+"""
+
+import dataclasses
+import enum
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+
+class Causality(enum.Enum):
+    """Can a later token change what an earlier one receives?"""
+
+    CAUSAL = "causal"
+    CAUSAL_AT_EVALUATION = "causal at evaluation only"
+    NEVER = "not causal"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What every router is built from."""
+
+    d_model: int
+    num_experts: int
+    vocab_size: int
+
+
+@nnx.dataclass
+class RouterStats(nnx.Pytree):
+    """Sums over valid tokens: they add up over micro-batches and devices. Padding never counts.
+
+    count_E is what the router chose, kept_E what was left after capacity; both count assignments.
+    """
+
+    token_count: Int[Array, "*L"] = nnx.data()
+    count_E: Int[Array, "*L E"] = nnx.data()
+    kept_E: Int[Array, "*L E"] = nnx.data()
+    score_sum_E: Float[Array, "*L E"] = nnx.data()
+    entropy_sum: Float[Array, "*L"] = nnx.data()
+    logit_square_sum: Float[Array, "*L"] = nnx.data()
+
+
+@nnx.dataclass
+class WholeStep(nnx.Pytree):
+    """For a micro-batch: the statistics of its whole optimizer step, and its share of the tokens."""
+
+    stats: RouterStats = nnx.data()
+    share: Float[Array, ""] = nnx.data()
+
+
+@nnx.dataclass
+class RouterInputs(nnx.Pytree):
+    """x_GTD is clean (padding is zero, no noise); valid_GT is True for a real token.
+
+    index_G numbers the groups of the whole optimizer step, so that random draws depend on neither
+    the mesh nor the number of micro-batches; key already names seed, step and layer.
+    """
+
+    x_GTD: Float[Array, "G T D"] = nnx.data()
+    valid_GT: Bool[Array, "G T"] = nnx.data()
+    token_id_GT: Int[Array, "G T"] = nnx.data()
+    position_GT: Int[Array, "G T"] = nnx.data()
+    index_G: Int[Array, " G"] = nnx.data()
+    key: Key[Array, ""] = nnx.data()
+    train: bool = nnx.static()
+    step: WholeStep | None = nnx.data(default=None)
+
+    def keys_G(self, purpose: int) -> Key[Array, " G"]:
+        """One key per group for one purpose (jitter, sampling, ...)."""
+        key = jax.random.fold_in(self.key, purpose)
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, self.index_G)
+
+
+@nnx.dataclass
+class TokenChoice(nnx.Pytree):
+    """Each token picked K experts. keep_GTK is False for padding and for what was dropped.
+
+    The capacity policy adds slot_GTK, the place in the expert's buffer of `capacity` slots.
+    """
+
+    expert_GTK: Int[Array, "G T K"] = nnx.data()
+    gate_GTK: Float[Array, "G T K"] = nnx.data()
+    keep_GTK: Bool[Array, "G T K"] = nnx.data()
+    num_experts: int = nnx.static()
+    slot_GTK: Int[Array, "G T K"] | None = nnx.data(default=None)
+    capacity: int | None = nnx.static(default=None)
+
+
+@nnx.dataclass
+class ExpertChoice(nnx.Pytree):
+    """Each expert picked C tokens of num_tokens. keep_GEC is False for an empty slot."""
+
+    token_GEC: Int[Array, "G E C"] = nnx.data()
+    gate_GEC: Float[Array, "G E C"] = nnx.data()
+    keep_GEC: Bool[Array, "G E C"] = nnx.data()
+    num_tokens: int = nnx.static()
+
+
+@nnx.dataclass
+class SoftSlots(nnx.Pytree):
+    """Slot s of expert e reads dispatch-weighted tokens; token t reads combine-weighted slots."""
+
+    dispatch_GTES: Float[Array, "G T E S"] = nnx.data()
+    combine_GTES: Float[Array, "G T E S"] = nnx.data()
+
+
+Decision = TokenChoice | ExpertChoice | SoftSlots
+
+
+@nnx.dataclass
+class Routing(nnx.Pytree):
+    """What `Router.route` returns: a decision and, where the router has them, its full scores.
+
+    score_GTE are non-negative with rows that sum to 1: every expert's share, chosen or not.
+    """
+
+    decision: Decision = nnx.data()
+    logits_GTE: Float[Array, "G T E"] | None = nnx.data(default=None)
+    score_GTE: Float[Array, "G T E"] | None = nnx.data(default=None)
+
+
+@nnx.dataclass
+class RouterOutput(nnx.Pytree):
+    """A decision, its losses (unscaled, by name), their scaled sum, and its statistics."""
+
+    decision: Decision = nnx.data()
+    losses: dict[str, Float[Array, ""]] = nnx.data()
+    penalty: Float[Array, ""] = nnx.data()
+    stats: RouterStats = nnx.data()
+
+
+def choices_GE(decision: Decision, *, kept_GTK: Array | None = None) -> Int[Array, "G E"]:
+    """How many assignments each expert has in each group; soft slots count as one each."""
+    if isinstance(decision, TokenChoice):
+        keep_GTK = decision.keep_GTK if kept_GTK is None else kept_GTK
+        hit_GTKE = jax.nn.one_hot(decision.expert_GTK, decision.num_experts, dtype=bool)
+        return jnp.sum(hit_GTKE & keep_GTK[..., None], axis=(1, 2), dtype=jnp.int32)
+    if isinstance(decision, ExpertChoice):
+        return jnp.sum(decision.keep_GEC, axis=2, dtype=jnp.int32)
+    groups, _, experts, slots = decision.dispatch_GTES.shape
+    return jnp.full((groups, experts), slots, jnp.int32)

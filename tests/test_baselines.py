@@ -1,0 +1,79 @@
+"""Compressors and the unigram model against the definition, computed the slow way."""
+
+from collections import Counter
+import gzip
+import lzma
+import math
+import random
+
+import numpy as np
+import pytest
+
+from moe.baselines import baselines, compressor_baselines, unigram_baseline
+from moe.corpus import StandardLibrary
+from moe.errors import UserError
+from moe.text_data import TextData
+from moe.tokenizer import Bytes
+
+
+def text_of(seed, length=20_000):
+    words = ["".join(random.Random(i).choices("abcdefgh", k=5)) for i in range(300)]
+    return " ".join(random.Random(seed).choices(words, k=length // 6)).encode()
+
+
+def test_figures_are_the_extra_bytes_of_the_validation_text():
+    train, validation = text_of(1), text_of(2)
+    found = compressor_baselines(train, validation)
+
+    def extra(compress):
+        return 8 * (len(compress(train + validation)) - len(compress(train))) / len(validation)
+
+    assert found["gzip"] == pytest.approx(extra(lambda text: gzip.compress(text, 9)), abs=1e-9)
+    # The container pads to four bytes and keeps an index, which is not part of the figure.
+    assert found["xz"] == pytest.approx(extra(lambda text: lzma.compress(text, preset=9)), abs=0.01)
+
+
+def test_xz_sees_the_whole_training_text_and_gzip_its_last_32_kib():
+    block = random.Random(0).randbytes(100_000)
+    found = compressor_baselines(block + random.Random(1).randbytes(300_000), block)
+    assert found["xz"] < 0.1 < 7.9 < found["gzip"]
+
+
+def test_figures_are_kept_by_content(tmp_path, monkeypatch):
+    train, validation = text_of(1), text_of(2)
+    first = compressor_baselines(train, validation, tmp_path)
+    other = compressor_baselines(train, text_of(3), tmp_path)
+    assert other != first
+    with monkeypatch.context() as patch:
+        patch.setattr("moe.baselines._xz_size", lambda *_: pytest.fail("compressed again"))
+        assert compressor_baselines(train, validation, tmp_path) == first
+    for file in tmp_path.rglob("*.json"):
+        file.write_text("{")
+    assert compressor_baselines(train, validation, tmp_path) == first
+
+
+def test_unigram_by_hand():
+    train_N, validation_N = np.array([2, 0, 0, 1, 2, 0]), np.array([2, 0, 1, 1])
+    # Token 2 starts documents. Smoothed: p(0) = (3 + 1) / 6, p(1) = (1 + 1) / 6.
+    expected = (-math.log2(4 / 6) - 2 * math.log2(2 / 6)) / 5
+    settings = {"vocab_size": 3, "document_id": 2, "validation_bytes": 5}
+    assert unigram_baseline(train_N, validation_N, **settings) == pytest.approx(expected)
+
+
+def test_the_baselines_of_a_run(tmp_path):
+    corpus = StandardLibrary(max_bytes=300_000)
+    data = TextData(corpus, Bytes(), validation_fraction=0.3, cache_dir=tmp_path).prepare()
+    found = baselines(data)
+    assert list(found) == ["unigram", "gzip", "xz"]
+    train, validation = (
+        "".join(part.texts()).encode() for part in (data.train_part, data.validation_part)
+    )
+    counts = Counter(train)
+    bits = sum(math.log2((len(train) + 256) / (counts[byte] + 1)) for byte in validation)
+    assert found["unigram"] == pytest.approx(bits / len(validation))
+    assert 1 < found["xz"] < found["gzip"] < found["unigram"] < 6
+
+
+def test_nothing_to_compress():
+    with pytest.raises(UserError, match="empty"):
+        compressor_baselines(b"train", b"")
