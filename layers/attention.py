@@ -26,6 +26,7 @@ class Attention(nnx.Module):
         causal: a token sees only itself and earlier ones.
         window: a token sees only the last `window` tokens (both sides when not causal).
         qk_norm: RMSNorm on queries and keys.
+        rotary: `Rotary()` where None.
         out_scale: variance scale of the output weights.
         implementation: as in `jax.nn.dot_product_attention`; None lets JAX choose.
     """
@@ -40,7 +41,7 @@ class Attention(nnx.Module):
         causal: bool = True,
         window: int | None = None,
         qk_norm: bool = False,
-        rotary: Rotary = Rotary(),
+        rotary: Rotary | None = None,
         out_scale: float = 1.0,
         implementation: str | None = None,
     ):
@@ -60,7 +61,8 @@ class Attention(nnx.Module):
         width = head_width or d_model // num_heads
         if positions == "rotary" and width % 2:
             raise ValueError(f"rotary positions need an even head width, not {width}")
-        self.positions, self.causal, self.window, self.rotary = positions, causal, window, rotary
+        self.positions, self.causal, self.window = positions, causal, window
+        self.rotary = Rotary() if rotary is None else rotary
         self.implementation = implementation
         init = truncated_normal()
         self.query_DHK = parameter((d_model, num_heads, width), ("embed", "heads", None), init)

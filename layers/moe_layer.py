@@ -32,8 +32,8 @@ class MoELayer(nnx.Module):
         num_experts: E.
         d_ff: hidden width of one expert; that of a dense layer where None.
         activation: as in FeedForward.
-        capacity: what an expert takes at most.
-        dispatcher: how tokens move.
+        capacity: what an expert takes at most; `Capacity()` where None.
+        dispatcher: how tokens move; `SlotGather()` where None.
         shared_experts: this many further experts of the same width that every token uses.
         sequences_per_group: a group, within which capacity is counted, is this many sequences.
         out_scale: variance scale of the output weights.
@@ -47,8 +47,8 @@ class MoELayer(nnx.Module):
         num_experts: int = 8,
         d_ff: int | None = None,
         activation: Activation = "swiglu",
-        capacity: Capacity = Capacity(),
-        dispatcher: Dispatcher = SlotGather(),
+        capacity: Capacity | None = None,
+        dispatcher: Dispatcher | None = None,
         shared_experts: int = 0,
         sequences_per_group: int = 1,
         out_scale: float = 1.0,
@@ -58,7 +58,8 @@ class MoELayer(nnx.Module):
         if sequences_per_group < 1:
             raise ValueError(f"MoELayer.sequences_per_group={sequences_per_group}: at least 1")
         d_ff = d_ff or hidden_width(d_model, activation)
-        self.capacity, self.dispatcher = capacity, dispatcher
+        self.capacity = Capacity() if capacity is None else capacity
+        self.dispatcher = SlotGather() if dispatcher is None else dispatcher
         self.sequences_per_group = sequences_per_group
         self.router = router(Sizes(d_model, num_experts, vocab_size))
         self.experts = Experts(num_experts, d_model, d_ff, activation, out_scale)

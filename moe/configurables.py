@@ -4,7 +4,17 @@ A new module with a configurable gets its line here; tests/test_packaging.py loo
 """
 
 from layers import attention, block, dispatch, feed_forward, moe_layer, norms, positions
-from moe import corpus, model, objective, optimizer, schedules, sharding, text_data, tokenizer
+from moe import (
+    corpus,
+    model,
+    objective,
+    optimizer,
+    schedules,
+    sharding,
+    text_data,
+    tokenizer,
+    train,
+)
 from routing import (
     balancers,
     capacity,

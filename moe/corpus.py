@@ -158,7 +158,7 @@ class StandardLibrary:
     """The sources of this Python's standard library, about 11 MB: real text without a download.
 
     Its tests, bundled programs and installed packages are left out, and files that are not UTF-8.
-    It differs between versions of Python. `max_bytes` keeps the first documents that fit.
+    It differs between versions of Python. `max_bytes` keeps each document that still fits.
     """
 
     max_bytes: int | None = None
@@ -173,13 +173,13 @@ class StandardLibrary:
         total = 0
         for name, path in _walk(Path(sysconfig.get_paths()["stdlib"]), NOT_LIBRARY, (".py",)):
             data = path.read_bytes()
-            total += len(data)
-            if self.max_bytes is not None and total > self.max_bytes:
-                return
+            if self.max_bytes is not None and total + len(data) > self.max_bytes:
+                continue
             try:
                 yield Document(name, data.decode("utf-8"))
             except UnicodeDecodeError:
                 continue
+            total += len(data)
 
 
 @gin.configurable

@@ -23,12 +23,18 @@ class Reference:
     name: str
     called: bool
 
+    def __repr__(self) -> str:
+        return f"@{self.name}()" if self.called else f"@{self.name}"
+
 
 @dataclass(frozen=True)
 class Macro:
     """`%name`: a macro's or a constant's value."""
 
     name: str
+
+    def __repr__(self) -> str:
+        return f"%{self.name}"
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,13 @@ def read(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> Reading:
         flag = f'--gin_bindings="{binding}"'
         _read_text(reading, binding, name=flag, folder=None, above=(), numbered=False)
     return reading
+
+
+def bindings_of(text: str) -> dict[str, str]:
+    """What a text sets, by name; the last setting of a name holds."""
+    reading = Reading()
+    _read_text(reading, text, name="", folder=None, above=(), numbered=True)
+    return {setting.key: repr(setting.value) for setting in reading.settings}
 
 
 def _read_file(reading: Reading, name: str, path: Path, above: tuple[Path, ...]) -> None:

@@ -11,6 +11,7 @@ from layers.tokens import Tokens
 from moe.batch import Batch
 
 _MASKING, _ROUTING = 0, 1
+EVALUATION = 2**32 - 1  # the step whose key evaluation uses
 
 
 @gin.configurable
@@ -60,7 +61,7 @@ Objective = NextToken | MaskedToken
 
 
 def step_key(seed, step) -> jax.Array:
-    """The key of an optimizer step; evaluation uses step -1."""
+    """The key of an optimizer step (uint32)."""
     return jax.random.fold_in(jax.random.key(seed), step)
 
 

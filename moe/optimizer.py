@@ -20,16 +20,21 @@ class Optimizer(abc.ABC):
     """Abstract: peak learning rate, schedule, clipping; and the transformation they make."""
 
     learning_rate: float
-    schedule: Schedule
+    schedule: Schedule | None
     clip_norm: float | None
 
     @abc.abstractmethod
     def transform(self, rate: optax.Schedule, axes: Axes) -> optax.GradientTransformation:
         """The update rule without clipping."""
 
+    def rate(self, steps: int) -> optax.Schedule:
+        """Learning rate by step; `Cosine()` where no schedule is given."""
+        schedule = Cosine() if self.schedule is None else self.schedule
+        return schedule.build(self.learning_rate, steps)
+
     def build(self, axes: Axes, steps: int) -> optax.GradientTransformation:
         """Clip by the global norm, then update; state lives under the parameters' names."""
-        rate = self.schedule.build(self.learning_rate, steps)
+        rate = self.rate(steps)
         clip = optax.identity()
         if self.clip_norm is not None:
             clip = optax.clip_by_global_norm(self.clip_norm)
@@ -57,7 +62,7 @@ class AdamW(Optimizer):
     """Loshchilov & Hutter 2019."""
 
     learning_rate: float = 1e-3
-    schedule: Schedule = Cosine()
+    schedule: Schedule | None = None
     b1: float = 0.9
     b2: float = 0.95
     epsilon: float = 1e-8
@@ -75,7 +80,7 @@ class Adafactor(Optimizer):
     """Shazeer & Stern 2018: second moments by row and column."""
 
     learning_rate: float = 1e-2
-    schedule: Schedule = Cosine()
+    schedule: Schedule | None = None
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
 
@@ -90,7 +95,7 @@ class Lion(Optimizer):
     """Chen et al. 2023."""
 
     learning_rate: float = 3e-4
-    schedule: Schedule = Cosine()
+    schedule: Schedule | None = None
     b1: float = 0.9
     b2: float = 0.99
     weight_decay: float = 0.3
@@ -111,7 +116,7 @@ class Muon(Optimizer):
     """
 
     learning_rate: float = 4e-3
-    schedule: Schedule = Cosine()
+    schedule: Schedule | None = None
     momentum: float = 0.95
     iterations: int = 5
     b1: float = 0.9

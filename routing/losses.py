@@ -24,6 +24,11 @@ class RouterLoss(abc.ABC):
     name: str
     coefficient: float
 
+    @property
+    def of_the_whole_step(self) -> bool:
+        """Whether the loss needs the statistics of all micro-batches together."""
+        return getattr(self, "scope", None) == "global"
+
     @abc.abstractmethod
     def __call__(self, routing: Routing, inputs: RouterInputs, stats: RouterStats) -> jax.Array:
         """The loss, a float32 scalar."""

@@ -24,7 +24,7 @@ class Switch(Router):
         jitter: in training the router's own input is multiplied by U(1 - jitter, 1 + jitter); the
             experts still see the clean token.
         init_scale: variance scale of the truncated normal that W starts from.
-        losses: values such as `BalanceLoss()`; the paper's coefficient is 0.01.
+        losses: values such as `BalanceLoss()`, which is the default with the paper's 0.01.
     """
 
     causality = Causality.CAUSAL
@@ -35,11 +35,12 @@ class Switch(Router):
         sizes: Sizes,
         jitter: float = 0.01,
         init_scale: float = 0.1,
-        losses: Sequence[RouterLoss] = (BalanceLoss(),),
+        losses: Sequence[RouterLoss] | None = None,
     ):
         if not 0 <= jitter < 1:
             raise ValueError(f"Switch.jitter={jitter} must lie in [0, 1)")
-        self.num_experts, self.jitter, self.losses = sizes.num_experts, jitter, tuple(losses)
+        self.num_experts, self.jitter = sizes.num_experts, jitter
+        self.losses = (BalanceLoss(),) if losses is None else tuple(losses)
         shape = (sizes.d_model, sizes.num_experts)
         self.weight_DE = parameter(shape, ("embed", None), truncated_normal(init_scale))
 

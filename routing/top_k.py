@@ -32,7 +32,7 @@ class TopK(Router):
         scale: gates are multiplied by this (DeepSeek-V3's route scale).
         init_scale: variance scale of the weights (Switch: 0.1).
         balancer: a class such as `BiasBalancer`; its bias enters selection, never the gates.
-        losses: values such as `BalanceLoss()`.
+        losses: values such as `BalanceLoss()`; balance and z where None.
 
     Raises:
         ValueError: k out of range, or k = 1 with gates that would always be 1 (the router would
@@ -51,7 +51,7 @@ class TopK(Router):
         scale: float = 1.0,
         init_scale: float = 1.0,
         balancer: Callable[[int], Balancer] | None = None,
-        losses: Sequence[RouterLoss] = (BalanceLoss(), ZLoss()),
+        losses: Sequence[RouterLoss] | None = None,
     ):
         check_k("TopK", k, sizes)
         if gates not in GATES:
@@ -62,7 +62,8 @@ class TopK(Router):
                 'its gradient; use gates="softmax" or "sigmoid" with renormalise=False'
             )
         self.num_experts, self.k, self.gates = sizes.num_experts, k, gates
-        self.renormalise, self.scale, self.losses = renormalise, scale, tuple(losses)
+        self.renormalise, self.scale = renormalise, scale
+        self.losses = (BalanceLoss(), ZLoss()) if losses is None else tuple(losses)
         shape = (sizes.d_model, sizes.num_experts)
         self.weight_DE = parameter(shape, ("embed", None), truncated_normal(init_scale))
         self.balancer = balancer(sizes.num_experts) if balancer else None

@@ -1,0 +1,125 @@
+"""From a configuration to the parts of a run: model, data, mesh, program and what they cost."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from layers.tokens import Tokens
+from moe import flops, functional, sharding, step
+from moe.errors import UserError
+from moe.functional import Arrays, Graph
+from moe.model import Transformer
+from moe.objective import Objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model without values: its graph, its shapes, and one module to ask for its settings."""
+
+    graph: Graph
+    shapes: tuple[Arrays, Arrays]
+    module: Transformer
+    objective: Objective
+    costs: flops.Costs
+
+    @property
+    def moe_layer(self):
+        """One of its sparse layers, or None for a dense model."""
+        return next(iter(self.module.moe_layers_of_units()), None)
+
+    @property
+    def sequences_per_group(self) -> int:
+        return self.moe_layer.sequences_per_group if self.moe_layer else 1
+
+    @property
+    def loss_coefficients(self) -> dict[str, float]:
+        """The router losses that are in effect."""
+        losses = self.moe_layer.router.losses if self.moe_layer else ()
+        return {loss.name: loss.coefficient for loss in losses}
+
+
+def assemble(
+    make: Callable[..., Transformer],
+    objective: Objective,
+    *,
+    token_vocabulary: int,
+    batch_size: int,
+    sequence_length: int,
+) -> Model:
+    """The model that a configuration describes.
+
+    Raises:
+        UserError: sizes that don't fit; a router that can't do what the objective asks.
+    """
+    vocab_size = token_vocabulary + objective.extra_tokens
+    build = functools.partial(make, vocab_size=vocab_size, causal=objective.causal)
+    try:
+        graph, *shapes = functional.abstract(build)
+        module = graph.join(*shapes)
+        if module.learned is not None and module.learned.length < sequence_length:
+            raise ValueError(
+                f"Transformer.max_length={module.learned.length} is shorter than "
+                f"sequence_length={sequence_length}"
+            )
+        shape = (batch_size, sequence_length)
+        per_token = _experts_per_token(graph, shapes, shape)
+    except ValueError as error:
+        raise UserError(_first_line(error)) from error
+    costs = flops.costs(module, shapes[0], per_token, sequence_length)
+    return Model(graph, (shapes[0], shapes[1]), module, objective, costs)
+
+
+def _first_line(error: Exception) -> str:
+    """gin adds where it was called to a message; the user needs the first line."""
+    return str(error).strip().splitlines()[0]
+
+
+def _experts_per_token(graph: Graph, shapes, shape: tuple[int, int]) -> float:
+    """From the shapes of a decision, without running anything."""
+    integers = jax.ShapeDtypeStruct(shape, jnp.int32)
+    tokens = Tokens(
+        token_BT=integers,
+        segment_BT=integers,
+        position_BT=integers,
+        index_B=jax.ShapeDtypeStruct(shape[:1], jnp.int32),
+        key=jax.eval_shape(lambda: jax.random.key(0)),
+        train=True,
+    )
+    out = jax.eval_shape(lambda p, s, t: graph.join(p, s)(t), *shapes, tokens)
+    return flops.experts_per_token(out.routers.decision if out.routers is not None else None)
+
+
+def program(model: Model, optimizer, mesh: Mesh, *, steps, seed, accumulate, batch_size):
+    """The jitted step of a run.
+
+    Raises:
+        UserError: a batch that doesn't divide over micro-batches, groups or the mesh.
+    """
+    per_group = model.sequences_per_group
+    if accumulate < 1 or batch_size % (accumulate * per_group):
+        raise UserError(
+            f"train.batch_size={batch_size} doesn't divide into train.accumulate={accumulate} "
+            f"micro-batches of groups of {per_group} sequences; choose a multiple"
+        )
+    num_experts = model.moe_layer.router.num_experts if model.moe_layer else None
+    try:
+        sharding.check_batch(mesh, batch_size // (accumulate * per_group), num_experts)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    axes = {name: model.graph.axes[name] for name in model.shapes[0]}
+    losses = model.moe_layer.router.losses if model.moe_layer else ()
+    return step.build(
+        model.graph,
+        model.shapes,
+        objective=model.objective,
+        optimizer=optimizer.build(axes, steps),
+        mesh=mesh,
+        seed=seed,
+        accumulate=accumulate,
+        sequences_per_group=per_group,
+        whole_step_losses=any(loss.of_the_whole_step for loss in losses),
+    )

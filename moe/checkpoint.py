@@ -1,0 +1,127 @@
+"""Checkpoints by Orbax: asynchronous, the last few and the best; restored from the newest good one."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moe.errors import UserError
+from moe.step import TrainState
+
+Say = Callable[[str], None]
+
+
+class Checkpoints:
+    """The checkpoints folder of a run.
+
+    What Orbax leaves to us: a save that failed in the background is raised by `wait` (and by the
+    next save), a step that can't be read is set aside and the one before it is used, and what is
+    restored has the dtypes that were saved.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, read_only: bool = False):
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint.checkpoint_managers import preservation_policy as keeping
+
+        self.folder = folder.absolute()
+        best = keeping.BestN(get_metric_fn=lambda m: m["val_loss"], reverse=True, n=1)
+        policy = keeping.AnyPreservationPolicy([keeping.LatestN(n=keep), best])
+        options = ocp.CheckpointManagerOptions(
+            create=not read_only, read_only=read_only, preservation_policy=None if read_only else policy
+        )
+        self._ocp = ocp
+        self._options = options
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, state: TrainState, extra: dict[str, Any], val_loss: float | None = None) -> None:
+        """Start writing; returns before it is on disk. `extra` is JSON: the data position."""
+        ocp = self._ocp
+        arrays = ocp.args.StandardSave(as_tree(state))
+        metrics = None if val_loss is None else {"val_loss": val_loss}
+        composite = ocp.args.Composite(state=arrays, extra=ocp.args.JsonSave(extra))
+        if not self._manager.save(int(state.step), args=composite, metrics=metrics, force=True):
+            raise UserError(f"the checkpoint of step {int(state.step)} was not written")
+
+    def wait(self) -> None:
+        """Until every save is on disk; raises what went wrong in the background."""
+        self._manager.wait_until_finished()
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def restore(
+        self, abstract: TrainState, step: int | None = None, say: Say = lambda line: None
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest state that can be read (or that of `step`), and its extra; None without any.
+
+        abstract: shapes, dtypes and shardings; any mesh will do, whatever the saving one was.
+
+        Raises:
+            UserError: there are checkpoints, but none can be read; or `step` has none.
+        """
+        steps = self.steps()
+        if step is not None:
+            if step not in steps:
+                raise UserError(f"{self.folder} has no checkpoint of step {step}; it has {steps}")
+            steps = [step]
+        for candidate in reversed(steps):
+            try:
+                return self._read(candidate, abstract)
+            except Exception as error:  # whatever a damaged file makes the readers raise
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                say(f"the checkpoint of step {candidate} can't be read ({reason[:160]})")
+                self._set_aside(candidate, say)
+        if steps:
+            raise UserError(f"no checkpoint in {self.folder} can be read")
+        return None
+
+    def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        ocp = self._ocp
+        tree = as_tree(abstract)
+        found = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(tree, strict=True), extra=ocp.args.JsonRestore()
+            ),
+        )
+        structure = jax.tree.structure(abstract)
+        return jax.tree.unflatten(structure, jax.tree.leaves(found["state"])), found["extra"]
+
+    def _set_aside(self, step: int, say: Say) -> None:
+        if self._options.read_only:
+            return
+        aside = self.folder.parent / f"damaged-checkpoint-{step}"
+        for path in self.folder.glob(f"*{step}"):
+            if path.name.lstrip("0") in (str(step), "") and not aside.exists():
+                path.rename(aside)
+                say(f"it was set aside as {aside}; going on with the one before it")
+        self._manager.reload()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def as_tree(state: TrainState) -> dict[str, Any]:
+    """The state as plain containers: optimizer states of any kind are lists of their leaves."""
+    leaves = jax.tree.leaves(state)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    return {_name(path): leaf for path, leaf in zip(paths, leaves, strict=True)}
+
+
+def _name(path) -> str:
+    """Such as `params.embedding_VD`; sorts and reads well, and is unique."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+@contextlib.contextmanager
+def opened(folder: Path, keep: int = 2, read_only: bool = False) -> Iterator[Checkpoints]:
+    """Checkpoints that are closed, with every save on disk, when the block ends well."""
+    checkpoints = Checkpoints(folder, keep, read_only)
+    try:
+        yield checkpoints
+        checkpoints.wait()
+    finally:
+        checkpoints.close()

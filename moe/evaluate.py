@@ -1,0 +1,89 @@
+"""Bits per byte of whole held-out documents, each router by its evaluation rule."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from layers.constrain import placing
+from moe import objective as objectives
+from moe import sharding
+from moe.assemble import Model
+from moe.functional import Arrays
+from moe.metrics import Routing, bits_per_byte
+from moe.step import to_devices
+from moe.text_data import ValidationBatches
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """loss in nats per scored token; for masked tokens, bits per byte of the hidden ones."""
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    documents: int
+    routing: Routing | None
+
+
+def evaluation_step(model: Model, mesh: Mesh) -> Callable:
+    """The jitted forward pass of one batch: summed nats, scored tokens, what the routers said."""
+    graph, objective = model.graph, model.objective
+
+    def step(params, router_state, batch):
+        key = objectives.step_key(0, objectives.EVALUATION)
+        module = graph.join(params, router_state)
+        batch = objectives.prepared(objective, batch, key, module.vocab_size)
+        with placing(sharding.rule(mesh)):
+            out = module(objectives.tokens_of(batch, key, train=False))
+            nats = objectives.cross_entropy_sum(
+                module, out.hidden_BTD, batch.target_BT, batch.scored_BT
+            )
+        routers = out.routers and dataclasses.replace(out.routers, decision=None)
+        return nats, batch.scored_BT.sum(), routers
+
+    return jax.jit(step)
+
+
+def evaluate(
+    step: Callable,
+    params: Arrays,
+    router_state: Arrays,
+    batches: ValidationBatches,
+    mesh: Mesh,
+    say: Callable[[int, int], None] = lambda done, of: None,
+) -> Evaluation:
+    """Every token of the batches' documents scored once by an `evaluation_step`.
+
+    `say(done, of)` is called after each batch.
+    """
+    where = jax.sharding.NamedSharding(
+        mesh, jax.sharding.PartitionSpec(sharding.RULES["batch"])
+    )
+    rows = host_rows(batches.batch_size)
+    nats, scored, routers = 0.0, 0, None
+    for i in range(len(batches)):
+        batch = to_devices(batches.batch(i, rows), where, batches.batch_size)
+        nats_i, scored_i, routers_i = jax.device_get(step(params, router_state, batch))
+        nats, scored = nats + float(nats_i), scored + int(scored_i)
+        routers = routers_i if routers is None else _add(routers, routers_i)
+        say(i + 1, len(batches))
+    loss = nats / max(scored, 1)
+    bytes_per_token = batches.num_bytes / batches.num_tokens
+    routing = Routing.of(routers) if routers is not None else None
+    bpb = bits_per_byte(loss, bytes_per_token)
+    return Evaluation(loss, bpb, scored, batches.num_bytes, batches.num_documents, routing)
+
+
+def _add(a, b):
+    """Statistics add up; losses are left as they were in the first batch."""
+    return dataclasses.replace(a, stats=jax.tree.map(jnp.add, a.stats, b.stats))
+
+
+def host_rows(batch_size: int) -> slice:
+    """The rows of the global batch that this process reads."""
+    per_host = batch_size // jax.process_count()
+    return slice(jax.process_index() * per_host, (jax.process_index() + 1) * per_host)

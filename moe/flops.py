@@ -1,0 +1,94 @@
+"""What a token costs: parameters and FLOPs, total and active. T tokens, K experts per token."""
+
+import dataclasses
+import math
+
+from moe.functional import Arrays
+from moe.model import Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Parameters, and FLOPs of one training token (forward and backward: three times forward).
+
+    An expert assignment costs `flops_per_assignment` in one layer; everything else of a token
+    costs `flops_per_token_base`. A token's FLOPs are base + layers * assignments * that.
+    """
+
+    parameters_total: int
+    parameters_active: int
+    flops_per_token_base: int
+    flops_per_assignment: int
+    sparse_layers: int
+    experts_per_token: float
+
+    @property
+    def flops_per_token(self) -> int:
+        """With every chosen expert computed."""
+        return self.flops_with(self.experts_per_token)
+
+    def flops_with(self, assignments_per_token: float) -> int:
+        """With this mean number of experts per token and sparse layer."""
+        work = self.sparse_layers * self.flops_per_assignment * assignments_per_token
+        return round(self.flops_per_token_base + work)
+
+
+def costs(
+    model: Transformer, params: Arrays, experts_per_token: float, sequence_length: int
+) -> Costs:
+    """Counted from the parameters: 6 FLOPs for each weight of a matmul, and attention.
+
+    Attention counts what its mask leaves: T / 2 keys per query on average in a decoder (the
+    window's share where there is one). Embedding look-ups cost nothing; the head does, tied or not.
+    """
+    experts = {name: value for name, value in params.items() if ".experts." in name}
+    total = sum(math.prod(value.shape) for value in params.values())
+    in_experts = sum(math.prod(value.shape) for value in experts.values())
+    num_experts = model.moe_layers_of_units()[0].router.num_experts if experts else 1
+    sparse = sum(model.is_moe)
+    share = experts_per_token / num_experts
+    matmul = total - in_experts
+    matmul -= sum(math.prod(v.shape) for n, v in params.items() if _is_no_matmul(n, v, model))
+    one_expert = in_experts // (num_experts * sparse) if experts else 0
+    attention = sum(_attention_flops(model, stack, sequence_length) for stack in model.stacks)
+    return Costs(
+        parameters_total=total,
+        parameters_active=round(total - in_experts * (1 - min(share, 1.0))),
+        flops_per_token_base=6 * matmul + attention,
+        flops_per_assignment=6 * one_expert,
+        sparse_layers=sparse,
+        experts_per_token=experts_per_token,
+    )
+
+
+def _is_no_matmul(name: str, value, model: Transformer) -> bool:
+    """Norms, biases and tables; the embedding only where it is not also the head."""
+    if name == "embedding_VD":
+        return model.head_DV is not None
+    return len(value.shape) < 2 or name.startswith("learned") or "norm" in name.split(".")[-2]
+
+
+def _attention_flops(model: Transformer, stack, length: int) -> int:
+    """Of one token in all layers of a stack, forward and backward."""
+    total = 0
+    for block in stack.unit.blocks:
+        attention = block.attention
+        heads, width = attention.query_DHK.shape[-2:]
+        seen = length / 2 if model.causal else length
+        if attention.window is not None:
+            seen = min(seen, attention.window)
+        total += round(3 * 4 * seen * heads * width) * stack.repeats
+    return total
+
+
+def experts_per_token(decision_shapes) -> float:
+    """Assignments per token of a decision, from the shapes of its record (leading layer axis)."""
+    if decision_shapes is None:
+        return 0.0
+    if hasattr(decision_shapes, "expert_GTK"):
+        return float(decision_shapes.expert_GTK.shape[-1])
+    if hasattr(decision_shapes, "token_GEC"):
+        experts, slots = decision_shapes.token_GEC.shape[-2:]
+        return experts * slots / decision_shapes.num_tokens
+    tokens, experts, slots = decision_shapes.dispatch_GTES.shape[-3:]
+    return experts * slots / tokens

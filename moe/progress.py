@@ -1,0 +1,90 @@
+"""What a person sees while a run goes on: a bar in a terminal, a line now and then in a file."""
+
+import statistics
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_EVERY_SECONDS = 10
+
+
+class Display:
+    """`say` prints a line; `update` moves the bar. Silent in all but the first process."""
+
+    def __init__(self, steps: int, done: int = 0, quiet: bool = False):
+        self.console = Console(file=sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)
+        self._steps, self._last_line, self._started = steps, 0.0, None
+        self._done = done
+        self._bar: Progress | None = None
+        if self.console.is_terminal and not quiet:
+            columns: list[Any] = [
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[line]}"),
+                TimeRemainingColumn(),
+            ]
+            self._bar = Progress(*columns, console=self.console)
+            self._task = self._bar.add_task("train", total=steps, completed=done, line="compiling")
+
+    def __enter__(self) -> "Display":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """One line above the bar."""
+        self.console.print(line, markup=False)
+
+    def update(self, step: int, line: str) -> None:
+        """Progress, with what is worth knowing of the last logged step."""
+        now = time.monotonic()
+        if self._started is None:
+            self._started = now
+            self._done = step
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, line=line)
+        elif now - self._last_line >= LINE_EVERY_SECONDS or step == self._steps:
+            self._last_line = now
+            pace = (now - self._started) / max(step - self._done, 1)
+            left = f"{pace * (self._steps - step):.0f} s left" if step > self._done else ""
+            self.say(f"step {step}/{self._steps} {line} {left}".rstrip())
+
+
+def line(scalars: dict[str, float], word: str) -> str:
+    """Such as: loss 3.21 bpb 1.93 12,345 tok/s load 1.21 drop 0.3% balanced."""
+    parts = [
+        f"loss {scalars['loss']:.3f}",
+        f"bpb {scalars['bits_per_byte']:.3f}",
+        f"{scalars['speed/tokens_per_second']:,.0f} tok/s",
+    ]
+    if "load/max_over_mean_worst" in scalars:
+        parts += [
+            f"load {scalars['load/max_over_mean_worst']:.2f}",
+            f"drop {scalars['load/dropped']:.1%}",
+        ]
+    return " ".join([*parts, word])
+
+
+class Pace:
+    """Notices a step that takes ten times as long as the median of those before it."""
+
+    def __init__(self, factor: float = 10.0, least: int = 10):
+        self._factor, self._least = factor, least
+        self._seconds: list[float] = []
+
+    def slow(self, seconds: float) -> str | None:
+        """What to say of a step that took this long; None where it is nothing special."""
+        past, self._seconds = self._seconds, [*self._seconds[-200:], seconds]
+        if len(past) < self._least:
+            return None
+        usual = statistics.median(past)
+        if seconds <= self._factor * usual:
+            return None
+        return f"took {seconds:.2f} s, {seconds / usual:.0f} times the usual {usual:.2f} s"

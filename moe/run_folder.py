@@ -1,0 +1,112 @@
+"""A run's folder: what lies where, whose it is, and whether it may go on."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+import platform
+import socket
+from typing import Any
+
+from moe.errors import UserError
+from moe.gin_read import bindings_of
+from moe.token_cache import write_atomically
+
+# Settings that may change when a run goes on: they don't change what a step computes.
+MAY_CHANGE = (
+    "train.stop_at",
+    "train.max_seconds",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep",
+)
+
+
+class RunFolder:
+    """Names of the files of a run, and the checks before it starts."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.gin"
+        self.run = self.path / "run.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.routing = self.path / "routing.jsonl"
+        self.summary = self.path / "summary.json"
+        self.samples = self.path / "samples.txt"
+        self.tensorboard = self.path / "tensorboard"
+        self.tokenizer = self.path / "tokenizer"
+        self.checkpoints = self.path / "checkpoints"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process; UserError where another one has it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise UserError(f"{self.path} is in use by {holder}; choose another --workdir") from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+    def refuse_another_run(self, config: str, fingerprint: dict[str, Any]) -> None:
+        """UserError where the folder holds checkpoints of a run with other settings or data."""
+        if not (self.config.exists() and self.checkpoints.exists()):
+            return
+        theirs = json.loads(self.run.read_text())["data"] if self.run.exists() else {}
+        differs = _differences(self.config.read_text(), config)
+        differs += [
+            f"data {name}: {theirs[name]} there, {value} here"
+            for name, value in fingerprint.items()
+            if name in theirs and theirs[name] != value
+        ]
+        if differs:
+            raise UserError(
+                f"{self.path} holds the checkpoints of another run; choose another --workdir, or "
+                "the same settings to continue it. What differs:\n  " + "\n  ".join(differs)
+            )
+
+    def write_json(self, path: Path, content: Any) -> None:
+        """Whole or not at all."""
+        write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+    def cut_metrics(self, step: int) -> None:
+        """Forget what was logged after a step that the run goes back to."""
+        for path in (self.metrics, self.routing):
+            if path.exists():
+                lines = path.read_text().splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("\n") and _step(line) <= step]
+                write_atomically(path, "".join(kept).encode())
+
+
+def _step(line: str) -> int:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # a line that a crash cut short
+        return 2**62
+
+
+def _differences(theirs: str, ours: str) -> list[str]:
+    """Settings of two config texts that are not the same, but for those that may change."""
+    old, new = bindings_of(theirs), bindings_of(ours)
+    return [
+        f"{name}: {old.get(name, 'not set')} there, {new.get(name, 'not set')} here"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not name.endswith(MAY_CHANGE)
+    ]
+
+
+def versions() -> dict[str, str]:
+    """What ran: Python, the libraries, the machine."""
+    import importlib.metadata as metadata
+
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
+    found = {name: metadata.version(name) for name in names}
+    return {"python": platform.python_version(), "machine": platform.machine(), **found}

@@ -1,0 +1,52 @@
+"""`moe train`: a run from a configuration, and the summary at its end."""
+
+import json
+from pathlib import Path
+import shutil
+from typing import Any
+
+from moe import gin_files
+from moe.run_folder import RunFolder
+
+
+def run(flags) -> int:
+    """Train or continue; 0 when the run is complete, 128 + the signal when it was interrupted."""
+    gin_files.load(flags.gin_file, flags.gin_bindings)
+    from moe.train import train
+
+    summary = train(flags.workdir)
+    if summary.get("interrupted"):
+        return 128 + summary["signal"] if summary["signal"] else 0
+    samples = summary.pop("samples")
+    if flags.json:
+        Path(flags.json).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print(report(summary, samples, RunFolder(flags.workdir)))
+    return 0
+
+
+def report(summary: dict[str, Any], samples: list[str], folder: RunFolder) -> str:
+    """The last screen of a run."""
+    marks = {"this model": summary["val_bits_per_byte"], **summary["baselines"]}
+    widest = max(marks.values())
+    lines = ["", "bits per byte of held-out text (lower is better)"]
+    for name, value in sorted(marks.items(), key=lambda mark: mark[1]):
+        bar = "#" * round(40 * value / widest)
+        lines.append(f"  {name:<12}{value:6.3f}  {bar}")
+    lines += [
+        "",
+        f"parameters   {summary['parameters_total']:,} total, "
+        f"{summary['parameters_active']:,} active for a token",
+        f"speed        {summary['tokens_per_second']:,.0f} tokens/s; "
+        f"{summary['train_seconds']:.0f} s of training, {summary['wall_seconds']:.0f} s in all",
+        f"utilisation  {summary['effective_utilisation']:.2f} of this machine's measured "
+        f"{summary['matmul_peak_flops'] / 1e9:,.0f} GFLOP/s (kept work only; "
+        f"{summary['utilisation']:.2f} with what was dropped)",
+        f"memory       {summary['peak_memory_bytes'] / 2**20:,.0f} MiB at its peak",
+        f"written to   {folder.path}: config.gin, run.json, metrics.jsonl, routing.jsonl, "
+        "summary.json, samples.txt, checkpoints/, tensorboard/",
+    ]
+    if samples:
+        width = min(shutil.get_terminal_size().columns, 100)
+        shown = samples[0].strip("\n").splitlines()[:16]
+        lines += ["", "a sample:", *("  | " + line[:width] for line in shown)]
+    return "\n".join(lines)
