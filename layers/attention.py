@@ -6,8 +6,8 @@ B batch, T tokens, D model width, H query heads, N key-value heads, K width of a
 from flax import nnx
 import gin
 import jax
-import jax.numpy as jnp
 
+from layers.linear import linear
 from layers.norms import RMSNorm
 from layers.positions import Rotary, alibi
 from routing.parameters import parameter, truncated_normal
@@ -76,9 +76,9 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD: jax.Array, position_BT: jax.Array, segment_BT: jax.Array):
         """(B, T, D). Attention never crosses from one segment into another."""
         dtype = x_BTD.dtype
-        query_BTHK = jnp.einsum("btd,dhk->bthk", x_BTD, self.query_DHK[...].astype(dtype))
-        key_BTNK = jnp.einsum("btd,dnk->btnk", x_BTD, self.key_DNK[...].astype(dtype))
-        value_BTNK = jnp.einsum("btd,dnk->btnk", x_BTD, self.value_DNK[...].astype(dtype))
+        query_BTHK = linear(x_BTD, self.query_DHK[...])
+        key_BTNK = linear(x_BTD, self.key_DNK[...])
+        value_BTNK = linear(x_BTD, self.value_DNK[...])
         if self.query_norm is not None and self.key_norm is not None:
             query_BTHK, key_BTNK = self.query_norm(query_BTHK), self.key_norm(key_BTNK)
         if self.positions == "rotary":
@@ -98,4 +98,4 @@ class Attention(nnx.Module):
             local_window_size=None if side is None else (side, 0 if self.causal else side),
             implementation=self.implementation,  # pyright: ignore[reportArgumentType]
         )
-        return jnp.einsum("bthk,hkd->btd", mixed_BTHK, self.out_HKD[...].astype(dtype))
+        return linear(mixed_BTHK, self.out_HKD[...], contracted=2)

@@ -7,6 +7,7 @@ import gin
 import jax
 import jax.numpy as jnp
 
+from layers.linear import linear
 from routing.parameters import parameter, truncated_normal
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu", "relu2"]
@@ -53,13 +54,13 @@ class FeedForward(nnx.Module):
         self.down_FD = parameter((d_ff, d_model), ("mlp", "embed"), truncated_normal(out_scale))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        act, dtype = ACTIVATIONS[self.activation], x.dtype
-        hidden = x @ self.up_DF[...].astype(dtype)
+        act = ACTIVATIONS[self.activation]
+        hidden = linear(x, self.up_DF[...])
         if self.gate_DF is None:
             hidden = act(hidden)
         else:
-            hidden = act(x @ self.gate_DF[...].astype(dtype)) * hidden
-        return hidden @ self.down_FD[...].astype(dtype)
+            hidden = act(linear(x, self.gate_DF[...])) * hidden
+        return linear(hidden, self.down_FD[...])
 
 
 @gin.configurable
@@ -85,11 +86,13 @@ class Experts(nnx.Module):
 
     def __call__(self, x_EGND: jax.Array) -> jax.Array:
         """(E, G, N, D): expert e works on x_EGND[e]; G keeps the groups apart for the mesh."""
-        act, dtype = ACTIVATIONS[self.activation], x_EGND.dtype
-        hidden = jnp.einsum("egnd,edf->egnf", x_EGND, self.up_EDF[...].astype(dtype))
+        act, shape, dtype = ACTIVATIONS[self.activation], x_EGND.shape, x_EGND.dtype
+        x_END = x_EGND.reshape(shape[0], -1, shape[-1])  # as in layers.linear: one row axis
+        hidden = jnp.einsum("end,edf->enf", x_END, self.up_EDF[...].astype(dtype))
         if self.gate_EDF is None:
             hidden = act(hidden)
         else:
-            gate = jnp.einsum("egnd,edf->egnf", x_EGND, self.gate_EDF[...].astype(dtype))
+            gate = jnp.einsum("end,edf->enf", x_END, self.gate_EDF[...].astype(dtype))
             hidden = act(gate) * hidden
-        return jnp.einsum("egnf,efd->egnd", hidden, self.down_EFD[...].astype(dtype))
+        y_END = jnp.einsum("enf,efd->end", hidden, self.down_EFD[...].astype(dtype))
+        return y_END.reshape(shape)

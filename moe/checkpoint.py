@@ -29,7 +29,9 @@ class Checkpoints:
         best = keeping.BestN(get_metric_fn=lambda m: m["val_loss"], reverse=True, n=1)
         policy = keeping.AnyPreservationPolicy([keeping.LatestN(n=keep), best])
         options = ocp.CheckpointManagerOptions(
-            create=not read_only, read_only=read_only, preservation_policy=None if read_only else policy
+            create=not read_only,
+            read_only=read_only,
+            preservation_policy=None if read_only else policy,
         )
         self._ocp = ocp
         self._options = options

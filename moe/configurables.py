@@ -6,6 +6,7 @@ A new module with a configurable gets its line here; tests/test_packaging.py loo
 from layers import attention, block, dispatch, feed_forward, moe_layer, norms, positions
 from moe import (
     corpus,
+    eval_command,
     model,
     objective,
     optimizer,

@@ -60,9 +60,7 @@ def evaluate(
 
     `say(done, of)` is called after each batch.
     """
-    where = jax.sharding.NamedSharding(
-        mesh, jax.sharding.PartitionSpec(sharding.RULES["batch"])
-    )
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.RULES["batch"]))
     rows = host_rows(batches.batch_size)
     nats, scored, routers = 0.0, 0, None
     for i in range(len(batches)):

@@ -50,7 +50,9 @@ class RunFolder:
             except BlockingIOError:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
-                raise UserError(f"{self.path} is in use by {holder}; choose another --workdir") from None
+                raise UserError(
+                    f"{self.path} is in use by {holder}; choose another --workdir"
+                ) from None
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()

@@ -42,12 +42,12 @@ class StepMetrics(nnx.Pytree):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The jitted functions of a run and where its arrays live."""
+    """The jitted functions of a run; shapes, types and places of its arrays."""
 
     init: Callable[[int], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
     gradients: Callable[[TrainState, Batch], tuple[Arrays, StepMetrics]]
-    state_shardings: TrainState
+    abstract_state: TrainState
     batch_sharding: NamedSharding
 
 
@@ -147,7 +147,9 @@ def build(
             donate_argnums=0,
         ),
         gradients=jax.jit(gradients, in_shardings=(state_shardings, by_batch)),
-        state_shardings=state_shardings,
+        abstract_state=jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, state_shardings
+        ),
         batch_sharding=by_batch,
     )
 

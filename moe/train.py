@@ -86,6 +86,7 @@ def train(
     """
     folder = RunFolder(workdir)
     started = time.monotonic()
+    hardware.keep_freed_memory()
     quiet = jax.process_index() != 0
     objective = NextToken() if objective is None else objective
     optimizer = AdamW() if optimizer is None else optimizer
@@ -125,12 +126,7 @@ def train(
 
         # The state: from the last checkpoint, or from the seed.
         saves = stack.enter_context(checkpoint.opened(folder.checkpoints, keep))
-        abstract = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-            jax.eval_shape(program.init, seed),
-            program.state_shardings,
-        )
-        restored = saves.restore(abstract, say=say)
+        restored = saves.restore(program.abstract_state, say=say)
         state = restored[0] if restored else program.init(seed)
         first = int(state.step)
         if restored:
@@ -221,7 +217,9 @@ def train(
             saves.save(state, extra)
         saves.wait()
         if interrupted or step == stop_at != steps:
-            display.say(f"stopped after step {step} of {steps}; the same command goes on from there")
+            display.say(
+                f"stopped after step {step} of {steps}; the same command goes on from there"
+            )
             return {"interrupted": True, "signal": interrupted.signal, "step": step}
         summary = {
             "step": step,

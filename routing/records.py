@@ -137,12 +137,12 @@ class RouterOutput(nnx.Pytree):
 
 
 def choices_GE(decision: Decision, *, kept_GTK: Array | None = None) -> Int[Array, "G E"]:
-    """How many assignments each expert has in each group; soft slots count as one each."""
+    """How many assignments each expert has in each group; a soft slot that reads anything is one."""
     if isinstance(decision, TokenChoice):
         keep_GTK = decision.keep_GTK if kept_GTK is None else kept_GTK
         hit_GTKE = jax.nn.one_hot(decision.expert_GTK, decision.num_experts, dtype=bool)
         return jnp.sum(hit_GTKE & keep_GTK[..., None], axis=(1, 2), dtype=jnp.int32)
     if isinstance(decision, ExpertChoice):
         return jnp.sum(decision.keep_GEC, axis=2, dtype=jnp.int32)
-    groups, _, experts, slots = decision.dispatch_GTES.shape
-    return jnp.full((groups, experts), slots, jnp.int32)
+    # The slots of a group of nothing but padding read nothing.
+    return jnp.sum(jnp.any(decision.dispatch_GTES != 0, axis=1), axis=-1, dtype=jnp.int32)

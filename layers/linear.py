@@ -1,0 +1,19 @@
+"""Matrix products of activations with weights, on rows."""
+
+import math
+
+import jax
+
+
+def linear(x: jax.Array, weight: jax.Array, contracted: int = 1) -> jax.Array:
+    """The last `contracted` axes of x against the first ones of weight; weight in x's type.
+
+    Equivalent to: tensordot(x, weight, contracted). Rows are flattened first: with two row axes
+    XLA's CPU backend copies transposed activations in the backward pass (benchmarks/linear.py:
+    1.4 to 1.9 times the time of a gated feed-forward).
+    """
+    split = x.ndim - contracted
+    rows, inner, outer = x.shape[:split], x.shape[split:], weight.shape[contracted:]
+    width = math.prod(inner)
+    flat = x.reshape(-1, width) @ weight.astype(x.dtype).reshape(width, -1)
+    return flat.reshape(*rows, *outer)

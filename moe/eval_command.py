@@ -1,0 +1,87 @@
+"""`moe eval`: bits per byte of a run's checkpoint on its held-out split or on any corpus."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import gin
+
+from moe.corpus import Corpus
+from moe.errors import UserError
+from moe.evaluate import Evaluation, evaluate, evaluation_step
+from moe.metrics import health
+from moe.restore import Restored, restore_run
+from moe.text_data import PreparedData, TextData
+from moe.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A tokenizer that is there already, where a spec of one is asked for."""
+
+    tokenizer: Tokenizer
+
+    def fit(self, texts, cache_dir: Path, fingerprint: str) -> Tokenizer:
+        return self.tokenizer
+
+
+@gin.configurable("eval", module="moe.eval_command")
+def evaluate_run(
+    run: Restored,
+    corpus: Corpus | None = None,
+    batch_size: int = 32,
+    stride: int | None = None,
+    max_bytes: int | None = None,
+) -> Evaluation:
+    """Score every token of held-out documents once.
+
+    Args:
+        run: model, values and tokenizer.
+        corpus: all of its documents are scored; the run's own held-out split where None.
+        batch_size: sequences at a time; changes the speed alone.
+        stride: how far the windows of a long document advance; half the sequence where None.
+        max_bytes: only some whole documents, at most so much text.
+    """
+    length = run.settings["sequence_length"]
+    data: PreparedData
+    if corpus is None:
+        data = run.settings["data"].prepare()
+        if data.tokenizer.fingerprint != run.tokenizer.fingerprint:
+            raise UserError(
+                "the run's text has changed since it was trained (its tokenizer no longer comes "
+                'out the same); name a corpus, such as --gin_bindings="eval.corpus = @TextFiles()"'
+            )
+    else:
+        spec = Fitted(run.tokenizer)
+        data = TextData(corpus, spec, validation_corpus=corpus).prepare()
+    batches = data.validation_batches(batch_size, length, stride, max_bytes)
+    step = evaluation_step(run.model, run.mesh)
+    return evaluate(step, run.params, run.router_state, batches, run.mesh)
+
+
+def run(flags) -> int:
+    """Print the result; `--json` also writes it."""
+    restored = restore_run(flags.workdir, flags.gin_bindings, flags.step)
+    result = evaluate_run(restored)
+    layer = restored.model.moe_layer
+    found = {
+        "step": restored.step,
+        "bits_per_byte": result.bits_per_byte,
+        "loss": result.loss,
+        "tokens": result.tokens,
+        "bytes": result.bytes,
+        "documents": result.documents,
+        "router": None if layer is None else type(layer.router).__name__,
+        "evaluation_rule": None if layer is None else layer.router.decoding,
+        "routing": health(result.routing),
+    }
+    if result.routing is not None:
+        found["max_over_mean_load"] = float(result.routing.load_L.max())
+        found["dropped"] = float(result.routing.dropped_L.mean())
+    width = max(map(len, found))
+    for name, value in found.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else value
+        print(f"{name:<{width}}  {shown}")
+    if flags.json:
+        Path(flags.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return 0
