@@ -23,6 +23,11 @@ def placing(rule: Rule | None) -> Iterator[None]:
         _rule.reset(token)
 
 
+def is_placed() -> bool:
+    """True where arrays are spread over several devices."""
+    return _rule.get() is not None
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """x, placed as its logical axes say (one name, or None, per dimension)."""
     rule = _rule.get()

@@ -114,8 +114,9 @@ def sum_by_token(y_EGCD, token_GEC, num_tokens: int):
         row_GT = jnp.take_along_axis(order_GN, place_GT, axis=1)
         return j + 1, total_GTD + take(rows_GND, jnp.where(j < count_GT, row_GT, -1))
 
+    rounds = count_GT.max()
     start = (jnp.int32(0), jnp.zeros((groups, num_tokens, width), rows_GND.dtype))
-    return jax.lax.while_loop(lambda carry: carry[0] < count_GT.max(), add, start)[1]
+    return jax.lax.while_loop(lambda carry: carry[0] < rounds, add, start)[1]
 
 
 def _sum_forward(y_EGCD, token_GEC, num_tokens):

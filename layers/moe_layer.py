@@ -63,9 +63,10 @@ class MoELayer(nnx.Module):
         self.sequences_per_group = sequences_per_group
         self.router = router(Sizes(d_model, num_experts, vocab_size))
         self.experts = Experts(num_experts, d_model, d_ff, activation, out_scale)
-        self.shared = None
+        shared = None
         if shared_experts:
-            self.shared = FeedForward(d_model, shared_experts * d_ff, activation, out_scale)
+            shared = FeedForward(d_model, shared_experts * d_ff, activation, out_scale)
+        self.shared = shared  # once: Flax takes an attribute that was None for static
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, RouterOutput]:
         """The layer's output (B, T, D) and what its router said."""

@@ -51,6 +51,8 @@ def alibi(position_BT: jax.Array, heads: int) -> jax.Array:
 
 def sinusoidal(position_BT: jax.Array, width: int) -> jax.Array:
     """(B, T, D): sines, then cosines, of falling frequency (Vaswani et al. 2017, section 3.5)."""
+    if width % 2:
+        raise ValueError(f"sinusoidal positions need an even d_model, not {width}")
     frequency_D = 10_000.0 ** (-jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
     angle_BTD = jnp.einsum("bt,d->btd", position_BT.astype(jnp.float32), frequency_D)
     return jnp.concatenate([jnp.sin(angle_BTD), jnp.cos(angle_BTD)], axis=-1)
@@ -64,5 +66,10 @@ class LearnedPositions(nnx.Module):
         self.table_TD = parameter((length, width), (None, "embed"), normal(0.02))
 
     def __call__(self, position_BT: jax.Array) -> jax.Array:
-        """(B, T, D); positions at or beyond `length` are refused where the model is called."""
+        """(B, T, D); raise ValueError for sequences longer than the table."""
+        if position_BT.shape[1] > self.length:
+            raise ValueError(
+                f"{position_BT.shape[1]} tokens per sequence, but Transformer.max_length="
+                f"{self.length} learned positions; raise it or shorten the sequences"
+            )
         return self.table_TD[...][position_BT]

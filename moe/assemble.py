@@ -1,8 +1,8 @@
 """From a configuration to the parts of a run: model, data, mesh, program and what they cost."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp

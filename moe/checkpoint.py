@@ -1,7 +1,9 @@
 """Checkpoints by Orbax: asynchronous, the last few and the best; restored from the newest good one."""
 
-import contextlib
 from collections.abc import Callable, Iterator
+import contextlib
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,18 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int = 2, read_only: bool = False):
+        import absl.logging
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import preservation_policy as keeping
 
         self.folder = folder.absolute()
-        best = keeping.BestN(get_metric_fn=lambda m: m["val_loss"], reverse=True, n=1)
+        absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax raises is told once, by us
+        best = keeping.BestN(
+            get_metric_fn=lambda m: m["val_loss"],
+            reverse=True,
+            n=1,
+            keep_checkpoints_without_metrics=False,  # or all that were not evaluated stay
+        )
         policy = keeping.AnyPreservationPolicy([keeping.LatestN(n=keep), best])
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
@@ -43,12 +52,31 @@ class Checkpoints:
         arrays = ocp.args.StandardSave(as_tree(state))
         metrics = None if val_loss is None else {"val_loss": val_loss}
         composite = ocp.args.Composite(state=arrays, extra=ocp.args.JsonSave(extra))
-        if not self._manager.save(int(state.step), args=composite, metrics=metrics, force=True):
-            raise UserError(f"the checkpoint of step {int(state.step)} was not written")
+        step = int(state.step)
+        with self._told():
+            if not self._manager.save(step, args=composite, metrics=metrics, force=True):
+                raise UserError(f"the checkpoint of step {step} was not written")
 
     def wait(self) -> None:
         """Until every save is on disk; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
+        with self._told():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """A disk that is full, say, in one line; Orbax wraps it in errors of several kinds."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            causes = (os.strerror(n) for n in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO))
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            reason = next((cause for cause in causes if cause in str(error)), first)
+            raise UserError(
+                f"a checkpoint can't be written to {self.folder} ({reason}); those before "
+                f"it are whole: {self.steps()}"
+            ) from None
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first."""
@@ -89,8 +117,9 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(tree, strict=True), extra=ocp.args.JsonRestore()
             ),
         )
-        structure = jax.tree.structure(abstract)
-        return jax.tree.unflatten(structure, jax.tree.leaves(found["state"])), found["extra"]
+        # By name: a dict's leaves come sorted, a state's fields need not be.
+        leaves = [found["state"][name] for name in tree]
+        return jax.tree.unflatten(jax.tree.structure(abstract), leaves), found["extra"]
 
     def _set_aside(self, step: int, say: Say) -> None:
         if self._options.read_only:

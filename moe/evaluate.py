@@ -1,13 +1,14 @@
 """Bits per byte of whole held-out documents, each router by its evaluation rule."""
 
-import dataclasses
 from collections.abc import Callable
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from layers.constrain import placing
+from layers.cross_entropy import cross_entropy_sum
 from moe import objective as objectives
 from moe import sharding
 from moe.assemble import Model
@@ -39,8 +40,8 @@ def evaluation_step(model: Model, mesh: Mesh) -> Callable:
         batch = objectives.prepared(objective, batch, key, module.vocab_size)
         with placing(sharding.rule(mesh)):
             out = module(objectives.tokens_of(batch, key, train=False))
-            nats = objectives.cross_entropy_sum(
-                module, out.hidden_BTD, batch.target_BT, batch.scored_BT
+            nats = cross_entropy_sum(
+                module.head(), out.hidden_BTD, batch.target_BT, batch.scored_BT
             )
         routers = out.routers and dataclasses.replace(out.routers, decision=None)
         return nats, batch.scored_BT.sum(), routers

@@ -65,7 +65,11 @@ def _is_no_matmul(name: str, value, model: Transformer) -> bool:
     """Norms, biases and tables; the embedding only where it is not also the head."""
     if name == "embedding_VD":
         return model.head_DV is not None
-    return len(value.shape) < 2 or name.startswith("learned") or "norm" in name.split(".")[-2]
+    return (
+        len(value.shape) < 2
+        or name.startswith("learned")
+        or "norm" in name.rpartition(".")[0].rpartition(".")[2]
+    )
 
 
 def _attention_flops(model: Transformer, stack, length: int) -> int:

@@ -42,7 +42,7 @@ def nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
     order_BV = jnp.argsort(-logits_BV, axis=-1)
     prob_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, -1))
     # A token stays when those before it don't reach top_p yet; so the first always stays.
-    keep_BV = jnp.cumsum(prob_BV, axis=-1) - prob_BV < top_p
+    keep_BV = jnp.cumsum(prob_BV, axis=-1) - prob_BV < max(top_p, 1e-9)
     keep_BV = jnp.take_along_axis(keep_BV, jnp.argsort(order_BV, axis=-1), -1)
     return jnp.where(keep_BV, logits_BV, -jnp.inf)
 

@@ -28,6 +28,7 @@ HEADER = """\
 #   moe train --gin_file=config.gin --workdir=NEW_FOLDER
 """
 Bindings = dict[tuple[str, str], dict[str, object]]  # (scope, selector) -> parameter -> value
+_by_hand: set[str] = set()  # settings that came with --gin_bindings
 
 
 def load(gin_files: Sequence[str], gin_bindings: Sequence[str] = ()) -> None:
@@ -42,12 +43,16 @@ def load(gin_files: Sequence[str], gin_bindings: Sequence[str] = ()) -> None:
     if problems:
         raise UserError("\n".join(problems))
     gin.clear_config()
+    _by_hand.clear()
     for _, statement in reading.imports:
         gin.parse_config(statement.format())  # on record, for `operative`
     for setting in reading.settings:
         target = (setting.scope, setting.selector, setting.parameter)
         key = target if setting.parameter else (setting.key, gin_check.MACRO, "value")
         gin.bind_parameter(key, _gin_value(setting.value))
+        if setting.parameter and setting.where.startswith("--gin_bindings"):
+            selector = gin_check.resolve(setting.selector)
+            _by_hand.add(_name(setting.scope, selector, setting.parameter))
 
 
 def _import(reading: gin_read.Reading) -> Iterator[str]:
@@ -191,6 +196,21 @@ def unused(later: Collection[str] = ()) -> list[str]:
         and selector != gin_check.MACRO
         and selector not in waiting
     )
+
+
+def refuse_ignored(later: Collection[str] = ()) -> list[str]:
+    """UserError for settings of the command line that `unused` finds; the names of the others.
+
+    Files may hold settings that another file has put out of use, as when a router is swapped.
+    """
+    ignored = unused(later)
+    wrong = [name for name in ignored if name in _by_hand]
+    if wrong:
+        raise UserError(
+            f"this run would ignore {', '.join(wrong)}: nothing that it builds reads "
+            f"{'them' if len(wrong) > 1 else 'it'}; take it out, or set what does"
+        )
+    return ignored
 
 
 def _text(value: object) -> str | None:

@@ -1,27 +1,11 @@
 """What this machine is and what it can do: measured, not looked up."""
 
-import ctypes
 import resource
 import statistics
 import time
 
 import jax
 import jax.numpy as jnp
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what XLA's CPU backend frees, instead of asking the kernel anew every step.
-
-    Fresh pages cost up to a third of a training step (benchmarks/results/allocator.json). Without
-    glibc, or on an accelerator, this changes nothing.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # names of <malloc.h>
-    for option, value in ((mmap_threshold, 2**30), (trim_threshold, 2**31 - 1), (top_pad, 2**28)):
-        mallopt(option, value)
 
 
 def matmul_peak(dtype: str = "float32", seconds: float = 0.5) -> float:

@@ -16,6 +16,7 @@ from layers.attention import Attention
 from layers.block import Block
 from layers.constrain import constrain
 from layers.feed_forward import FeedForward
+from layers.linear import linear
 from layers.moe_layer import MoELayer
 from layers.norms import RMSNorm
 from layers.positions import POSITIONS, LearnedPositions, Positions, sinusoidal
@@ -107,11 +108,10 @@ class Transformer(nnx.Module):
         self.vocab_size, self.d_model, self.causal = vocab_size, d_model, causal
         self.is_moe, self.positions, self.compute_dtype = is_moe, positions, compute_dtype
         self.embedding_VD = parameter((vocab_size, d_model), ("vocab", "embed"), normal(0.02))
-        self.learned = None
-        if positions == "learned":
-            if max_length is None:
-                raise ValueError("learned positions need Transformer.max_length")
-            self.learned = LearnedPositions(max_length, d_model)
+        if positions == "learned" and max_length is None:
+            raise ValueError("learned positions need Transformer.max_length")
+        # Assigned once: Flax takes an attribute that was None for static.
+        self.learned = LearnedPositions(max_length, d_model) if positions == "learned" else None
         out_scale = 0.5 / num_layers
         make_attention = functools.partial(
             attention,
@@ -133,10 +133,10 @@ class Transformer(nnx.Module):
             first += len(pattern) * repeats
         self.stacks = nnx.List(stacks)
         self.final_norm = norm(d_model)
-        head = truncated_normal()
-        self.head_DV = None
+        head_DV = None
         if not tie_embeddings:
-            self.head_DV = parameter((d_model, vocab_size), ("embed", "vocab"), head)
+            head_DV = parameter((d_model, vocab_size), ("embed", "vocab"), truncated_normal())
+        self.head_DV = head_DV
         if causal:
             self._refuse_routers_that_see_the_future()
 
@@ -179,13 +179,15 @@ class Transformer(nnx.Module):
         routers = jax.tree.map(lambda *a: jnp.concatenate(a), *outputs) if outputs else None
         return ModelOutput(hidden_BTD, routers)
 
+    def head(self) -> jax.Array:
+        """(D, V) float32: what hidden states are multiplied with."""
+        if self.head_DV is not None:
+            return self.head_DV[...]
+        return self.embedding_VD[...].T / (0.02 * self.d_model**0.5)
+
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """(B, T, V) float32."""
-        if self.head_DV is not None:
-            weight_DV = self.head_DV[...]
-        else:
-            weight_DV = self.embedding_VD[...].T / (0.02 * self.d_model**0.5)
-        logits_BTV = hidden_BTD @ weight_DV.astype(hidden_BTD.dtype)
+        logits_BTV = linear(hidden_BTD, self.head())
         return constrain(logits_BTV.astype(jnp.float32), "batch", None, "vocab")
 
     def update_router_state(self, stats: RouterStats) -> None:

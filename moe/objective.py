@@ -5,7 +5,6 @@ import dataclasses
 import gin
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from layers.tokens import Tokens
 from moe.batch import Batch
@@ -80,34 +79,3 @@ def tokens_of(batch: Batch, key: jax.Array, *, train: bool) -> Tokens:
         key=jax.random.fold_in(key, _ROUTING),
         train=train,
     )
-
-
-def cross_entropy_sum(model, hidden_BTD, target_BT, scored_BT) -> jax.Array:
-    """Summed over scored tokens, nats, float32. The logits exist for a slice of tokens at a time.
-
-    A block of tokens stays in cache and its logits are recomputed in the backward pass, so that
-    (B, T, V) is never stored.
-    """
-    width = hidden_BTD.shape[-1]
-    count = int(np.prod(target_BT.shape))
-    blocks = _blocks(count, model.vocab_size)
-
-    def one(total, block):
-        hidden_ND, target_N, scored_N = block
-        logits_NV = model.logits(hidden_ND[None])[0]
-        picked_N = jnp.take_along_axis(logits_NV, target_N[:, None], axis=-1)[:, 0]
-        loss_N = jax.nn.logsumexp(logits_NV, axis=-1) - picked_N
-        return total + jnp.where(scored_N, loss_N, 0.0).sum(), None
-
-    split = (
-        hidden_BTD.reshape(blocks, -1, width),
-        jnp.asarray(target_BT).reshape(blocks, -1),
-        jnp.asarray(scored_BT).reshape(blocks, -1),
-    )
-    return jax.lax.scan(jax.checkpoint(one), jnp.float32(0), split)[0]
-
-
-def _blocks(count: int, vocab_size: int) -> int:
-    """A divisor of the number of tokens that keeps a block's logits near a megabyte."""
-    wanted = max(1, count * vocab_size // 2**18)
-    return next(n for n in range(wanted, 0, -1) if count % n == 0)

@@ -1,19 +1,20 @@
 """A finished or paused run as something to evaluate and to generate with."""
 
-import dataclasses
 from collections.abc import Sequence
+import dataclasses
 from typing import Any
 
 import gin
 from jax.sharding import Mesh
 
 from moe import assemble, checkpoint, gin_files
+from moe.allocator import keep_freed_memory
 from moe.errors import UserError
 from moe.functional import Arrays
 from moe.model import Transformer
 from moe.objective import NextToken
-from moe.run_folder import RunFolder
 from moe.optimizer import AdamW
+from moe.run_folder import RunFolder
 from moe.sharding import MeshShape
 from moe.tokenizer import Tokenizer, load_tokenizer
 
@@ -39,6 +40,7 @@ def restore_run(
     Raises:
         UserError: no run there, no checkpoint, or none that can be read.
     """
+    keep_freed_memory()
     folder = RunFolder(workdir)
     if not folder.config.exists():
         raise UserError(f"{workdir} holds no run: there is no config.gin in it")

@@ -1,10 +1,10 @@
 """A run's folder: what lies where, whose it is, and whether it may go on."""
 
+from collections.abc import Iterator
 import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 import platform
 import socket
@@ -36,6 +36,7 @@ class RunFolder:
         self.routing = self.path / "routing.jsonl"
         self.summary = self.path / "summary.json"
         self.samples = self.path / "samples.txt"
+        self.picture = self.path / "picture.png"
         self.tensorboard = self.path / "tensorboard"
         self.tokenizer = self.path / "tokenizer"
         self.checkpoints = self.path / "checkpoints"
@@ -74,6 +75,15 @@ class RunFolder:
                 f"{self.path} holds the checkpoints of another run; choose another --workdir, or "
                 "the same settings to continue it. What differs:\n  " + "\n  ".join(differs)
             )
+
+    def complete(self, steps: int, max_seconds: float | None) -> dict[str, Any] | None:
+        """The summary of a run that has nothing left to do; None for any other."""
+        if not self.summary.exists():
+            return None
+        found = json.loads(self.summary.read_text())
+        over = max_seconds is not None and found["train_seconds"] > max_seconds
+        saved = (self.checkpoints / str(found["step"])).is_dir()
+        return found if saved and (found["step"] == steps or over) else None
 
     def write_json(self, path: Path, content: Any) -> None:
         """Whole or not at all."""

@@ -75,7 +75,10 @@ class Rsqrt(Schedule):
 
     def build(self, peak, steps):
         warm = max(round(self.warmup * steps), 1)
-        return _after_warmup(peak, warm, lambda step: peak * jnp.sqrt(warm / (warm + step)))
+        # During the warm-up this is asked for negative steps, too.
+        return _after_warmup(
+            peak, warm, lambda step: peak * jnp.sqrt(warm / (warm + jnp.maximum(step, 0)))
+        )
 
 
 @gin.configurable

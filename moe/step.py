@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from layers.constrain import placing
+from layers.cross_entropy import cross_entropy_sum
 from moe import objective as objectives
 from moe import sharding
 from moe.batch import Batch
@@ -38,6 +39,7 @@ class StepMetrics(nnx.Pytree):
     scored: Int[Array, ""] = nnx.data()
     routers: RouterOutput | None = nnx.data()
     grad_norms: dict[str, Array] = nnx.data()
+    update_norm: Float[Array, ""] | None = nnx.data(default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,7 @@ def build(
         model = graph.join(params, state.router_state)
         tokens = objectives.tokens_of(batch, key, train=True)
         out = model(tokens, whole)
-        nats = objectives.cross_entropy_sum(model, out.hidden_BTD, batch.target_BT, batch.scored_BT)
+        nats = cross_entropy_sum(model.head(), out.hidden_BTD, batch.target_BT, batch.scored_BT)
         loss, routers = nats / scored, None
         share = (batch.segment_BT > 0).sum() / valid
         total = loss
@@ -132,6 +134,7 @@ def build(
             model = graph.join(params, router_state)
             model.update_router_state(metrics.routers.stats)
             router_state = split(model)[2]
+        metrics = dataclasses.replace(metrics, update_norm=optax.tree.norm(updates))
         return TrainState(state.step + 1, params, router_state, opt_state), metrics
 
     shapes = jax.eval_shape(init, 0)
@@ -202,7 +205,7 @@ def grad_norms(grads: Arrays) -> dict[str, Array]:
     """L2 norms of all gradients, of the routers' and of the experts'."""
     kinds = {"all": "", "router": ".router.", "experts": ".experts."}
     chosen = {kind: [g for n, g in grads.items() if part in n] for kind, part in kinds.items()}
-    return {kind: optax.global_norm(found) for kind, found in chosen.items() if found}
+    return {kind: optax.tree.norm(found) for kind, found in chosen.items() if found}
 
 
 def to_devices(batch: Batch, where: NamedSharding, batch_size: int) -> Batch:

@@ -237,6 +237,7 @@ class ValidationBatches:
                 position_BT[b, at:end] = np.arange(piece.length)
                 scored_BT[b, at + piece.context : end] = True
                 at = end
+        index_B += i * self.batch_size  # so that what is hidden doesn't depend on the batch size
         return Batch(token_BT, target_BT, segment_BT, position_BT, scored_BT, index_B)
 
 

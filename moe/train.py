@@ -1,22 +1,23 @@
 """The training run, read from top to bottom."""
 
+import collections
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import gin
 import jax
-import numpy as np
 
 from moe import assemble, baselines, checkpoint, evaluate, gin_files, hardware, metrics, progress
+from moe.allocator import keep_freed_memory
 from moe.errors import UserError
 from moe.generate import Sampling, generate
 from moe.logs import Logs
-from moe.model import DTYPES, Transformer
+from moe.model import Transformer
 from moe.objective import NextToken, Objective
 from moe.optimizer import AdamW, Optimizer
 from moe.run_folder import RunFolder, versions
@@ -86,7 +87,7 @@ def train(
     """
     folder = RunFolder(workdir)
     started = time.monotonic()
-    hardware.keep_freed_memory()
+    keep_freed_memory()
     quiet = jax.process_index() != 0
     objective = NextToken() if objective is None else objective
     optimizer = AdamW() if optimizer is None else optimizer
@@ -116,11 +117,15 @@ def train(
             batch_size=batch_size,
         )
         train_batches = text.train_batches(batch_size, sequence_length, seed)
-        ignored = gin_files.unused()
+        ignored = gin_files.refuse_ignored(later=("eval",))
         if ignored:
-            raise UserError("settings that this run would ignore: " + "; ".join(ignored))
+            say(f"settings that this run does not use: {', '.join(ignored)}")
         config = gin_files.operative()
         folder.refuse_another_run(config, text.fingerprint())
+        done = folder.complete(steps, max_seconds)
+        if done:
+            say(f"this run is complete at step {done['step']}; its results are in {folder.summary}")
+            return done | {"samples": []}
         peak = hardware.matmul_peak(built.module.compute_dtype)
         describe(say, built, text, peak, folder)
 
@@ -142,7 +147,8 @@ def train(
         logs = None if quiet else stack.enter_context(contextlib.closing(Logs(folder)))
         display = stack.enter_context(progress.Display(steps, first, quiet))
         interrupted = stack.enter_context(catching_signals())
-        clock = Clock(peak, built, batch_size * sequence_length)
+        before = restored[1].get("clock") if restored else None
+        clock = Clock(peak, built, batch_size * sequence_length, before)
         eval_step = evaluate.evaluation_step(built, device_mesh)
         rate = optimizer.rate(steps)
         rows = evaluate.host_rows(batch_size)
@@ -154,8 +160,12 @@ def train(
             """Read a step's metrics; stop the run where they are not finite; log some of them."""
             measured = jax.device_get(measured)
             seconds = clock.tick()
+            with clock.logging():
+                log(step, measured, seconds)
+
+        def log(step: int, measured: StepMetrics, seconds: float) -> None:
             finite(step, measured, folder, saves)
-            slow = clock.pace.slow(seconds)
+            slow = clock.pace.slow(seconds) if seconds is not None else None
             if slow:
                 display.say(f"step {step} {slow}")
             if step % log_every and step != steps:
@@ -167,6 +177,7 @@ def train(
                 "bits_per_byte": metrics.bits_per_byte(loss, text.info.bytes_per_token),
                 "learning_rate": float(rate(step - 1)),
                 **{f"grad_norm/{k}": float(v) for k, v in measured.grad_norms.items()},
+                "update_norm": float(measured.update_norm),
                 **clock.speed(routing),
             }
             if routing is not None:
@@ -185,7 +196,7 @@ def train(
 
         step = first
         batches = train_batches.batches(first, rows)
-        while step < steps and not interrupted and step != stop_at:
+        while step < steps and not interrupted and step != stop_at and not clock.over(max_seconds):
             batch = to_devices(next(batches), program.batch_sharding, batch_size)
             state, measured = program.step(state, batch)
             step += 1
@@ -202,19 +213,18 @@ def train(
                     display.say(f"step {step} held out: {result.bits_per_byte:.3f} bits per byte")
                     if logs is not None:
                         logs.scalars(step, {"val/loss": val_loss, "val/bpb": result.bits_per_byte})
-                saves.save(state, extra, val_loss)
+                saves.save(state, extra | {"clock": clock.total}, val_loss)
                 last_saved = step
                 clock.restart()
-            if max_seconds and clock.training_seconds > max_seconds and step < steps:
-                display.say(f"train.max_seconds={max_seconds:g} is over at step {step} of {steps}")
-                break
         if pending is not None:
             report(*pending)
         batches.close()
+        if step < steps and clock.over(max_seconds):
+            display.say(f"train.max_seconds={max_seconds:g} is over at step {step} of {steps}")
 
         # The final checkpoint comes before the final evaluation: nothing can cost us the run.
         if last_saved != step:
-            saves.save(state, extra)
+            saves.save(state, extra | {"clock": clock.total})
         saves.wait()
         if interrupted or step == stop_at != steps:
             display.say(
@@ -265,27 +275,42 @@ def user_error(call: Callable[[], Any]) -> Any:
 
 
 class Clock:
-    """Training time without evaluations, checkpoints and the first, compiling step."""
+    """Training time without evaluations, checkpoints and the first, compiling step.
 
-    def __init__(self, peak: float, built: assemble.Model, tokens_per_step: int):
+    total: sums over the whole run; `before` are those of the checkpoint that it goes on from.
+    """
+
+    def __init__(
+        self, peak: float, built: assemble.Model, tokens_per_step: int, before: dict | None = None
+    ):
         self.pace = progress.Pace()
+        self.total = {"first_steps": 0.0, "seconds": 0.0, "steps": 0, "kept": 0.0, "logged": 0}
+        self.total |= before or {}
         self._peak, self._built, self._tokens = peak, built, tokens_per_step
+        self._recent: collections.deque[float] = collections.deque(maxlen=10)
         self._last = time.perf_counter()
-        self._skip = True
-        self._seconds: list[float] = []
-        self._kept: list[float] = []
-        self.first_step_seconds = 0.0
+        self._skip, self._logged = True, False
 
-    def tick(self) -> float:
-        """Seconds since the last step's metrics were there."""
+    def tick(self) -> float | None:
+        """Seconds since the last step's metrics were there; None for the first, compiling step."""
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         if self._skip:
-            self.first_step_seconds = self.first_step_seconds or seconds
+            self.total["first_steps"] += seconds
             self._skip = False
-        else:
-            self._seconds.append(seconds)
+            return None
+        self.total["seconds"] += seconds
+        self.total["steps"] += 1
+        self._recent.append(seconds)
         return seconds
+
+    @contextlib.contextmanager
+    def logging(self) -> Iterator[None]:
+        """The first line of metrics compiles what it computes: its time is no step's."""
+        yield
+        if not self._logged:
+            self._logged = True
+            self.restart()
 
     def restart(self) -> None:
         """Forget the time since the last step: it was spent on something else."""
@@ -293,27 +318,33 @@ class Clock:
 
     @property
     def training_seconds(self) -> float:
-        return sum(self._seconds) + self.first_step_seconds
+        return self.total["seconds"] + self.total["first_steps"]
+
+    def over(self, max_seconds: float | None) -> bool:
+        """True when so much training time has passed."""
+        return bool(max_seconds) and self.training_seconds > max_seconds
 
     def speed(self, routing: metrics.Routing | None) -> dict[str, float]:
-        """Over the last logged steps."""
+        """Over the last ten steps."""
         kept = None if routing is None else routing.kept_per_token
         if kept is not None:
-            self._kept.append(kept)
-        recent = self._seconds[-10:] or [self.first_step_seconds]
+            self.total["kept"] += kept
+            self.total["logged"] += 1
+        recent = self._recent or [self.training_seconds]
         seconds = sum(recent) / len(recent)
         return metrics.speed_scalars(self._tokens, seconds, self._built.costs, kept, self._peak)
 
     def summary(self) -> dict[str, Any]:
-        """Of the whole run since it was started or continued."""
-        seconds = float(np.mean(self._seconds)) if self._seconds else self.first_step_seconds
-        kept = float(np.mean(self._kept)) if self._kept else None
+        """Of the whole run, over all of its starts."""
+        total = self.total
+        seconds = total["seconds"] / total["steps"] if total["steps"] else total["first_steps"]
+        kept = total["kept"] / total["logged"] if total["logged"] else None
         speed = metrics.speed_scalars(
             self._tokens, max(seconds, 1e-9), self._built.costs, kept, self._peak
         )
         return {
             "train_seconds": self.training_seconds,
-            "first_step_seconds": self.first_step_seconds,
+            "first_step_seconds": total["first_steps"],
             **{name.removeprefix("speed/"): value for name, value in speed.items()},
             "kept_experts_per_token": kept,
         }
@@ -321,7 +352,8 @@ class Clock:
 
 def finite(step: int, measured: StepMetrics, folder: RunFolder, saves) -> None:
     """Raise TrainingDiverged with the layers' statistics and the last good checkpoint."""
-    values = {"loss": measured.loss, **measured.grad_norms}
+    norms = {f"gradient norm ({name})": value for name, value in measured.grad_norms.items()}
+    values = {"loss": measured.loss, **norms, "update norm": measured.update_norm}
     broken = [name for name, value in values.items() if not math.isfinite(float(value))]
     if not broken:
         return

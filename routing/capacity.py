@@ -11,6 +11,7 @@ from typing import Literal
 import gin
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from routing.records import RouterInputs, TokenChoice
 
@@ -18,12 +19,22 @@ from routing.records import RouterInputs, TokenChoice
 def slots_per_expert(tokens, *, k: int, num_experts: int, factor: float, multiple: int = 1):
     """C = ceil(factor * k * tokens / experts), then up to a multiple; exact integer arithmetic.
 
-    `tokens` may be a Python int or an int32 array (the number of valid tokens).
+    `tokens` may be a Python int or an int64 NumPy array.
     """
     exact = Fraction(factor).limit_denominator(10_000)
     top, bottom = exact.numerator * k, exact.denominator * num_experts
     slots = -(-tokens * top // bottom)
     return -(-slots // multiple) * multiple
+
+
+def slots_for_valid(valid_GT: jax.Array, **size):
+    """slots_per_expert for the valid tokens of each group, so that padding changes nothing: int32.
+
+    Read from a table of all numbers of tokens: the product in int32 would overflow for a factor
+    such as 1.3333 with 30,000 tokens.
+    """
+    table_T = slots_per_expert(np.arange(valid_GT.shape[1] + 1, dtype=np.int64), **size)
+    return jnp.asarray(table_T.astype(np.int32))[valid_GT.sum(1, dtype=jnp.int32)]
 
 
 @gin.configurable
@@ -78,8 +89,7 @@ class Capacity:
             return self._with_slots(decision, rank_GTK, decision.keep_GTK, tokens)
         size = {"k": k, "num_experts": experts, "factor": factor, "multiple": self.multiple}
         slots = min(slots_per_expert(tokens, **size), -(-tokens // self.multiple) * self.multiple)
-        # The limit counts valid tokens only, so that padding changes nothing.
-        limit_G = slots_per_expert(inputs.valid_GT.sum(1, dtype=jnp.int32), **size)
+        limit_G = slots_for_valid(inputs.valid_GT, **size)
         keep_GTK = decision.keep_GTK & (rank_GTK < jnp.minimum(limit_G, slots)[:, None, None])
         return self._with_slots(decision, rank_GTK, keep_GTK, slots)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
-from routing.router import Router, check_k
+from routing.router import Router, check_k, largest
 
 
 @gin.configurable
@@ -31,7 +31,7 @@ class UniformRandom(Router):
         keys_G = inputs.keys_G(purpose=0) if inputs.train else jax.random.key(0)[None]
         draw = jax.vmap(lambda key: jax.random.uniform(key, (tokens, self.num_experts)))
         draw_GTE = jnp.broadcast_to(draw(keys_G), (groups, tokens, self.num_experts))
-        _, expert_GTK = jax.lax.top_k(draw_GTE, self.k)
+        expert_GTK = largest(draw_GTE, self.k)
         return Routing(_equal_gates(expert_GTK, self.num_experts))
 
 

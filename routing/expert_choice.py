@@ -10,7 +10,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from routing.capacity import slots_per_expert
+from routing.capacity import slots_for_valid, slots_per_expert
 from routing.losses import RouterLoss
 from routing.parameters import parameter, truncated_normal
 from routing.records import Causality, ExpertChoice, RouterInputs, Routing, Sizes
@@ -55,7 +55,7 @@ class ExpertChoiceRouter(Router):
         _, token_GEC = jax.lax.top_k(real_GET, slots)
         token_GEC = checkpoint_name(token_GEC, "routing")
         # Slots are in order of score: the first so many stand, as if there were no padding.
-        limit_G = slots_per_expert(inputs.valid_GT.sum(1, dtype=jnp.int32), **size)
+        limit_G = slots_for_valid(inputs.valid_GT, **size)
         limit_G = jnp.minimum(limit_G, inputs.valid_GT.sum(1))
         keep_GEC = jnp.broadcast_to(
             jnp.arange(slots)[None, None] < limit_G[:, None, None], token_GEC.shape

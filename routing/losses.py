@@ -53,6 +53,7 @@ class BalanceLoss(RouterLoss):
             raise ValueError(f"BalanceLoss.scope={self.scope!r}: global, group or sequence")
 
     def __call__(self, routing, inputs, stats):
+        require_scores(routing, self.name)
         if self.scope == "global":
             count_E, score_E = stats.count_E, stats.score_sum_E
             if inputs.step is not None:
@@ -60,7 +61,6 @@ class BalanceLoss(RouterLoss):
                 own_E = (score_E - jax.lax.stop_gradient(score_E)) / share
                 count_E, score_E = whole.count_E, jax.lax.stop_gradient(whole.score_sum_E) + own_E
             return _balance(count_E, score_E)
-        require_scores(routing, self.name)
         valid_GT1 = inputs.valid_GT[..., None]
         score_GE = jnp.where(valid_GT1, routing.score_GTE, 0).sum(1)
         loss_G = jax.vmap(_balance)(choices_GE(routing.decision), score_GE)

@@ -52,7 +52,7 @@ class WholeStep(nnx.Pytree):
     """For a micro-batch: the statistics of its whole optimizer step, and its share of the tokens."""
 
     stats: RouterStats = nnx.data()
-    share: Float[Array, ""] = nnx.data()
+    share: Float[Array, "*L"] = nnx.data()
 
 
 @nnx.dataclass
@@ -128,11 +128,14 @@ class Routing(nnx.Pytree):
 
 @nnx.dataclass
 class RouterOutput(nnx.Pytree):
-    """A decision, its losses (unscaled, by name), their scaled sum, and its statistics."""
+    """A decision, its losses (unscaled, by name), their scaled sum, and its statistics.
 
-    decision: Decision = nnx.data()
-    losses: dict[str, Float[Array, ""]] = nnx.data()
-    penalty: Float[Array, ""] = nnx.data()
+    For a whole model everything is stacked over its sparse layers; a step keeps no decision.
+    """
+
+    decision: Decision | None = nnx.data()
+    losses: dict[str, Float[Array, "*L"]] = nnx.data()
+    penalty: Float[Array, "*L"] = nnx.data()
     stats: RouterStats = nnx.data()
 
 

@@ -8,6 +8,7 @@ G groups, T tokens per group, D model width, E experts.
 """
 
 import abc
+from collections.abc import Sequence
 import dataclasses
 from typing import ClassVar
 
@@ -59,6 +60,7 @@ class Router(nnx.Module):
         with jax.named_scope(type(self).__name__):
             routing = strike_padding(self.route(inputs), inputs)
             stats = statistics(routing, inputs, self.num_experts)
+            check_names(self.losses)
             losses = {loss.name: loss(routing, inputs, stats) for loss in self.losses}
             penalty = sum(
                 (loss.coefficient * losses[loss.name] for loss in self.losses), jnp.float32(0)
@@ -102,6 +104,17 @@ def statistics(routing: Routing, inputs: RouterInputs, num_experts: int) -> Rout
     )
 
 
+def check_names(losses: Sequence[RouterLoss]) -> None:
+    """Raise ValueError where two losses would be told under one name."""
+    names = [loss.name for loss in losses]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"{names.count(name)} router losses are named {name!r}; give each its own, "
+                'such as BalanceLoss.name = "balance_sequence"'
+            )
+
+
 def check_k(name: str, k: int, sizes: Sizes) -> None:
     """Raise ValueError unless 1 <= k <= number of experts."""
     if not 1 <= k <= sizes.num_experts:
@@ -120,5 +133,20 @@ def pick(score_GTE: jax.Array, k: int, bias_E: jax.Array | None = None):
     score_GTE = jax.lax.stop_gradient(score_GTE)
     if bias_E is not None:
         score_GTE = score_GTE + bias_E[None, None]
-    _, expert_GTK = jax.lax.top_k(score_GTE, k)
-    return checkpoint_name(expert_GTK, "routing")
+    return checkpoint_name(largest(score_GTE, k), "routing")
+
+
+def largest(score_GTE: jax.Array, k: int) -> jax.Array:
+    """Indices of the k largest along the last axis, the largest first; ties: the lowest index.
+
+    Equivalent to: jax.lax.top_k(score_GTE, k)[1], as long as k scores are above minus infinity.
+    XLA doesn't partition that one: under a mesh every device would gather the scores of all groups
+    and select for all of them. K rounds of argmax stay where the tokens are.
+    """
+    index_GTE = jax.lax.broadcasted_iota(jnp.int32, score_GTE.shape, score_GTE.ndim - 1)
+    rounds = []
+    for _ in range(k):
+        best_GT = jnp.argmax(score_GTE, axis=-1).astype(jnp.int32)
+        score_GTE = jnp.where(index_GTE == best_GT[..., None], -jnp.inf, score_GTE)
+        rounds.append(best_GT)
+    return jnp.stack(rounds, axis=-1)

@@ -1,0 +1,85 @@
+"""Softmax cross-entropy over the vocabulary, without ever storing all logits.
+
+B batch, T tokens, D model width, V vocabulary, N tokens of a block.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from layers.constrain import is_placed
+
+BLOCK_LOGITS = 2**21  # what fits a CPU's cache
+
+
+def cross_entropy_sum(weight_DV, hidden_BTD, target_BT, scored_BT) -> jax.Array:
+    """Nats summed over scored tokens, float32.
+
+    Equivalent to: -log_softmax(hidden @ weight)[target], summed where scored. The gradient is
+    computed with the loss, block by block along T, while the block's logits are in cache. On
+    several devices there is one block: a loop would reduce the weight's gradient every time.
+    """
+    batch, tokens = target_BT.shape
+    wanted = 1 if is_placed() else max(1, batch * tokens * weight_DV.shape[1] // BLOCK_LOGITS)
+    blocks = next(n for n in range(min(wanted, tokens), 0, -1) if tokens % n == 0)
+    weight_DV = weight_DV.astype(hidden_BTD.dtype)
+    return _blockwise(weight_DV, hidden_BTD, jnp.asarray(target_BT), jnp.asarray(scored_BT), blocks)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blockwise(weight_DV, hidden_BTD, target_BT, scored_BT, blocks: int):
+    def add(total, block):
+        return total + _block(weight_DV, *block)[0], None
+
+    split = _split((hidden_BTD, target_BT, scored_BT), blocks)
+    return jax.lax.scan(add, jnp.float32(0), split)[0]
+
+
+def _block(weight_DV, hidden_ND, target_N, scored_N):
+    """The block's loss and its gradient by the logits, float32 (N, V)."""
+    logits_NV = (hidden_ND @ weight_DV).astype(jnp.float32)
+    top_N1 = logits_NV.max(-1, keepdims=True)
+    exp_NV = jnp.exp(logits_NV - top_N1)
+    sum_N1 = exp_NV.sum(-1, keepdims=True)
+    target_NV = jax.nn.one_hot(target_N, logits_NV.shape[1], dtype=bool)
+    picked_N = jnp.where(target_NV, logits_NV, 0).sum(-1)
+    loss_N = (jnp.log(sum_N1) + top_N1)[:, 0] - picked_N
+    dlogits_NV = jnp.where(scored_N[:, None], exp_NV / sum_N1 - target_NV, 0)
+    return jnp.where(scored_N, loss_N, 0).sum(), dlogits_NV
+
+
+def _forward(weight_DV, hidden_BTD, target_BT, scored_BT, blocks: int):
+    def add(carry, block):
+        total, dweight_DV = carry
+        loss, dlogits_NV = _block(weight_DV, *block)
+        small_NV = dlogits_NV.astype(weight_DV.dtype)
+        dweight_DV = dweight_DV + (block[0].T @ small_NV).astype(jnp.float32)
+        return (total + loss, dweight_DV), small_NV @ weight_DV.T
+
+    start = (jnp.float32(0), jnp.zeros(weight_DV.shape, jnp.float32))
+    split = _split((hidden_BTD, target_BT, scored_BT), blocks)
+    (total, dweight_DV), dhidden = jax.lax.scan(add, start, split)
+    batch, _, width = hidden_BTD.shape
+    dhidden_BTD = jnp.moveaxis(dhidden.reshape(blocks, batch, -1, width), 0, 1)
+    return total, (dweight_DV.astype(weight_DV.dtype), dhidden_BTD.reshape(hidden_BTD.shape))
+
+
+def _backward(blocks, saved, dtotal):
+    dweight_DV, dhidden_BTD = saved
+    scale = dtotal.astype(dweight_DV.dtype)
+    return scale * dweight_DV, scale * dhidden_BTD, None, None
+
+
+_blockwise.defvjp(_forward, _backward)
+
+
+def _split(arrays, blocks: int):
+    """(B, T, ...) as (blocks, B * T / blocks, ...): cut along T, so that sharded rows stay put."""
+
+    def cut(a):
+        batch, tokens, *rest = a.shape
+        pieces = jnp.moveaxis(a.reshape(batch, blocks, tokens // blocks, *rest), 1, 0)
+        return pieces.reshape(blocks, -1, *rest)
+
+    return jax.tree.map(cut, arrays)

@@ -1,0 +1,103 @@
+"""What the experts learned: which tokens go where. L sparse layers, T tokens, E experts, V vocabulary."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe import objective as objectives
+from moe.assemble import Model
+from moe.batch import Batch
+from moe.functional import Arrays
+from moe.tokenizer import Tokenizer
+from routing import Decision, ExpertChoice, TokenChoice
+
+
+def gates_GTE(decision: Decision) -> jax.Array:
+    """How much of each expert's output every token receives, whatever the decision's kind."""
+    if isinstance(decision, TokenChoice):
+        expert_GTKE = jax.nn.one_hot(decision.expert_GTK, decision.num_experts)
+        gate_GTK = jnp.where(decision.keep_GTK, decision.gate_GTK, 0)
+        return jnp.einsum("gtke,gtk->gte", expert_GTKE, gate_GTK)
+    if isinstance(decision, ExpertChoice):
+        token_GECT = jax.nn.one_hot(decision.token_GEC, decision.num_tokens)
+        gate_GEC = jnp.where(decision.keep_GEC, decision.gate_GEC, 0)
+        return jnp.einsum("gect,gec->gte", token_GECT, gate_GEC)
+    return decision.combine_GTES.sum(-1)
+
+
+def gates_of_batch(model: Model, params: Arrays, router_state: Arrays, batch: Batch) -> np.ndarray:
+    """(L, B, T, E): gates at evaluation."""
+
+    @jax.jit
+    def run(params, router_state, batch):
+        key = objectives.step_key(0, objectives.EVALUATION)
+        module = model.graph.join(params, router_state)
+        out = module(objectives.tokens_of(batch, key, train=False))
+        return jax.vmap(gates_GTE)(out.routers.decision)
+
+    gates_LGTE = np.asarray(run(params, router_state, batch))
+    layers, *_, experts = gates_LGTE.shape
+    return gates_LGTE.reshape(layers, *np.shape(batch.token_BT), experts)
+
+
+def gates_of_text(run, text: str) -> tuple[list[str], np.ndarray]:
+    """The tokens of a text (at most one sequence) and their gates (L, T, E), for a restored run."""
+    length = run.settings["sequence_length"]
+    ids = [run.tokenizer.document_id, *run.tokenizer.encode_batch([text])[0]][:length]
+    batch = batch_of(ids, length)
+    gates_LBTE = gates_of_batch(run.model, run.params, run.router_state, batch)
+    return [run.tokenizer.decode([i]) for i in ids[1:]], gates_LBTE[:, 0, 1 : len(ids)]
+
+
+def batch_of(ids: list[int], length: int) -> Batch:
+    """One sequence, padded to `length`."""
+    token_BT = np.zeros((1, length), np.int32)
+    token_BT[0, : len(ids)] = ids
+    place_BT = np.arange(length, dtype=np.int32)[None]
+    segment_BT = (place_BT < len(ids)).astype(np.int32)
+    return Batch(token_BT, token_BT, segment_BT, place_BT, segment_BT > 0, np.zeros(1, np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenTable:
+    """load_LVE: the summed gates that tokens of each kind gave each expert."""
+
+    load_LVE: np.ndarray
+    tokenizer: Tokenizer
+
+    def top(self, layer: int, expert: int, most: int = 6, least: int = 20) -> list[str]:
+        """The tokens most faithful to an expert: the largest share of their own gates.
+
+        Only tokens with at least `least` summed gates in the layer count, or the share is chance.
+        """
+        load_VE = self.load_LVE[layer]
+        total_V = load_VE.sum(1)
+        share_V = np.where(total_V >= least, load_VE[:, expert] / np.maximum(total_V, 1e-9), -1)
+        best = np.argsort(-share_V, kind="stable")[:most]
+        return [self.tokenizer.decode([int(v)]) for v in best if share_V[v] > 0]
+
+
+def token_table(model: Model, params, router_state, tokenizer: Tokenizer, batches) -> TokenTable:
+    """Which tokens each expert works on, over some batches."""
+    load_LVE = None
+    for batch in batches:
+        gates_LBTE = gates_of_batch(model, params, router_state, batch)
+        layers, _, _, experts = gates_LBTE.shape
+        if load_LVE is None:
+            load_LVE = np.zeros((layers, model.module.vocab_size, experts))
+        real_BT = np.asarray(batch.segment_BT) > 0
+        ids = np.asarray(batch.token_BT)[real_BT]
+        for layer in range(layers):
+            np.add.at(load_LVE[layer], ids, gates_LBTE[layer][real_BT])
+    assert load_LVE is not None
+    return TokenTable(load_LVE, tokenizer)
+
+
+def read_metrics(workdir: str | Path, name: str = "metrics.jsonl") -> list[dict]:
+    """The lines of a run's metrics.jsonl (numbers) or routing.jsonl (layer-by-expert arrays)."""
+    text = (Path(workdir) / name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]

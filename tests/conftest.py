@@ -1,0 +1,62 @@
+"""What every test runs under: 8 virtual CPU devices, strict JAX, a fresh gin, no skips in CI."""
+
+import os
+import sys
+
+import pytest
+
+# Read when jax is imported, which no test module has done yet. The last two flags halve the time
+# XLA takes to compile and change nothing before its last stage, the generation of machine code.
+FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+)
+given = os.environ.get("XLA_FLAGS", "")
+missing = [flag for flag in FLAGS if flag.split("=")[0] not in given]
+os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "accelerator: needs a GPU or TPU; may be skipped in CI")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_this_session(tmp_path_factory):
+    """Downloads and token caches of the tests stay out of the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_CACHE", str(tmp_path_factory.mktemp("moe_cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def fresh_gin():
+    """No test sees another's bindings."""
+    yield
+    if "gin" in sys.modules:
+        sys.modules["gin"].clear_config()
+
+
+def fail_if_skipped(report, allowed=False):
+    """In CI a skipped test asserts nothing while looking green: it is a failure."""
+    expected_failure = hasattr(report, "wasxfail")
+    if report.skipped and os.environ.get("CI") and not expected_failure and not allowed:
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI: {report.longrepr}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    fail_if_skipped(report, allowed=item.get_closest_marker("accelerator") is not None)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    fail_if_skipped(report)
+    return report

@@ -1,0 +1,122 @@
+"""Every shipped config builds, in small; a router is one line; a run's record is the run."""
+
+from pathlib import Path
+
+import gin
+import pytest
+from tiny import Runs, quick
+
+from moe import assemble, gin_files, gin_read
+from moe.objective import MaskedToken, NextToken
+from moe.optimizer import AdamW
+from moe.restore import MeshShape
+from routing import Causality
+
+SHIPPED = sorted(path.relative_to(gin_read.shipped()) for path in gin_read.shipped().rglob("*.gin"))
+BY_FOLDER = {
+    folder: [str(path) for path in SHIPPED if path.parts[0] == folder]
+    for folder in ("runs", "models", "routers")
+}
+# Settings of a run that only make it smaller. Heads keep their number, experts theirs.
+SMALL = """
+Transformer.d_model = 64
+Transformer.num_layers = 2
+train.batch_size = 4
+train.sequence_length = 64
+"""
+SMALLER_MODEL = """
+Transformer.num_layers = 2
+Transformer.d_model = 64
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("configs"))
+
+
+def parts(gin_paths, bindings=()):
+    """Model and program, with no data read and nothing trained."""
+    gin_files.load([str(path) for path in gin_paths], bindings)
+    settings = gin.get_bindings("train")
+    objective = settings.get("objective") or NextToken()
+    sizes = {name: settings[name] for name in ("batch_size", "sequence_length")}
+    model = assemble.assemble(settings["model"], objective, token_vocabulary=257, **sizes)
+    optimizer = settings.get("optimizer") or AdamW()
+    with quick():
+        mesh = (settings.get("mesh") or MeshShape()).build()
+    program = assemble.program(
+        model,
+        optimizer,
+        mesh,
+        batch_size=sizes["batch_size"],
+        **{name: settings.get(name, default) for name, default in DEFAULTS.items()},
+    )
+    return model, program
+
+
+DEFAULTS = {"steps": 1000, "seed": 0, "accumulate": 1}
+
+
+def small(folder: Path, *names: str, more: str = "") -> Path:
+    path = folder / "small.gin"
+    path.write_text("".join(f"include '{name}'\n" for name in names) + SMALL + more)
+    return path
+
+
+def test_there_are_configs_of_each_kind():
+    assert all(BY_FOLDER.values()), BY_FOLDER
+
+
+@pytest.mark.parametrize("path", list(map(str, SHIPPED)))
+def test_a_config_opens_with_what_it_is(path):
+    text = (gin_read.shipped() / path).read_text()
+    assert text.startswith("# ") and text.endswith("\n")
+    if path.startswith("runs"):
+        assert "#   moe train --gin_file=" in text
+
+
+@pytest.mark.parametrize("path", BY_FOLDER["runs"])
+def test_a_run_builds(path, tmp_path):
+    model, program = parts([small(tmp_path, path)])
+    assert program.abstract_state.step.shape == ()
+    assert model.costs.flops_per_token > 0
+
+
+@pytest.mark.parametrize("path", BY_FOLDER["models"])
+def test_a_model_builds_in_a_run(path, runs, tmp_path):
+    model, _ = parts([small(tmp_path, str(runs.config), path)])
+    assert model.costs.parameters_total > 0
+
+
+@pytest.mark.parametrize("path", BY_FOLDER["routers"])
+def test_a_router_is_swapped_by_one_file(path, tmp_path):
+    names = ("runs/quickstart.gin", path)
+    more = "MoELayer.num_experts = 16\n"
+    try:
+        model, _ = parts([small(tmp_path, *names, more=more)])
+    except ValueError as error:  # one that can't be causal says so
+        assert "train.objective = @MaskedToken()" in str(error)
+        model, _ = parts(
+            [small(tmp_path, *names, more=more + "train.objective = @MaskedToken()\n")]
+        )
+        assert isinstance(model.objective, MaskedToken)
+        assert model.moe_layer.router.causality is Causality.NEVER
+    written = gin_read.bindings_of((gin_read.shipped() / path).read_text())["MoELayer.router"]
+    name = written.removeprefix("@").split(".")[-1]
+    assert type(model.moe_layer.router).__name__.startswith(name)
+
+
+def test_a_router_is_swapped_by_one_flag(runs, tmp_path):
+    path = small(tmp_path, "runs/quickstart.gin")
+    for router in ("Switch", "RandomHash", "UniformRandom"):
+        model, _ = parts([path], [f"MoELayer.router = @{router}"])
+        assert type(model.moe_layer.router).__name__ == router
+
+
+def test_the_record_of_a_run_loads_to_the_same_record(runs):
+    assert runs("recorded", "train.steps = 2", "train.stop_at = 1") == 0
+    record = runs.folder / "recorded" / "config.gin"
+    gin_files.load([str(record)])
+    again = gin_read.bindings_of(gin_files.operative())
+    assert again == gin_read.bindings_of(record.read_text())

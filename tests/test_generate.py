@@ -1,0 +1,231 @@
+"""Sampling, continuing a text, and evaluating a run afterwards."""
+
+import contextlib
+import io
+import json
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import Runs, quick
+
+from layers.tokens import Tokens
+from moe import cli
+from moe.errors import UserError
+from moe.eval_command import evaluate_run
+from moe.generate import Sampling, generate, nucleus
+from moe.restore import restore_run
+
+TEXT = "the quick brown fox jumps over the lazy dog. "
+LOGITS = jnp.log(jnp.array([[0.1, 0.4, 0.05, 0.3, 0.15], [0.7, 0.05, 0.05, 0.1, 0.1]]))
+
+
+def picks(sampling, count=200):
+    keys = jax.random.split(jax.random.key(0), count)
+    return [set(row) for row in np.asarray(jax.vmap(lambda k: sampling.pick(LOGITS, k))(keys)).T]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0),
+        Sampling(temperature=0, top_p=0.5),
+        Sampling(top_k=1),
+        Sampling(top_p=1e-6),
+        Sampling(top_p=0.0),
+        Sampling(temperature=1e-4),
+    ],
+    ids=str,
+)
+def test_greedy_in_all_its_forms(sampling):
+    assert picks(sampling) == [{1}, {0}]
+
+
+def test_cut_tails():
+    assert picks(Sampling(top_k=2))[0] == {1, 3}
+    assert picks(Sampling(top_k=99))[0] == {0, 1, 2, 3, 4}
+    assert picks(Sampling(top_p=0.69))[0] == {1, 3}  # 0.4 + 0.3
+    assert picks(Sampling(top_p=0.71))[0] == {1, 3, 4}
+    assert picks(Sampling(top_p=0.69))[1] == {0}
+    assert picks(Sampling(top_p=1.0))[0] == {0, 1, 2, 3, 4}
+
+
+def test_the_nucleus_keeps_the_fewest_that_reach_top_p():
+    kept = np.isfinite(np.asarray(nucleus(LOGITS, 0.8)))
+    assert kept.tolist() == [[False, True, False, True, True], [True, False, False, True, False]]
+
+
+def test_sampling_follows_the_temperature():
+    keys = jax.random.split(jax.random.key(1), 4000)
+    for temperature in (0.5, 1.0, 2.0):
+        sampling = Sampling(temperature)
+        drawn = np.asarray(jax.vmap(lambda k, s=sampling: s.pick(LOGITS[:1], k))(keys))[:, 0]
+        share = np.bincount(drawn, minlength=5) / len(drawn)
+        expected = np.asarray(jax.nn.softmax(LOGITS[0] / temperature))
+        np.testing.assert_allclose(share, expected, atol=0.03)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The corpus is one sentence over and over; both splits hold it."""
+    found = Runs(tmp_path_factory.mktemp("generate"))
+    for path in found.text.iterdir():
+        path.write_text(TEXT * 12)
+    return found
+
+
+@pytest.fixture(scope="module")
+def learned(runs):
+    bindings = ("train.steps = 120", "train.optimizer = @AdamW()", "AdamW.learning_rate = 0.02")
+    run = runs.done("learned", *bindings, "train.batch_size = 8", "train.log_every = 20")
+    with quick():
+        found = restore_run(str(run))
+    gin.clear_config()
+    return found
+
+
+def continued(run, prompt, **settings):
+    settings = {"tokens": 60, "sampling": Sampling(temperature=0)} | settings
+    return generate(
+        run.model,
+        run.params,
+        run.router_state,
+        run.tokenizer,
+        prompt=prompt,
+        context=32,
+        **settings,
+    )
+
+
+def test_a_text_that_was_learned_by_heart_is_continued(learned):
+    (text,) = continued(learned, TEXT[:20])
+    assert text == (TEXT * 2)[:80]
+
+
+def test_a_prompt_longer_than_the_context(learned):
+    (text,) = continued(learned, TEXT * 3)
+    assert text == (TEXT * 6)[: len(TEXT) * 3 + 60]
+
+
+def test_temperature_0_is_the_argmax_by_hand(learned):
+    prompt = "fox dog "
+    (text,) = continued(learned, prompt, tokens=5)
+    ids = [learned.tokenizer.document_id, *prompt.encode()]
+    for _ in range(5):
+        padded = np.zeros((1, 32), np.int32)
+        padded[0, : len(ids)] = ids
+        model = learned.model.graph.join(learned.params, learned.router_state)
+        places = np.arange(32, dtype=np.int32)[None]
+        segment = (places < len(ids)).astype(np.int32)
+        tokens = Tokens(
+            jnp.asarray(padded),
+            jnp.asarray(segment),
+            jnp.asarray(places),
+            jnp.zeros(1, jnp.int32),
+            jax.random.key(5),
+            train=False,
+        )
+        ids.append(int(model.logits(model(tokens).hidden_BTD)[0, len(ids) - 1].argmax()))
+    assert text == learned.tokenizer.decode(ids[1:])
+
+
+def test_a_seed_repeats_and_samples_differ(learned):
+    hot = {"sampling": Sampling(temperature=3.0), "count": 3, "tokens": 12}
+    first = continued(learned, "the", seed=4, **hot)
+    assert continued(learned, "the", seed=4, **hot) == first
+    assert continued(learned, "the", seed=5, **hot) != first
+    assert len(set(first)) == 3 and all(text.startswith("the") for text in first)
+
+
+def command(name: str, run, *flags: str) -> tuple[int, str]:
+    out = io.StringIO()
+    with quick(), contextlib.redirect_stdout(out):
+        status = cli.main([name, f"--workdir={run}", *flags])
+    return status, out.getvalue()
+
+
+def test_the_command_prints_and_writes(runs, learned):
+    target = runs.folder / "texts.json"
+    flags = ("--prompt=the quick", "--temperature=0", "--tokens=10", f"--json={target}")
+    status, out = command("generate", runs.folder / "learned", *flags)
+    assert status == 0 and out == "the quick brown fox\n"
+    written = json.loads(target.read_text())
+    assert written == {"step": 120, "prompt": "the quick", "texts": ["the quick brown fox"]}
+
+
+def test_evaluating_the_run_gives_the_summarys_figure(runs, learned):
+    run = runs.folder / "learned"
+    summary = json.loads((run / "summary.json").read_text())
+    target = runs.folder / "eval.json"
+    status, out = command("eval", run, f"--json={target}", "--gin_bindings=eval.batch_size = 8")
+    found = json.loads(target.read_text())
+    assert status == 0 and f"{summary['val_bits_per_byte']:.4f}" in out
+    assert found["bits_per_byte"] == summary["val_bits_per_byte"]
+    assert found["bytes"] == summary["val_bytes"] == found["tokens"]
+    assert found["router"] == "TopK" and found["evaluation_rule"] == "as in training"
+    assert found["dropped"] == 0
+
+
+def test_the_batch_size_of_an_evaluation_changes_nothing(learned):
+    found = []
+    for size in (1, 3, 32):
+        found.append(evaluate_run(learned, batch_size=size))
+    gin.clear_config()
+    for one in found[1:]:
+        assert one.bits_per_byte == pytest.approx(found[0].bits_per_byte, rel=1e-5)
+        assert (one.tokens, one.bytes, one.documents) == (
+            found[0].tokens,
+            found[0].bytes,
+            found[0].documents,
+        )
+
+
+def test_another_corpus_is_scored_whole(runs, learned):
+    folder = runs.folder / "other"
+    folder.mkdir()
+    (folder / "a.txt").write_text(TEXT * 3)
+    (folder / "b.txt").write_text("zzyzx qqq 1234567890 %%%")
+    target = runs.folder / "other.json"
+    status, _ = command(
+        "eval",
+        runs.folder / "learned",
+        "--gin_bindings=eval.corpus = @TextFiles()",
+        f"--gin_bindings=TextFiles.paths = {str(folder)!r}",
+        f"--json={target}",
+    )
+    found = json.loads(target.read_text())
+    assert status == 0
+    assert found["documents"] == 2 and found["bytes"] == len(TEXT) * 3 + 24
+    summary = json.loads((runs.folder / "learned" / "summary.json").read_text())
+    assert found["bits_per_byte"] > summary["val_bits_per_byte"] + 0.2
+
+
+@pytest.fixture(scope="module")
+def masked(runs):
+    given = ("train.objective = @MaskedToken()", "train.steps = 2")
+    return runs.done("masked", *given)
+
+
+def test_a_masked_model_refuses_to_continue_a_text(masked, capsys):
+    status, _ = command("generate", masked, "--prompt=the")
+    error = capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1
+    assert "masked tokens" in error and "train.objective = @NextToken()" in error
+
+
+def test_what_a_masked_evaluation_hides_does_not_depend_on_the_batch_size(masked):
+    with quick():
+        run = restore_run(str(masked))
+        found = [evaluate_run(run, batch_size=size) for size in (1, 2, 32)]
+    assert len({one.tokens for one in found}) == 1
+    for one in found[1:]:
+        assert one.loss == pytest.approx(found[0].loss, rel=1e-5)
+
+
+def test_a_checkpoint_that_is_not_there_is_named(masked):
+    with quick():
+        assert restore_run(str(masked)).step == 2
+        with pytest.raises(UserError, match="no checkpoint of step 1"):
+            restore_run(str(masked), step=1)

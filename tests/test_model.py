@@ -1,0 +1,305 @@
+"""The transformer: which layers are sparse, how they stack, what is refused, the dense model."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layers.moe_layer import MoELayer
+from layers.norms import LayerNorm
+from layers.tokens import Tokens
+from moe import functional
+from moe.model import Transformer, runs_of_layers, sparse_layers
+from routing import ExpertChoiceRouter, RandomHash, SoftMoE, Switch, TopK, initialize
+
+B, T, V, D = 2, 6, 11, 16
+
+
+def moe(router=TopK, **options):
+    return functools.partial(MoELayer, router=router, num_experts=4, d_ff=8, **options)
+
+
+def model(**options):
+    options = {"d_model": D, "num_layers": 2, "num_heads": 2} | options
+    return Transformer(V, **options)
+
+
+def tokens(train=False, seed=0, **changes):
+    token_BT = np.random.default_rng(seed).integers(0, V, (B, T))
+    made = Tokens(
+        token_BT=jnp.asarray(token_BT, jnp.int32),
+        segment_BT=jnp.ones((B, T), jnp.int32),
+        position_BT=jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)),
+        index_B=jnp.arange(B, dtype=jnp.int32),
+        key=jax.random.key(0),
+        train=train,
+    )
+    return dataclasses.replace(made, **changes)
+
+
+@functools.cache
+def runner(**options):
+    """Jitted logits and router outputs of a model with first values."""
+    graph, *abstract = functional.abstract(lambda: model(**options))
+    params, state = jax.jit(lambda: functional.first_values(graph, *abstract, 0))()
+
+    @jax.jit
+    def run(tokens):
+        built = graph.join(params, state)
+        out = built(tokens)
+        return built.logits(out.hidden_BTD), out.routers
+
+    return run
+
+
+def names(**options):
+    return set(functional.abstract(lambda: model(**options))[1])
+
+
+# Which layers are sparse, and how they stack.
+
+
+@pytest.mark.parametrize(
+    ("layers", "runs"),
+    [
+        ("1111", [("1", 4)]),
+        ("0101", [("01", 2)]),
+        ("001001", [("001", 2)]),
+        ("0111", [("0", 1), ("1", 3)]),
+        ("0", [("0", 1)]),
+        ("01", [("0", 1), ("1", 1)]),
+        ("00110", [("0", 2), ("1", 2), ("0", 1)]),
+    ],
+)
+def test_runs_of_layers(layers, runs):
+    def bits(text):
+        return tuple(c == "1" for c in text)
+
+    found = runs_of_layers(bits(layers))
+    assert found == [(bits(pattern), repeats) for pattern, repeats in runs]
+    assert sum((pattern * repeats for pattern, repeats in found), ()) == bits(layers)
+
+
+@pytest.mark.parametrize(
+    ("options", "sparse"),
+    [
+        ({"moe_every": 1}, [0, 1, 2, 3, 4, 5]),
+        ({"moe_every": 2}, [1, 3, 5]),
+        ({"moe_every": 4}, [3]),
+        ({"moe_layers": [0, 5]}, [0, 5]),
+        ({"moe_layers": []}, []),
+    ],
+    ids=str,
+)
+def test_which_layers_are_sparse(options, sparse):
+    assert [
+        n for n, is_moe in enumerate(model(num_layers=6, moe=moe(), **options).is_moe) if is_moe
+    ] == sparse
+
+
+MIXES = [
+    {"num_layers": 4, "moe_every": 2},
+    {"num_layers": 4, "moe_layers": (1, 2, 3)},
+    {"num_layers": 3, "moe_layers": (0, 2)},
+]
+
+
+@pytest.mark.parametrize("options", MIXES, ids=str)
+def test_a_stack_is_its_blocks_one_after_another(options):
+    """Every layer's own slice of the stacked parameters, run by hand without stack or scan."""
+    options = options | {"moe": moe(functools.partial(Switch, jitter=0.1))}
+    built = initialize(model(**options), 0)
+    batch = tokens(train=True)
+    logits, routers = runner(**options)(batch)
+    x_BTD = built.embedding_VD[...][batch.token_BT] / 0.02
+    layer, outputs = 0, []
+    for stack in built.stacks:
+        graph, params, state = functional.split(stack.unit)
+        for i in range(stack.repeats):
+            unit = graph.join(*({n: a[i] for n, a in v.items()} for v in (params, state)))
+            for block in unit.blocks:
+                x_BTD, output = block(x_BTD, batch.for_layer(layer, None))
+                layer += 1
+                outputs += [output] if output is not None else []
+    assert layer == options["num_layers"] and len(outputs) == sum(built.is_moe)
+    expected = built.logits(built.final_norm(x_BTD))
+    np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=2e-5)
+    for n, output in enumerate(outputs):
+        np.testing.assert_array_equal(routers.stats.count_E[n], output.stats.count_E)
+        np.testing.assert_allclose(routers.losses["balance"][n], output.losses["balance"], 1e-5)
+
+
+def test_layers_draw_their_own_randomness():
+    """The same weights in both layers still jitter differently: the key names the layer."""
+    one, two = (tokens(train=True).for_layer(n, None).key for n in (0, 1))
+    assert (jax.random.key_data(one) != jax.random.key_data(two)).any()
+
+
+# The dense model and the head.
+
+
+def test_the_dense_model_is_the_same_model_without_routers():
+    logits, routers = runner()(tokens())
+    assert routers is None and logits.shape == (B, T, V)
+    assert not any("router" in name for name in names())
+    shared = {name for name in names() if "feed_forward." not in name}
+    assert shared == {name for name in names(moe=moe()) if "feed_forward." not in name}
+
+
+def test_one_expert_of_top_1_is_the_dense_layer():
+    """A softmax over one expert is 1: with its weights, the sparse model is the dense one."""
+    single = functools.partial(
+        MoELayer, router=functools.partial(TopK, k=1), num_experts=1, d_ff=48
+    )
+    graph, params, state = functional.split(initialize(model(moe=single), 0))
+    dense_graph, dense_params, _ = functional.split(initialize(model(), 0))
+    for name in dense_params:
+        kind = name.rsplit(".", 1)[-1]
+        wide = {"up_DF": "up_EDF", "gate_DF": "gate_EDF", "down_FD": "down_EFD"}.get(kind)
+        if wide and "feed_forward." in name:
+            dense_params[name] = params[name.replace(kind, f"experts.{wide}")][:, 0]
+        else:
+            dense_params[name] = params[name]
+    batch = tokens()
+    found = graph.join(params, state)(batch).hidden_BTD
+    expected = dense_graph.join(dense_params, {})(batch).hidden_BTD
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tied_and_untied_heads():
+    assert "head_DV" not in names() and "head_DV" in names(tie_embeddings=False)
+    for tied in (True, False):
+        built = initialize(model(tie_embeddings=tied), 0)
+        hidden_BTD = np.random.default_rng(0).standard_normal((B, T, D)).astype(np.float32)
+        head_DV = built.embedding_VD[...].T / (0.02 * D**0.5) if tied else built.head_DV[...]
+        logits = built.logits(jnp.asarray(hidden_BTD))
+        assert logits.dtype == jnp.float32
+        np.testing.assert_allclose(logits, hidden_BTD @ np.asarray(head_DV), rtol=1e-4, atol=1e-5)
+        # Unit-variance logits at the start, tied or not.
+        assert 0.5 < float(np.std(logits)) < 1.5
+
+
+@pytest.mark.parametrize("positions", ["rotary", "alibi", "learned", "sinusoidal", "none"])
+def test_positions_and_causality_of_the_whole_model(positions):
+    run = runner(positions=positions, max_length=T, moe=moe())
+    batch = tokens()
+    logits, _ = run(batch)
+    changed = dataclasses.replace(batch, token_BT=batch.token_BT.at[:, -1].set(0).at[:, -2].set(1))
+    np.testing.assert_array_equal(run(changed)[0][:, :-2], logits[:, :-2])
+    assert (run(changed)[0][:, -2:] != logits[:, -2:]).any()
+    # The same token at every place: only positions tell the places apart.
+    same = dataclasses.replace(batch, token_BT=jnp.ones((B, T), jnp.int32))
+    apart = np.abs(np.diff(np.asarray(run(same)[0]), axis=1)).max()
+    assert (apart > 1e-3) == (positions in ("learned", "sinusoidal"))
+
+
+def test_an_encoder_sees_both_sides():
+    run = runner(causal=False, moe=moe(SoftMoE))
+    batch = tokens()
+    changed = dataclasses.replace(batch, token_BT=(batch.token_BT.at[:, -1].add(1)) % V)
+    assert (run(changed)[0][:, 0] != run(batch)[0][:, 0]).any()
+
+
+def test_bfloat16_compute_keeps_parameters_and_logits_in_float32():
+    options = {"compute_dtype": "bfloat16", "moe": moe(), "norm": LayerNorm}
+    graph, params, _ = functional.abstract(lambda: model(**options))
+    assert {p.dtype for p in params.values()} == {jnp.dtype("float32")}
+    logits, routers = runner(**options)(tokens())
+    assert logits.dtype == jnp.float32
+    assert {a.dtype for a in jax.tree.leaves(routers)} <= {
+        jnp.dtype(name) for name in ("float32", "int32", "bool")
+    }
+    full, _ = runner(moe=moe(), norm=LayerNorm)(tokens())
+    assert float(jnp.abs(logits - full).mean()) < 0.05
+
+
+def test_shared_experts_add_what_every_token_uses():
+    with_shared = initialize(MoELayer(D, V, TopK, 4, 8, shared_experts=2), 0)
+    without = initialize(MoELayer(D, V, TopK, 4, 8), 0)
+    x_BTD = jnp.asarray(np.random.default_rng(0).standard_normal((B, T, D)), jnp.float32)
+    y_BTD, plain_BTD = with_shared(x_BTD, tokens())[0], without(x_BTD, tokens())[0]
+    assert with_shared.shared.up_DF.shape == (D, 16)
+    expected = plain_BTD + with_shared.shared(x_BTD)
+    np.testing.assert_allclose(y_BTD, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_groups_of_several_sequences():
+    """Capacity is counted over a group: two sequences of one group share the experts' places."""
+    layer = initialize(MoELayer(D, V, TopK, 4, 8, sequences_per_group=2), 0)
+    x_BTD = jnp.asarray(np.random.default_rng(0).standard_normal((B, T, D)), jnp.float32)
+    _, output = layer(x_BTD, tokens(train=True))
+    assert output.decision.expert_GTK.shape == (1, 2 * T, 2)
+    assert output.decision.capacity == 8  # ceil(1.25 * 2 * 12 / 4)
+    with pytest.raises(ValueError, match="3 sequences does not divide"):
+        three = dataclasses.replace(
+            tokens(), segment_BT=jnp.ones((3, T)), index_B=jnp.arange(3, dtype=jnp.int32)
+        )
+        layer(jnp.zeros((3, T, D)), three)
+
+
+# Refused.
+
+
+@pytest.mark.parametrize("router", [ExpertChoiceRouter, SoftMoE])
+def test_a_decoder_refuses_a_router_that_sees_the_future(router):
+    with pytest.raises(ValueError, match=r"(?s)is not causal .*in a decoder use TopK.*MaskedToken"):
+        model(moe=moe(router))
+    model(moe=moe(router), causal=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"positions": "absolute"}, "Transformer.positions='absolute': one of rotary, alibi"),
+        ({"remat": "all"}, "Transformer.remat='all': one of none, full"),
+        ({"compute_dtype": "float16"}, "one of float32, bfloat16"),
+        ({"positions": "learned"}, "learned positions need Transformer.max_length"),
+        ({"num_layers": 0}, "num_layers=0 must be at least 1"),
+        ({"moe": moe(), "moe_every": 3}, "moe_every=3 leaves no sparse layer among 2"),
+        ({"moe": moe(), "moe_every": 0}, "moe_every=0 leaves no sparse layer"),
+        ({"moe": moe(), "moe_layers": [2]}, "list layers between 0 and 1"),
+        ({"moe": moe(), "moe_layers": [0], "moe_every": 2}, "leave moe_every at 1"),
+        ({"num_heads": 3}, "d_model=16 does not divide by num_heads=3"),
+        ({"moe": moe(functools.partial(TopK, k=5))}, "TopK.k=5 experts per token, but there are 4"),
+        ({"moe": moe(functools.partial(TopK, k=1, renormalise=True))}, "starves the router"),
+        ({"moe": moe(functools.partial(TopK, k=1, gates="softmax_of_selected"))}, "starves"),
+        ({"moe": moe(functools.partial(TopK, gates="hard"))}, "TopK.gates='hard': one of softmax"),
+        ({"moe": moe(functools.partial(Switch, jitter=1.0))}, "Switch.jitter=1.0 must lie"),
+        ({"moe": moe(sequences_per_group=0)}, "sequences_per_group=0: at least 1"),
+        ({"moe": functools.partial(MoELayer, router=TopK, num_experts=0)}, "num_experts=0 must"),
+        ({"moe": moe(activation="tanh")}, "activation='tanh'"),
+        (
+            {"moe": moe(functools.partial(ExpertChoiceRouter, capacity_factor=5)), "causal": False},
+            "ExpertChoice.capacity_factor=5 must be above 0 and at most the number of experts",
+        ),
+        (
+            {"moe": moe(functools.partial(SoftMoE, slots_per_expert=0)), "causal": False},
+            "slots_per_expert=0 must be at least 1",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refused(options, part):
+    with pytest.raises(ValueError) as refusal:
+        model(**options)
+    assert part in str(refusal.value)
+
+
+def test_sequences_longer_than_the_learned_positions_are_refused():
+    built = initialize(model(positions="learned", max_length=T - 1), 0)
+    with pytest.raises(ValueError, match=r"6 tokens per sequence, but .*max_length=5"):
+        built(tokens())
+
+
+def test_the_expert_of_a_hash_is_the_same_at_every_place():
+    built = initialize(model(moe=moe(RandomHash)), 0)
+    routers = built(tokens(token_BT=jnp.full((B, T), 4, jnp.int32))).routers
+    for expert_GTK in np.asarray(routers.decision.expert_GTK):
+        assert len(np.unique(expert_GTK)) == 1
+
+
+def test_sparse_layers_of_a_dense_model_are_none():
+    assert sparse_layers(3, False, 1, None) == (False,) * 3

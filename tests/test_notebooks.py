@@ -1,0 +1,48 @@
+"""Every notebook runs from top to bottom, at tiny size."""
+
+from pathlib import Path
+
+import nbformat
+import nbclient
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+TINY = [
+    "train.steps = 4",
+    "train.batch_size = 4",
+    "train.sequence_length = 128",
+    "train.log_every = 2",
+    "Transformer.d_model = 32",
+    "Transformer.num_layers = 2",
+    "MoELayer.d_ff = 32",
+    "StandardLibrary.max_bytes = 400_000",
+    "TrainedBPE.vocab_size = 512",
+]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # a notebook has one device, not the eight of the tests
+    notebook = nbformat.read(path, as_version=4)
+    settings = next(cell for cell in notebook.cells if "BINDINGS = []" in cell.source)
+    settings.source = settings.source.replace("BINDINGS = []", f"BINDINGS = {TINY}")
+    nbclient.NotebookClient(
+        notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    pictures = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) >= 2
+    assert (tmp_path / "runs" / "notebook" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_stored_without_outputs_and_opens_in_colab(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    assert f"notebooks/{path.name}" in notebook.cells[0].source
+    first_code = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    assert "google.colab" in first_code.source and "pip install" in first_code.source

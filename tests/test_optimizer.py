@@ -1,0 +1,186 @@
+"""Optimizers and schedules: what decays, what Muon makes orthogonal, where rates begin and end."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moe.optimizer import Adafactor, AdamW, Lion, Muon, matrix_axes
+from moe.schedules import Cosine, Linear, Rsqrt, WarmupStableDecay
+
+# Parameters by name with their logical axes: two layers, three experts.
+AXES = {
+    "embedding_VD": ("vocab", "embed"),
+    "blocks.norm.scale_D": ("layer", None),
+    "blocks.attention.query_DHK": ("layer", "embed", "heads", None),
+    "blocks.attention.out_HKD": ("layer", "heads", None, "embed"),
+    "blocks.moe.router.weight_DE": ("layer", "embed", None),
+    "blocks.moe.experts.up_EDF": ("layer", "expert", "embed", "mlp"),
+    "blocks.moe.experts.down_EFD": ("layer", "expert", "mlp", "embed"),
+    "blocks.feed_forward.bias_F": ("layer", "mlp"),
+    "blocks.feed_forward.bias_EF": ("layer", "expert", "mlp"),
+}
+SHAPES = dict(
+    zip(
+        AXES,
+        [
+            (20, 8),
+            (2, 8),
+            (2, 8, 2, 4),
+            (2, 2, 4, 8),
+            (2, 8, 3),
+            (2, 3, 8, 16),
+            (2, 3, 16, 8),
+            (2, 16),
+            (2, 3, 16),
+        ],
+        strict=True,
+    )
+)
+MATRICES = {name for name in AXES if "scale" not in name and "bias" not in name}
+EXPERTS = {name for name in AXES if ".experts." in name}
+
+
+def arrays(seed: int):
+    keys = jax.random.split(jax.random.key(seed), len(SHAPES))
+    named = zip(keys, SHAPES.items(), strict=True)
+    return {name: jax.random.normal(key, shape) for key, (name, shape) in named}
+
+
+def update(optimizer, grads, params, steps: int = 10):
+    transformation = optimizer.build({name: AXES[name] for name in params}, steps)
+    return transformation.update(grads, transformation.init(params), params)[0]
+
+
+KINDS = {
+    "adamw": AdamW(schedule=Cosine(warmup=0.0)),
+    "lion": Lion(schedule=Cosine(warmup=0.0)),
+    "muon": Muon(schedule=Cosine(warmup=0.0)),
+    "adafactor": Adafactor(weight_decay=0.01, schedule=Cosine(warmup=0.0)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weight_decay_shrinks_matrices_alone(kind):
+    params = arrays(0)
+    changes = update(KINDS[kind], jax.tree.map(jnp.zeros_like, params), params)
+    # Muon's Adam part (embedding, routers) has no decay: optax's default.
+    adams = {name for name in AXES if matrix_axes(name, AXES[name]) is None}
+    for name, change in changes.items():
+        if name in MATRICES - (adams if kind == "muon" else set()):
+            ratio = np.asarray(change / params[name])
+            assert (ratio < 0).all()
+            np.testing.assert_allclose(ratio, ratio.mean(), rtol=1e-3)
+        else:
+            np.testing.assert_array_equal(change, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_optimizer_goes_downhill(kind):
+    """sum of squares of all parameters, 60 steps"""
+    params = arrays(1)
+    transformation = KINDS[kind].build(AXES, 1000)
+    state = transformation.init(params)
+
+    def loss(params):
+        return sum(jnp.sum(value**2) for value in params.values())
+
+    @jax.jit
+    def step(params, state):
+        changes, state = transformation.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, changes), state
+
+    first = loss(params)
+    for _ in range(60):
+        params, state = step(params, state)
+    assert loss(params) < 0.99 * first
+    assert all(value.dtype == jnp.float32 for value in params.values())
+
+
+def test_muon_makes_each_experts_matrix_orthogonal():
+    grads = arrays(2)
+    changes = update(Muon(weight_decay=0.0, clip_norm=None), grads, arrays(0))
+    for name in EXPERTS:
+        values = np.linalg.svd(np.asarray(changes[name]), compute_uv=False)
+        assert values.shape == (2, 3, 8)
+        # Five iterations bring singular values to 0.7 to 1.2 of the common scale.
+        assert (values.max(-1) / values.min(-1) < 2.0).all()
+        sizes = np.sqrt(np.mean(np.square(np.asarray(changes[name])), axis=(-2, -1)))
+        np.testing.assert_allclose(sizes, sizes.mean(), rtol=0.2)
+
+
+def test_muon_treats_an_expert_as_if_it_were_alone():
+    name, alone = "blocks.moe.experts.up_EDF", "alone"
+    grads, params = arrays(2)[name], arrays(0)[name]
+    optimizer = Muon(clip_norm=None)
+    together = update(optimizer, {name: grads}, {name: params})[name]
+    for layer in range(2):
+        for expert in range(3):
+            transformation = optimizer.build({alone: ("embed", "mlp")}, 10)
+            one, value = {alone: grads[layer, expert]}, {alone: params[layer, expert]}
+            single = transformation.update(one, transformation.init(value), value)[0][alone]
+            np.testing.assert_allclose(together[layer, expert], single, rtol=1e-4, atol=1e-7)
+
+
+def test_muon_leaves_embedding_router_and_vectors_to_adam():
+    for name, axes in AXES.items():
+        muon = matrix_axes(name, axes)
+        assert (muon is None) == (
+            name not in MATRICES or name.startswith("emb") or "router" in name
+        )
+    assert matrix_axes("a", ("layer", "embed", "heads", None)).reduction_axis == (1,)
+    assert matrix_axes("a", ("layer", "embed", "heads", None)).output_axis == (2, 3)
+    assert matrix_axes("a", ("layer", "heads", None, "embed")).reduction_axis == (1, 2)
+    assert matrix_axes("a", ("layer", "expert", "mlp", "embed")).output_axis == (3,)
+
+
+def test_gradients_are_clipped_by_the_global_norm():
+    """Lion's first update is a sign, Adam's a ratio: take plain momentum-free Adam moments."""
+    params, grads = arrays(0), arrays(3)
+    norm = float(optax.tree.norm(grads))
+    clipped, unclipped = (AdamW(clip_norm=c).build(AXES, 10) for c in (1.0, None))
+    _, state = clipped.update(grads, clipped.init(params), params)
+    _, scaled = unclipped.update(
+        jax.tree.map(lambda g: g / norm, grads), unclipped.init(params), params
+    )
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(scaled), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+SCHEDULES = {
+    # schedule: (step, share of the peak) of 100 steps
+    Cosine(warmup=0.1, final=0.1): [(0, 0.1), (9, 1), (10, 1), (55, 0.55), (100, 0.1), (999, 0.1)],
+    Cosine(warmup=0.0, final=0.0): [(0, 1), (50, 0.5), (100, 0)],
+    Linear(warmup=0.1, final=0.0): [(0, 0.1), (4, 0.5), (9, 1), (10, 1), (55, 0.5), (100, 0)],
+    Rsqrt(warmup=0.1): [(0, 0.1), (9, 1), (10, 1), (40, 0.5), (90, 1 / 3)],
+    WarmupStableDecay(warmup=0.1, decay=0.2, final=0.0): [
+        (0, 0.1),
+        (9, 1),
+        (10, 1),
+        (79, 1),
+        (90, 0.5),
+        (100, 0),
+    ],
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_a_schedule_passes_through_its_points(schedule):
+    rate = schedule.build(0.01, 100)
+    for step, share in SCHEDULES[schedule]:
+        assert float(rate(step)) == pytest.approx(0.01 * share, abs=1e-7), step
+
+
+def test_one_step_of_warm_up_is_the_peak_at_once():
+    for schedule in (Cosine(warmup=0.01), Rsqrt(warmup=0.01)):
+        assert float(schedule.build(1.0, 100)(0)) == pytest.approx(1.0)
+        assert float(schedule.build(1.0, 100)(1)) == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("wrong", [{"warmup": -0.1}, {"warmup": 1.5}, {"final": 2.0}], ids=str)
+def test_shares_lie_between_0_and_1(wrong):
+    with pytest.raises(ValueError, match="is a share and must lie between 0 and 1"):
+        Cosine(**wrong)
+    with pytest.raises(ValueError, match="is a share"):
+        WarmupStableDecay(warmup=0.5, decay=0.6)

@@ -1,0 +1,227 @@
+"""A run that stops and goes on is the run that never stopped; damaged checkpoints are skipped."""
+
+import dataclasses
+import json
+from pathlib import Path
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from tiny import Runs, arrays, lines, measured
+
+from moe import assemble, checkpoint
+from moe.errors import UserError
+from moe.model import Transformer
+from moe.objective import NextToken
+from moe.optimizer import Adafactor, AdamW
+from moe.sharding import MeshShape
+from moe.step import to_devices
+
+# A restore that fails leaves coroutines behind that nobody awaits.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+STATEFUL = (
+    "train.optimizer = @Muon()",
+    "TopK.balancer = @BiasBalancer",
+    "TopK.losses = ()",
+    "train.steps = 8",
+)
+
+
+def equal(ours: dict, theirs: dict) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("resume"))
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
+    """Never interrupted; a checkpoint at every second step, written while training goes on."""
+    return runs.done("whole", *STATEFUL, "train.save_every = 2", "train.keep = 4")
+
+
+def test_a_run_that_was_stopped_ends_as_if_it_never_was(runs, whole):
+    assert runs("stopped", *STATEFUL, "train.stop_at = 3") == 0
+    run = runs.folder / "stopped"
+    assert [line["step"] for line in measured(run)] == [1, 2, 3]
+    assert not (run / "summary.json").exists()
+    # What a crash leaves: a line of a step that is not saved, and half a line.
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 0.0}\n{"step": 5, "lo')
+    runs.done("stopped", *STATEFUL)
+    assert measured(run) == measured(whole)
+    assert lines(run / "routing.jsonl") == lines(whole / "routing.jsonl")
+    equal(arrays(run, 8), arrays(whole, 8))
+    assert any("balancer.bias_E" in name and value.any() for name, value in arrays(run, 8).items())
+    summaries = [json.loads((r / "summary.json").read_text()) for r in (run, whole)]
+    assert summaries[0]["val_loss"] == summaries[1]["val_loss"]
+    assert summaries[0]["train_seconds"] > 0
+
+
+def test_checkpoints_written_while_training_goes_on_hold_their_own_step(runs, whole):
+    """The buffers that a save reads are donated to the next step at once."""
+    for step in (2, 4, 6):
+        name = f"to step {step}"
+        assert runs(name, *STATEFUL, f"train.stop_at = {step}") == 0
+        equal(arrays(whole, step), arrays(runs.folder / name, step))
+
+
+def copy_of(run: Path, name: str) -> Path:
+    return Path(shutil.copytree(run, run.parent / name))
+
+
+def cut_short(folder: Path) -> None:
+    """Half of the largest file."""
+    largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    with largest.open("r+b") as file:
+        file.truncate(largest.stat().st_size // 2)
+
+
+def without_metadata(folder: Path) -> None:
+    """What describes the arrays, and the index of their database."""
+    for path in [*folder.rglob("_METADATA"), *folder.rglob("manifest.ocdbt")]:
+        path.unlink()
+
+
+def emptied(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+@pytest.mark.parametrize("damage", [cut_short, without_metadata, emptied])
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(damage, runs, whole, capsys):
+    run = copy_of(whole, f"damaged {damage.__name__}")
+    damage(run / "checkpoints" / "8")
+    (run / "summary.json").unlink()
+    assert runs(run.name, *STATEFUL) == 0
+    out = capsys.readouterr().out
+    assert "the checkpoint of step 8 can't be read" in out
+    assert "continuing at step 6 of 8" in out
+    assert (run / "damaged-checkpoint-8").is_dir()
+    assert measured(run) == measured(whole)
+    equal(arrays(run, 8), arrays(whole, 8))
+
+
+def test_where_no_checkpoint_can_be_read_it_says_so_and_keeps_them(runs, whole, capsys):
+    run = copy_of(whole, "all damaged")
+    (run / "summary.json").unlink()
+    steps = [path.name for path in (run / "checkpoints").iterdir()]
+    for step in steps:
+        cut_short(run / "checkpoints" / step)
+    metrics = (run / "metrics.jsonl").read_text()
+    assert runs(run.name, *STATEFUL) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"no checkpoint in {run / 'checkpoints'} can be read" in error
+    assert (run / "metrics.jsonl").read_text() == metrics
+    kept = {path.name for path in run.iterdir() if path.name.startswith("damaged")}
+    assert kept == {f"damaged-checkpoint-{step}" for step in steps}
+
+
+def programs(mesh: MeshShape, optimizer):
+    built = assemble.assemble(
+        Transformer, NextToken(), token_vocabulary=257, batch_size=8, sequence_length=16
+    )
+    devices = jax.devices()[:1] if mesh == MeshShape(data=1) else jax.devices()
+    where = mesh.build(devices)
+    settings = {"steps": 4, "seed": 0, "accumulate": 1, "batch_size": 8}
+    return assemble.program(built, optimizer, where, **settings)
+
+
+@pytest.fixture
+def sparse(runs):
+    """The tiny model from gin."""
+    from moe import gin_files
+
+    gin_files.load([str(runs.config)], ["train.sequence_length = 16"])
+
+
+def batch_of(program):
+    from moe.batch import Batch
+
+    draw = np.random.default_rng(0).integers(0, 256, (8, 17)).astype(np.int32)
+    ones = np.ones((8, 16), np.int32)
+    place = np.broadcast_to(np.arange(16, dtype=np.int32), (8, 16))
+    rows = Batch(draw[:, :-1], draw[:, 1:], ones, place, ones > 0, np.arange(8, dtype=np.int32))
+    return to_devices(rows, program.batch_sharding, 8)
+
+
+def test_a_checkpoint_moves_between_meshes(sparse, tmp_path):
+    """Saved over 8 devices; on 1 and on 4 expert-parallel ones it is bit for bit the same."""
+    program = programs(MeshShape(data=8), AdamW())
+    state, _ = program.step(program.init(0), batch_of(program))
+    saved = checkpoint.as_tree(jax.device_get(state))
+    with checkpoint.opened(tmp_path / "checkpoints") as saves:
+        saves.save(state, {"a": 1})
+    for mesh in (MeshShape(data=1), MeshShape(data=2, expert=4)):
+        other = programs(mesh, AdamW())
+        with checkpoint.opened(tmp_path / "checkpoints") as saves:
+            found, extra = saves.restore(other.abstract_state)
+        assert extra == {"a": 1}
+        equal(checkpoint.as_tree(jax.device_get(found)), saved)
+        for leaf, expected in zip(
+            jax.tree.leaves(found), jax.tree.leaves(other.abstract_state), strict=True
+        ):
+            assert leaf.sharding == expected.sharding and leaf.dtype == expected.dtype
+
+
+def test_fields_of_an_optimizer_in_any_order_come_back_in_their_places(sparse, tmp_path):
+    """Adafactor's v_row stands before v, which sorts before it."""
+    program = programs(MeshShape(data=1), Adafactor())
+    state, _ = program.step(program.init(0), batch_of(program))
+    saved = checkpoint.as_tree(jax.device_get(state))
+    with checkpoint.opened(tmp_path / "checkpoints") as saves:
+        saves.save(state, {})
+        saves.wait()
+        found, _ = saves.restore(program.abstract_state)
+    equal(checkpoint.as_tree(jax.device_get(found)), saved)
+
+
+def test_a_step_that_is_not_there_is_named(whole):
+    with checkpoint.opened(whole / "checkpoints", read_only=True) as saves:
+        with pytest.raises(UserError, match=r"no checkpoint of step 5; it has \[2, 4, 6, 8\]"):
+            saves.restore(None, step=5)
+
+
+def test_a_run_that_diverges_stops_and_keeps_the_good_checkpoint(runs, capsys):
+    assert runs("diverged", "train.stop_at = 2") == 0
+    good = arrays(runs.folder / "diverged", 2)
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "_read", with_a_nan(checkpoint.Checkpoints._read))
+        assert runs("diverged", "train.save_every = 1") == 2
+    error = capsys.readouterr().err
+    assert "step 3: not finite: loss" in error and "Traceback" not in error
+    assert "checkpoints holds step 2" in error
+    assert "layer 0: load" in error and "layer 1: load" in error
+    run = runs.folder / "diverged"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["2"]
+    equal(arrays(run, 2), good)
+    assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2]
+
+
+def test_an_update_that_is_not_finite_is_not_saved(runs, capsys):
+    """The loss of the step that breaks the parameters is still a number."""
+    huge = ("train.optimizer = @AdamW()", "AdamW.learning_rate = 1e30", "train.save_every = 1")
+    assert runs("huge rate", *huge) == 2
+    error = capsys.readouterr().err
+    assert "step 1: not finite: update norm" in error
+    assert "there is no checkpoint yet" in error and "Lower the learning rate" in error
+    assert not list((runs.folder / "huge rate" / "checkpoints").iterdir())
+
+
+def with_a_nan(read):
+    """Restoring that breaks one weight, as a bit that flips in memory would."""
+
+    def broken(self, step, abstract):
+        state, extra = read(self, step, abstract)
+        name = "final_norm.scale_D"
+        scale_D = state.params[name].at[3].set(np.nan)
+        return dataclasses.replace(state, params=state.params | {name: scale_D}), extra
+
+    return broken

@@ -1,0 +1,216 @@
+"""The mesh: what it refuses, where arrays live, and which collectives one MoE layer costs."""
+
+import collections
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from layers.constrain import constrain, placing
+from layers.dispatch import OneHotEinsum, SlotGather
+from layers.moe_layer import MoELayer
+from moe import functional, sharding, step
+from moe.batch import Batch
+from moe.model import Transformer
+from moe.objective import NextToken, step_key, tokens_of
+from routing import BiasBalancer, TopK
+
+EXPERTS, D, F, V, ROWS, LENGTH = 8, 16, 32, 13, 16, 12
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({}, (8, 1, 1, 1)),
+        ({"expert": 4}, (2, 1, 4, 1)),
+        ({"data": 1, "fsdp": -1}, (1, 8, 1, 1)),
+        ({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, (1, 2, 2, 2)),
+    ],
+    ids=str,
+)
+def test_mesh_shapes(sizes, shape):
+    mesh = sharding.MeshShape(**sizes).build()
+    assert tuple(mesh.shape.values()) == shape and tuple(mesh.shape) == sharding.MESH_AXES
+
+
+@pytest.mark.parametrize(
+    ("sizes", "part"),
+    [
+        ({"data": 3}, "needs 3 devices, but there are 8; set one axis to -1"),
+        ({"data": 16}, "needs 16 devices, but there are 8"),
+        ({"expert": 3}, "needs a multiple of 3 devices, but there are 8"),
+        ({"fsdp": -1}, "one of them may be -1"),
+        ({"data": 8, "expert": 0}, "sizes are at least 1"),
+        ({"data": 8, "expert": -2}, "sizes are at least 1"),
+    ],
+    ids=str,
+)
+def test_mesh_shapes_that_cannot_be(sizes, part):
+    with pytest.raises(ValueError) as refusal:
+        sharding.MeshShape(**sizes).build()
+    assert part in str(refusal.value)
+
+
+def test_a_mesh_of_some_devices():
+    mesh = sharding.MeshShape(expert=2).build(jax.devices()[:4])
+    assert mesh.size == 4 and mesh.shape["data"] == 2
+
+
+def test_groups_and_experts_have_to_divide():
+    mesh = sharding.MeshShape(data=2, expert=4).build()
+    sharding.check_batch(mesh, 16, 8)
+    sharding.check_batch(mesh, 16, None)
+    with pytest.raises(ValueError, match=r"12 groups .* = 8 devices; make train.batch_size"):
+        sharding.check_batch(mesh, 12, 8)
+    with pytest.raises(ValueError, match=r"num_experts=6 doesn't divide over MeshShape.expert=4"):
+        sharding.check_batch(mesh, 16, 6)
+
+
+def test_specs():
+    mesh = sharding.MeshShape(data=1, fsdp=2, expert=2, tensor=2).build()
+
+    def spec(axes, shape):
+        return tuple(sharding.spec(mesh, axes, shape))
+
+    assert spec(("expert", "embed", "mlp"), (8, 16, 32)) == ("expert", "fsdp", "tensor")
+    assert spec(("batch", None, None), (8, 3, 5)) == (("fsdp", "expert"), None, None)
+    # What does not divide stays whole, and so does what has no name.
+    assert spec(("expert", "embed", None), (3, 16, 4)) == (None, "fsdp", None)
+    # No mesh axis cuts two dimensions.
+    assert spec(("batch", "expert"), (8, 8)) == (("fsdp", "expert"), None)
+
+
+def test_constrain_does_nothing_by_itself():
+    x = jnp.ones((8, 2))
+    assert constrain(x, "batch", None) is x
+    mesh = sharding.MeshShape().build()
+    with placing(sharding.rule(mesh)):
+        assert len(constrain(x, "batch", None).sharding.device_set) == 8
+    assert constrain(x, "batch", None) is x
+    assert sharding.rule(sharding.MeshShape().build(jax.devices()[:1])) is None
+
+
+@functools.cache
+def one_layer(dispatcher):
+    """A model of a single sparse layer."""
+
+    def make():
+        moe = functools.partial(
+            MoELayer, router=TopK, num_experts=EXPERTS, d_ff=F, dispatcher=dispatcher
+        )
+        return Transformer(V, d_model=D, num_layers=1, num_heads=2, moe=moe)
+
+    return functional.abstract(make)
+
+
+def batch_of(rows=ROWS):
+    token_BT = np.random.default_rng(0).integers(0, V, (rows, LENGTH + 1)).astype(np.int32)
+    return Batch(
+        token_BT=token_BT[:, :-1],
+        target_BT=token_BT[:, 1:],
+        segment_BT=np.ones((rows, LENGTH), np.int32),
+        position_BT=np.tile(np.arange(LENGTH, dtype=np.int32), (rows, 1)),
+        scored_BT=np.ones((rows, LENGTH), bool),
+        index_B=np.arange(rows, dtype=np.int32),
+    )
+
+
+def forward_text(dispatcher, **sizes):
+    """The compiled program of a forward pass, hidden states in, hidden states out."""
+    graph, params, state = one_layer(dispatcher)
+    mesh = sharding.MeshShape(**sizes).build()
+    place = functools.partial(sharding.sharding, mesh)
+    shardings = {n: place(graph.axes[n], p.shape) for n, p in params.items()}
+    batch = batch_of()
+    rows = place(("batch",), (ROWS,))
+
+    def forward(params, batch):
+        with placing(sharding.rule(mesh)):
+            tokens = tokens_of(batch, step_key(0, 0), train=True)
+            return graph.join(params, state)(tokens).hidden_BTD
+
+    run = jax.jit(forward, in_shardings=(shardings, rows), out_shardings=rows)
+    return run.lower(params, batch).compile().as_text()
+
+
+def collectives(text):
+    """How many of each kind, by name; asynchronous ones are counted where they start."""
+    kinds = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
+    return collections.Counter(re.findall(rf"[)}}] ({kinds})(?:-start)?\(", text))
+
+
+@pytest.mark.parametrize("dispatcher", [OneHotEinsum(), SlotGather()], ids=str)
+@pytest.mark.parametrize("sizes", [{"data": 1, "expert": 8}, {"data": 2, "expert": 4}], ids=str)
+def test_expert_parallel_is_two_all_to_alls(sizes, dispatcher):
+    """One to the experts, one home; and no weight travels."""
+    text = forward_text(dispatcher, **sizes)
+    found = collectives(text)
+    assert found["all-to-all"] == 2, found
+    assert not found["all-gather"], found
+    assert not found["collective-permute"] and not found["reduce-scatter"], found
+
+
+def test_data_parallel_forward_moves_nothing():
+    assert not collectives(forward_text(OneHotEinsum(), data=8))
+
+
+def test_experts_live_where_the_mesh_says():
+    make = functools.partial(
+        MoELayer,
+        router=functools.partial(TopK, balancer=BiasBalancer),
+        num_experts=EXPERTS,
+        d_ff=F,
+    )
+    graph, *abstract = functional.abstract(
+        lambda: Transformer(V, d_model=D, num_layers=2, num_heads=2, moe=make)
+    )
+    mesh = sharding.MeshShape(data=1, fsdp=2, expert=2, tensor=2).build()
+    program = step.build(
+        graph,
+        tuple(abstract),
+        objective=NextToken(),
+        optimizer=optax.adam(1e-3),
+        mesh=mesh,
+        seed=0,
+    )
+    state = program.init(0)
+    (name,) = (n for n in state.params if n.endswith("experts.up_EDF"))
+    # (L, E, D, F) = (2, 8, 16, 32) cut by expert 2, fsdp 2, tensor 2.
+    for value in (state.params[name], state.opt_state[0].mu[name], state.opt_state[0].nu[name]):
+        assert value.addressable_shards[0].data.shape == (2, 4, 8, 16)
+    (bias,) = state.router_state.values()
+    assert bias.sharding.is_fully_replicated and state.step.sharding.is_fully_replicated
+    after, _ = program.step(state, jax.device_put(batch_of(), program.batch_sharding))
+    copies = [np.asarray(s.data) for s in after.router_state.popitem()[1].addressable_shards]
+    for copy in copies[1:]:
+        np.testing.assert_array_equal(copy, copies[0])
+
+
+def test_every_parameter_names_its_axes():
+    graph, params, state = one_layer(SlotGather())
+    for name, value in (params | state).items():
+        assert len(graph.axes[name]) == len(value.shape), name
+        assert all(axis is None or axis in sharding.RULES for axis in graph.axes[name]), name
+
+
+def test_hosts_put_their_rows_together():
+    mesh = sharding.MeshShape().build()
+    where = sharding.sharding(mesh, ("batch",), (ROWS,))
+    batch = step.to_devices(batch_of(), where, ROWS)
+    np.testing.assert_array_equal(batch.token_BT, batch_of().token_BT)
+    assert len(batch.token_BT.sharding.device_set) == 8
+
+
+def test_micro_batches_are_whole_groups_and_spread_over_the_devices():
+    batch = batch_of()
+    micro = step.micro_batches(batch, 4, 2)
+    index_AB = np.asarray(micro.index_B)
+    assert sorted(index_AB.ravel()) == list(range(ROWS))
+    assert index_AB[0].tolist() == [0, 1, 8, 9]  # groups 0 and 4 of eight
+    rows = dataclasses.replace(batch, token_BT=batch.token_BT)
+    np.testing.assert_array_equal(micro.token_BT[0, 2], rows.token_BT[8])

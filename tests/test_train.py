@@ -1,0 +1,208 @@
+"""A run from the command line: what it writes, that it repeats, and how it ends."""
+
+import json
+import os
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import Runs, arrays, lines, measured
+
+import moe
+from moe.gin_read import bindings_of
+
+ROOT = Path(moe.__file__).resolve().parents[1]
+SUMMARY = """
+    val_bits_per_byte val_loss train_seconds tokens_per_second parameters_total parameters_active
+    flops_per_token utilisation effective_utilisation peak_memory_bytes baselines corpus
+""".split()
+
+PROMPTS = ("train.prompts = ('ab', '')",)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("train"))
+
+
+@pytest.fixture(scope="module")
+def base(runs):
+    return runs.done("base", *PROMPTS)
+
+
+def test_a_run_writes_all_it_promises(base):
+    names = {path.name for path in base.iterdir()}
+    expected = "config.gin run.json metrics.jsonl routing.jsonl summary.json samples.txt"
+    assert names >= {*expected.split(), "tensorboard", "checkpoints", "tokenizer"}
+    assert list((base / "tensorboard").iterdir())
+    assert [path.name for path in (base / "checkpoints").iterdir()] == ["12"]
+    assert (base / "samples.txt").read_text().strip()
+    summary = json.loads((base / "summary.json").read_text())
+    assert set(SUMMARY) <= set(summary)
+    assert set(summary["baselines"]) == {"unigram", "gzip", "xz"}
+    assert summary["corpus"]["name"] == "text" and len(summary["corpus"]["sha256"]) == 64
+    assert summary["corpus"]["bytes"] == sum(
+        path.stat().st_size for path in (base.parent / "text").iterdir()
+    )
+    run = json.loads((base / "run.json").read_text())
+    assert run["seed"] == 0 and "jax" in run["versions"] and run["device"]
+    assert run["router_losses"] == {"balance": 0.01, "z": 0.001}
+
+
+def test_a_line_of_metrics_is_short_and_routing_is_whole(base):
+    written = lines(base / "metrics.jsonl")
+    assert [line["step"] for line in written] == list(range(1, 13))
+    assert all(len(line) - 1 <= 40 for line in written)
+    routing = lines(base / "routing.jsonl")
+    assert [line["step"] for line in routing] == list(range(1, 13))
+    assert np.shape(routing[0]["count"]) == (2, 4)
+    # 4 sequences of 32 tokens with 2 choices each
+    assert np.sum(routing[0]["count"], axis=1).tolist() == [256, 256]
+
+
+def test_more_layers_and_experts_make_no_more_scalars(runs, base):
+    large = runs.done(
+        "large", "Transformer.num_layers = 5", "MoELayer.num_experts = 9", "train.steps = 2"
+    )
+    assert set(lines(large / "metrics.jsonl")[0]) == set(lines(base / "metrics.jsonl")[0])
+
+
+def test_the_recorded_config_repeats_the_run_bit_for_bit(runs, base):
+    again = runs.done("again", config=base / "config.gin")
+    assert measured(again) == measured(base)
+    ours, theirs = (bindings_of((run / "config.gin").read_text()) for run in (again, base))
+    assert ours == theirs
+    assert (again / "routing.jsonl").read_text() == (base / "routing.jsonl").read_text()
+    assert (again / "samples.txt").read_text() == (base / "samples.txt").read_text()
+    ours, theirs = arrays(again, 12), arrays(base, 12)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    keys = ("val_loss", "val_bits_per_byte", "baselines", "corpus", "flops_per_token")
+    first, second = (json.loads((run / "summary.json").read_text()) for run in (base, again))
+    assert {key: first[key] for key in keys} == {key: second[key] for key in keys}
+
+
+def test_another_seed_is_another_run(runs, base):
+    other = runs.done("seed", "train.seed = 1", "train.steps = 12")
+    assert measured(other)[0]["loss"] != measured(base)[0]["loss"]
+    assert measured(other)[-1]["loss"] != measured(base)[-1]["loss"]
+
+
+def test_a_finished_run_is_not_trained_again(runs, base, capsys):
+    before = {p: p.read_bytes() for p in base.rglob("*") if p.is_file() and p.name != ".lock"}
+    start = time.monotonic()
+    assert runs("base", *PROMPTS) == 0
+    assert time.monotonic() - start < 3
+    assert "complete at step 12" in capsys.readouterr().out
+    after = {p: p.read_bytes() for p in base.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert after == before
+
+
+KINDS = {
+    "expert choice": (
+        "train.objective = @MaskedToken()",
+        "MaskedToken.rate = 0.3",
+        "MoELayer.router = @ExpertChoice",
+    ),
+    "soft": ("train.objective = @MaskedToken()", "MoELayer.router = @SoftMoE"),
+    "dense": ("Transformer.moe = None",),
+    "bfloat16": ("Transformer.compute_dtype = 'bfloat16'",),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_run_learn(kind, runs):
+    bindings = ("train.steps = 25", "AdamW.learning_rate = 0.01", "train.optimizer = @AdamW()")
+    config = runs.folder / f"{kind}.gin"
+    # From a file, where settings of the router that was swapped may stay.
+    config.write_text("\n".join(["include 'tiny.gin'", *KINDS[kind], *bindings]) + "\n")
+    run = runs.done(f"run of {kind}", config=config)
+    loss = [line["loss"] for line in measured(run)]
+    assert np.isfinite(loss).all()
+    assert np.mean(loss[-3:]) < 0.8 * loss[0]
+    routed = [line for line in lines(run / "routing.jsonl")]
+    assert bool(routed) == (kind != "dense")
+    if kind == "bfloat16":
+        values = arrays(run, 25)
+        kinds = {str(jnp.asarray(value).dtype) for value in values.values()}
+        assert kinds == {"float32", "int32"}
+
+
+def test_the_final_checkpoint_precedes_the_final_evaluation(runs, capsys):
+    """A stride that evaluation refuses: the run fails, its training does not."""
+    assert runs("no evaluation", "train.eval_stride = 99") == 2
+    assert "stride=99 must lie in 1 to sequence_length=32" in capsys.readouterr().err
+    run = runs.folder / "no evaluation"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["12"]
+    assert not (run / "summary.json").exists()
+
+
+def test_evaluations_and_checkpoints_on_the_way(runs, base):
+    """The last two and the best stay; what is evaluated and saved changes no number."""
+    bindings = ("train.eval_every = 3", "train.save_every = 2", "train.keep = 2")
+    run = runs.done("on the way", *bindings)
+    held_out = {line["step"]: line["val/loss"] for line in measured(run) if "val/loss" in line}
+    assert list(held_out) == [3, 6, 9]
+    steps = {int(path.name) for path in (run / "checkpoints").iterdir()}
+    assert steps == {10, 12, min(held_out, key=held_out.__getitem__)}
+    assert [line for line in measured(run) if "loss" in line] == measured(base)
+
+
+def test_the_time_may_be_limited(runs, capsys):
+    bindings = ("train.steps = 100000", "train.max_seconds = 0.5")
+    run = runs.done("limited", *bindings)
+    assert "max_seconds=0.5 is over" in capsys.readouterr().out
+    summary = json.loads((run / "summary.json").read_text())
+    assert 1 <= summary["step"] < 100000
+    assert runs("limited", *bindings) == 0
+    assert "complete" in capsys.readouterr().out
+
+
+def test_sigterm_saves_and_leaves_a_run_that_goes_on(runs, tmp_path):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    given = ["train", f"--gin_file={runs.config}", workdir, "--gin_bindings=train.steps = 1000000"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    child = subprocess.Popen(
+        [sys.executable, "-m", "moe", *given],
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        wait_for_lines(tmp_path / "run" / "metrics.jsonl", child)
+        child.send_signal(signal.SIGTERM)
+        out, _ = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 128 + signal.SIGTERM, out
+    assert "the same command goes on from there" in out and "Traceback" not in out
+    last = lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
+    steps = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert steps == [last]
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def wait_for_lines(path: Path, child: subprocess.Popen, seconds: float = 60) -> None:
+    """Until the run has logged some steps."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and child.poll() is None:
+        if path.exists() and path.read_text().count("\n") >= 3:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"no step was logged: {child.communicate()[0] if child.poll() else 'still going'}")
+
+
+def test_the_last_screen_names_the_marks(runs, base, capsys):
+    assert runs("base", *PROMPTS) == 0
+    out = capsys.readouterr().out
+    for word in ("this model", "gzip", "xz", "unigram", "tokens/s", "utilisation", "MiB"):
+        assert word in out
