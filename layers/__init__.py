@@ -1,1 +1,1 @@
-"""Parameters and arithmetic: norms, positions, attention, feed-forward, experts, dispatch, blocks."""
+"""Parameters and arithmetic: norms, attention, feed-forward, experts, dispatch, blocks."""

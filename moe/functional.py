@@ -1,4 +1,4 @@
-"""A model as data: its parameters and router state by dotted name, and the graph that joins them."""
+"""A model as data: parameters and router state by dotted name, and the graph that joins them."""
 
 from collections.abc import Callable
 import dataclasses
@@ -9,7 +9,7 @@ import jax
 
 from routing.parameters import RouterState, initialize
 
-Arrays = dict[str, jax.Array]
+Arrays = dict[str, Any]  # jax.Array; jax.ShapeDtypeStruct in an abstract model
 
 
 @dataclasses.dataclass(frozen=True)

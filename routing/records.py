@@ -49,7 +49,7 @@ class RouterStats(nnx.Pytree):
 
 @nnx.dataclass
 class WholeStep(nnx.Pytree):
-    """For a micro-batch: the statistics of its whole optimizer step, and its share of the tokens."""
+    """For a micro-batch: the statistics of its whole step, and its share of the step's tokens."""
 
     stats: RouterStats = nnx.data()
     share: Float[Array, "*L"] = nnx.data()
@@ -140,7 +140,7 @@ class RouterOutput(nnx.Pytree):
 
 
 def choices_GE(decision: Decision, *, kept_GTK: Array | None = None) -> Int[Array, "G E"]:
-    """How many assignments each expert has in each group; a soft slot that reads anything is one."""
+    """How many assignments each expert has in each group; a soft slot that reads is one."""
     if isinstance(decision, TokenChoice):
         keep_GTK = decision.keep_GTK if kept_GTK is None else kept_GTK
         hit_GTKE = jax.nn.one_hot(decision.expert_GTK, decision.num_experts, dtype=bool)

@@ -493,7 +493,7 @@ def test_every_pattern_of_empty_experts(k, dispatcher):
 def test_the_common_form_moves_the_same(name):
     """as_soft_slots(decision), run as soft slots, gives what the decision itself gives."""
     graph, params, state = layer_of(name)
-    x_BTD, batch = draw(0, B, T, D), tokens(valid_BT=ragged_BT)
+    x_BTD, batch = jnp.asarray(draw(0, B, T, D)), tokens(valid_BT=ragged_BT)
 
     @jax.jit
     def both():
@@ -525,7 +525,7 @@ def test_rematerialised_is_the_same(name, remat):
 @every_router
 def test_compiled_is_interpreted(name):
     graph, params, state = layer_of(name)
-    x_BTD, batch = draw(0, B, T, D), tokens(train=False)
+    x_BTD, batch = jnp.asarray(draw(0, B, T, D)), tokens(train=False)
     same_tree(graph.join(params, state)(x_BTD, batch), evaluated(name)(x_BTD, batch))
 
 

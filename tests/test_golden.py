@@ -82,7 +82,7 @@ def on_logits(make, logits_TE, dtype):
 def test_switch(case, dtype):
     given, told = golden("03_switch")
     expected = told[case]
-    router, inputs = on_logits(lambda s: Switch(s, jitter=0), given["logits"], dtype)
+    router, inputs = on_logits(lambda s: Switch(s, jitter=0.0), given["logits"], dtype)
     routing, out = router.route(inputs), router(inputs)
     same(routing.score_GTE[0], expected["p"], dtype)
     same(out.decision.expert_GTK[0, :, 0], expected["idx"], dtype)
@@ -100,7 +100,9 @@ def test_switch(case, dtype):
 def test_switch_balance_gradient_and_its_floor(dtype):
     given, told = golden("03_switch")
     router, inputs = on_logits(
-        lambda s: Switch(s, jitter=0, losses=(BalanceLoss(given["alpha"]),)), given["logits"], dtype
+        lambda s: Switch(s, jitter=0.0, losses=(BalanceLoss(given["alpha"]),)),
+        given["logits"],
+        dtype,
     )
 
     def penalty(x_GTD):

@@ -28,6 +28,7 @@ def rows(values_T):
 
 
 PLACES, ONE_DOCUMENT = rows(np.arange(T)), rows(np.ones(T))
+put = jnp.asarray
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
 
 
@@ -39,7 +40,7 @@ def test_rms_norm():
     scale_D = draw(D, seed=1)
     norm.scale_D.set_value(jnp.asarray(scale_D))
     rms_BT1 = np.sqrt((x_BTD**2).mean(-1, keepdims=True) + 1e-6)
-    close(norm(x_BTD), x_BTD / rms_BT1 * scale_D)
+    close(norm(put(x_BTD)), x_BTD / rms_BT1 * scale_D)
 
 
 def test_layer_norm():
@@ -48,7 +49,7 @@ def test_layer_norm():
     norm.scale_D.set_value(jnp.asarray(scale_D))
     norm.bias_D.set_value(jnp.asarray(bias_D))
     std_BT1 = np.sqrt(x_BTD.var(-1, keepdims=True) + 1e-6)
-    close(norm(x_BTD), (x_BTD - x_BTD.mean(-1, keepdims=True)) / std_BT1 * scale_D + bias_D)
+    close(norm(put(x_BTD)), (x_BTD - x_BTD.mean(-1, keepdims=True)) / std_BT1 * scale_D + bias_D)
 
 
 @pytest.mark.parametrize("norm", [RMSNorm, LayerNorm])
@@ -57,9 +58,9 @@ def test_norms_compute_in_float32_and_start_as_plain_norms(norm):
     x_BTD = np.full((1, 1, 512), 256.0, np.float32)
     x_BTD[..., 0] = 1.0
     start = initialize(norm(512), 0)
-    found = start(jnp.asarray(x_BTD, jnp.bfloat16))
+    found = start(put(x_BTD, jnp.bfloat16))
     assert found.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(found, start(x_BTD).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(found, start(put(x_BTD)).astype(jnp.bfloat16))
 
 
 # Positions.
@@ -67,7 +68,7 @@ def test_norms_compute_in_float32_and_start_as_plain_norms(norm):
 
 def test_rotary_turns_every_pair_by_its_angle():
     x_BTHD = draw(B, T, H, 4)
-    turned = np.asarray(Rotary(100.0)(x_BTHD, PLACES))
+    turned = np.asarray(Rotary(100.0)(put(x_BTHD), PLACES))
     for i in range(2):  # the pairs are (i, i + 2)
         pair = x_BTHD[..., i] + 1j * x_BTHD[..., i + 2]
         angle_T = np.arange(T) * 100.0 ** (-2 * i / 4)
@@ -79,7 +80,7 @@ def test_rotary_scores_depend_on_the_distance_alone():
     query, key = draw(1, 1, 1, 8), draw(1, 1, 1, 8, seed=1)
 
     def score(m, n):
-        at = [Rotary()(x, jnp.array([[place]])) for x, place in ((query, m), (key, n))]
+        at = [Rotary()(put(x), jnp.array([[place]])) for x, place in ((query, m), (key, n))]
         return float(jnp.sum(at[0] * at[1]))
 
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
@@ -160,7 +161,7 @@ def slow_attention(layer, x_BTD):
 )
 def test_attention_is_the_slow_loop(options):
     layer, x_BTD = attention(positions="none", **options), draw(B, T, D)
-    close(layer(x_BTD, PLACES, ONE_DOCUMENT), slow_attention(layer, x_BTD), atol=1e-5)
+    close(layer(put(x_BTD), PLACES, ONE_DOCUMENT), slow_attention(layer, x_BTD), atol=1e-5)
 
 
 def test_grouped_heads_are_repeated_heads():
@@ -170,6 +171,7 @@ def test_grouped_heads_are_repeated_heads():
     all_heads.out_HKD.set_value(few.out_HKD[...])
     all_heads.key_DNK.set_value(jnp.repeat(few.key_DNK[...], 2, axis=1))
     all_heads.value_DNK.set_value(jnp.repeat(few.value_DNK[...], 2, axis=1))
+    x_BTD = put(x_BTD)
     close(few(x_BTD, PLACES, ONE_DOCUMENT), all_heads(x_BTD, PLACES, ONE_DOCUMENT))
 
 
@@ -183,14 +185,14 @@ def test_a_token_of_another_document_changes_nothing(positions, causal):
     layer, x_BTD = attention(positions=positions, causal=causal), draw(B, T, D)
     other_BTD = x_BTD.copy()
     other_BTD[:, 3:7] = draw(B, 4, D, seed=9)
-    one, two = (np.asarray(layer(x, INSIDE, DOCUMENTS)) for x in (x_BTD, other_BTD))
+    one, two = (np.asarray(layer(put(x), INSIDE, DOCUMENTS)) for x in (x_BTD, other_BTD))
     outside = np.array([0, 1, 2, 7, 8])
     np.testing.assert_array_equal(one[:, outside], two[:, outside])
     assert (one[:, 3:7] != two[:, 3:7]).any()
     # A document by itself, at the start of a window, is the same document.
     alone_BTD = np.zeros_like(x_BTD)
     alone_BTD[:, :4] = x_BTD[:, 3:7]
-    alone = layer(alone_BTD, rows([0, 1, 2, 3, 0, 0, 0, 0, 0]), rows([1] * 4 + [0] * 5))
+    alone = layer(put(alone_BTD), rows([0, 1, 2, 3, 0, 0, 0, 0, 0]), rows([1] * 4 + [0] * 5))
     close(alone[:, :4], one[:, 3:7], atol=1e-5)
 
 
@@ -199,7 +201,7 @@ def test_attention_is_causal(positions):
     layer, x_BTD = attention(positions=positions), draw(B, T, D)
     other_BTD = x_BTD.copy()
     other_BTD[:, -1] += 1
-    one, two = (np.asarray(layer(x, PLACES, ONE_DOCUMENT)) for x in (x_BTD, other_BTD))
+    one, two = (np.asarray(layer(put(x), PLACES, ONE_DOCUMENT)) for x in (x_BTD, other_BTD))
     np.testing.assert_array_equal(one[:, :-1], two[:, :-1])
     assert (one[:, -1] != two[:, -1]).any()
 
@@ -207,7 +209,7 @@ def test_attention_is_causal(positions):
 def test_alibi_adds_its_bias():
     layer, x_BTD = attention(positions="alibi"), draw(B, T, D)
     plain = attention(positions="none")
-    apart = layer(x_BTD, PLACES, ONE_DOCUMENT) - plain(x_BTD, PLACES, ONE_DOCUMENT)
+    apart = layer(put(x_BTD), PLACES, ONE_DOCUMENT) - plain(put(x_BTD), PLACES, ONE_DOCUMENT)
     assert np.abs(apart).max() > 0.01
     # With keys of zero the weights are the softmax of the bias alone.
     layer.key_DNK.set_value(jnp.zeros_like(layer.key_DNK[...]))
@@ -217,18 +219,20 @@ def test_alibi_adds_its_bias():
     weight_HTT /= weight_HTT.sum(-1, keepdims=True)
     mixed = np.einsum("hts,bshk->bthk", weight_HTT, value)
     expected = np.einsum("bthk,hkd->btd", mixed, np.asarray(layer.out_HKD[...]))
-    close(layer(x_BTD, PLACES, ONE_DOCUMENT), expected, atol=1e-5)
+    close(layer(put(x_BTD), PLACES, ONE_DOCUMENT), expected, atol=1e-5)
 
 
 def test_qk_norm_bounds_the_scores():
     """Scores no longer grow with the input: scaling it a hundredfold changes next to nothing."""
     layer, x_BTD = attention(qk_norm=True), draw(B, T, D)
-    y_BTD = layer(x_BTD, PLACES, ONE_DOCUMENT)
+    y_BTD = layer(put(x_BTD), PLACES, ONE_DOCUMENT)
     np.testing.assert_allclose(
-        layer(100 * x_BTD, PLACES, ONE_DOCUMENT), 100 * y_BTD, rtol=1e-2, atol=1e-2
+        layer(put(100 * x_BTD), PLACES, ONE_DOCUMENT), 100 * y_BTD, rtol=1e-2, atol=1e-2
     )
     plain = attention()
-    apart = plain(100 * x_BTD, PLACES, ONE_DOCUMENT) - 100 * plain(x_BTD, PLACES, ONE_DOCUMENT)
+    apart = plain(put(100 * x_BTD), PLACES, ONE_DOCUMENT) - 100 * plain(
+        put(x_BTD), PLACES, ONE_DOCUMENT
+    )
     assert np.abs(apart).max() > 1
     width = layer.query_norm.scale_D.shape
     assert width == layer.key_norm.scale_D.shape == (D // H,)
@@ -271,17 +275,17 @@ def test_feed_forward_and_experts_are_their_formula(activation):
     up = x_BTD @ np.asarray(layer.up_DF[...])
     gate = x_BTD @ np.asarray(layer.gate_DF[...]) if activation in GATED else None
     expected = FORMULAS[activation](up, gate) @ np.asarray(layer.down_FD[...])
-    close(layer(x_BTD), expected, atol=1e-5)
+    close(layer(put(x_BTD)), expected, atol=1e-5)
     # Experts are as many of them, each with its rows.
     experts = initialize(Experts(3, D, 24, activation), 0)
     x_EGND = draw(3, 2, 5, D)
-    found = experts(x_EGND)
+    found = experts(put(x_EGND))
     for e in range(3):
         layer.up_DF.set_value(experts.up_EDF[...][e])
         layer.down_FD.set_value(experts.down_EFD[...][e])
         if activation in GATED:
             layer.gate_DF.set_value(experts.gate_EDF[...][e])
-        close(found[e], layer(x_EGND[e]), atol=1e-5)
+        close(found[e], layer(put(x_EGND[e])), atol=1e-5)
 
 
 def test_gated_kinds_have_the_parameters_of_plain_ones():
@@ -298,7 +302,7 @@ def test_unknown_activations_are_refused():
 @pytest.mark.parametrize(("contracted", "shape"), [(1, (5, 6, 7)), (2, (4, 5, 6))])
 def test_linear_is_tensordot(contracted, shape):
     x, weight = draw(2, 3, 4, 5), draw(*shape, seed=1)
-    close(linear(x, weight, contracted), np.tensordot(x, weight, contracted), atol=1e-5)
+    close(linear(put(x), put(weight), contracted), np.tensordot(x, weight, contracted), atol=1e-5)
 
 
 def tokens():

@@ -97,7 +97,7 @@ def skewed(amount):
 ROUTERS = {
     "softmax": functools.partial(TopK, k=2),
     "sigmoid": functools.partial(TopK, k=2, gates="sigmoid", renormalise=True),
-    "switch": functools.partial(Switch, jitter=0),
+    "switch": functools.partial(Switch, jitter=0.0),
 }
 
 

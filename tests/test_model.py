@@ -235,7 +235,7 @@ def test_groups_of_several_sequences():
     assert output.decision.capacity == 8  # ceil(1.25 * 2 * 12 / 4)
     with pytest.raises(ValueError, match="3 sequences does not divide"):
         three = dataclasses.replace(
-            tokens(), segment_BT=jnp.ones((3, T)), index_B=jnp.arange(3, dtype=jnp.int32)
+            tokens(), segment_BT=jnp.ones((3, T), jnp.int32), index_B=jnp.arange(3, dtype=jnp.int32)
         )
         layer(jnp.zeros((3, T, D)), three)
 
@@ -272,8 +272,11 @@ def test_a_decoder_refuses_a_router_that_sees_the_future(router):
         ({"moe": functools.partial(MoELayer, router=TopK, num_experts=0)}, "num_experts=0 must"),
         ({"moe": moe(activation="tanh")}, "activation='tanh'"),
         (
-            {"moe": moe(functools.partial(ExpertChoiceRouter, capacity_factor=5)), "causal": False},
-            "ExpertChoice.capacity_factor=5 must be above 0 and at most the number of experts",
+            {
+                "moe": moe(functools.partial(ExpertChoiceRouter, capacity_factor=5.0)),
+                "causal": False,
+            },
+            "ExpertChoice.capacity_factor=5.0 must be above 0 and at most the number of experts",
         ),
         (
             {"moe": moe(functools.partial(SoftMoE, slots_per_expert=0)), "causal": False},
