@@ -1,6 +1,6 @@
 """What flattening rows before a matmul saves (layers/linear.py): a gated feed-forward's gradient.
 
-    python benchmarks/linear.py --json=benchmarks/results/linear.json
+python benchmarks/linear.py --json=benchmarks/results/linear.json
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,16 @@ class Evaluation:
     routing: Routing | None
 
 
+class Values(Protocol):
+    """What a model computes with."""
+
+    @property
+    def params(self) -> Arrays: ...
+
+    @property
+    def router_state(self) -> Arrays: ...
+
+
 def evaluation_step(model: Model, mesh: Mesh) -> Callable:
     """The jitted forward pass of one batch: summed nats, scored tokens, what the routers said."""
     graph, objective = model.graph, model.objective
@@ -51,14 +62,14 @@ def evaluation_step(model: Model, mesh: Mesh) -> Callable:
 
 def evaluate(
     step: Callable,
-    params: Arrays,
-    router_state: Arrays,
+    state: Values,
     batches: ValidationBatches,
     mesh: Mesh,
     say: Callable[[int, int], None] = lambda done, of: None,
 ) -> Evaluation:
     """Every token of the batches' documents scored once by an `evaluation_step`.
 
+    state: whatever holds the parameters and router state: a TrainState, or a restored run.
     `say(done, of)` is called after each batch.
     """
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.RULES["batch"]))
@@ -66,7 +77,7 @@ def evaluate(
     nats, scored, routers = 0.0, 0, None
     for i in range(len(batches)):
         batch = to_devices(batches.batch(i, rows), where, batches.batch_size)
-        nats_i, scored_i, routers_i = jax.device_get(step(params, router_state, batch))
+        nats_i, scored_i, routers_i = jax.device_get(step(state.params, state.router_state, batch))
         nats, scored = nats + float(nats_i), scored + int(scored_i)
         routers = routers_i if routers is None else _add(routers, routers_i)
         say(i + 1, len(batches))

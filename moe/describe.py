@@ -1,0 +1,59 @@
+"""A run in words and in JSON, before it starts."""
+
+import dataclasses
+from typing import Any
+
+from moe import assemble, hardware
+from moe.run_folder import RunFolder, versions
+from moe.text_data import PreparedData
+
+
+def describe(say, built: assemble.Model, text: PreparedData, peak: float, folder: RunFolder):
+    """What is about to be trained, in a few lines."""
+    costs, info = built.costs, text.info
+    layer = built.moe_layer
+    router = "none (dense)" if layer is None else type(layer.router).__name__
+    losses = ", ".join(f"{c:g} * {n}" for n, c in built.loss_coefficients.items()) or "none"
+    say(
+        f"text: {info.name}, {info.train_bytes:,} bytes to learn from, "
+        f"{info.validation_bytes:,} held out in {info.validation_documents} documents; "
+        f"{info.bytes_per_token:.2f} bytes per token"
+    )
+    say(
+        f"model: {costs.parameters_total:,} parameters, {costs.parameters_active:,} active; "
+        f"{costs.flops_per_token:,} FLOPs per token; router: {router}; router losses: {losses}"
+    )
+    say(
+        f"machine: {hardware.describe_device()}, {peak / 1e9:,.0f} GFLOP/s measured in "
+        f"{built.module.compute_dtype} matmuls; run folder: {folder.path}"
+    )
+
+
+def costs_of(built: assemble.Model) -> dict[str, Any]:
+    """Parameters and FLOPs, for run.json and summary.json."""
+    costs = built.costs
+    return {
+        "parameters_total": costs.parameters_total,
+        "parameters_active": costs.parameters_active,
+        "flops_per_token": costs.flops_per_token,
+    }
+
+
+def corpus_of(text: PreparedData) -> dict[str, Any]:
+    info = text.info
+    return {"name": info.name, "bytes": info.bytes, "sha256": info.sha256}
+
+
+def describe_run(built, text: PreparedData, seed: int, peak: float) -> dict[str, Any]:
+    """What run.json holds: everything needed to say what this run was."""
+    return {
+        "versions": versions(),
+        "device": hardware.describe_device(),
+        "matmul_peak_flops": peak,
+        "corpus": dataclasses.asdict(text.info),
+        "data": text.fingerprint(),
+        "tokenizer": text.tokenizer.fingerprint,
+        "seed": seed,
+        "router_losses": built.loss_coefficients,
+        **costs_of(built),
+    }

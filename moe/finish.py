@@ -1,0 +1,54 @@
+"""The end of a run: samples and the picture of what its experts learned."""
+
+from moe.analysis import token_table
+from moe.assemble import Model
+from moe.generate import Sampling, generate
+from moe.plots import picture
+from moe.run_folder import RunFolder
+from moe.step import TrainState
+from moe.text_data import PreparedData
+
+PICTURE_BYTES = 60_000
+
+
+def write_samples(
+    folder: RunFolder,
+    built: Model,
+    state: TrainState,
+    text: PreparedData,
+    prompts: tuple[str, ...],
+    context: int,
+    seed: int,
+) -> list[str]:
+    """Continue every prompt with 160 tokens; the texts go to samples.txt."""
+    made = []
+    for prompt in prompts:
+        made += generate(
+            built,
+            state.params,
+            state.router_state,
+            text.tokenizer,
+            prompt=prompt,
+            tokens=160,
+            context=context,
+            sampling=Sampling(temperature=0.7, top_p=0.95),
+            seed=seed,
+        )
+    folder.samples.write_text(("\n" + "-" * 80 + "\n").join(made) + "\n", encoding="utf-8")
+    return made
+
+
+def write_picture(
+    folder: RunFolder,
+    built: Model,
+    state: TrainState,
+    text: PreparedData,
+    baselines: dict[str, float],
+    batch_size: int,
+    sequence_length: int,
+) -> None:
+    """picture.png: loss, loads, and the tokens that each expert works on."""
+    batches = text.validation_batches(batch_size, sequence_length, max_bytes=PICTURE_BYTES)
+    values = (state.params, state.router_state)
+    table = token_table(built, *values, text.tokenizer, batches)
+    picture(folder.path, folder.picture, table, baselines)

@@ -1,0 +1,104 @@
+"""What is done with a step's metrics: checked, shown, and written to the logs."""
+
+import dataclasses
+import math
+
+import jax
+import optax
+
+from moe import metrics, progress
+from moe.assemble import Model
+from moe.checkpoint import Checkpoints
+from moe.clock import Clock
+from moe.errors import UserError
+from moe.logs import Logs
+from moe.step import StepMetrics
+
+
+class TrainingDiverged(UserError):
+    """The loss, its gradient or an update is no longer a number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder:
+    """Reads the metrics of finished steps; `logs` is None in all but the first process."""
+
+    built: Model
+    clock: Clock
+    display: progress.Display
+    logs: Logs | None
+    saves: Checkpoints
+    rate: optax.Schedule
+    bytes_per_token: float
+    log_every: int
+    steps: int
+
+    def step(self, step: int, measured: StepMetrics) -> None:
+        """Check a step, and show and log it when its turn has come.
+
+        Raises:
+            TrainingDiverged: something is not finite; names the last good checkpoint.
+        """
+        measured = jax.device_get(measured)
+        seconds = self.clock.tick()
+        with self.clock.logging():
+            require_finite(step, measured, self.saves)
+            slow = None if seconds is None else self.clock.pace.slow(seconds)
+            if slow:
+                self.display.say(f"step {step} {slow}")
+            if step % self.log_every == 0 or step == self.steps:
+                self._log(step, measured)
+
+    def _log(self, step: int, measured: StepMetrics) -> None:
+        routing = metrics.Routing.of(measured.routers) if measured.routers else None
+        scalars = self._scalars(step, measured, routing)
+        self.display.update(step, progress.line(scalars, metrics.health(routing)))
+        if self.logs is not None:
+            self.logs.scalars(step, scalars)
+            if routing is not None:
+                self.logs.routing(routing.arrays(step))
+
+    def _scalars(self, step, measured, routing: metrics.Routing | None) -> dict[str, float]:
+        loss = float(measured.loss)
+        scalars = {
+            "loss": loss,
+            "bits_per_byte": metrics.bits_per_byte(loss, self.bytes_per_token),
+            "learning_rate": float(self.rate(step - 1)),
+            **{f"grad_norm/{k}": float(v) for k, v in measured.grad_norms.items()},
+            "update_norm": float(measured.update_norm),
+            **self.clock.speed(routing),
+        }
+        if routing is not None:
+            scalars |= metrics.routing_scalars(routing, self.built.loss_coefficients)
+        return scalars
+
+    def held_out(self, step: int, loss: float, bits_per_byte: float) -> None:
+        """An evaluation between two steps."""
+        self.display.say(f"step {step} held out: {bits_per_byte:.3f} bits per byte")
+        if self.logs is not None:
+            self.logs.scalars(step, {"val/loss": loss, "val/bpb": bits_per_byte})
+
+
+def require_finite(step: int, measured: StepMetrics, saves: Checkpoints) -> None:
+    """Raise TrainingDiverged with the layers' statistics and the last good checkpoint."""
+    norms = {f"gradient norm ({name})": value for name, value in measured.grad_norms.items()}
+    values = {"loss": measured.loss, **norms, "update norm": measured.update_norm}
+    broken = [name for name, value in values.items() if not math.isfinite(float(value))]
+    if not broken:
+        return
+    saves.wait()
+    good = saves.steps()
+    told = []
+    if measured.routers:
+        routing = metrics.Routing.of(measured.routers)
+        told = [
+            f"layer {i}: load {load:.2f}, dropped {dropped:.1%}, router logits {size:.3g}"
+            for i, (load, dropped, size) in enumerate(
+                zip(routing.load_L, routing.dropped_L, routing.logit_size_L, strict=True)
+            )
+        ]
+    where = f"{saves.folder} holds step {good[-1]}" if good else "there is no checkpoint yet"
+    raise TrainingDiverged(
+        f"step {step}: not finite: {', '.join(broken)}; the last good checkpoint: {where}. "
+        "Lower the learning rate or clip_norm.\n  " + "\n  ".join(told)
+    )
