@@ -3,6 +3,8 @@
 B batch, T tokens, D model width, H query heads, N key-value heads, K width of a head.
 """
 
+from typing import Literal
+
 from flax import nnx
 import gin
 import jax
@@ -43,7 +45,7 @@ class Attention(nnx.Module):
         qk_norm: bool = False,
         rotary: Rotary | None = None,
         out_scale: float = 1.0,
-        implementation: str | None = None,
+        implementation: Literal["xla", "cudnn"] | None = None,
     ):
         kv_heads = num_kv_heads or num_heads
         if head_width is None and d_model % num_heads:
@@ -63,7 +65,7 @@ class Attention(nnx.Module):
             raise ValueError(f"rotary positions need an even head width, not {width}")
         self.positions, self.causal, self.window = positions, causal, window
         self.rotary = Rotary() if rotary is None else rotary
-        self.implementation = implementation
+        self.implementation: Literal["xla", "cudnn"] | None = implementation
         init = truncated_normal()
         self.query_DHK = parameter((d_model, num_heads, width), ("embed", "heads", None), init)
         self.key_DNK = parameter((d_model, kv_heads, width), ("embed", "kv_heads", None), init)
@@ -96,6 +98,6 @@ class Attention(nnx.Module):
             mask=(segment_BT[:, None, :, None] == segment_BT[:, None, None, :]),
             is_causal=self.causal,
             local_window_size=None if side is None else (side, 0 if self.causal else side),
-            implementation=self.implementation,  # pyright: ignore[reportArgumentType]
+            implementation=self.implementation,
         )
         return linear(mixed_BTHK, self.out_HKD[...], contracted=2)

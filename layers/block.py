@@ -13,6 +13,7 @@ from layers.moe_layer import MoELayer
 from layers.norms import RMSNorm
 from layers.tokens import Tokens
 from routing.records import RouterOutput
+from routing.router import Router
 
 
 @gin.configurable
@@ -44,7 +45,12 @@ class Block(nnx.Module):
 
     @property
     def is_moe(self) -> bool:
-        return isinstance(self.feed_forward, MoELayer)
+        return self.router is not None
+
+    @property
+    def router(self) -> Router | None:
+        """That of a mixture of experts; None for a dense block."""
+        return self.feed_forward.router if isinstance(self.feed_forward, MoELayer) else None
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, RouterOutput | None]:
         """The block's output (B, T, D) and, for a mixture of experts, what its router said."""

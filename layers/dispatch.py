@@ -64,14 +64,14 @@ def fitted(decision: TokenChoice) -> tuple[jax.Array, int]:
 class OneHotEinsum(Dispatcher):
     """The reference: dense one-hot einsums, O(T E C D); what a compiler partitions best."""
 
-    def dispatch(self, x_GTD, decision):
+    def dispatch(self, x_GTD, decision) -> jax.Array:
         weight_GTEC = as_soft_slots(decision).dispatch_GTES.astype(x_GTD.dtype)
         x_EGCD = jnp.einsum("gtec,gtd->egcd", weight_GTEC, x_GTD)
         # Computed where the tokens are, then one all-to-all to where the experts are.
         x_EGCD = constrain(x_EGCD, None, "batch", None, None)
         return constrain(x_EGCD, "expert", "expert_group", None, None)
 
-    def combine(self, y_EGCD, decision):
+    def combine(self, y_EGCD, decision) -> jax.Array:
         y_EGCD = constrain(y_EGCD, "expert", "expert_group", None, None)
         y_EGCD = constrain(y_EGCD, None, "batch", None, None)
         weight_GTEC = as_soft_slots(decision).combine_GTES.astype(y_EGCD.dtype)
@@ -83,7 +83,7 @@ class OneHotEinsum(Dispatcher):
 class SlotGather(Dispatcher):
     """Gather rows into slots and back, O(E C D); soft slots are dense and go by einsum."""
 
-    def dispatch(self, x_GTD, decision):
+    def dispatch(self, x_GTD, decision) -> jax.Array:
         if isinstance(decision, SoftSlots):
             return OneHotEinsum().dispatch(x_GTD, decision)
         if isinstance(decision, ExpertChoice):
@@ -96,7 +96,7 @@ class SlotGather(Dispatcher):
         x_EGCD = constrain(x_EGCD, None, "batch", None, None)
         return constrain(x_EGCD, "expert", "expert_group", None, None)
 
-    def combine(self, y_EGCD, decision):
+    def combine(self, y_EGCD, decision) -> jax.Array:
         if isinstance(decision, SoftSlots):
             return OneHotEinsum().combine(y_EGCD, decision)
         y_EGCD = constrain(y_EGCD, "expert", "expert_group", None, None)
@@ -106,7 +106,8 @@ class SlotGather(Dispatcher):
             token_GEC = jnp.where(decision.keep_GEC, decision.token_GEC, -1)
             return sum_by_token(y_EGCD * gate_EGC[..., None], token_GEC, decision.num_tokens)
         source_GEC, home_GTK = _addresses(decision)
-        return combine_rows(y_EGCD, decision.gate_GTK.astype(y_EGCD.dtype), source_GEC, home_GTK)
+        gate_GTK = decision.gate_GTK.astype(y_EGCD.dtype)
+        return combine_rows(y_EGCD, gate_GTK, source_GEC, home_GTK)
 
 
 def _addresses(decision: TokenChoice) -> tuple[jax.Array, jax.Array]:

@@ -64,7 +64,7 @@ def _sum_over_k(rows_GND, home_GTK, gate_GTK):
 
 
 @jax.custom_vjp
-def combine_rows(y_EGCD, gate_GTK, source_GEC, home_GTK):
+def combine_rows(y_EGCD, gate_GTK, source_GEC, home_GTK) -> jax.Array:
     """(G, T, D): sum over k of gate_GTK * y at home_GTK; source_GEC is the inverse of home_GTK."""
     return _sum_over_k(_group_major(y_EGCD), home_GTK, gate_GTK)
 
@@ -94,7 +94,7 @@ combine_rows.defvjp(_combine_forward, _combine_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def sum_by_token(y_EGCD, token_GEC, num_tokens: int):
+def sum_by_token(y_EGCD, token_GEC, num_tokens: int) -> jax.Array:
     """(G, T, D): the sum of all rows of each token; deterministic, by sorting and gathering.
 
     Rows are sorted by token; round j adds every token's j-th row, until no token has one left.

@@ -43,7 +43,7 @@ class MoELayer(nnx.Module):
         self,
         d_model: int,
         vocab_size: int,
-        router: Callable[[Sizes], Router] = gin.REQUIRED,
+        router: Callable[[Sizes], Router] = gin.REQUIRED,  # pyright: ignore[reportArgumentType]
         num_experts: int = 8,
         d_ff: int | None = None,
         activation: Activation = "swiglu",
@@ -73,6 +73,7 @@ class MoELayer(nnx.Module):
         inputs = self._group(x_BTD, tokens)
         output = self.router(inputs)
         decision = output.decision
+        assert decision is not None  # only whole models leave it out
         if isinstance(decision, TokenChoice):
             decision = self.capacity.fit(decision, inputs)
         decision = _save_by_name(decision)

@@ -103,16 +103,16 @@ class Stack(nnx.Module):
 
     def update_router_state(self, stats_per_block) -> None:
         """Every balancer's update, layer by layer, from statistics stacked over repeats."""
-        sparse = [block for block in self.unit.blocks if block.is_moe]
-        if not any(block.feed_forward.router.balancers() for block in sparse):
+        routers = [block.router for block in self.unit.blocks if block.router is not None]
+        if not any(router.balancers() for router in routers):
             return
         graphdef, state = nnx.split(self.unit)
 
         def one(state, stats_per_block):
             unit = nnx.merge(graphdef, state)
-            blocks = [block for block in unit.blocks if block.is_moe]
-            for block, stats in zip(blocks, stats_per_block, strict=True):
-                for balancer in block.feed_forward.router.balancers():
+            routers = [block.router for block in unit.blocks if block.router is not None]
+            for router, stats in zip(routers, stats_per_block, strict=True):
+                for balancer in router.balancers():
                     balancer.update(stats)
             return nnx.state(unit)
 

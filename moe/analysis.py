@@ -1,4 +1,7 @@
-"""What the experts learned: which tokens go where. L sparse layers, T tokens, E experts, V vocabulary."""
+"""What the experts learned: which tokens go where.
+
+L sparse layers, B batch, T tokens, E experts, V vocabulary.
+"""
 
 import dataclasses
 import json

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,12 +81,13 @@ def _first_line(error: Exception) -> str:
 
 def _experts_per_token(graph: Graph, shapes, shape: tuple[int, int]) -> float:
     """From the shapes of a decision, without running anything."""
-    integers = jax.ShapeDtypeStruct(shape, jnp.int32)
+    integers: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
+    index_B: Any = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
     tokens = Tokens(
         token_BT=integers,
         segment_BT=integers,
         position_BT=integers,
-        index_B=jax.ShapeDtypeStruct(shape[:1], jnp.int32),
+        index_B=index_B,
         key=jax.eval_shape(lambda: jax.random.key(0)),
         train=True,
     )
@@ -112,7 +114,7 @@ def program(model: Model, optimizer, mesh: Mesh, *, steps, seed, accumulate, bat
         raise UserError(str(error)) from error
     axes = {name: model.graph.axes[name] for name in model.shapes[0]}
     losses = model.moe_layer.router.losses if model.moe_layer else ()
-    return step.build(
+    return step.Step(
         model.graph,
         model.shapes,
         objective=model.objective,
@@ -122,4 +124,4 @@ def program(model: Model, optimizer, mesh: Mesh, *, steps, seed, accumulate, bat
         accumulate=accumulate,
         sequences_per_group=per_group,
         whole_step_losses=any(loss.of_the_whole_step for loss in losses),
-    )
+    ).program()

@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax: asynchronous, the last few and the best; restored from the newest good one."""
+"""Checkpoints by Orbax, asynchronous: the last few and the best are kept, the newest read."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -97,15 +97,22 @@ class Checkpoints:
             if step not in steps:
                 raise UserError(f"{self.folder} has no checkpoint of step {step}; it has {steps}")
             steps = [step]
+        damaged = []
         for candidate in reversed(steps):
             try:
-                return self._read(candidate, abstract)
+                found = self._read(candidate, abstract)
             except Exception as error:  # whatever a damaged file makes the readers raise
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 say(f"the checkpoint of step {candidate} can't be read ({reason[:160]})")
-                self._set_aside(candidate, say)
-        if steps:
-            raise UserError(f"no checkpoint in {self.folder} can be read")
+                damaged.append(candidate)
+                continue
+            self._set_aside(damaged, say)
+            return found
+        if steps:  # they stay where they are, or the next start would train from the first step
+            raise UserError(
+                f"no checkpoint in {self.folder} can be read; restore one from a copy, or choose "
+                "another --workdir to start anew"
+            )
         return None
 
     def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -121,13 +128,14 @@ class Checkpoints:
         leaves = [found["state"][name] for name in tree]
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves), found["extra"]
 
-    def _set_aside(self, step: int, say: Say) -> None:
-        if self._options.read_only:
+    def _set_aside(self, steps: list[int], say: Say) -> None:
+        """Out of Orbax's sight, but not deleted."""
+        if self._options.read_only or not steps:
             return
-        aside = self.folder.parent / f"damaged-checkpoint-{step}"
-        for path in self.folder.glob(f"*{step}"):
-            if path.name.lstrip("0") in (str(step), "") and not aside.exists():
-                path.rename(aside)
+        for step in steps:
+            aside = self.folder.parent / f"damaged-checkpoint-{step}"
+            if not aside.exists():
+                (self.folder / str(step)).rename(aside)
                 say(f"it was set aside as {aside}; going on with the one before it")
         self._manager.reload()
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from moe import assemble, hardware
+from moe.evaluate import Evaluation
 from moe.run_folder import RunFolder, versions
 from moe.text_data import PreparedData
 
@@ -56,4 +57,14 @@ def describe_run(built, text: PreparedData, seed: int, peak: float) -> dict[str,
         "seed": seed,
         "router_losses": built.loss_coefficients,
         **costs_of(built),
+    }
+
+
+def summary_of(result: Evaluation) -> dict[str, Any]:
+    """An evaluation, for summary.json."""
+    return {
+        "val_bits_per_byte": result.bits_per_byte,
+        "val_loss": result.loss,
+        "val_documents": result.documents,
+        "val_bytes": result.bytes,
     }

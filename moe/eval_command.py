@@ -25,7 +25,7 @@ class Fitted:
         return self.tokenizer
 
 
-@gin.configurable("eval", module="moe.eval_command")
+@gin.configurable("eval", module="moe.eval_command")  # pyright: ignore[reportCallIssue]
 def evaluate_run(
     run: Restored,
     corpus: Corpus | None = None,
@@ -56,7 +56,7 @@ def evaluate_run(
         data = TextData(corpus, spec, validation_corpus=corpus).prepare()
     batches = data.validation_batches(batch_size, length, stride, max_bytes)
     step = evaluation_step(run.model, run.mesh)
-    return evaluate(step, run.params, run.router_state, batches, run.mesh)
+    return evaluate(step, run, batches, run.mesh)
 
 
 def run(flags) -> int:

@@ -13,10 +13,10 @@ from layers.cross_entropy import cross_entropy_sum
 from moe import objective as objectives
 from moe import sharding
 from moe.assemble import Model
+from moe.batches import ValidationBatches
 from moe.functional import Arrays
 from moe.metrics import Routing, bits_per_byte
 from moe.step import to_devices
-from moe.text_data import ValidationBatches
 
 
 @dataclasses.dataclass(frozen=True)

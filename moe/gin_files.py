@@ -52,7 +52,7 @@ def load(gin_files: Sequence[str], gin_bindings: Sequence[str] = ()) -> None:
         gin.bind_parameter(key, _gin_value(setting.value))
         if setting.parameter and setting.where.startswith("--gin_bindings"):
             selector = gin_check.resolve(setting.selector)
-            _by_hand.add(_name(setting.scope, selector, setting.parameter))
+            _by_hand.add(_name(setting.scope, str(selector), setting.parameter))
 
 
 def _import(reading: gin_read.Reading) -> Iterator[str]:

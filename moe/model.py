@@ -108,10 +108,12 @@ class Transformer(nnx.Module):
         self.vocab_size, self.d_model, self.causal = vocab_size, d_model, causal
         self.is_moe, self.positions, self.compute_dtype = is_moe, positions, compute_dtype
         self.embedding_VD = parameter((vocab_size, d_model), ("vocab", "embed"), normal(0.02))
-        if positions == "learned" and max_length is None:
-            raise ValueError("learned positions need Transformer.max_length")
-        # Assigned once: Flax takes an attribute that was None for static.
-        self.learned = LearnedPositions(max_length, d_model) if positions == "learned" else None
+        learned = None
+        if positions == "learned":
+            if max_length is None:
+                raise ValueError("learned positions need Transformer.max_length")
+            learned = LearnedPositions(max_length, d_model)
+        self.learned = learned  # once: Flax takes an attribute that was None for static
         out_scale = 0.5 / num_layers
         make_attention = functools.partial(
             attention,
@@ -191,7 +193,7 @@ class Transformer(nnx.Module):
         return constrain(logits_BTV.astype(jnp.float32), "batch", None, "vocab")
 
     def update_router_state(self, stats: RouterStats) -> None:
-        """The routers' state after an optimizer step with these statistics (stacked over layers)."""
+        """The routers' state after a step with these statistics (stacked over sparse layers)."""
         done = 0
         for stack in self.stacks:
             per_unit = sum(b.is_moe for b in stack.unit.blocks)

@@ -1,4 +1,4 @@
-"""What the model learns: the next token, or masked tokens. B batch, T tokens, D width, V vocabulary."""
+"""What the model learns: the next token, or masked tokens. B batch, T tokens, V vocabulary."""
 
 import dataclasses
 

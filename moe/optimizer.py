@@ -6,6 +6,7 @@ decay leaves norms and biases alone; router state is no parameter and never come
 
 import abc
 import dataclasses
+from typing import Any
 
 import gin
 import optax
@@ -125,7 +126,10 @@ class Muon(Optimizer):
     clip_norm: float | None = 1.0
 
     def transform(self, rate, axes):
-        numbers = {name: matrix_axes(name, a) for name, a in axes.items()}
+
+        def numbers(params: Any):
+            return {name: matrix_axes(name, axes[name]) for name in params}
+
         return optax.contrib.muon(
             rate,
             ns_steps=self.iterations,
@@ -134,7 +138,7 @@ class Muon(Optimizer):
             weight_decay_mask=decayed(axes),
             adam_b1=self.b1,
             adam_b2=self.b2,
-            muon_weight_dimension_numbers=lambda params: {n: numbers[n] for n in params},
+            muon_weight_dimension_numbers=numbers,
             consistent_rms=0.2,
         )
 

@@ -1,10 +1,11 @@
 """What is done with a step's metrics: checked, shown, and written to the logs."""
 
+from collections.abc import Callable
 import dataclasses
 import math
+from typing import Any
 
 import jax
-import optax
 
 from moe import metrics, progress
 from moe.assemble import Model
@@ -28,7 +29,7 @@ class Recorder:
     display: progress.Display
     logs: Logs | None
     saves: Checkpoints
-    rate: optax.Schedule
+    rate: Callable[[int], Any]
     bytes_per_token: float
     log_every: int
     steps: int

@@ -13,6 +13,7 @@ from typing import Any
 from moe.errors import UserError
 from moe.gin_read import bindings_of
 from moe.token_cache import write_atomically
+from moe.tokenizer import Tokenizer
 
 # Settings that may change when a run goes on: they don't change what a step computes.
 MAY_CHANGE = (
@@ -22,6 +23,9 @@ MAY_CHANGE = (
     "train.eval_every",
     "train.save_every",
     "train.keep",
+    "train.prompts",
+    "train.eval_bytes",
+    "train.eval_stride",
 )
 
 
@@ -85,12 +89,18 @@ class RunFolder:
         saved = (self.checkpoints / str(found["step"])).is_dir()
         return found if saved and (found["step"] == steps or over) else None
 
+    def begin(self, config: str, run: dict[str, Any], tokenizer: Tokenizer, step: int) -> None:
+        """Write what the run is, and forget what was logged after the step it starts from."""
+        self.write_json(self.run, run)
+        write_atomically(self.config, config.encode())
+        tokenizer.save(self.tokenizer)
+        self._cut_metrics(step)
+
     def write_json(self, path: Path, content: Any) -> None:
         """Whole or not at all."""
         write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
-    def cut_metrics(self, step: int) -> None:
-        """Forget what was logged after a step that the run goes back to."""
+    def _cut_metrics(self, step: int) -> None:
         for path in (self.metrics, self.routing):
             if path.exists():
                 lines = path.read_text().splitlines(keepends=True)

@@ -37,7 +37,7 @@ class MeshShape:
     expert: int = 1
     tensor: int = 1
 
-    def build(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    def build(self, devices: Sequence | None = None) -> Mesh:
         """The mesh over all devices.
 
         Raises:

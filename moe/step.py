@@ -53,108 +53,112 @@ class Program:
     batch_sharding: NamedSharding
 
 
-def build(
-    graph: Graph,
-    abstract: tuple[Arrays, Arrays],
-    *,
-    objective: objectives.Objective,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    seed: int,
-    accumulate: int = 1,
-    sequences_per_group: int = 1,
-    whole_step_losses: bool = False,
-) -> Program:
-    """The step for a model, an objective, an optimizer and a mesh.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """The pure functions of a run: for a model, an objective, an optimizer and a mesh.
 
     whole_step_losses: with more than one micro-batch, run all of them forward first, so that
     losses on the whole step's statistics are exact.
     """
 
-    def init(seed) -> TrainState:
-        params, router_state = first_values(graph, *abstract, seed)
-        return TrainState(jnp.int32(0), params, router_state, optimizer.init(params))
+    graph: Graph
+    abstract: tuple[Arrays, Arrays]
+    objective: objectives.Objective
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    seed: int
+    accumulate: int = 1
+    sequences_per_group: int = 1
+    whole_step_losses: bool = False
 
-    def forward(params, state, batch: Batch, key, whole: WholeStep | None, scored, valid):
-        """This micro-batch's part of the step's loss, and what it measured."""
-        model = graph.join(params, state.router_state)
-        tokens = objectives.tokens_of(batch, key, train=True)
-        out = model(tokens, whole)
-        nats = cross_entropy_sum(model.head(), out.hidden_BTD, batch.target_BT, batch.scored_BT)
-        loss, routers = nats / scored, None
-        share = (batch.segment_BT > 0).sum() / valid
-        total = loss
-        if out.routers is not None:
-            routers = dataclasses.replace(
-                out.routers,
-                decision=None,
-                losses=jax.tree.map(lambda value: share * value, out.routers.losses),
-                penalty=share * out.routers.penalty,
-            )
-            total = total + routers.penalty.sum()
-        return total, (loss, routers)
+    def init(self, seed) -> TrainState:
+        """The state before the first step."""
+        params, router_state = first_values(self.graph, *self.abstract, seed)
+        return TrainState(jnp.int32(0), params, router_state, self.optimizer.init(params))
 
-    def gradients(state: TrainState, batch: Batch) -> tuple[Arrays, StepMetrics]:
-        key = objectives.step_key(seed, state.step)
-        vocab_size = graph.join(state.params, state.router_state).vocab_size
-        batch = objectives.prepared(objective, batch, key, vocab_size)
-        scored = jnp.maximum(batch.scored_BT.sum(), 1)
-        valid = jnp.maximum((batch.segment_BT > 0).sum(), 1)
-        grad = jax.value_and_grad(forward, has_aux=True)
-
-        def one(micro: Batch, whole):
-            with placing(sharding.rule(mesh)):
-                (_, measured), grads = grad(state.params, state, micro, key, whole, scored, valid)
-            return grads, measured
-
-        if accumulate == 1:
-            grads, (loss, routers) = one(batch, None)
-        else:
-            micros = micro_batches(batch, accumulate, sequences_per_group)
-            statistics = None
-            if whole_step_losses:
-                only = jax.lax.map(lambda m: forward_statistics(state, m, key), micros)
-                statistics = jax.tree.map(lambda a: a.sum(0), only)
-            (grads, (loss, routers)) = summed(
-                lambda m: one(m, share_of(statistics, m, valid)), micros
-            )
-        return grads, StepMetrics(loss, scored, routers, grad_norms(grads))
-
-    def forward_statistics(state, micro, key):
-        model = graph.join(state.params, state.router_state)
-        with placing(sharding.rule(mesh)):
-            return model(objectives.tokens_of(micro, key, train=True)).routers.stats
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        grads, metrics = gradients(state, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        """The state after an update with a whole batch, and what was measured."""
+        grads, metrics = self.gradients(state, batch)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
         router_state = state.router_state
         if metrics.routers is not None and router_state:
-            model = graph.join(params, router_state)
+            model = self.graph.join(params, router_state)
             model.update_router_state(metrics.routers.stats)
             router_state = split(model)[2]
         metrics = dataclasses.replace(metrics, update_norm=optax.tree.norm(updates))
         return TrainState(state.step + 1, params, router_state, opt_state), metrics
 
-    shapes = jax.eval_shape(init, 0)
-    state_shardings = place_state(graph, shapes, mesh)
-    by_batch = NamedSharding(mesh, PartitionSpec(sharding.RULES["batch"]))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return Program(
-        init=jax.jit(init, out_shardings=state_shardings),
-        step=jax.jit(
-            step,
-            in_shardings=(state_shardings, by_batch),
-            out_shardings=(state_shardings, everywhere),
-            donate_argnums=0,
-        ),
-        gradients=jax.jit(gradients, in_shardings=(state_shardings, by_batch)),
-        abstract_state=jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, state_shardings
-        ),
-        batch_sharding=by_batch,
-    )
+    def gradients(self, state: TrainState, batch: Batch) -> tuple[Arrays, StepMetrics]:
+        """Exact gradients of the batch, whatever the number of micro-batches."""
+        key = objectives.step_key(self.seed, state.step)
+        vocab_size = self.graph.join(state.params, state.router_state).vocab_size
+        batch = objectives.prepared(self.objective, batch, key, vocab_size)
+        scored = jnp.maximum(batch.scored_BT.sum(), 1)
+        valid = jnp.maximum((batch.segment_BT > 0).sum(), 1)
+        grad = jax.value_and_grad(self._loss, has_aux=True)
+
+        def one(micro: Batch, whole: WholeStep | None):
+            with placing(sharding.rule(self.mesh)):
+                (_, measured), grads = grad(state.params, state, micro, key, whole, scored, valid)
+            return grads, measured
+
+        if self.accumulate == 1:
+            grads, (loss, routers) = one(batch, None)
+        else:
+            micros = micro_batches(batch, self.accumulate, self.sequences_per_group)
+            statistics = None
+            if self.whole_step_losses:
+                only = jax.lax.map(lambda micro: self._statistics(state, micro, key), micros)
+                statistics = jax.tree.map(lambda a: a.sum(0), only)
+            grads, (loss, routers) = summed(
+                lambda micro: one(micro, share_of(statistics, micro, valid)), micros
+            )
+        return grads, StepMetrics(loss, scored, routers, grad_norms(grads))
+
+    def _loss(self, params, state, batch: Batch, key, whole: WholeStep | None, scored, valid):
+        """This micro-batch's part of the step's loss, and what it measured."""
+        model = self.graph.join(params, state.router_state)
+        out = model(objectives.tokens_of(batch, key, train=True), whole)
+        nats = cross_entropy_sum(model.head(), out.hidden_BTD, batch.target_BT, batch.scored_BT)
+        loss = nats / scored
+        if out.routers is None:
+            return loss, (loss, None)
+        share = (batch.segment_BT > 0).sum() / valid
+        routers = dataclasses.replace(
+            out.routers,
+            decision=None,
+            losses=jax.tree.map(lambda value: share * value, out.routers.losses),
+            penalty=share * out.routers.penalty,
+        )
+        return loss + routers.penalty.sum(), (loss, routers)
+
+    def _statistics(self, state: TrainState, micro: Batch, key):
+        """What the routers count in a micro-batch."""
+        model = self.graph.join(state.params, state.router_state)
+        with placing(sharding.rule(self.mesh)):
+            return model(objectives.tokens_of(micro, key, train=True)).routers.stats
+
+    def program(self) -> Program:
+        """The functions jitted for the mesh."""
+        shapes = jax.eval_shape(self.init, 0)
+        places = place_state(self.graph, shapes, self.mesh)
+        by_batch = NamedSharding(self.mesh, PartitionSpec(sharding.RULES["batch"]))
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return Program(
+            init=jax.jit(self.init, out_shardings=places),
+            step=jax.jit(
+                self.step,
+                in_shardings=(places, by_batch),
+                out_shardings=(places, everywhere),
+                donate_argnums=0,
+            ),
+            gradients=jax.jit(self.gradients, in_shardings=(places, by_batch)),
+            abstract_state=jax.tree.map(
+                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places
+            ),
+            batch_sharding=by_batch,
+        )
 
 
 def place_state(graph: Graph, shapes: TrainState, mesh: Mesh) -> TrainState:

@@ -11,7 +11,7 @@ import jax
 from moe import assemble, baselines, checkpoint, evaluate, gin_files, hardware, progress
 from moe.allocator import keep_freed_memory
 from moe.clock import Clock
-from moe.describe import corpus_of, costs_of, describe, describe_run
+from moe.describe import corpus_of, costs_of, describe, describe_run, summary_of
 from moe.errors import UserError
 from moe.finish import write_picture, write_samples
 from moe.logs import Logs
@@ -29,7 +29,7 @@ from moe.text_data import TextData
 @gin.configurable
 def train(
     workdir: str,
-    data: TextData = gin.REQUIRED,
+    data: TextData = gin.REQUIRED,  # pyright: ignore[reportArgumentType]
     model: Callable[..., Transformer] = Transformer,
     objective: Objective | None = None,
     optimizer: Optimizer | None = None,
@@ -137,10 +137,7 @@ def train(
         if restored:
             say(f"continuing at step {first} of {steps}")
         if not quiet:
-            folder.write_json(folder.run, describe_run(built, text, seed, peak))
-            folder.config.write_text(config, encoding="utf-8")
-            text.tokenizer.save(folder.tokenizer)
-            folder.cut_metrics(first)
+            folder.begin(config, describe_run(built, text, seed, peak), text.tokenizer, first)
 
         # The loop. Step n + 1 is dispatched before the metrics of step n are read, so that the
         # device never waits for the host.
@@ -199,24 +196,14 @@ def train(
         # The results: all held-out documents, what compressors reach on them, samples, a picture.
         display.say(f"evaluating on {all_held_out.num_documents} held-out documents")
         result = evaluate.evaluate(eval_step, state, all_held_out, device_mesh)
-        summary = {
-            "step": step,
-            "val_bits_per_byte": result.bits_per_byte,
-            "val_loss": result.loss,
-            "val_documents": result.documents,
-            "val_bytes": result.bytes,
-            "baselines": baselines.baselines(text, display.say),
-            **clock.summary(),
-            **costs_of(built),
-            "corpus": corpus_of(text),
-            "matmul_peak_flops": peak,
-        }
+        marks = baselines.baselines(text, display.say)
         samples = []
         if objective.causal:
             samples = write_samples(folder, built, state, text, prompts, sequence_length, seed)
         if built.moe_layer is not None and not quiet:
-            marks, sizes = summary["baselines"], (batch_size, sequence_length)
-            write_picture(folder, built, state, text, marks, *sizes)
+            write_picture(folder, built, state, text, marks, batch_size, sequence_length)
+        summary = {"step": step, **summary_of(result), "baselines": marks, **clock.summary()}
+        summary |= {**costs_of(built), "corpus": corpus_of(text), "matmul_peak_flops": peak}
         summary["peak_memory_bytes"] = hardware.peak_memory_bytes()
         summary["wall_seconds"] = time.monotonic() - started
         if not quiet:

@@ -11,7 +11,9 @@ from routing.records import RouterStats
 
 
 class Balancer(nnx.Module):
-    """Abstract: router state and the rule that updates it from the step's global statistics."""
+    """Abstract: a bias on selection, and the rule that updates it from the step's statistics."""
+
+    bias_E: nnx.Variable
 
     @abc.abstractmethod
     def update(self, stats: RouterStats) -> None:

@@ -17,7 +17,7 @@ from routing.records import Causality, ExpertChoice, RouterInputs, Routing, Size
 from routing.router import Router
 
 
-@gin.configurable("ExpertChoice", module="routing")
+@gin.configurable("ExpertChoice", module="routing")  # pyright: ignore[reportCallIssue]
 class ExpertChoiceRouter(Router):
     """Scores are a softmax over experts; each expert takes the C tokens with the largest ones.
 

@@ -53,7 +53,7 @@ class BalanceLoss(RouterLoss):
             raise ValueError(f"BalanceLoss.scope={self.scope!r}: global, group or sequence")
 
     def __call__(self, routing, inputs, stats):
-        require_scores(routing, self.name)
+        score_GTE = require_scores(routing, self.name)
         if self.scope == "global":
             count_E, score_E = stats.count_E, stats.score_sum_E
             if inputs.step is not None:
@@ -62,7 +62,7 @@ class BalanceLoss(RouterLoss):
                 count_E, score_E = whole.count_E, jax.lax.stop_gradient(whole.score_sum_E) + own_E
             return _balance(count_E, score_E)
         valid_GT1 = inputs.valid_GT[..., None]
-        score_GE = jnp.where(valid_GT1, routing.score_GTE, 0).sum(1)
+        score_GE = jnp.where(valid_GT1, score_GTE, 0).sum(1)
         loss_G = jax.vmap(_balance)(choices_GE(routing.decision), score_GE)
         tokens_G = inputs.valid_GT.sum(1)
         return jnp.sum(loss_G * tokens_G) / jnp.maximum(tokens_G.sum(), 1)
@@ -101,8 +101,8 @@ class EntropyLoss(RouterLoss):
     name: str = "entropy"
 
     def __call__(self, routing, inputs, stats):
-        require_scores(routing, self.name)
-        score_GTE = jnp.where(inputs.valid_GT[..., None], routing.score_GTE, 1.0)
+        score_GTE = require_scores(routing, self.name)
+        score_GTE = jnp.where(inputs.valid_GT[..., None], score_GTE, 1.0)
         entropy_GT = -jnp.sum(score_GTE * jnp.log(jnp.maximum(score_GTE, 1e-30)), axis=-1)
         return masked_mean(entropy_GT, inputs.valid_GT)
 
@@ -113,7 +113,8 @@ def masked_mean(value_GT, valid_GT):
     return total / jnp.maximum(valid_GT.sum(), 1)
 
 
-def require_scores(routing: Routing, name: str) -> None:
-    """Raise ValueError where a router without scores is given a loss on them."""
+def require_scores(routing: Routing, name: str) -> jax.Array:
+    """The scores (G, T, E); ValueError where a router without any is given a loss on them."""
     if routing.score_GTE is None:
         raise ValueError(f"the {name} loss needs a router with scores; this router has none")
+    return routing.score_GTE

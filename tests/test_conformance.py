@@ -621,7 +621,7 @@ def program(setting):
         optax.add_decayed_weights(0.1),
         optax.sgd(0.3, momentum=0.9),
     )
-    return graph, step.build(
+    return graph, step.Step(
         graph,
         tuple(abstract),
         objective=objective,
@@ -630,7 +630,7 @@ def program(setting):
         seed=1,
         accumulate=setting.accumulate,
         whole_step_losses=setting.accumulate > 1,
-    )
+    ).program()
 
 
 def batch_of(seed, *, ragged=False):

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-import nbformat
 import nbclient
+import nbformat
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))

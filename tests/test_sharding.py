@@ -170,14 +170,14 @@ def test_experts_live_where_the_mesh_says():
         lambda: Transformer(V, d_model=D, num_layers=2, num_heads=2, moe=make)
     )
     mesh = sharding.MeshShape(data=1, fsdp=2, expert=2, tensor=2).build()
-    program = step.build(
+    program = step.Step(
         graph,
         tuple(abstract),
         objective=NextToken(),
         optimizer=optax.adam(1e-3),
         mesh=mesh,
         seed=0,
-    )
+    ).program()
     state = program.init(0)
     (name,) = (n for n in state.params if n.endswith("experts.up_EDF"))
     # (L, E, D, F) = (2, 8, 16, 32) cut by expert 2, fsdp 2, tensor 2.

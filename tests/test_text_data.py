@@ -9,9 +9,10 @@ import gin
 import numpy as np
 import pytest
 
+from moe.batches import pack
 from moe.corpus import StandardLibrary, TextFiles
 from moe.errors import UserError
-from moe.text_data import TextData, pack
+from moe.text_data import TextData
 from moe.token_cache import default_cache_dir
 from moe.tokenizer import Bytes, TokenizerFile, TrainedBPE
 
@@ -90,13 +91,14 @@ def test_a_training_batch_is_pure_and_its_target_is_the_next_token(settings):
 
 def test_two_hosts_load_the_rows_of_one(settings):
     data = settings().prepare()
-    for batches in (data.train_batches(4, 32, seed=0), data.validation_batches(4, 32)):
+    train, validation = data.train_batches(4, 32, seed=0), data.validation_batches(4, 32)
+    for batches, first in ((train, 0), (validation, 4)):
         one = fields(batches.batch(1))
         two = [fields(batches.batch(1, rows)) for rows in (slice(0, 2), slice(2, 4))]
         for name in FIELDS:
             joined = np.concatenate([host[name] for host in two])
             np.testing.assert_array_equal(joined, one[name], err_msg=name)
-        assert one["index_B"].tolist() == [0, 1, 2, 3]
+        assert one["index_B"].tolist() == [first, first + 1, first + 2, first + 3]
 
 
 def test_an_epoch_visits_every_target_once_and_the_next_one_in_another_order(settings):

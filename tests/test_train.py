@@ -14,6 +14,7 @@ import pytest
 from tiny import Runs, arrays, lines, measured
 
 import moe
+from moe import evaluate
 from moe.gin_read import bindings_of
 
 ROOT = Path(moe.__file__).resolve().parents[1]
@@ -134,13 +135,28 @@ def test_other_kinds_of_run_learn(kind, runs):
         assert kinds == {"float32", "int32"}
 
 
-def test_the_final_checkpoint_precedes_the_final_evaluation(runs, capsys):
-    """A stride that evaluation refuses: the run fails, its training does not."""
-    assert runs("no evaluation", "train.eval_stride = 99") == 2
-    assert "stride=99 must lie in 1 to sequence_length=32" in capsys.readouterr().err
+def test_the_final_checkpoint_precedes_the_final_evaluation(runs, base, monkeypatch):
+    """A machine that dies in the evaluation costs the run nothing: the same command ends it."""
+
+    def dies(*given):
+        raise MemoryError
+
     run = runs.folder / "no evaluation"
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "evaluate", dies)
+        with pytest.raises(MemoryError):
+            runs(run.name, *PROMPTS)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["12"]
     assert not (run / "summary.json").exists()
+    runs.done(run.name, *PROMPTS)
+    ended, whole = (json.loads((r / "summary.json").read_text()) for r in (run, base))
+    assert ended["val_loss"] == whole["val_loss"]
+
+
+def test_a_stride_that_cannot_be_is_told_before_training(runs, capsys):
+    assert runs("stride", "train.eval_stride = 99") == 2
+    assert "stride=99 must lie in 1 to sequence_length=32" in capsys.readouterr().err
+    assert not (runs.folder / "stride" / "metrics.jsonl").exists()
 
 
 def test_evaluations_and_checkpoints_on_the_way(runs, base):
