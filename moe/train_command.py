@@ -42,11 +42,21 @@ def report(summary: dict[str, Any], samples: list[str], folder: RunFolder) -> st
         f"{summary['matmul_peak_flops'] / 1e9:,.0f} GFLOP/s (kept work only; "
         f"{summary['utilisation']:.2f} with what was dropped)",
         f"memory       {summary['peak_memory_bytes'] / 2**20:,.0f} MiB at its peak",
-        f"written to   {folder.path}: config.gin, run.json, metrics.jsonl, routing.jsonl, "
-        "summary.json, samples.txt, checkpoints/, tensorboard/",
+        f"written to   {folder.path}: {', '.join(sorted(_files(folder)))}",
     ]
+    if folder.picture.exists():
+        lines.append(f"to look at   {folder.picture}: the loss, the loads, what each expert reads")
     if samples:
         width = min(shutil.get_terminal_size().columns, 100)
         shown = samples[0].strip("\n").splitlines()[:16]
         lines += ["", "a sample:", *("  | " + line[:width] for line in shown)]
     return "\n".join(lines)
+
+
+def _files(folder: RunFolder) -> list[str]:
+    """What a reader may open."""
+    return [
+        path.name + ("/" if path.is_dir() else "")
+        for path in folder.path.iterdir()
+        if not path.name.startswith(".")
+    ]

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+pytest.register_assert_rewrite("rows", "tiny")
+
 # Read when jax is imported, which no test module has done yet. The last two flags halve the time
 # XLA takes to compile and change nothing before its last stage, the generation of machine code.
 FLAGS = (

@@ -5,7 +5,6 @@ BROKEN_ON_PURPOSE
 G groups (B sequences here), T tokens, D model width, F hidden width, E experts, K experts a token.
 """
 
-from collections.abc import Callable
 import dataclasses
 from fractions import Fraction
 import functools
@@ -14,179 +13,38 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from rows import (
+    ROUTERS,
+    B,
+    D,
+    E,
+    T,
+    compiled,
+    draw,
+    evaluated,
+    every_dispatcher,
+    every_router,
+    finite,
+    layer_of,
+    per_token,
+    ragged_BT,
+    router_of,
+    same_tree,
+    tokens,
+    values_of,
+)
 
-from layers.constrain import placing
-from layers.dispatch import Dispatcher, OneHotEinsum, SlotGather, as_soft_slots
-from layers.moe_layer import MoELayer
-from layers.stack import rematerialised
-from layers.tokens import Tokens
-from moe import functional, sharding, step
-from moe.batch import Batch
-from moe.model import Transformer
-from moe.objective import EVALUATION, MaskedToken, NextToken, step_key, tokens_of
+from layers.dispatch import OneHotEinsum, SlotGather, as_soft_slots
 from routing import (
-    Balanced,
-    BalanceLoss,
-    BiasBalancer,
     Capacity,
     Causality,
-    EntropyLoss,
     ExpertChoice,
-    ExpertChoiceRouter,
-    RandomHash,
-    Router,
     RouterInputs,
-    Sizes,
     SoftMoE,
-    Switch,
     TokenChoice,
-    TopK,
-    UniformRandom,
-    ZLoss,
-    initialize,
 )
 from routing.router import largest
-
-B, T, D, E, F, V = 24, 11, 8, 4, 8, 13
-LOSSES = (BalanceLoss(), ZLoss(), EntropyLoss(), BalanceLoss(scope="group", name="group"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A router and what must hold of it beyond what its class declares."""
-
-    make: Callable[[Sizes], Router]
-    learned: tuple[str, ...] = ("weight_DE",)
-    state: tuple[str, ...] = ()
-
-
-def row(make, learned=("weight_DE",), state=(), **options):
-    return Row(functools.partial(make, **options), learned, state)
-
-
-ROUTERS = {
-    "top2": row(TopK, k=2, losses=LOSSES),
-    "top1": row(TopK, k=1, losses=LOSSES),
-    "top2_of_selected": row(TopK, k=2, gates="softmax_of_selected"),
-    "sigmoid": row(TopK, k=2, gates="sigmoid", renormalise=True, losses=LOSSES),
-    "sigmoid_bias": row(
-        TopK,
-        k=3,
-        gates="sigmoid",
-        renormalise=True,
-        scale=2.5,
-        balancer=BiasBalancer,
-        losses=LOSSES,
-        state=("balancer.bias_E",),
-    ),
-    "switch": row(Switch, jitter=0.1, losses=LOSSES),
-    "hash": row(RandomHash, learned=(), state=("table_V",)),
-    "expert_choice": row(ExpertChoiceRouter, losses=LOSSES),
-    "soft_moe": row(SoftMoE, slots_per_expert=2, learned=("phi_DES", "scale"), losses=LOSSES),
-    "soft_moe_raw": row(SoftMoE, normalise=False, learned=("phi_DES",), losses=LOSSES),
-    "uniform": row(UniformRandom, learned=()),
-    "balanced": row(Balanced, learned=()),
-}
-DISPATCHERS = (OneHotEinsum(), SlotGather())
-every_router = pytest.mark.parametrize("name", ROUTERS)
-every_dispatcher = pytest.mark.parametrize(
-    "dispatcher", DISPATCHERS, ids=lambda value: type(value).__name__
-)
-
-
-# One layer, compiled once for each router, dispatcher and shape, and shared by the tests.
-
-
-@functools.cache
-def values_of(name):
-    """First parameters and router state, whatever moves the tokens; a bias that selects."""
-    layer = initialize(MoELayer(D, V, ROUTERS[name].make, E, F), 3)
-    if getattr(layer.router, "balancer", None) is not None:
-        layer.router.balancer.bias_E.set_value(jnp.linspace(-0.1, 0.1, E))
-    return functional.split(layer)[1:]
-
-
-@functools.cache
-def layer_of(name, dispatcher=SlotGather(), capacity=Capacity()):
-    router = ROUTERS[name].make
-    layer = MoELayer(D, V, router, E, F, capacity=capacity, dispatcher=dispatcher)
-    return functional.split(layer)[0], *values_of(name)
-
-
-@functools.cache
-def compiled(name, dispatcher=SlotGather(), capacity=Capacity(), remat="none"):
-    """Gradients of sum(y * weight) + penalty to (parameters, x); the output; the router's."""
-    graph, _, state = layer_of(name, dispatcher, capacity)
-
-    def forward(params, x_BTD, tokens):
-        return graph.join(params, state)(x_BTD, tokens)
-
-    def loss(both, tokens, weight_BTD, penalty):
-        y_BTD, output = rematerialised(forward, remat)(*both, tokens)
-        total = jnp.sum(y_BTD * weight_BTD) + penalty * output.penalty
-        return total, (y_BTD, output)
-
-    @jax.jit
-    def run(params, x_BTD, tokens, weight_BTD, penalty=1.0):
-        grad = jax.grad(loss, has_aux=True)
-        grads, (y_BTD, output) = grad((params, x_BTD), tokens, weight_BTD, penalty)
-        return *grads, y_BTD, output
-
-    return run
-
-
-@functools.cache
-def evaluated(name, capacity=Capacity()):
-    graph, params, state = layer_of(name, SlotGather(), capacity)
-    return jax.jit(lambda x_BTD, tokens: graph.join(params, state)(x_BTD, tokens))
-
-
-def draw(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def tokens(batch=B, length=T, *, train=True, seed=0, valid_BT=None, key=0):
-    random = np.random.default_rng(seed)
-    valid_BT = np.ones((batch, length), bool) if valid_BT is None else valid_BT
-    return Tokens(
-        token_BT=jnp.asarray(random.integers(0, V, (batch, length)), jnp.int32),
-        segment_BT=jnp.asarray(valid_BT, jnp.int32),
-        position_BT=jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length)),
-        index_B=jnp.arange(batch, dtype=jnp.int32),
-        key=jax.random.key(key),
-        train=train,
-    )
-
-
-def per_token(decision) -> list[np.ndarray]:
-    """The decision as arrays (G, T, ...): what each token got."""
-    if isinstance(decision, TokenChoice):
-        gate_GTK = np.where(decision.keep_GTK, decision.gate_GTK, 0)
-        return [np.asarray(decision.expert_GTK), gate_GTK, np.asarray(decision.keep_GTK)]
-    return [np.asarray(as_soft_slots(decision).combine_GTES.sum(-1))]
-
-
-def same_tree(one, other, rtol=2e-5, atol=2e-6):
-    """Equal structure; integers equal, floats to rounding."""
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True
-    ):
-        a, b = np.asarray(a), np.asarray(b)
-        assert a.dtype == b.dtype
-        where = jax.tree_util.keystr(path)
-        if np.issubdtype(a.dtype, np.floating):
-            size = np.abs(b).max(initial=0)
-            np.testing.assert_allclose(a, b, rtol=rtol, atol=atol + rtol * size, err_msg=where)
-        else:
-            np.testing.assert_array_equal(a, b, err_msg=where)
-
-
-def finite(tree):
-    return all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(tree))
-
 
 # Causality, determinism, padding.
 
@@ -225,11 +83,6 @@ def test_the_declared_causality_is_the_true_one(name, train):
     if causality is Causality.CAUSAL_AT_EVALUATION:
         causal = not train
     assert not moved_B.any() if causal else moved_B.any()
-
-
-def router_of(name):
-    graph, params, state = layer_of(name)
-    return graph.join(params, state).router
 
 
 @pytest.mark.parametrize("order", ["token-major", "choice-major"])
@@ -376,7 +229,6 @@ def slots_of(factor, k, valid_GT):
     return [math.ceil(Fraction(factor) * k * int(n) / E) for n in valid_GT.sum(1)]
 
 
-ragged_BT = np.arange(T)[None] < np.random.default_rng(1).integers(2, T + 1, B)[:, None]
 LOOPS = [(name, 1.25) for name in ROUTERS] + [("top2", None), ("top2", 0.5), ("sigmoid_bias", 0.5)]
 
 
@@ -508,284 +360,3 @@ def test_the_common_form_moves_the_same(name):
     if not isinstance(router_of(name), SoftMoE):
         assert set(np.unique(soft.dispatch_GTES)) <= {0.0, 1.0}
         assert (np.asarray(soft.dispatch_GTES).sum(1) <= 1).all(), "one token in a slot at most"
-
-
-# Rematerialisation, compilation, precision.
-
-
-REMATS = [(n, "full") for n in ROUTERS] + [(n, "dots") for n in ("switch", "expert_choice")]
-
-
-@pytest.mark.parametrize(("name", "remat"), REMATS)
-def test_rematerialised_is_the_same(name, remat):
-    args = (layer_of(name)[1], draw(0, B, T, D), tokens(), draw(1, B, T, D))
-    same_tree(compiled(name, remat=remat)(*args), compiled(name)(*args))
-
-
-@every_router
-def test_compiled_is_interpreted(name):
-    graph, params, state = layer_of(name)
-    x_BTD, batch = jnp.asarray(draw(0, B, T, D)), tokens(train=False)
-    same_tree(graph.join(params, state)(x_BTD, batch), evaluated(name)(x_BTD, batch))
-
-
-@every_router
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-def test_the_router_works_in_float32_whatever_the_layer_does(name, dtype):
-    graph, params, state = layer_of(name)
-
-    def both(x_BTD, tokens):
-        layer = graph.join(params, state)
-        return layer(x_BTD, tokens), layer.router.route(layer._group(x_BTD, tokens))
-
-    x_BTD = jnp.asarray(draw(0, B, T, D), dtype)
-    (y_BTD, output), routing = jax.eval_shape(both, x_BTD, tokens())
-    assert y_BTD.dtype == dtype
-    for leaf in jax.tree.leaves((output, routing)):
-        assert leaf.dtype in (jnp.float32, jnp.int32, jnp.bool_)
-    stats = output.stats
-    assert {a.dtype for a in (stats.token_count, stats.count_E, stats.kept_E)} == {
-        jnp.dtype("int32")
-    }
-    assert {a.dtype for a in params.values()} == {jnp.dtype("float32")}
-
-
-@pytest.mark.parametrize(
-    ("name", "dispatcher"),
-    [("sigmoid", SlotGather()), ("expert_choice", SlotGather()), ("soft_moe", OneHotEinsum())],
-    ids=str,
-)
-def test_bfloat16_is_float32_to_two_digits(name, dispatcher):
-    run, params = compiled(name, dispatcher, Capacity(1.25)), values_of(name)[0]
-    x_BTD = jnp.asarray(draw(0, B, T, D), jnp.bfloat16)
-    weight_BTD = draw(1, B, T, D)
-    half = run(params, x_BTD, tokens(), weight_BTD)
-    full = run(params, x_BTD.astype(jnp.float32), tokens(), weight_BTD)
-    same_tree(half[3], full[3], rtol=1e-6)
-    for a, b in zip(jax.tree.leaves(half[:3]), jax.tree.leaves(full[:3]), strict=True):
-        a, b = np.asarray(a, np.float32), np.asarray(b)
-        assert np.abs(a - b).max() < 0.05 * np.abs(b).max()
-
-
-# The whole model: stacking, micro-batches, meshes, router state.
-
-ROWS, LENGTH, EXPERTS, STEPS = 16, 6, 8, 3
-MODEL_CAPACITY = {"switch": Capacity(0.75, priority="random")}  # with the jitter: all draws
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What a tiny model is built and trained with."""
-
-    name: str
-    mesh: tuple[int, int, int, int] = (1, 1, 1, 1)
-    dispatcher: Dispatcher = DISPATCHERS[1]
-    accumulate: int = 1
-    remat: str = "none"
-    scan: bool = True
-    layers: int = 2
-    moe_every: int = 1
-
-
-@functools.cache
-def program(setting):
-    """A model of two or more layers, an optimizer with everything that could touch router state."""
-    causal = router_of(setting.name).causality is not Causality.NEVER
-    objective = NextToken() if causal else MaskedToken(0.3)
-
-    def make():
-        return Transformer(
-            V + objective.extra_tokens,
-            causal,
-            d_model=D,
-            num_layers=setting.layers,
-            num_heads=2,
-            moe=functools.partial(
-                MoELayer,
-                router=ROUTERS[setting.name].make,
-                num_experts=EXPERTS,
-                d_ff=F,
-                capacity=MODEL_CAPACITY.get(setting.name, Capacity()),
-                dispatcher=setting.dispatcher,
-            ),
-            moe_every=setting.moe_every,
-            remat=setting.remat,
-            scan=setting.scan,
-        )
-
-    graph, *abstract = functional.abstract(make)
-    shape = sharding.MeshShape(*setting.mesh)
-    optimizer = optax.chain(
-        optax.trace(decay=0.0),  # remembers the raw gradients, to be compared
-        optax.clip_by_global_norm(1.0),
-        optax.add_decayed_weights(0.1),
-        optax.sgd(0.3, momentum=0.9),
-    )
-    return graph, step.Step(
-        graph,
-        tuple(abstract),
-        objective=objective,
-        optimizer=optimizer,
-        mesh=shape.build(jax.devices()[: math.prod(setting.mesh)]),
-        seed=1,
-        accumulate=setting.accumulate,
-        whole_step_losses=setting.accumulate > 1,
-    ).program()
-
-
-def batch_of(seed, *, ragged=False):
-    random = np.random.default_rng(seed)
-    token_BT = random.integers(0, V, (ROWS, LENGTH + 1)).astype(np.int32)
-    # Skewed, so that losses on a part are not those on the whole.
-    token_BT[: ROWS // 2, ::2] = 0
-    valid_BT = np.ones((ROWS, LENGTH), bool)
-    if ragged:
-        valid_BT = np.arange(LENGTH)[None] < random.integers(1, LENGTH + 1, ROWS)[:, None]
-        valid_BT[::4] = np.arange(LENGTH)[None] < 1
-        valid_BT[4] = False
-    return Batch(
-        token_BT=token_BT[:, :-1],
-        target_BT=token_BT[:, 1:],
-        segment_BT=valid_BT.astype(np.int32),
-        position_BT=np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
-        scored_BT=valid_BT,
-        index_B=np.arange(ROWS, dtype=np.int32),
-    )
-
-
-@functools.cache
-def start_of(name):
-    return jax.device_get(program(Setting(name))[1].init(0))
-
-
-def run_steps(setting, *, ragged=False):
-    """For each step what it measured, the raw gradients and the router state it left."""
-    prog = program(setting)[1]
-    where = jax.tree.map(lambda a: a.sharding, prog.abstract_state)
-    state, found = jax.device_put(start_of(setting.name), where), []
-    for n in range(STEPS):
-        batch = jax.device_put(batch_of(n, ragged=ragged), prog.batch_sharding)
-        state, metrics = prog.step(state, batch)
-        found.append((without_decision(metrics), state.opt_state[0].trace, state.router_state))
-        # The step gives its argument's memory away.
-        found[-1] = jax.device_get(found[-1])
-    return found
-
-
-def without_decision(metrics):
-    routers = dataclasses.replace(metrics.routers, decision=None)
-    return dataclasses.replace(metrics, routers=routers)
-
-
-@functools.cache
-def one_device(name, ragged=False):
-    """What one device finds with all rows at once: whatever the mesh, nothing else is right."""
-    return run_steps(Setting(name), ragged=ragged)
-
-
-@pytest.mark.parametrize("change", [{"scan": False}, {"remat": "full"}, {"remat": "dots"}], ids=str)
-def test_scanned_is_unrolled_and_rematerialised_is_not(change):
-    """With jitter and a random priority, so that routing a second time would show."""
-    same_tree(run_steps(Setting("switch", **change)), one_device("switch"))
-
-
-@pytest.mark.parametrize("ragged", [False, True], ids=["even", "ragged"])
-@pytest.mark.parametrize("name", ["sigmoid_bias", "switch"])
-def test_micro_batches_change_nothing(name, ragged):
-    """Gradients, all losses (global balance too) and statistics: four micro-batches or one."""
-    expected = one_device(name, ragged)
-    same_tree(run_steps(Setting(name, accumulate=4), ragged=ragged), expected)
-    losses = expected[0][0].routers.losses
-    assert set(losses) == {"balance", "group", "z", "entropy"}
-    assert (np.abs(losses["balance"] - losses["group"]) > 1e-3).all(), "scopes have to differ"
-
-
-MESHES = [
-    Setting("sigmoid_bias", (8, 1, 1, 1)),
-    Setting("sigmoid_bias", (1, 2, 2, 2), OneHotEinsum()),
-    Setting("switch", (1, 1, 8, 1)),
-    Setting("expert_choice", (1, 8, 1, 1)),
-    Setting("soft_moe", (1, 2, 2, 2)),
-]
-
-
-@pytest.mark.parametrize("setting", MESHES, ids=lambda s: f"{s.name}-{s.mesh}-{s.dispatcher}")
-def test_eight_devices_are_one(setting):
-    """Three steps' losses, statistics, gradient norms, raw gradients and router state."""
-    same_tree(run_steps(setting), one_device(setting.name))
-
-
-@every_router
-def test_every_router_is_the_same_on_a_mesh(name):
-    """One layer on data 2 x expert 4: gradients, outputs and statistics, with ragged padding."""
-    dispatcher = DISPATCHERS[list(ROUTERS).index(name) % 2]
-    graph, params, _ = layer_of(name)
-    run = compiled.__wrapped__(name, dispatcher)  # compiled for this mesh alone
-    mesh = sharding.MeshShape(data=2, expert=4).build()
-    args = (draw(0, B, T, D), tokens(valid_BT=ragged_BT), draw(1, B, T, D) * ragged_BT[..., None])
-    rows = sharding.sharding(mesh, ("batch",), (B,))
-    x_BTD, weight_BTD = (jax.device_put(a, rows) for a in (args[0], args[2]))
-    placed = {
-        n: jax.device_put(p, sharding.sharding(mesh, graph.axes[n], p.shape))
-        for n, p in params.items()
-    }
-    assert {len(p.sharding.device_set) for p in placed.values()} == {8}
-    with placing(sharding.rule(mesh)):
-        found = run(placed, x_BTD, args[1], weight_BTD)
-    same_tree(jax.device_get(found), jax.device_get(compiled(name)(params, *args)))
-
-
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_router_state_moves_once_a_step_from_the_whole_steps_counts(accumulate):
-    setting = Setting("sigmoid_bias", accumulate=accumulate)
-    state = program(setting)[1].init(0)
-    (name,) = state.router_state
-    assert name not in state.params and name.endswith("router.balancer.bias_E")
-    optimizer_leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
-    assert not any("bias_E" in jax.tree_util.keystr(path) for path, _ in optimizer_leaves)
-    before_LE = np.asarray(state.router_state[name])
-    for metrics, _, router_state in run_steps(setting):
-        count_LE = metrics.routers.stats.count_E
-        # algorithm 1, then re-centred
-        moved_LE = 1e-3 * np.sign(count_LE.mean(-1, keepdims=True) - count_LE)
-        moved_LE -= moved_LE.mean(-1, keepdims=True)
-        np.testing.assert_allclose(router_state[name], before_LE + moved_LE, atol=1e-7)
-        assert np.abs(moved_LE).max() > 5e-4
-        before_LE = router_state[name]
-
-
-def test_evaluation_leaves_router_state_alone():
-    graph, prog = program(Setting("sigmoid_bias"))
-    state = prog.init(0)
-
-    @jax.jit
-    def evaluate(params, router_state, batch):
-        model = graph.join(params, router_state)
-        out = model(tokens_of(batch, step_key(0, EVALUATION), train=False))
-        return functional.split(model)[2], out.routers.stats.count_E
-
-    after, count_LE = evaluate(state.params, state.router_state, batch_of(0))
-    assert np.asarray(count_LE).sum() > 0
-    same_tree(after, state.router_state)
-
-
-def test_every_layer_and_expert_starts_with_its_own_weights_on_every_mesh():
-    one = jax.device_get(program(Setting("switch"))[1].init(0))
-    mesh = jax.device_get(program(Setting("switch", (1, 1, 8, 1)))[1].init(0))
-    for found in (mesh.params, mesh.router_state):
-        for name, value in found.items():
-            expected = {**one.params, **one.router_state}[name]
-            np.testing.assert_array_equal(value, expected, err_msg=name)
-    mixed = Setting("switch", layers=4, moe_every=2)
-    deep = jax.device_get(program(mixed)[1].init(0))
-    loop = jax.device_get(program(dataclasses.replace(mixed, scan=False))[1].init(0))
-    same_tree(deep, loop, rtol=0, atol=0)
-    for state in (one, deep):
-        for name, value in state.params.items():
-            if "norm" not in name and "stacks" in name:
-                rows = value.reshape(-1, *value.shape[2:]) if "experts" in name else value
-                assert len({row.tobytes() for row in rows}) == len(rows), name
-    # Layers 1 and 3 of four, alone among dense ones, differ from layers 0 and 1 of two.
-    up_LEDF = next(v for n, v in one.params.items() if "experts.up" in n)
-    deeper_LEDF = next(v for n, v in deep.params.items() if "experts.up" in n)
-    np.testing.assert_array_equal(up_LEDF[1], deeper_LEDF[0])

@@ -1,0 +1,183 @@
+"""The routers under test, one row each, and small layers of them that are compiled once.
+
+B sequences (each a group), T tokens, D model width, F hidden width, E experts, V token ids.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layers.dispatch import OneHotEinsum, SlotGather, as_soft_slots
+from layers.moe_layer import MoELayer
+from layers.stack import rematerialised
+from layers.tokens import Tokens
+from moe import functional
+from routing import (
+    Balanced,
+    BalanceLoss,
+    BiasBalancer,
+    Capacity,
+    EntropyLoss,
+    ExpertChoiceRouter,
+    RandomHash,
+    Router,
+    Sizes,
+    SoftMoE,
+    Switch,
+    TokenChoice,
+    TopK,
+    UniformRandom,
+    ZLoss,
+    initialize,
+)
+
+B, T, D, E, F, V = 24, 11, 8, 4, 8, 13
+LOSSES = (BalanceLoss(), ZLoss(), EntropyLoss(), BalanceLoss(scope="group", name="group"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A router and what must hold of it beyond what its class declares."""
+
+    make: Callable[[Sizes], Router]
+    learned: tuple[str, ...] = ("weight_DE",)
+    state: tuple[str, ...] = ()
+
+
+def row(make, learned=("weight_DE",), state=(), **options):
+    return Row(functools.partial(make, **options), learned, state)
+
+
+ROUTERS = {
+    "top2": row(TopK, k=2, losses=LOSSES),
+    "top1": row(TopK, k=1, losses=LOSSES),
+    "top2_of_selected": row(TopK, k=2, gates="softmax_of_selected"),
+    "sigmoid": row(TopK, k=2, gates="sigmoid", renormalise=True, losses=LOSSES),
+    "sigmoid_bias": row(
+        TopK,
+        k=3,
+        gates="sigmoid",
+        renormalise=True,
+        scale=2.5,
+        balancer=BiasBalancer,
+        losses=LOSSES,
+        state=("balancer.bias_E",),
+    ),
+    "switch": row(Switch, jitter=0.1, losses=LOSSES),
+    "hash": row(RandomHash, learned=(), state=("table_V",)),
+    "expert_choice": row(ExpertChoiceRouter, losses=LOSSES),
+    "soft_moe": row(SoftMoE, slots_per_expert=2, learned=("phi_DES", "scale"), losses=LOSSES),
+    "soft_moe_raw": row(SoftMoE, normalise=False, learned=("phi_DES",), losses=LOSSES),
+    "uniform": row(UniformRandom, learned=()),
+    "balanced": row(Balanced, learned=()),
+}
+DISPATCHERS = (OneHotEinsum(), SlotGather())
+every_router = pytest.mark.parametrize("name", ROUTERS)
+every_dispatcher = pytest.mark.parametrize(
+    "dispatcher", DISPATCHERS, ids=lambda value: type(value).__name__
+)
+
+
+# One layer, compiled once for each router, dispatcher and shape, and shared by the tests.
+
+
+@functools.cache
+def values_of(name):
+    """First parameters and router state, whatever moves the tokens; a bias that selects."""
+    layer = initialize(MoELayer(D, V, ROUTERS[name].make, E, F), 3)
+    if getattr(layer.router, "balancer", None) is not None:
+        layer.router.balancer.bias_E.set_value(jnp.linspace(-0.1, 0.1, E))
+    return functional.split(layer)[1:]
+
+
+@functools.cache
+def layer_of(name, dispatcher=SlotGather(), capacity=Capacity()):
+    router = ROUTERS[name].make
+    layer = MoELayer(D, V, router, E, F, capacity=capacity, dispatcher=dispatcher)
+    return functional.split(layer)[0], *values_of(name)
+
+
+@functools.cache
+def compiled(name, dispatcher=SlotGather(), capacity=Capacity(), remat="none"):
+    """Gradients of sum(y * weight) + penalty to (parameters, x); the output; the router's."""
+    graph, _, state = layer_of(name, dispatcher, capacity)
+
+    def forward(params, x_BTD, tokens):
+        return graph.join(params, state)(x_BTD, tokens)
+
+    def loss(both, tokens, weight_BTD, penalty):
+        y_BTD, output = rematerialised(forward, remat)(*both, tokens)
+        total = jnp.sum(y_BTD * weight_BTD) + penalty * output.penalty
+        return total, (y_BTD, output)
+
+    @jax.jit
+    def run(params, x_BTD, tokens, weight_BTD, penalty=1.0):
+        grad = jax.grad(loss, has_aux=True)
+        grads, (y_BTD, output) = grad((params, x_BTD), tokens, weight_BTD, penalty)
+        return *grads, y_BTD, output
+
+    return run
+
+
+@functools.cache
+def evaluated(name, capacity=Capacity()):
+    graph, params, state = layer_of(name, SlotGather(), capacity)
+    return jax.jit(lambda x_BTD, tokens: graph.join(params, state)(x_BTD, tokens))
+
+
+def router_of(name):
+    graph, params, state = layer_of(name)
+    return graph.join(params, state).router
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def tokens(batch=B, length=T, *, train=True, seed=0, valid_BT=None, key=0):
+    random = np.random.default_rng(seed)
+    valid_BT = np.ones((batch, length), bool) if valid_BT is None else valid_BT
+    return Tokens(
+        token_BT=jnp.asarray(random.integers(0, V, (batch, length)), jnp.int32),
+        segment_BT=jnp.asarray(valid_BT, jnp.int32),
+        position_BT=jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length)),
+        index_B=jnp.arange(batch, dtype=jnp.int32),
+        key=jax.random.key(key),
+        train=train,
+    )
+
+
+def per_token(decision) -> list[np.ndarray]:
+    """The decision as arrays (G, T, ...): what each token got."""
+    if isinstance(decision, TokenChoice):
+        gate_GTK = np.where(decision.keep_GTK, decision.gate_GTK, 0)
+        return [np.asarray(decision.expert_GTK), gate_GTK, np.asarray(decision.keep_GTK)]
+    return [np.asarray(as_soft_slots(decision).combine_GTES.sum(-1))]
+
+
+def same_tree(one, other, rtol=2e-5, atol=2e-6):
+    """Equal structure; integers equal, floats to rounding."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True
+    ):
+        a, b = np.asarray(a), np.asarray(b)
+        assert a.dtype == b.dtype
+        where = jax.tree_util.keystr(path)
+        if np.issubdtype(a.dtype, np.floating):
+            size = np.abs(b).max(initial=0)
+            np.testing.assert_allclose(a, b, rtol=rtol, atol=atol + rtol * size, err_msg=where)
+        else:
+            np.testing.assert_array_equal(a, b, err_msg=where)
+
+
+def finite(tree):
+    return all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(tree))
+
+
+ragged_BT = np.arange(T)[None] < np.random.default_rng(1).integers(2, T + 1, B)[:, None]
