@@ -20,7 +20,7 @@ RUNS = {"moe": "quickstart.gin", "dense": "quickstart_dense.gin"}
 def one(name: str, seed: int, steps: int, folder: Path) -> dict:
     """The summary of one run, from a process of its own."""
     path = folder / f"{name}-{seed}.json"
-    bindings = (f"train.seed = {seed}", f"train.steps = {steps}")
+    bindings = (f"train.seed = {seed}", f"train.steps = {steps}", "train.max_seconds = None")
     command = [sys.executable, "-m", "moe", "train", f"--gin_file={RUNS[name]}"]
     command += [f"--gin_bindings={binding}" for binding in bindings]
     command += [f"--workdir={folder / f'{name}-{seed}'}", f"--json={path}"]

@@ -35,7 +35,8 @@ class MoELayer(nnx.Module):
         capacity: what an expert takes at most; `Capacity()` where None.
         dispatcher: how tokens move; `SlotGather()` where None.
         shared_experts: this many further experts of the same width that every token uses.
-        sequences_per_group: a group, within which capacity is counted, is this many sequences.
+        sequences_per_group: a group, within which capacity is counted, is this many sequences, or
+            the whole batch where that is smaller.
         out_scale: variance scale of the output weights.
     """
 
@@ -95,12 +96,13 @@ class MoELayer(nnx.Module):
     def _group(self, x_BTD, tokens: Tokens) -> RouterInputs:
         """The router's inputs: groups of whole sequences, float32, padding set to zero."""
         batch, length, width = x_BTD.shape
-        if batch % self.sequences_per_group:
+        per_group = min(self.sequences_per_group, batch)
+        if batch % per_group:
             raise ValueError(
                 f"a batch of {batch} sequences does not divide into groups of "
-                f"MoELayer.sequences_per_group={self.sequences_per_group}"
+                f"MoELayer.sequences_per_group={per_group}"
             )
-        shape = (batch // self.sequences_per_group, self.sequences_per_group * length)
+        shape = (batch // per_group, per_group * length)
         valid_GT = (tokens.segment_BT > 0).reshape(shape)
         x_GTD = x_BTD.reshape(*shape, width).astype(jnp.float32)
         return RouterInputs(
@@ -108,7 +110,7 @@ class MoELayer(nnx.Module):
             valid_GT=valid_GT,
             token_id_GT=tokens.token_BT.reshape(shape),
             position_GT=tokens.position_BT.reshape(shape),
-            index_G=tokens.index_B[:: self.sequences_per_group],
+            index_G=tokens.index_B[::per_group],
             key=tokens.key,
             train=tokens.train,
             step=tokens.step,

@@ -101,7 +101,7 @@ def program(model: Model, optimizer, mesh: Mesh, *, steps, seed, accumulate, bat
     Raises:
         UserError: a batch that doesn't divide over micro-batches, groups or the mesh.
     """
-    per_group = model.sequences_per_group
+    per_group = min(model.sequences_per_group, batch_size)
     if accumulate < 1 or batch_size % (accumulate * per_group):
         raise UserError(
             f"train.batch_size={batch_size} doesn't divide into train.accumulate={accumulate} "

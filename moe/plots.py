@@ -1,6 +1,7 @@
 """Pictures of a run: its loss, the load of its experts, the tokens they work on."""
 
 from pathlib import Path
+import re
 
 import numpy as np
 
@@ -39,17 +40,22 @@ def plot_load(axis, workdir: str | Path, last: int = 10) -> None:
 def write_tokens(axis, table: TokenTable, layer: int, most_experts: int = 16) -> None:
     """The tokens most faithful to each expert of a layer, as text."""
     axis.axis("off")
-    axis.set_title(f"Tokens most faithful to each expert of sparse layer {layer}", loc="left")
+    axis.set_title(
+        f"Tokens most faithful to each expert of sparse layer {layer}", loc="left", fontsize=11
+    )
     experts = min(table.load_LVE.shape[2], most_experts)
     for expert in range(experts):
         tokens = "   ".join(visible(token) for token in table.top(layer, expert))
         line = f"expert {expert}:  {tokens}"
-        axis.text(0, 1 - (expert + 1) / (experts + 1), line, family="monospace", fontsize=9)
+        place = 1 - (expert + 1) / (experts + 1)
+        text = axis.text(0, place, line[:72], family="monospace", fontsize=9)
+        text.set_in_layout(False)  # a long line must not push the other panels
 
 
 def visible(token: str) -> str:
-    """A token with its spaces and line breaks shown, safe to draw."""
-    shown = token.replace("\n", "↵").replace(" ", "·").replace("\t", "→")
+    """A token with its spaces and line breaks shown, safe to draw; many spaces are counted."""
+    shown = re.sub(" {4,}", lambda spaces: f"·×{len(spaces[0])}", token)
+    shown = shown.replace("\n", "↵").replace(" ", "·").replace("\t", "→")
     return "".join(c if c.isprintable() else "?" for c in shown).replace("$", r"\$")
 
 

@@ -1,11 +1,10 @@
 """What is done with a step's metrics: checked, shown, and written to the logs."""
 
-from collections.abc import Callable
 import dataclasses
 import math
-from typing import Any
 
 import jax
+import numpy as np
 
 from moe import metrics, progress
 from moe.assemble import Model
@@ -22,14 +21,18 @@ class TrainingDiverged(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Recorder:
-    """Reads the metrics of finished steps; `logs` is None in all but the first process."""
+    """Reads the metrics of finished steps; `logs` is None in all but the first process.
+
+    rate_N: the learning rate of every step. Not a JAX function: it would be queued behind the step
+    that runs, and the log would wait for it.
+    """
 
     built: Model
     clock: Clock
     display: progress.Display
     logs: Logs | None
     saves: Checkpoints
-    rate: Callable[[int], Any]
+    rate_N: np.ndarray
     bytes_per_token: float
     log_every: int
     steps: int
@@ -64,7 +67,7 @@ class Recorder:
         scalars = {
             "loss": loss,
             "bits_per_byte": metrics.bits_per_byte(loss, self.bytes_per_token),
-            "learning_rate": float(self.rate(step - 1)),
+            "learning_rate": float(self.rate_N[step - 1]),
             **{f"grad_norm/{k}": float(v) for k, v in measured.grad_norms.items()},
             "update_norm": float(measured.update_norm),
             **self.clock.speed(routing),

@@ -7,6 +7,7 @@ from typing import Any
 
 import gin
 import jax
+import numpy as np
 
 from moe import assemble, baselines, checkpoint, evaluate, gin_files, hardware, progress
 from moe.allocator import keep_freed_memory
@@ -152,7 +153,7 @@ def train(
             display=display,
             logs=logs,
             saves=saves,
-            rate=optimizer.rate(steps),
+            rate_N=np.asarray(jax.vmap(optimizer.rate(steps))(np.arange(steps))),
             bytes_per_token=text.info.bytes_per_token,
             log_every=log_every,
             steps=steps,

@@ -233,11 +233,21 @@ def test_groups_of_several_sequences():
     _, output = layer(x_BTD, tokens(train=True))
     assert output.decision.expert_GTK.shape == (1, 2 * T, 2)
     assert output.decision.capacity == 8  # ceil(1.25 * 2 * 12 / 4)
-    with pytest.raises(ValueError, match="3 sequences does not divide"):
-        three = dataclasses.replace(
-            tokens(), segment_BT=jnp.ones((3, T), jnp.int32), index_B=jnp.arange(3, dtype=jnp.int32)
+
+    def rows(number):
+        ids_BT = jnp.ones((number, T), jnp.int32)
+        return dataclasses.replace(
+            tokens(),
+            token_BT=ids_BT,
+            segment_BT=ids_BT,
+            position_BT=ids_BT,
+            index_B=jnp.arange(number, dtype=jnp.int32),
         )
-        layer(jnp.zeros((3, T, D)), three)
+
+    alone = layer(x_BTD[:1], rows(1))[1]
+    assert alone.decision.expert_GTK.shape == (1, T, 2), "a group is the one sequence then"
+    with pytest.raises(ValueError, match="3 sequences does not divide"):
+        layer(jnp.zeros((3, T, D)), rows(3))
 
 
 # Refused.

@@ -19,7 +19,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 MAKE = shutil.which("make")
 SMALL = (
-    "StandardLibrary.max_bytes = 200_000",
     "TrainedBPE.vocab_size = 300",
     "Transformer.d_model = 16",
     "Transformer.num_layers = 1",
@@ -27,7 +26,6 @@ SMALL = (
     "MoELayer.d_ff = 16",
     "train.sequence_length = 32",
     "train.batch_size = 4",
-    "MoELayer.sequences_per_group = 1",
     "train.steps = 2",
     "train.prompts = ('def ',)",
 )
@@ -50,7 +48,9 @@ def shell(tmp_path):
     command(
         bin_,
         "moe",
-        f'if [[ $1 == train && $* != {repeat} ]]; then set -- "$@" {small}; fi\n{moe}',
+        f'if [[ $1 == train && $* != {repeat} ]]; then set -- "$@" {small}; fi\n'
+        f"if [[ $1 == train && $* != *TextFiles* && $* != {repeat} ]]; then\n"
+        f'  set -- "$@" --gin_bindings="StandardLibrary.max_bytes = 200_000"\nfi\n{moe}',
     )
     command(bin_, "make", f'exec {MAKE} -n -C "{ROOT}" VENV=/nowhere "$@"')
     extras = "\n".join(re.findall(r'^        "(\w+)":', (ROOT / "setup.py").read_text(), re.M))
