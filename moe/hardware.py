@@ -1,5 +1,8 @@
 """What this machine is and what it can do: measured, not looked up."""
 
+import os
+from pathlib import Path
+import platform
 import resource
 import statistics
 import time
@@ -37,6 +40,19 @@ def peak_memory_bytes() -> int:
 
 
 def describe_device() -> str:
-    """Such as "8 x TFRT_CPU" or "1 x NVIDIA H100"."""
+    """Such as "1 x NVIDIA H100", or "1 x cpu (AMD EPYC, 2 cores)"."""
     devices = jax.devices()
-    return f"{len(devices)} x {devices[0].device_kind}"
+    name = f"{len(devices)} x {devices[0].device_kind}"
+    if devices[0].platform != "cpu":
+        return name
+    return f"{name} ({_processor()}, {os.cpu_count()} cores)"
+
+
+def _processor() -> str:
+    """The processor's name where Linux tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
