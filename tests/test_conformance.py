@@ -1,6 +1,17 @@
 """What every router, dispatcher and mesh must have in common; a new router is one row of ROUTERS.
 
-BROKEN_ON_PURPOSE
+What was broken on purpose, once each, and the test that went red here or in
+test_conformance_model.py:
+
+- top-k's logits see the group's last token: declared causality
+- later tokens are served first under capacity: declared causality
+- gates without a gradient: every parameter of the router
+- padding is not set to zero, or is counted and takes places: padding in training
+- an empty slot reads the first token: declared causality, and the slow loop
+- half the gate's gradient in the fast combine: the slow loop
+- the balance loss on a micro-batch's own counts: micro-batches
+- jitter at evaluation too: evaluation is deterministic
+- the balancing bias moves the wrong way: router state
 
 G groups (B sequences here), T tokens, D model width, F hidden width, E experts, K experts a token.
 """

@@ -31,6 +31,8 @@ from routing import (
     ZLoss,
 )
 
+pytestmark = pytest.mark.smoke
+
 FOLDER = Path(__file__).parent / "golden"
 
 

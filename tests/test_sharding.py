@@ -159,6 +159,7 @@ def test_data_parallel_forward_moves_nothing():
     assert not collectives(forward_text(OneHotEinsum(), data=8))
 
 
+@pytest.mark.smoke
 def test_experts_live_where_the_mesh_says():
     make = functools.partial(
         MoELayer,
