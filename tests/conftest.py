@@ -1,7 +1,10 @@
 """What every test runs under: 8 virtual CPU devices, strict JAX, a fresh gin, no skips in CI."""
 
 import os
+from pathlib import Path
+import shutil
 import sys
+import tempfile
 
 import pytest
 
@@ -21,9 +24,20 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+# Equal programs compile once in a worker and the processes that its tests start.
+COMPILED = Path(os.environ.setdefault("MOE_TESTS_COMPILED", tempfile.mkdtemp(prefix="moe_tests_")))
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED / os.environ.get("PYTEST_XDIST_WORKER", ""))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "accelerator: needs a GPU or TPU; may be skipped in CI")
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):  # the process that started the workers
+        shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="session")

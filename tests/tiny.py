@@ -4,7 +4,6 @@ import contextlib
 import json
 from pathlib import Path
 import random
-import tempfile
 
 import jax
 import pytest
@@ -31,12 +30,6 @@ train.sequence_length = 32
 train.log_every = 1
 train.prompts = ()
 """
-
-# Equal programs compile once per session.
-COMPILED = tempfile.TemporaryDirectory(prefix="moe_tests_")
-jax.config.update("jax_compilation_cache_dir", COMPILED.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def corpus(folder: Path, documents: int = 30) -> Path:
