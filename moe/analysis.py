@@ -3,6 +3,7 @@
 L sparse layers, B batch, T tokens, E experts, V vocabulary.
 """
 
+from collections.abc import Callable
 import dataclasses
 import json
 from pathlib import Path
@@ -32,8 +33,8 @@ def gates_GTE(decision: Decision) -> jax.Array:
     return decision.combine_GTES.sum(-1)
 
 
-def gates_of_batch(model: Model, params: Arrays, router_state: Arrays, batch: Batch) -> np.ndarray:
-    """(L, B, T, E): gates at evaluation."""
+def gates_step(model: Model) -> Callable[[Arrays, Arrays, Batch], np.ndarray]:
+    """A function of (parameters, router state, batch): gates (L, B, T, E) at evaluation."""
 
     @jax.jit
     def run(params, router_state, batch):
@@ -42,9 +43,12 @@ def gates_of_batch(model: Model, params: Arrays, router_state: Arrays, batch: Ba
         out = module(objectives.tokens_of(batch, key, train=False))
         return jax.vmap(gates_GTE)(out.routers.decision)
 
-    gates_LGTE = np.asarray(run(params, router_state, batch))
-    layers, *_, experts = gates_LGTE.shape
-    return gates_LGTE.reshape(layers, *np.shape(batch.token_BT), experts)
+    def step(params: Arrays, router_state: Arrays, batch: Batch) -> np.ndarray:
+        gates_LGTE = np.asarray(run(params, router_state, batch))
+        layers, *_, experts = gates_LGTE.shape
+        return gates_LGTE.reshape(layers, *np.shape(batch.token_BT), experts)
+
+    return step
 
 
 def gates_of_text(run, text: str) -> tuple[list[str], np.ndarray]:
@@ -52,7 +56,7 @@ def gates_of_text(run, text: str) -> tuple[list[str], np.ndarray]:
     length = run.settings["sequence_length"]
     ids = [run.tokenizer.document_id, *run.tokenizer.encode_batch([text])[0]][:length]
     batch = batch_of(ids, length)
-    gates_LBTE = gates_of_batch(run.model, run.params, run.router_state, batch)
+    gates_LBTE = gates_step(run.model)(run.params, run.router_state, batch)
     return [run.tokenizer.decode([i]) for i in ids[1:]], gates_LBTE[:, 0, 1 : len(ids)]
 
 
@@ -86,9 +90,9 @@ class TokenTable:
 
 def token_table(model: Model, params, router_state, tokenizer: Tokenizer, batches) -> TokenTable:
     """Which tokens each expert works on, over some batches."""
-    load_LVE = None
+    step, load_LVE = gates_step(model), None
     for batch in batches:
-        gates_LBTE = gates_of_batch(model, params, router_state, batch)
+        gates_LBTE = step(params, router_state, batch)
         layers, _, _, experts = gates_LBTE.shape
         if load_LVE is None:
             load_LVE = np.zeros((layers, model.module.vocab_size, experts))

@@ -202,7 +202,8 @@ def train(
         if objective.causal:
             samples = write_samples(folder, built, state, text, prompts, sequence_length, seed)
         if built.moe_layer is not None and not quiet:
-            write_picture(folder, built, state, text, marks, batch_size, sequence_length)
+            lines = marks | {"held out": result.bits_per_byte}
+            write_picture(folder, built, state, text, lines, batch_size, sequence_length)
         summary = {"step": step, **summary_of(result), "baselines": marks, **clock.summary()}
         summary |= {**costs_of(built), "corpus": corpus_of(text), "matmul_peak_flops": peak}
         summary["peak_memory_bytes"] = hardware.peak_memory_bytes()

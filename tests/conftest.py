@@ -35,6 +35,15 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "accelerator: needs a GPU or TPU; may be skipped in CI")
 
 
+# Files that take a minute or more come first, so that no process is left alone with one at the end.
+LONG = ("test_conformance_model", "test_readme", "test_train", "test_conformance", "test_resume")
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
+
+
 def pytest_unconfigure(config):
     if not hasattr(config, "workerinput"):  # the process that started the workers
         shutil.rmtree(COMPILED, ignore_errors=True)

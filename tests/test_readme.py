@@ -62,7 +62,7 @@ def shell(tmp_path):
         **os.environ,
         "PATH": f"{bin_}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
         "MAKEFLAGS": "",
     }
     work = tmp_path / "work"
