@@ -34,7 +34,7 @@ ROWS = {
     "Muon": ("train.optimizer = @Muon()",),
     "dense": ("Transformer.moe = None", "FeedForward.d_ff = 512"),
 }
-ROUNDS, STEPS = 8, 3
+ROUNDS, STEPS = 5, 3
 
 
 class Row:

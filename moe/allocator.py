@@ -9,8 +9,8 @@ TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, ARENA_MAX = -1, -2, -3, -8
 def keep_freed_memory() -> None:
     """Let glibc keep what XLA frees, instead of asking the kernel for new pages every step.
 
-    Worth a third of a training step (benchmarks/results/linear.json). One arena, since the others
-    hold no block above 64 MiB. Without glibc, or on an accelerator, this changes nothing.
+    Worth a third of a feed-forward's gradient (benchmarks/results/linear.json). One arena, since
+    the others hold no block above 64 MiB. Without glibc, or on an accelerator, this changes nothing.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
