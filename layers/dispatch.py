@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from layers.constrain import constrain
 from layers.gather_rows import combine_rows, dispatch_rows, sum_by_token
-from routing.records import Decision, ExpertChoice, SoftSlots, TokenChoice
+from routing.records import Decision, ExpertChoice, ExpertMerge, SoftSlots, TokenChoice
 
 
 class Dispatcher(abc.ABC):
@@ -42,6 +42,8 @@ def as_soft_slots(decision: Decision) -> SoftSlots:
         to_GTEC = (0, 3, 1, 2)
         dispatch_GTEC = token_GECT.transpose(to_GTEC).astype(decision.gate_GEC.dtype)
         return SoftSlots(dispatch_GTEC, combine_GECT.transpose(to_GTEC))
+    if isinstance(decision, ExpertMerge):
+        raise ValueError("an ExpertMerge moves no tokens: there is nothing to dispatch")
     slot_GTK, capacity = fitted(decision)
     dtype = decision.gate_GTK.dtype
     expert_GTKE = jax.nn.one_hot(decision.expert_GTK, decision.num_experts, dtype=bool)
@@ -84,7 +86,7 @@ class SlotGather(Dispatcher):
     """Gather rows into slots and back, O(E C D); soft slots are dense and go by einsum."""
 
     def dispatch(self, x_GTD, decision) -> jax.Array:
-        if isinstance(decision, SoftSlots):
+        if isinstance(decision, SoftSlots | ExpertMerge):
             return OneHotEinsum().dispatch(x_GTD, decision)
         if isinstance(decision, ExpertChoice):
             token_GEC = jnp.where(decision.keep_GEC, decision.token_GEC, -1)
@@ -97,7 +99,7 @@ class SlotGather(Dispatcher):
         return constrain(x_EGCD, "expert", "expert_group", None, None)
 
     def combine(self, y_EGCD, decision) -> jax.Array:
-        if isinstance(decision, SoftSlots):
+        if isinstance(decision, SoftSlots | ExpertMerge):
             return OneHotEinsum().combine(y_EGCD, decision)
         y_EGCD = constrain(y_EGCD, "expert", "expert_group", None, None)
         y_EGCD = constrain(y_EGCD, None, "batch", None, None)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from layers.linear import linear
 from routing.parameters import parameter, truncated_normal
+from routing.records import ExpertMerge
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu", "relu2"]
 ACTIVATIONS = {
@@ -96,3 +97,23 @@ class Experts(nnx.Module):
             hidden = act(gate) * hidden
         y_END = jnp.einsum("enf,efd->end", hidden, self.down_EFD[...].astype(dtype))
         return y_END.reshape(shape)
+
+    def merged(self, x_GTD: jax.Array, decision: ExpertMerge) -> jax.Array:
+        """(G, T, D): every segment through the mean of all experts that its weights make."""
+        groups, segments, _ = decision.weight_GSE.shape
+        tokens, width, dtype = x_GTD.shape[1], x_GTD.shape[-1], x_GTD.dtype
+        more = ((0, 0), (0, segments * decision.segment - tokens), (0, 0))
+        x_GSLD = jnp.pad(x_GTD, more).reshape(groups, segments, decision.segment, width)
+
+        def mean(weight_EXY):
+            return jnp.einsum("gse,exy->gsxy", decision.weight_GSE, weight_EXY).astype(dtype)
+
+        act = ACTIVATIONS[self.activation]
+        hidden = jnp.einsum("gsld,gsdf->gslf", x_GSLD, mean(self.up_EDF[...]))
+        if self.gate_EDF is None:
+            hidden = act(hidden)
+        else:
+            gate = jnp.einsum("gsld,gsdf->gslf", x_GSLD, mean(self.gate_EDF[...]))
+            hidden = act(gate) * hidden
+        y_GSLD = jnp.einsum("gslf,gsfd->gsld", hidden, mean(self.down_EFD[...]))
+        return y_GSLD.reshape(groups, -1, width)[:, :tokens]

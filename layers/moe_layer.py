@@ -17,7 +17,15 @@ from layers.dispatch import Dispatcher, SlotGather
 from layers.feed_forward import Activation, Experts, FeedForward, hidden_width
 from layers.tokens import Tokens
 from routing.capacity import Capacity
-from routing.records import RouterInputs, RouterOutput, Sizes, TokenChoice, choices_GE
+from routing.records import (
+    ExpertMerge,
+    RouterInputs,
+    RouterOutput,
+    Sizes,
+    TokenChoice,
+    TrainingText,
+    choices_GE,
+)
 from routing.router import Router
 
 
@@ -38,6 +46,7 @@ class MoELayer(nnx.Module):
         sequences_per_group: a group, within which capacity is counted, is this many sequences, or
             the whole batch where that is smaller.
         out_scale: variance scale of the output weights.
+        text: the training text, for routers that count in it before they start.
     """
 
     def __init__(
@@ -53,6 +62,7 @@ class MoELayer(nnx.Module):
         shared_experts: int = 0,
         sequences_per_group: int = 1,
         out_scale: float = 1.0,
+        text: TrainingText | None = None,
     ):
         if num_experts < 1:
             raise ValueError(f"MoELayer.num_experts={num_experts} must be at least 1")
@@ -62,7 +72,7 @@ class MoELayer(nnx.Module):
         self.capacity = Capacity() if capacity is None else capacity
         self.dispatcher = SlotGather() if dispatcher is None else dispatcher
         self.sequences_per_group = sequences_per_group
-        self.router = router(Sizes(d_model, num_experts, vocab_size))
+        self.router = router(Sizes(d_model, num_experts, vocab_size, text))
         self.experts = Experts(num_experts, d_model, d_ff, activation, out_scale)
         shared = None
         if shared_experts:
@@ -80,18 +90,25 @@ class MoELayer(nnx.Module):
         decision = _save_by_name(decision)
         # Padding is zero here, so NaN in it reaches neither the experts nor their gradients.
         x_GTD = inputs.x_GTD.astype(x_BTD.dtype)
-        with jax.named_scope("dispatch"):
-            x_EGCD = self.dispatcher.dispatch(x_GTD, decision)
-        with jax.named_scope("experts"):
-            y_EGCD = self.experts(x_EGCD)
-        with jax.named_scope("combine"):
-            y_GTD = self.dispatcher.combine(y_EGCD, decision)
+        y_GTD = self._experts(x_GTD, decision)
         y_BTD = constrain(y_GTD, "batch", None, None).reshape(x_BTD.shape)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 y_BTD = y_BTD + self.shared(x_GTD.reshape(x_BTD.shape))
         stats = dataclasses.replace(output.stats, kept_E=choices_GE(decision).sum(0))
         return y_BTD, dataclasses.replace(output, decision=decision, stats=stats)
+
+    def _experts(self, x_GTD, decision):
+        """What the experts make of the tokens, home again (G, T, D)."""
+        if isinstance(decision, ExpertMerge):
+            with jax.named_scope("merged_experts"):
+                return self.experts.merged(x_GTD, decision)
+        with jax.named_scope("dispatch"):
+            x_EGCD = self.dispatcher.dispatch(x_GTD, decision)
+        with jax.named_scope("experts"):
+            y_EGCD = self.experts(x_EGCD)
+        with jax.named_scope("combine"):
+            return self.dispatcher.combine(y_EGCD, decision)
 
     def _group(self, x_BTD, tokens: Tokens) -> RouterInputs:
         """The router's inputs: groups of whole sequences, float32, padding set to zero."""

@@ -102,9 +102,9 @@ class Stack(nnx.Module):
         return x_BTD, in_layer_order(outputs)
 
     def update_router_state(self, stats_per_block) -> None:
-        """Every balancer's update, layer by layer, from statistics stacked over repeats."""
+        """Every memory's update, layer by layer, from statistics stacked over repeats."""
         routers = [block.router for block in self.unit.blocks if block.router is not None]
-        if not any(router.balancers() for router in routers):
+        if not any(router.memories() for router in routers):
             return
         graphdef, state = nnx.split(self.unit)
 
@@ -112,8 +112,8 @@ class Stack(nnx.Module):
             unit = nnx.merge(graphdef, state)
             routers = [block.router for block in unit.blocks if block.router is not None]
             for router, stats in zip(routers, stats_per_block, strict=True):
-                for balancer in router.balancers():
-                    balancer.update(stats)
+                for memory in router.memories():
+                    memory.update(stats)
             return nnx.state(unit)
 
         nnx.update(self.unit, jax.vmap(one)(state, stats_per_block))

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moe import objective as objectives
@@ -17,20 +16,7 @@ from moe.assemble import Model
 from moe.batch import Batch
 from moe.functional import Arrays
 from moe.tokenizer import Tokenizer
-from routing import Decision, ExpertChoice, TokenChoice
-
-
-def gates_GTE(decision: Decision) -> jax.Array:
-    """How much of each expert's output every token receives, whatever the decision's kind."""
-    if isinstance(decision, TokenChoice):
-        expert_GTKE = jax.nn.one_hot(decision.expert_GTK, decision.num_experts)
-        gate_GTK = jnp.where(decision.keep_GTK, decision.gate_GTK, 0)
-        return jnp.einsum("gtke,gtk->gte", expert_GTKE, gate_GTK)
-    if isinstance(decision, ExpertChoice):
-        token_GECT = jax.nn.one_hot(decision.token_GEC, decision.num_tokens)
-        gate_GEC = jnp.where(decision.keep_GEC, decision.gate_GEC, 0)
-        return jnp.einsum("gect,gec->gte", token_GECT, gate_GEC)
-    return decision.combine_GTES.sum(-1)
+from routing import gates_GTE
 
 
 def gates_step(model: Model) -> Callable[[Arrays, Arrays, Batch], np.ndarray]:

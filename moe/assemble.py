@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import numpy as np
 
 from layers.tokens import Tokens
 from moe import flops, functional, sharding, step
@@ -15,6 +16,7 @@ from moe.errors import UserError
 from moe.functional import Arrays, Graph
 from moe.model import Transformer
 from moe.objective import Objective
+from routing import TrainingText
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +52,19 @@ def assemble(
     token_vocabulary: int,
     batch_size: int,
     sequence_length: int,
+    training_tokens: np.ndarray | None = None,
 ) -> Model:
     """The model that a configuration describes.
+
+    training_tokens: the training text (N,), for routers that count in it before they start; a
+    model whose values are restored needs none.
 
     Raises:
         UserError: sizes that don't fit; a router that can't do what the objective asks.
     """
     vocab_size = token_vocabulary + objective.extra_tokens
-    build = functools.partial(make, vocab_size=vocab_size, causal=objective.causal)
+    text = None if training_tokens is None else TrainingText(training_tokens, vocab_size)
+    build = functools.partial(make, vocab_size=vocab_size, causal=objective.causal, text=text)
     try:
         graph, *shapes = functional.abstract(build)
         module = graph.join(*shapes)
@@ -114,7 +121,7 @@ def program(model: Model, optimizer, mesh: Mesh, *, steps, seed, accumulate, bat
         raise UserError(str(error)) from error
     axes = {name: model.graph.axes[name] for name in model.shapes[0]}
     losses = model.moe_layer.router.losses if model.moe_layer else ()
-    return step.Step(
+    one_step = step.Step(
         model.graph,
         model.shapes,
         objective=model.objective,
@@ -124,4 +131,8 @@ def program(model: Model, optimizer, mesh: Mesh, *, steps, seed, accumulate, bat
         accumulate=accumulate,
         sequences_per_group=per_group,
         whole_step_losses=any(loss.of_the_whole_step for loss in losses),
-    ).program()
+    )
+    try:
+        return one_step.program()
+    except ValueError as error:  # first values that can't be had, such as a table's
+        raise UserError(_first_line(error)) from error

@@ -18,12 +18,23 @@ from moe import (
 )
 from routing import (
     balancers,
+    base,
     capacity,
     controls,
+    dselect_k,
     expert_choice,
+    gshard,
     hash,
+    hash_tables,
+    hierarchical,
     losses,
+    merging,
+    noisy_top_k,
+    remoe,
+    sinkhorn,
     soft_moe,
+    strictly_balanced,
     switch,
     top_k,
+    v_moe,
 )

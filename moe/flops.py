@@ -91,6 +91,8 @@ def experts_per_token(decision_shapes) -> float:
         return 0.0
     if hasattr(decision_shapes, "expert_GTK"):
         return float(decision_shapes.expert_GTK.shape[-1])
+    if hasattr(decision_shapes, "weight_GSE"):
+        return 1.0  # one merged expert; the merge itself is not counted
     if hasattr(decision_shapes, "token_GEC"):
         experts, slots = decision_shapes.token_GEC.shape[-2:]
         return experts * slots / decision_shapes.num_tokens

@@ -22,7 +22,7 @@ from layers.norms import RMSNorm
 from layers.positions import POSITIONS, LearnedPositions, Positions, sinusoidal
 from layers.stack import REMAT, Remat, Stack
 from layers.tokens import Tokens
-from routing import Causality, RouterOutput, RouterStats, WholeStep
+from routing import Causality, RouterOutput, RouterStats, TrainingText, WholeStep
 from routing.parameters import normal, parameter, truncated_normal
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -61,6 +61,7 @@ class Transformer(nnx.Module):
     Args:
         vocab_size: V, given by the tokenizer and the objective.
         causal: given by the objective.
+        text: given by the data, for routers that count in it before training.
         d_model: D.
         num_layers: all layers, dense and sparse.
         num_heads: H; D / 64, at least 1, where None.
@@ -84,6 +85,7 @@ class Transformer(nnx.Module):
         self,
         vocab_size: int,
         causal: bool = True,
+        text: TrainingText | None = None,
         d_model: int = 128,
         num_layers: int = 4,
         num_heads: int | None = None,
@@ -123,7 +125,9 @@ class Transformer(nnx.Module):
             out_scale=out_scale,
         )
         make_dense = functools.partial(feed_forward, out_scale=out_scale)
-        make_moe = moe and functools.partial(moe, vocab_size=vocab_size, out_scale=out_scale)
+        make_moe = moe and functools.partial(
+            moe, vocab_size=vocab_size, text=text, out_scale=out_scale
+        )
         stacks, first = [], 0
         for pattern, repeats in runs_of_layers(is_moe):
 
@@ -153,7 +157,7 @@ class Transformer(nnx.Module):
                 raise ValueError(
                     f"{type(layer.router).__name__} is not causal and has no causal rule for "
                     f"evaluation (decoding: {layer.router.decoding}); in a decoder use TopK, "
-                    "Switch or RandomHash, or train a bidirectional model with "
+                    "Switch or Hash, or train a bidirectional model with "
                     "train.objective = @MaskedToken()"
                 )
 

@@ -103,6 +103,7 @@ def train(
             token_vocabulary=text.tokenizer.vocab_size,
             batch_size=batch_size,
             sequence_length=sequence_length,
+            training_tokens=text.train.token_N,
         )
         program = assemble.program(
             built,

@@ -1,16 +1,32 @@
 """Who goes where: routing algorithms. They decide and never move data."""
 
-from routing.balancers import Balancer, BiasBalancer
+from routing.balancers import Balancer, BiasBalancer, Memory, QuantileBalancer
+from routing.base import BASE
 from routing.capacity import Capacity, slots_per_expert
-from routing.controls import Balanced, UniformRandom
+from routing.controls import AllExperts, Balanced, FrozenTopK, UniformRandom, Zipf
+from routing.dselect_k import DSelectK
 from routing.expert_choice import ExpertChoiceRouter
-from routing.hash import RandomHash
-from routing.losses import BalanceLoss, EntropyLoss, RouterLoss, ZLoss
+from routing.gshard import GShard
+from routing.hash import Hash
+from routing.hierarchical import Hierarchical, HierarchicalLoadLoss
+from routing.losses import (
+    BalanceLoss,
+    EntropyLoss,
+    ImportanceLoss,
+    LoadLoss,
+    RouterLoss,
+    TermLoss,
+    ZLoss,
+)
+from routing.merging import SMEAR, Lory
+from routing.noisy_top_k import NoisyTopK
 from routing.parameters import RouterState, initialize, parameter, router_state
 from routing.records import (
     Causality,
     Decision,
     ExpertChoice,
+    ExpertMerge,
+    Policy,
     RouterInputs,
     RouterOutput,
     RouterStats,
@@ -18,26 +34,49 @@ from routing.records import (
     Sizes,
     SoftSlots,
     TokenChoice,
+    TrainingText,
     WholeStep,
     choices_GE,
+    gates_GTE,
 )
+from routing.remoe import ReMoE
 from routing.router import Router
+from routing.sinkhorn import Sinkhorn
 from routing.soft_moe import SoftMoE
+from routing.strictly_balanced import StrictlyBalanced
 from routing.switch import Switch
 from routing.top_k import TopK
+from routing.v_moe import VMoE
 
 __all__ = [
+    "BASE",
+    "SMEAR",
+    "AllExperts",
     "BalanceLoss",
     "Balanced",
     "Balancer",
     "BiasBalancer",
     "Capacity",
     "Causality",
+    "DSelectK",
     "Decision",
     "EntropyLoss",
     "ExpertChoice",
     "ExpertChoiceRouter",
-    "RandomHash",
+    "ExpertMerge",
+    "FrozenTopK",
+    "GShard",
+    "Hash",
+    "Hierarchical",
+    "HierarchicalLoadLoss",
+    "ImportanceLoss",
+    "LoadLoss",
+    "Lory",
+    "Memory",
+    "NoisyTopK",
+    "Policy",
+    "QuantileBalancer",
+    "ReMoE",
     "Router",
     "RouterInputs",
     "RouterLoss",
@@ -45,16 +84,23 @@ __all__ = [
     "RouterState",
     "RouterStats",
     "Routing",
+    "Sinkhorn",
     "Sizes",
     "SoftMoE",
     "SoftSlots",
+    "StrictlyBalanced",
     "Switch",
+    "TermLoss",
     "TokenChoice",
     "TopK",
+    "TrainingText",
     "UniformRandom",
+    "VMoE",
     "WholeStep",
     "ZLoss",
+    "Zipf",
     "choices_GE",
+    "gates_GTE",
     "initialize",
     "parameter",
     "router_state",

@@ -1,23 +1,32 @@
-"""What balances the load without a gradient: state that changes once per optimizer step."""
+"""Router state that changes once per optimizer step, without a gradient."""
 
 import abc
 
 from flax import nnx
 import gin
+import jax
 import jax.numpy as jnp
 
 from routing.parameters import router_state, zeros
 from routing.records import RouterStats
 
 
-class Balancer(nnx.Module):
-    """Abstract: a bias on selection, and the rule that updates it from the step's statistics."""
-
-    bias_E: nnx.Variable
+class Memory(nnx.Module):
+    """Abstract: router state, and the rule that updates it from the statistics of a whole step."""
 
     @abc.abstractmethod
     def update(self, stats: RouterStats) -> None:
         """Change the state in place, once per optimizer step, never at evaluation."""
+
+
+class Balancer(Memory):
+    """Abstract: a memory whose bias enters selection, never the gates."""
+
+    bias_E: nnx.Variable
+
+    @abc.abstractmethod
+    def tally(self, score_GTE, valid_GT, k: int) -> dict[str, jax.Array]:
+        """Sums over valid tokens that `update` needs beside the counts, by name."""
 
 
 @gin.configurable
@@ -33,6 +42,9 @@ class BiasBalancer(Balancer):
         self.recentre = recentre
         self.bias_E = router_state((num_experts,), jnp.float32, (None,), zeros)
 
+    def tally(self, score_GTE, valid_GT, k: int) -> dict[str, jax.Array]:
+        return {}
+
     def update(self, stats: RouterStats) -> None:
         # Integer arithmetic: counts beyond 2**24 would not be exact in float32.
         count_E, experts = stats.count_E, stats.count_E.shape[0]
@@ -40,3 +52,50 @@ class BiasBalancer(Balancer):
         under_E = jnp.where(count_E == mean, jnp.sign(rest), jnp.sign(mean - count_E))
         bias_E = self.bias_E[...] + self.rate * under_E.astype(jnp.float32)
         self.bias_E[...] = bias_E - bias_E.mean() if self.recentre else bias_E
+
+
+@gin.configurable
+class QuantileBalancer(Balancer):
+    """The bias that would have balanced the last step: a dual step of the balanced assignment.
+
+    Selection takes the K largest of s + b. With alpha_t the (K+1)-th largest of a token's row, b_e
+    becomes minus the (T K / E + 1)-th largest of s - alpha in the expert's column, so that T K / E
+    tokens would choose e. Columns are taken group by group and averaged. For hundreds of experts,
+    where steps of a fixed size are too slow (Megatron-LM's dual update).
+
+    Args:
+        num_experts: E.
+        decay: of a running mean over steps; 0 takes the last step alone.
+    """
+
+    def __init__(self, num_experts: int, decay: float = 0.0):
+        if not 0 <= decay < 1:
+            raise ValueError(f"QuantileBalancer.decay={decay} must lie in [0, 1)")
+        self.decay = decay
+        self.bias_E = router_state((num_experts,), jnp.float32, (None,), zeros)
+
+    def tally(self, score_GTE, valid_GT, k: int) -> dict[str, jax.Array]:
+        experts = score_GTE.shape[-1]
+        if k >= experts:
+            raise ValueError(
+                f"QuantileBalancer can't balance k={k} of {experts} experts: all are used"
+            )
+        score_GTE = jax.lax.stop_gradient(score_GTE)
+        biased_GTE = score_GTE + self.bias_E[...][None, None]
+        alpha_GT1 = -jnp.sort(-biased_GTE, axis=-1)[..., k : k + 1]
+        over_GTE = jnp.where(valid_GT[..., None], score_GTE - alpha_GT1, -jnp.inf)
+        column_GTE = -jnp.sort(-over_GTE, axis=1)
+        tokens_G = valid_GT.sum(1, dtype=jnp.int32)
+        place_G = jnp.clip(tokens_G * k // experts, 0, jnp.maximum(tokens_G - 1, 0))
+        bar_GE = jnp.take_along_axis(column_GTE, place_G[:, None, None], 1)[:, 0]
+        some_G = tokens_G > 0
+        return {
+            "bar": jnp.where(some_G[:, None], bar_GE, 0).sum(0),
+            "groups": some_G.sum(dtype=jnp.int32),
+        }
+
+    def update(self, stats: RouterStats) -> None:
+        groups, old_E = stats.own["groups"], self.bias_E[...]
+        found_E = -stats.own["bar"] / jnp.maximum(groups, 1)
+        new_E = self.decay * old_E + (1 - self.decay) * (found_E - found_E.mean())
+        self.bias_E[...] = jnp.where(groups > 0, new_E, old_E)

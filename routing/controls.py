@@ -3,12 +3,16 @@
 G groups, T tokens per group, E experts, K experts per token.
 """
 
+from collections.abc import Sequence
+
 import gin
 import jax
 import jax.numpy as jnp
 
+from routing.losses import RouterLoss
+from routing.parameters import parameter, router_state, truncated_normal
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
-from routing.router import Router, check_k, largest
+from routing.router import Router, check_k, largest, pick
 
 
 @gin.configurable
@@ -27,11 +31,7 @@ class UniformRandom(Router):
         self.num_experts, self.k, self.losses = sizes.num_experts, k, ()
 
     def route(self, inputs: RouterInputs) -> Routing:
-        groups, tokens = inputs.valid_GT.shape
-        keys_G = inputs.keys_G(purpose=0) if inputs.train else jax.random.key(0)[None]
-        draw = jax.vmap(lambda key: jax.random.uniform(key, (tokens, self.num_experts)))
-        draw_GTE = jnp.broadcast_to(draw(keys_G), (groups, tokens, self.num_experts))
-        expert_GTK = largest(draw_GTE, self.k)
+        expert_GTK = largest(_uniform_draws(inputs, self.num_experts), self.k)
         return Routing(_equal_gates(expert_GTK, self.num_experts))
 
 
@@ -55,6 +55,89 @@ class Balanced(Router):
         place_GT = jnp.cumsum(inputs.valid_GT, axis=1, dtype=jnp.int32) - 1
         number_GTK = place_GT[..., None] * self.k + jnp.arange(self.k)[None, None]
         return Routing(_equal_gates(number_GTK % self.num_experts, self.num_experts))
+
+
+@gin.configurable
+class Zipf(Router):
+    """K distinct experts drawn for every token, expert e with weight 1 / (e + 1)^exponent.
+
+    A skewed load of known size, to test dispatch and buffers with; gate 1/K. As `UniformRandom`,
+    fixed at evaluation.
+    """
+
+    causality = Causality.CAUSAL
+    order_matters = True
+    decoding = "a fixed draw for each position"
+
+    def __init__(self, sizes: Sizes, k: int = 2, exponent: float = 1.0):
+        check_k("Zipf", k, sizes)
+        if exponent < 0:
+            raise ValueError(f"Zipf.exponent={exponent} must not be negative")
+        self.num_experts, self.k, self.losses = sizes.num_experts, k, ()
+        self.exponent = exponent
+
+    def route(self, inputs: RouterInputs) -> Routing:
+        # Gumbel noise on log weights, then the K largest: draws without replacement.
+        draw_GTE = _uniform_draws(inputs, self.num_experts)
+        noise_GTE = -jnp.log(-jnp.log(jnp.clip(draw_GTE, 1e-12, 1 - 1e-7)))
+        weight_E = -self.exponent * jnp.log(jnp.arange(1, self.num_experts + 1))
+        expert_GTK = largest(noise_GTE + weight_E[None, None], self.k)
+        return Routing(_equal_gates(expert_GTK, self.num_experts))
+
+
+@gin.configurable
+class AllExperts(Router):
+    """Every expert works on every token, weighted by a softmax: the dense mixture, K = E."""
+
+    causality = Causality.CAUSAL
+    balanced = True
+    decoding = "as in training"
+
+    def __init__(self, sizes: Sizes, losses: Sequence[RouterLoss] = ()):
+        self.num_experts, self.losses = sizes.num_experts, tuple(losses)
+        shape = (sizes.d_model, sizes.num_experts)
+        self.weight_DE = parameter(shape, ("embed", None), truncated_normal())
+
+    def route(self, inputs: RouterInputs) -> Routing:
+        logits_GTE = jnp.einsum("gtd,de->gte", inputs.x_GTD, self.weight_DE[...])
+        gate_GTE = jax.nn.softmax(logits_GTE)
+        expert_GTE = jnp.broadcast_to(jnp.arange(self.num_experts, dtype=jnp.int32), gate_GTE.shape)
+        keep_GTE = jnp.ones(gate_GTE.shape, bool)
+        return Routing(
+            TokenChoice(expert_GTE, gate_GTE, keep_GTE, self.num_experts), logits_GTE, gate_GTE
+        )
+
+
+@gin.configurable
+class FrozenTopK(Router):
+    """Top-k of softmax(x W) with a W that is drawn once and never learned (router state)."""
+
+    causality = Causality.CAUSAL
+    decoding = "as in training"
+
+    def __init__(self, sizes: Sizes, k: int = 2):
+        check_k("FrozenTopK", k, sizes)
+        self.num_experts, self.k, self.losses = sizes.num_experts, k, ()
+        shape = (sizes.d_model, sizes.num_experts)
+        self.weight_DE = router_state(shape, jnp.float32, ("embed", None), truncated_normal())
+
+    def route(self, inputs: RouterInputs) -> Routing:
+        logits_GTE = jnp.einsum("gtd,de->gte", inputs.x_GTD, self.weight_DE[...])
+        prob_GTE = jax.nn.softmax(logits_GTE)
+        expert_GTK = pick(prob_GTE, self.k)
+        gate_GTK = jnp.take_along_axis(prob_GTE, expert_GTK, -1)
+        keep_GTK = jnp.ones_like(expert_GTK, bool)
+        return Routing(
+            TokenChoice(expert_GTK, gate_GTK, keep_GTK, self.num_experts), logits_GTE, prob_GTE
+        )
+
+
+def _uniform_draws(inputs: RouterInputs, num_experts: int) -> jax.Array:
+    """(G, T, E); at evaluation the same for every group, step and batch."""
+    groups, tokens = inputs.valid_GT.shape
+    keys_G = inputs.keys_G(purpose=0) if inputs.train else jax.random.key(0)[None]
+    draw_GTE = jax.vmap(lambda key: jax.random.uniform(key, (tokens, num_experts)))(keys_G)
+    return jnp.broadcast_to(draw_GTE, (groups, tokens, num_experts))
 
 
 def _equal_gates(expert_GTK, num_experts: int) -> TokenChoice:

@@ -4,16 +4,27 @@ G groups, T tokens per group, D model width, E experts, C slots per expert.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import gin
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from routing.balancers import Memory
 from routing.capacity import slots_for_valid, slots_per_expert
+from routing.capped import capped_plan
 from routing.losses import RouterLoss
-from routing.parameters import parameter, truncated_normal
-from routing.records import Causality, ExpertChoice, RouterInputs, Routing, Sizes
+from routing.parameters import parameter, router_state, truncated_normal
+from routing.records import (
+    Causality,
+    ExpertChoice,
+    RouterInputs,
+    RouterStats,
+    Routing,
+    Sizes,
+    TokenChoice,
+)
 from routing.router import Router
 
 
@@ -24,41 +35,131 @@ class ExpertChoiceRouter(Router):
     Args:
         sizes: width, number of experts, vocabulary.
         capacity_factor: experts per token on average; C = ceil(capacity_factor * T / E).
+        most_experts: at most so many experts for a token, by an entropy-regularised linear program
+            (section 3.3); None leaves it open.
+        entropy: its regularisation; the paper's 0.001 needs far more than 100 iterations.
+        iterations: of Dykstra's algorithm.
+        evaluation: "threshold": a token goes to every expert that scores it above the running mean
+            of the lowest score that expert still took in training, which is causal; "tokens": as in
+            training, for models that are not.
+        decay: of that running mean.
         losses: none are needed, the load is balanced by construction.
     """
 
-    causality = Causality.NEVER
+    causality = Causality.CAUSAL_AT_EVALUATION
     balanced = True
-    decoding = "not possible: an expert's choice depends on the whole sequence"
+    decoding = "by a threshold per expert, learned in training"
 
     def __init__(
-        self, sizes: Sizes, capacity_factor: float = 2.0, losses: Sequence[RouterLoss] = ()
+        self,
+        sizes: Sizes,
+        capacity_factor: float = 2.0,
+        most_experts: float | None = None,
+        entropy: float = 0.01,
+        iterations: int = 100,
+        evaluation: Literal["threshold", "tokens"] = "threshold",
+        decay: float = 0.99,
+        losses: Sequence[RouterLoss] = (),
     ):
         if not 0 < capacity_factor <= sizes.num_experts:
             raise ValueError(
                 f"ExpertChoice.capacity_factor={capacity_factor} must be above 0 and at most the "
                 f"number of experts ({sizes.num_experts}): it is the mean of experts per token"
             )
+        if most_experts is not None and most_experts < capacity_factor:
+            raise ValueError(
+                f"ExpertChoice.most_experts={most_experts} is below the mean of experts per token "
+                f"(capacity_factor={capacity_factor}), so that no plan exists"
+            )
+        if evaluation not in ("threshold", "tokens"):
+            raise ValueError(f"ExpertChoice.evaluation={evaluation!r}: threshold or tokens")
         self.num_experts, self.losses = sizes.num_experts, tuple(losses)
-        self.capacity_factor = capacity_factor
+        self.capacity_factor, self.most_experts = capacity_factor, most_experts
+        self.entropy, self.iterations = entropy, iterations
         shape = (sizes.d_model, sizes.num_experts)
         self.weight_DE = parameter(shape, ("embed", None), truncated_normal())
+        by_threshold = evaluation == "threshold"
+        self.thresholds = Thresholds(sizes.num_experts, decay) if by_threshold else None
+        if not by_threshold:
+            self.causality = Causality.NEVER
+            self.decoding = 'not possible with evaluation="tokens"; "threshold" is'
 
     def route(self, inputs: RouterInputs) -> Routing:
         logits_GTE = jnp.einsum("gtd,de->gte", inputs.x_GTD, self.weight_DE[...])
         score_GTE = jax.nn.softmax(logits_GTE)
+        if self.thresholds is not None and not inputs.train:
+            decision = above_threshold(score_GTE, self.thresholds.threshold_E[...])
+            return Routing(decision, logits_GTE, score_GTE)
         score_GET = jnp.swapaxes(score_GTE, 1, 2)
-        size = {"k": 1, "num_experts": self.num_experts, "factor": self.capacity_factor}
-        tokens = inputs.valid_GT.shape[1]
-        slots = min(slots_per_expert(tokens, **size), tokens)
-        real_GET = jnp.where(inputs.valid_GT[:, None], jax.lax.stop_gradient(score_GET), -1.0)
-        _, token_GEC = jax.lax.top_k(real_GET, slots)
-        token_GEC = checkpoint_name(token_GEC, "routing")
-        # Slots are in order of score: the first so many stand, as if there were no padding.
-        limit_G = slots_for_valid(inputs.valid_GT, **size)
-        limit_G = jnp.minimum(limit_G, inputs.valid_GT.sum(1))
-        keep_GEC = jnp.broadcast_to(
-            jnp.arange(slots)[None, None] < limit_G[:, None, None], token_GEC.shape
+        preference_GET = jax.lax.stop_gradient(score_GET)
+        if self.most_experts is not None:
+            preference_GET = self._plan(preference_GET, inputs.valid_GT)
+        token_GEC, keep_GEC = best_tokens(
+            preference_GET, inputs.valid_GT, self.capacity_factor, self.num_experts
         )
         gate_GEC = jnp.where(keep_GEC, jnp.take_along_axis(score_GET, token_GEC, -1), 0)
-        return Routing(ExpertChoice(token_GEC, gate_GEC, keep_GEC, tokens), logits_GTE, score_GTE)
+        decision = ExpertChoice(token_GEC, gate_GEC, keep_GEC, inputs.valid_GT.shape[1])
+        tally = self.thresholds.tally(gate_GEC, keep_GEC) if self.thresholds is not None else {}
+        return Routing(decision, logits_GTE, score_GTE, tally=tally)
+
+    def _plan(self, score_GET, valid_GT):
+        size = {"k": 1, "num_experts": self.num_experts, "factor": self.capacity_factor}
+        slots_G = jnp.minimum(slots_for_valid(valid_GT, **size), valid_GT.sum(1))
+        assert self.most_experts is not None
+        return capped_plan(
+            score_GET, valid_GT, slots_G, self.most_experts, self.entropy, self.iterations
+        )
+
+
+def best_tokens(preference_GET, valid_GT, factor: float, num_experts: int):
+    """The ceil(factor * T / E) tokens that each expert prefers, best first, and which stand.
+
+    Slots are in order of preference: the first so many stand, as if there were no padding.
+    """
+    size = {"k": 1, "num_experts": num_experts, "factor": factor}
+    tokens = valid_GT.shape[1]
+    slots = min(slots_per_expert(tokens, **size), tokens)
+    real_GET = jnp.where(valid_GT[:, None], preference_GET, -1.0)
+    _, token_GEC = jax.lax.top_k(real_GET, slots)
+    token_GEC = checkpoint_name(token_GEC, "routing")
+    limit_G = jnp.minimum(slots_for_valid(valid_GT, **size), valid_GT.sum(1))
+    stands_G1C = jnp.arange(slots)[None, None] < limit_G[:, None, None]
+    return token_GEC, jnp.broadcast_to(stands_G1C, token_GEC.shape)
+
+
+def above_threshold(score_GTE, threshold_E) -> TokenChoice:
+    """Every expert whose score lies above its threshold takes the token; a token may have none."""
+    experts = score_GTE.shape[-1]
+    expert_GTE = jnp.broadcast_to(jnp.arange(experts, dtype=jnp.int32), score_GTE.shape)
+    keep_GTE = jax.lax.stop_gradient(score_GTE) > threshold_E[None, None]
+    return TokenChoice(expert_GTE, score_GTE, keep_GTE, experts)
+
+
+class Thresholds(Memory):
+    """Per expert the running mean of the lowest score that it still took from a group."""
+
+    def __init__(self, num_experts: int, decay: float):
+        if not 0 <= decay < 1:
+            raise ValueError(f"ExpertChoice.decay={decay} must lie in [0, 1)")
+        self.decay = decay
+
+        def start(key, shape, dtype):
+            return jnp.full(shape, 1 / num_experts, dtype)
+
+        self.threshold_E = router_state((num_experts,), jnp.float32, (None,), start)
+
+    def tally(self, gate_GEC, keep_GEC) -> dict[str, jax.Array]:
+        """The lowest scores taken, summed over groups, and the number of groups with a token."""
+        lowest_GE = jnp.where(keep_GEC, jax.lax.stop_gradient(gate_GEC), jnp.inf).min(-1)
+        taken_GE = keep_GEC.any(-1)
+        return {
+            "lowest": jnp.where(taken_GE, lowest_GE, 0).sum(0),
+            "groups": taken_GE[:, 0].sum(dtype=jnp.int32),
+        }
+
+    def update(self, stats: RouterStats) -> None:
+        groups = stats.own["groups"]
+        mean_E = stats.own["lowest"] / jnp.maximum(groups, 1)
+        old_E = self.threshold_E[...]
+        new_E = self.decay * old_E + (1 - self.decay) * mean_E
+        self.threshold_E[...] = jnp.where(groups > 0, new_E, old_E)

@@ -15,7 +15,14 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from routing.records import RouterInputs, RouterStats, Routing, choices_GE
+from routing.records import (
+    RouterInputs,
+    RouterStats,
+    Routing,
+    TokenChoice,
+    choices_GE,
+    gates_GTE,
+)
 
 
 class RouterLoss(abc.ABC):
@@ -28,6 +35,10 @@ class RouterLoss(abc.ABC):
     def of_the_whole_step(self) -> bool:
         """Whether the loss needs the statistics of all micro-batches together."""
         return getattr(self, "scope", None) == "global"
+
+    def tally(self, routing: Routing, inputs: RouterInputs) -> dict[str, jax.Array]:
+        """Sums over valid tokens that the loss wants of the whole step, by name: `stats.own`."""
+        return {}
 
     @abc.abstractmethod
     def __call__(self, routing: Routing, inputs: RouterInputs, stats: RouterStats) -> jax.Array:
@@ -42,30 +53,78 @@ class BalanceLoss(RouterLoss):
     f is the share of tokens that chose expert e, before dropping; P the mean of the full scores.
     scope "global": f and P over the whole optimizer step (Qiu et al. 2025); "group" or "sequence":
     over each group, then averaged with its number of tokens (DeepSeek-V3, eq. 17-20).
+    choices "first": f counts only each token's first choice (GShard, algorithm 1).
+    devices: E is taken as so many equal parts in a row, one a device (DeepSeekMoE, eq. 15-17).
     """
 
     coefficient: float = 0.01
     scope: Literal["global", "group", "sequence"] = "global"
+    choices: Literal["all", "first"] = "all"
+    devices: int | None = None
     name: str = "balance"
 
     def __post_init__(self):
         if self.scope not in ("global", "group", "sequence"):
             raise ValueError(f"BalanceLoss.scope={self.scope!r}: global, group or sequence")
+        if self.choices not in ("all", "first"):
+            raise ValueError(f"BalanceLoss.choices={self.choices!r}: all or first")
+
+    def tally(self, routing, inputs):
+        first = self.choices == "first" and self.scope == "global"
+        return {f"{self.name}.first": first_choices_GE(routing).sum(0)} if first else {}
 
     def __call__(self, routing, inputs, stats):
         score_GTE = require_scores(routing, self.name)
         if self.scope == "global":
-            count_E, score_E = stats.count_E, stats.score_sum_E
-            if inputs.step is not None:
-                whole, share = inputs.step.stats, inputs.step.share
-                own_E = (score_E - jax.lax.stop_gradient(score_E)) / share
-                count_E, score_E = whole.count_E, jax.lax.stop_gradient(whole.score_sum_E) + own_E
-            return _balance(count_E, score_E)
+            first = f"{self.name}.first"
+            counted = stats if inputs.step is None else inputs.step.stats
+            count_E = counted.own[first] if self.choices == "first" else counted.count_E
+            score_E = of_the_step(stats, inputs, lambda stats: stats.score_sum_E)
+            return _balance(self._by_device(count_E), self._by_device(score_E))
         valid_GT1 = inputs.valid_GT[..., None]
         score_GE = jnp.where(valid_GT1, score_GTE, 0).sum(1)
-        loss_G = jax.vmap(_balance)(choices_GE(routing.decision), score_GE)
+        first = self.choices == "first"
+        count_GE = first_choices_GE(routing) if first else choices_GE(routing.decision)
+        loss_G = jax.vmap(_balance)(self._by_device(count_GE), self._by_device(score_GE))
         tokens_G = inputs.valid_GT.sum(1)
         return jnp.sum(loss_G * tokens_G) / jnp.maximum(tokens_G.sum(), 1)
+
+    def _by_device(self, sum_xE):
+        """Sums of the experts that share a device, where the loss is on devices."""
+        if self.devices is None:
+            return sum_xE
+        if sum_xE.shape[-1] % self.devices:
+            raise ValueError(
+                f"BalanceLoss.devices={self.devices} does not divide the {sum_xE.shape[-1]} experts"
+            )
+        return sum_xE.reshape(*sum_xE.shape[:-1], self.devices, -1).sum(-1)
+
+
+def of_the_step(stats: RouterStats, inputs: RouterInputs, read) -> jax.Array:
+    """A sum over the whole optimizer step, with the gradient of this micro-batch's part of it.
+
+    The parts' losses are weighted with their share of the tokens and added, so that each part's
+    gradient is divided by its share here.
+    """
+    own = read(stats)
+    if inputs.step is None:
+        return own
+    whole = jax.lax.stop_gradient(read(inputs.step.stats))
+    return whole + (own - jax.lax.stop_gradient(own)) / inputs.step.share
+
+
+def first_choices_GE(routing: Routing) -> jax.Array:
+    """How many tokens of each group have an expert for their first choice: int32."""
+    decision = routing.decision
+    if not isinstance(decision, TokenChoice):
+        raise ValueError('BalanceLoss.choices="first" needs a router whose tokens choose')
+    first = dataclasses.replace(
+        decision,
+        expert_GTK=decision.expert_GTK[..., :1],
+        gate_GTK=decision.gate_GTK[..., :1],
+        keep_GTK=decision.keep_GTK[..., :1],
+    )
+    return choices_GE(first)
 
 
 def _balance(count_E, score_sum_E):
@@ -75,6 +134,87 @@ def _balance(count_E, score_sum_E):
     tokens = jax.lax.stop_gradient(score_sum_E.sum())
     mean_E = score_sum_E / jnp.where(tokens > 0, tokens, 1.0)
     return count_E.shape[0] * jnp.sum(share_E * mean_E)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class ImportanceLoss(RouterLoss):
+    """CV^2 over the experts of their summed gates (Shazeer et al. 2017, eq. 6-7); whole step.
+
+    of "scores": of their full scores, chosen or not (V-MoE, appendix A).
+    """
+
+    coefficient: float = 0.1
+    of: Literal["gates", "scores"] = "gates"
+    name: str = "importance"
+
+    def __post_init__(self):
+        if self.of not in ("gates", "scores"):
+            raise ValueError(f"ImportanceLoss.of={self.of!r}: gates or scores")
+
+    @property
+    def of_the_whole_step(self) -> bool:
+        return True
+
+    def tally(self, routing, inputs):
+        if self.of == "scores":
+            return {}
+        gate_GTE = jnp.where(inputs.valid_GT[..., None], gates_GTE(routing.decision), 0)
+        return {self.name: gate_GTE.sum((0, 1))}
+
+    def __call__(self, routing, inputs, stats):
+        if self.of == "scores":
+            require_scores(routing, self.name)
+            return cv_squared(of_the_step(stats, inputs, lambda stats: stats.score_sum_E))
+        return cv_squared(of_the_step(stats, inputs, lambda stats: stats.own[self.name]))
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class LoadLoss(RouterLoss):
+    """CV^2 over the experts of their smooth expected load (Shazeer et al. 2017, eq. 10-11).
+
+    For routers that draw noise and know how likely each expert was to be chosen.
+    """
+
+    coefficient: float = 0.1
+    name: str = "load"
+
+    @property
+    def of_the_whole_step(self) -> bool:
+        return True
+
+    def tally(self, routing, inputs):
+        if routing.load_GTE is None:
+            raise ValueError(
+                "LoadLoss needs a router that estimates its load (NoisyTopK, VMoE, "
+                "Hierarchical); use BalanceLoss or ImportanceLoss with this one"
+            )
+        return {self.name: jnp.where(inputs.valid_GT[..., None], routing.load_GTE, 0).sum((0, 1))}
+
+    def __call__(self, routing, inputs, stats):
+        return cv_squared(of_the_step(stats, inputs, lambda stats: stats.own[self.name]))
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class TermLoss(RouterLoss):
+    """The mean over valid tokens of a loss term that the router itself computes, by its name."""
+
+    name: str = gin.REQUIRED  # pyright: ignore[reportAssignmentType]
+    coefficient: float = 1.0
+
+    def __call__(self, routing, inputs, stats):
+        if self.name not in routing.terms:
+            has = ", ".join(routing.terms) or "no terms"
+            raise ValueError(f"TermLoss.name={self.name!r}: this router has {has}")
+        return masked_mean(routing.terms[self.name], inputs.valid_GT)
+
+
+def cv_squared(sum_E) -> jax.Array:
+    """Variance (biased) over squared mean; 0 where there is nothing."""
+    mean = sum_E.mean()
+    return jnp.square(sum_E - mean).mean() / jnp.where(mean == 0, 1.0, jnp.square(mean))
 
 
 @gin.configurable

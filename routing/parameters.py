@@ -65,6 +65,25 @@ def truncated_normal(scale: float = 1.0, fan_in_axes: int = 1) -> Init:
     return init
 
 
+def uniform(bound: float) -> Init:
+    """Uniform between -bound and bound."""
+
+    def init(key, shape, dtype):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def orthogonal(gain: float = 1.0) -> Init:
+    """Orthonormal columns (or rows, where there are more columns) times a gain."""
+
+    def init(key, shape, dtype):
+        rows, columns = shape
+        return gain * jax.random.orthogonal(key, rows, dtype=dtype, m=columns)
+
+    return init
+
+
 def initialize(module: nnx.Module, seed: int | jax.Array) -> nnx.Module:
     """The module with every parameter and router state at its first value. Works under jit."""
     root = jax.random.key(seed)

@@ -3,16 +3,19 @@
 Array fields say `nnx.data()`: on Python 3.11, Flax does not recognise a traced array by itself.
 
 G groups (a group is one sequence unless configured otherwise), T tokens per group, D model width,
-E experts, K experts per token, C slots per expert, S soft slots per expert, V vocabulary.
+E experts, K experts per token, C slots per expert, S soft slots per expert (segments of a group in
+an ExpertMerge), V vocabulary.
 """
 
 import dataclasses
 import enum
+import functools
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
+import numpy as np
 
 
 class Causality(enum.Enum):
@@ -24,12 +27,46 @@ class Causality(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainingText:
+    """What routers may count in the training text before they start: its tokens in order (N,)."""
+
+    token_N: np.ndarray
+    vocab_size: int
+
+    @functools.cached_property
+    def count_V(self) -> np.ndarray:
+        """How often each token id occurs: int64."""
+        return np.bincount(self.token_N, minlength=self.vocab_size)
+
+    @functools.cached_property
+    def next_V(self) -> np.ndarray:
+        """The id that follows each id most often (ties: the lowest); a bigram model's guess."""
+        pair_N = self.token_N[:-1].astype(np.int64) * self.vocab_size + self.token_N[1:]
+        pair_P, count_P = np.unique(pair_N, return_counts=True)
+        first_P = np.lexsort((pair_P, -count_P, pair_P // self.vocab_size))
+        before_P = pair_P[first_P] // self.vocab_size
+        seen, place = np.unique(before_P, return_index=True)
+        next_V = np.zeros(self.vocab_size, np.int32)
+        next_V[seen] = pair_P[first_P][place] % self.vocab_size
+        return next_V
+
+
+@dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What every router is built from."""
+    """What every router is built from; the text is there when a model starts, not when it loads."""
 
     d_model: int
     num_experts: int
     vocab_size: int
+    text: TrainingText | None = None
+
+    def training_text(self, who: str) -> TrainingText:
+        """The text; ValueError where there is none."""
+        if self.text is None:
+            raise ValueError(
+                f"{who} is made from the training text: give Sizes(text=TrainingText(tokens, V))"
+            )
+        return self.text
 
 
 @nnx.dataclass
@@ -37,6 +74,7 @@ class RouterStats(nnx.Pytree):
     """Sums over valid tokens: they add up over micro-batches and devices. Padding never counts.
 
     count_E is what the router chose, kept_E what was left after capacity; both count assignments.
+    own holds, by name, the further sums that this router's losses and memories asked for.
     """
 
     token_count: Int[Array, "*L"] = nnx.data()
@@ -45,6 +83,7 @@ class RouterStats(nnx.Pytree):
     score_sum_E: Float[Array, "*L E"] = nnx.data()
     entropy_sum: Float[Array, "*L"] = nnx.data()
     logit_square_sum: Float[Array, "*L"] = nnx.data()
+    own: dict[str, Array] = nnx.data(default_factory=dict)
 
 
 @nnx.dataclass
@@ -111,19 +150,56 @@ class SoftSlots(nnx.Pytree):
     combine_GTES: Float[Array, "G T E S"] = nnx.data()
 
 
-Decision = TokenChoice | ExpertChoice | SoftSlots
+@nnx.dataclass
+class ExpertMerge(nnx.Pytree):
+    """No token moves: segment s of a group goes through one expert, the weighted mean of all.
+
+    Every segment has `segment` tokens; the last of the S ones may have fewer.
+    """
+
+    weight_GSE: Float[Array, "G S E"] = nnx.data()
+    segment: int = nnx.static()
+    num_tokens: int = nnx.static()
+
+    @property
+    def weight_GTE(self) -> Float[Array, "G T E"]:
+        """The weights of every token's segment."""
+        return jnp.repeat(self.weight_GSE, self.segment, axis=-2)[..., : self.num_tokens, :]
+
+
+Decision = TokenChoice | ExpertChoice | SoftSlots | ExpertMerge
+
+
+@nnx.dataclass
+class Policy(nnx.Pytree):
+    """What a sampled decision needs of the objective, which alone knows each token's reward.
+
+    log_prob_GT: of what was sampled; value_GT: the reward that the router expects.
+    """
+
+    log_prob_GT: Float[Array, "*L G T"] = nnx.data()
+    value_GT: Float[Array, "*L G T"] = nnx.data()
+    policy_weight: float = nnx.static()
+    value_weight: float = nnx.static()
 
 
 @nnx.dataclass
 class Routing(nnx.Pytree):
-    """What `Router.route` returns: a decision and, where the router has them, its full scores.
+    """What `Router.route` returns: a decision and what losses and memories may ask for.
 
     score_GTE are non-negative with rows that sum to 1: every expert's share, chosen or not.
+    load_GTE is the chance that an expert is chosen, where the router can differentiate it.
+    terms are per-token losses of the router's own, for `TermLoss`; padding may hold anything.
+    tally are sums over the valid tokens, for the router's memories.
     """
 
     decision: Decision = nnx.data()
     logits_GTE: Float[Array, "G T E"] | None = nnx.data(default=None)
     score_GTE: Float[Array, "G T E"] | None = nnx.data(default=None)
+    load_GTE: Float[Array, "G T E"] | None = nnx.data(default=None)
+    terms: dict[str, Float[Array, "G T"]] = nnx.data(default_factory=dict)
+    tally: dict[str, Array] = nnx.data(default_factory=dict)
+    policy: Policy | None = nnx.data(default=None)
 
 
 @nnx.dataclass
@@ -137,6 +213,24 @@ class RouterOutput(nnx.Pytree):
     losses: dict[str, Float[Array, "*L"]] = nnx.data()
     penalty: Float[Array, "*L"] = nnx.data()
     stats: RouterStats = nnx.data()
+    policy: Policy | None = nnx.data(default=None)
+
+
+def gates_GTE(decision: Decision) -> Float[Array, "G T E"]:
+    """How much of each expert's output every token receives, whatever the decision's kind."""
+    if isinstance(decision, TokenChoice):
+        dtype = decision.gate_GTK.dtype
+        expert_GTKE = jax.nn.one_hot(decision.expert_GTK, decision.num_experts, dtype=dtype)
+        gate_GTK = jnp.where(decision.keep_GTK, decision.gate_GTK, 0)
+        return jnp.einsum("gtke,gtk->gte", expert_GTKE, gate_GTK)
+    if isinstance(decision, ExpertChoice):
+        dtype = decision.gate_GEC.dtype
+        token_GECT = jax.nn.one_hot(decision.token_GEC, decision.num_tokens, dtype=dtype)
+        gate_GEC = jnp.where(decision.keep_GEC, decision.gate_GEC, 0)
+        return jnp.einsum("gect,gec->gte", token_GECT, gate_GEC)
+    if isinstance(decision, ExpertMerge):
+        return decision.weight_GTE
+    return decision.combine_GTES.sum(-1)
 
 
 def choices_GE(decision: Decision, *, kept_GTK: Array | None = None) -> Int[Array, "G E"]:
@@ -147,5 +241,7 @@ def choices_GE(decision: Decision, *, kept_GTK: Array | None = None) -> Int[Arra
         return jnp.sum(hit_GTKE & keep_GTK[..., None], axis=(1, 2), dtype=jnp.int32)
     if isinstance(decision, ExpertChoice):
         return jnp.sum(decision.keep_GEC, axis=2, dtype=jnp.int32)
+    if isinstance(decision, ExpertMerge):
+        return jnp.sum(decision.weight_GSE > 0, axis=1, dtype=jnp.int32)
     # The slots of a group of nothing but padding read nothing.
     return jnp.sum(jnp.any(decision.dispatch_GTES != 0, axis=1), axis=-1, dtype=jnp.int32)

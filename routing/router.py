@@ -10,14 +10,13 @@ G groups, T tokens per group, D model width, E experts.
 import abc
 from collections.abc import Sequence
 import dataclasses
-from typing import ClassVar
 
 from flax import nnx
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from routing.balancers import Balancer
+from routing.balancers import Memory
 from routing.losses import RouterLoss
 from routing.records import (
     Causality,
@@ -34,7 +33,8 @@ from routing.records import (
 class Router(nnx.Module):
     """Abstract. A subclass sets `num_experts` and `losses` in its constructor.
 
-    Declared, and tested by the conformance suite:
+    Declared by the class (or by an instance whose options change it), and tested by the
+    conformance suite:
         causality: whether a later token can change what an earlier one receives.
         order_matters: whether permuting the tokens of a group changes the decision of each.
         needs_token_ids: whether the decision depends on token ids.
@@ -42,11 +42,11 @@ class Router(nnx.Module):
         decoding: how it decides when text is generated one token at a time, in a few words.
     """
 
-    causality: ClassVar[Causality]
-    order_matters: ClassVar[bool] = False
-    needs_token_ids: ClassVar[bool] = False
-    balanced: ClassVar[bool] = False
-    decoding: ClassVar[str]
+    causality: Causality
+    order_matters: bool = False
+    needs_token_ids: bool = False
+    balanced: bool = False
+    decoding: str
 
     num_experts: int
     losses: tuple[RouterLoss, ...]
@@ -59,17 +59,19 @@ class Router(nnx.Module):
         """The decision with padding struck out, its losses and its statistics."""
         with jax.named_scope(type(self).__name__):
             routing = strike_padding(self.route(inputs), inputs)
-            stats = statistics(routing, inputs, self.num_experts)
             check_names(self.losses)
+            stats = statistics(routing, inputs, self.num_experts)
+            for loss in self.losses:
+                stats.own.update(loss.tally(routing, inputs))
             losses = {loss.name: loss(routing, inputs, stats) for loss in self.losses}
             penalty = sum(
                 (loss.coefficient * losses[loss.name] for loss in self.losses), jnp.float32(0)
             )
-        return RouterOutput(routing.decision, losses, penalty, stats)
+        return RouterOutput(routing.decision, losses, penalty, stats, routing.policy)
 
-    def balancers(self) -> list[Balancer]:
-        """Every part of this router that keeps state between optimizer steps."""
-        return [module for _, module in nnx.iter_modules(self) if isinstance(module, Balancer)]
+    def memories(self) -> list[Memory]:
+        """Every part of this router whose state changes between optimizer steps."""
+        return [module for _, module in nnx.iter_modules(self) if isinstance(module, Memory)]
 
 
 def strike_padding(routing: Routing, inputs: RouterInputs) -> Routing:
@@ -101,6 +103,7 @@ def statistics(routing: Routing, inputs: RouterInputs, num_experts: int) -> Rout
         score_sum_E=score_sum_E,
         entropy_sum=entropy_sum,
         logit_square_sum=logit_square_sum,
+        own=dict(routing.tally),
     )
 
 
@@ -124,16 +127,13 @@ def check_k(name: str, k: int, sizes: Sizes) -> None:
         )
 
 
-def pick(score_GTE: jax.Array, k: int, bias_E: jax.Array | None = None):
-    """The k best experts of score + bias (ties: the lowest index), int32 (G, T, K), best first.
+def pick(score_GTE: jax.Array, k: int) -> jax.Array:
+    """The k best experts (ties: the lowest index), int32 (G, T, K), best first.
 
     No gradient: gates are gathered with these indices, so that rematerialisation, which keeps them
     by name, never routes a second time.
     """
-    score_GTE = jax.lax.stop_gradient(score_GTE)
-    if bias_E is not None:
-        score_GTE = score_GTE + bias_E[None, None]
-    return checkpoint_name(largest(score_GTE, k), "routing")
+    return checkpoint_name(largest(jax.lax.stop_gradient(score_GTE), k), "routing")
 
 
 def largest(score_GTE: jax.Array, k: int) -> jax.Array:

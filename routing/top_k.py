@@ -10,11 +10,12 @@ import gin
 import jax
 import jax.numpy as jnp
 
+from routing import parameters
 from routing.balancers import Balancer
 from routing.losses import BalanceLoss, RouterLoss, ZLoss
 from routing.parameters import parameter, truncated_normal
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
-from routing.router import Router, check_k, pick
+from routing.router import Router, check_k, largest, pick
 
 GATES = ("softmax", "softmax_of_selected", "sigmoid")
 
@@ -32,6 +33,11 @@ class TopK(Router):
         scale: gates are multiplied by this (DeepSeek-V3's route scale).
         init_scale: variance scale of the weights (Switch: 0.1).
         balancer: a class such as `BiasBalancer`; its bias enters selection, never the gates.
+        expert_groups: the experts are so many equal groups in a row, and a token may use those of
+            the `groups_per_token` best ones alone (DeepSeek-V3: 8 and 4). A group's score is the
+            sum of its two best, bias included, or without a balancer its best.
+        orthogonal: the weights start with orthonormal columns (SIMBAL, Guo et al. 2025), for
+            which `TermLoss("orthogonality")` keeps them (the sum of |W^T W - I|).
         losses: values such as `BalanceLoss()`; balance and z where None.
 
     Raises:
@@ -51,6 +57,9 @@ class TopK(Router):
         scale: float = 1.0,
         init_scale: float = 1.0,
         balancer: Callable[[int], Balancer] | None = None,
+        expert_groups: int = 1,
+        groups_per_token: int = 1,
+        orthogonal: bool = False,
         losses: Sequence[RouterLoss] | None = None,
     ):
         check_k("TopK", k, sizes)
@@ -61,11 +70,14 @@ class TopK(Router):
                 "TopK.k=1 with gates that sum to 1 makes every gate 1 and starves the router of "
                 'its gradient; use gates="softmax" or "sigmoid" with renormalise=False'
             )
+        check_groups(k, expert_groups, groups_per_token, sizes)
         self.num_experts, self.k, self.gates = sizes.num_experts, k, gates
+        self.expert_groups, self.groups_per_token = expert_groups, groups_per_token
         self.renormalise, self.scale = renormalise, scale
         self.losses = (BalanceLoss(), ZLoss()) if losses is None else tuple(losses)
         shape = (sizes.d_model, sizes.num_experts)
-        self.weight_DE = parameter(shape, ("embed", None), truncated_normal(init_scale))
+        init = parameters.orthogonal() if orthogonal else truncated_normal(init_scale)
+        self.weight_DE = parameter(shape, ("embed", None), init)
         self.balancer = balancer(sizes.num_experts) if balancer else None
 
     def route(self, inputs: RouterInputs) -> Routing:
@@ -75,7 +87,7 @@ class TopK(Router):
             score_GTE = raw_GTE / jnp.maximum(raw_GTE.sum(-1, keepdims=True), 1e-20)
         else:
             raw_GTE = score_GTE = jax.nn.softmax(logits_GTE)
-        expert_GTK = pick(raw_GTE, self.k, self.balancer.bias_E[...] if self.balancer else None)
+        expert_GTK = pick(self._preference(raw_GTE), self.k)
         if self.gates == "softmax_of_selected":
             gate_GTK = jax.nn.softmax(jnp.take_along_axis(logits_GTE, expert_GTK, -1))
         else:
@@ -84,4 +96,51 @@ class TopK(Router):
             gate_GTK = gate_GTK / jnp.maximum(gate_GTK.sum(-1, keepdims=True), 1e-20)
         keep_GTK = jnp.ones_like(expert_GTK, bool)
         decision = TokenChoice(expert_GTK, self.scale * gate_GTK, keep_GTK, self.num_experts)
-        return Routing(decision, logits_GTE, score_GTE)
+        skew = jnp.broadcast_to(non_orthogonality(self.weight_DE[...]), inputs.valid_GT.shape)
+        tally = {}
+        if self.balancer is not None:
+            tally = self.balancer.tally(raw_GTE, inputs.valid_GT, self.k)
+        terms = {"orthogonality": skew}
+        return Routing(decision, logits_GTE, score_GTE, terms=terms, tally=tally)
+
+    def _preference(self, raw_GTE):
+        """What selection goes by: scores and bias; minus infinity outside the allowed groups."""
+        biased_GTE = jax.lax.stop_gradient(raw_GTE)
+        if self.balancer is not None:
+            biased_GTE = biased_GTE + self.balancer.bias_E[...][None, None]
+        if self.groups_per_token == self.expert_groups:
+            return biased_GTE
+        best = 2 if self.balancer is not None else 1
+        return in_best_groups(biased_GTE, self.expert_groups, self.groups_per_token, best)
+
+
+def in_best_groups(score_GTE, groups: int, allowed: int, best: int) -> jax.Array:
+    """The scores of the experts in each token's `allowed` best groups, minus infinity elsewhere.
+
+    A group's score is the sum of its `best` largest (DeepSeek-V3, section 2.1.2).
+    """
+    score_GTXE = score_GTE.reshape(*score_GTE.shape[:2], groups, -1)
+    top_GTXK = jnp.take_along_axis(score_GTXE, largest(score_GTXE, best), -1)
+    group_GTA = largest(top_GTXK.sum(-1), allowed)
+    is_allowed_GTX = jax.nn.one_hot(group_GTA, groups, dtype=bool).any(-2)
+    return jnp.where(is_allowed_GTX[..., None], score_GTXE, -jnp.inf).reshape(score_GTE.shape)
+
+
+def non_orthogonality(weight_DE) -> jax.Array:
+    """Sum of |W^T W - I| (SIMBAL, eq. 4)."""
+    gram_EE = weight_DE.T @ weight_DE
+    return jnp.abs(gram_EE - jnp.eye(gram_EE.shape[0], dtype=gram_EE.dtype)).sum()
+
+
+def check_groups(k: int, groups: int, allowed: int, sizes: Sizes) -> None:
+    """Raise ValueError where groups of experts don't fit, or can't hold k experts."""
+    experts = sizes.num_experts
+    if groups < 1 or experts % groups:
+        raise ValueError(f"TopK.expert_groups={groups} must divide the {experts} experts")
+    if not 1 <= allowed <= groups or allowed * experts // groups < k:
+        raise ValueError(
+            f"TopK.groups_per_token={allowed} of {groups} groups of {experts // groups} experts "
+            f"can't hold TopK.k={k}"
+        )
+    if allowed < groups and experts // groups < 2:
+        raise ValueError(f"TopK.expert_groups={groups}: a group needs two experts to be scored")

@@ -18,23 +18,41 @@ from layers.stack import rematerialised
 from layers.tokens import Tokens
 from moe import functional
 from routing import (
+    BASE,
+    SMEAR,
+    AllExperts,
     Balanced,
     BalanceLoss,
     BiasBalancer,
     Capacity,
+    DSelectK,
     EntropyLoss,
     ExpertChoiceRouter,
-    RandomHash,
+    ExpertMerge,
+    FrozenTopK,
+    GShard,
+    Hash,
+    Hierarchical,
+    Lory,
+    NoisyTopK,
+    QuantileBalancer,
+    ReMoE,
     Router,
+    Sinkhorn,
     Sizes,
     SoftMoE,
+    StrictlyBalanced,
     Switch,
     TokenChoice,
     TopK,
+    TrainingText,
     UniformRandom,
+    VMoE,
+    Zipf,
     ZLoss,
     initialize,
 )
+from routing.hash_tables import balanced_table
 
 B, T, D, E, F, V = 24, 11, 8, 4, 8, 13
 LOSSES = (BalanceLoss(), ZLoss(), EntropyLoss(), BalanceLoss(scope="group", name="group"))
@@ -47,10 +65,17 @@ class Row:
     make: Callable[[Sizes], Router]
     learned: tuple[str, ...] = ("weight_DE",)
     state: tuple[str, ...] = ()
+    by_loss: tuple[str, ...] = ()  # parameters that learn from the router's own losses alone
 
 
-def row(make, learned=("weight_DE",), state=(), **options):
-    return Row(functools.partial(make, **options), learned, state)
+TEXT = TrainingText(np.random.default_rng(0).integers(0, V, 500), V)
+
+
+def row(make, learned=("weight_DE",), state=(), by_loss=(), **options):
+    def of(sizes):
+        return make(dataclasses.replace(sizes, text=TEXT), **options)
+
+    return Row(of, learned, state, by_loss)
 
 
 ROUTERS = {
@@ -69,12 +94,45 @@ ROUTERS = {
         state=("balancer.bias_E",),
     ),
     "switch": row(Switch, jitter=0.1, losses=LOSSES),
-    "hash": row(RandomHash, learned=(), state=("table_V",)),
-    "expert_choice": row(ExpertChoiceRouter, losses=LOSSES),
+    "quantile": row(
+        TopK, k=2, balancer=QuantileBalancer, losses=LOSSES, state=("balancer.bias_E",)
+    ),
+    "groups": row(TopK, k=2, expert_groups=2, groups_per_token=1, orthogonal=True, losses=LOSSES),
+    "noisy": row(NoisyTopK, k=2, learned=("weight_DE", "noise_DE")),
+    "strictly_balanced": row(StrictlyBalanced, k=2, by_loss=("threshold_E",)),
+    "hierarchical": row(
+        Hierarchical,
+        branches=2,
+        learned=("weight_DE", "noise_DE", "primary_DA", "primary_noise_DA"),
+    ),
+    "v_moe": row(VMoE, k=2),
+    "gshard": row(GShard),
+    "hash": row(Hash, learned=(), state=("table_V",)),
+    "hash_previous": row(
+        Hash, key="previous", table=balanced_table, learned=(), state=("table_V",)
+    ),
+    "hash_bigram": row(Hash, key="bigram", learned=(), state=("salt",)),
+    "hash_position": row(Hash, key="position", learned=()),
+    "hash_predicted": row(Hash, key="predicted", learned=(), state=("table_V", "next_V")),
+    "hash_future": row(Hash, key="future", learned=(), state=("table_V",)),
+    "base": row(BASE),
+    "sinkhorn": row(Sinkhorn),
+    "dselect_k": row(DSelectK, learned=("code_DKM", "mix_DK")),
+    "remoe": row(ReMoE, state=("penalty.weight",)),
+    "expert_choice": row(ExpertChoiceRouter, evaluation="tokens", losses=LOSSES),
+    "expert_choice_capped": row(
+        ExpertChoiceRouter, most_experts=3, losses=LOSSES, state=("thresholds.threshold_E",)
+    ),
     "soft_moe": row(SoftMoE, slots_per_expert=2, learned=("phi_DES", "scale"), losses=LOSSES),
     "soft_moe_raw": row(SoftMoE, normalise=False, learned=("phi_DES",), losses=LOSSES),
+    "soft_moe_causal": row(SoftMoE, segment=3, learned=("phi_DES", "scale"), losses=LOSSES),
+    "smear": row(SMEAR, losses=LOSSES),
+    "lory": row(Lory, segment=4, losses=LOSSES),
     "uniform": row(UniformRandom, learned=()),
     "balanced": row(Balanced, learned=()),
+    "zipf": row(Zipf, learned=()),
+    "all_experts": row(AllExperts, losses=LOSSES),
+    "frozen": row(FrozenTopK, learned=(), state=("weight_DE",)),
 }
 DISPATCHERS = (OneHotEinsum(), SlotGather())
 every_router = pytest.mark.parametrize("name", ROUTERS)
@@ -154,6 +212,8 @@ def tokens(batch=B, length=T, *, train=True, seed=0, valid_BT=None, key=0):
 
 def per_token(decision) -> list[np.ndarray]:
     """The decision as arrays (G, T, ...): what each token got."""
+    if isinstance(decision, ExpertMerge):
+        return [np.asarray(decision.weight_GTE)]
     if isinstance(decision, TokenChoice):
         gate_GTK = np.where(decision.keep_GTK, decision.gate_GTK, 0)
         return [np.asarray(decision.expert_GTK), gate_GTK, np.asarray(decision.keep_GTK)]

@@ -53,10 +53,10 @@ MISTAKES = {
     "micro-batches": (("train.accumulate = 3",), ("batch_size=4", "accumulate=3")),
     "a router that sees the future": (
         ("MoELayer.router = @SoftMoE",),
-        ("SoftMoE", "TopK", "Switch", "RandomHash", "MaskedToken"),
+        ("SoftMoE", "TopK", "Switch", "Hash", "MaskedToken"),
     ),
     "an ignored setting": (
-        ("MoELayer.router = @RandomHash", "BalanceLoss.coefficient = 0.1"),
+        ("MoELayer.router = @Hash", "BalanceLoss.coefficient = 0.1"),
         ("would ignore BalanceLoss.coefficient",),
     ),
     "no such file": (("TextFiles.paths = 'texts'",), ("no file or folder 'texts'",)),
@@ -97,7 +97,7 @@ def test_a_text_that_cannot_be_is_one_line(runs, capsys, monkeypatch):
 
 def test_an_unused_setting_of_a_file_is_told_and_harmless(runs, capsys):
     config = runs.folder / "hash.gin"
-    config.write_text("include 'tiny.gin'\nMoELayer.router = @RandomHash\n")
+    config.write_text("include 'tiny.gin'\nMoELayer.router = @Hash\n")
     runs.done("hash", "train.steps = 2", config=config)
     assert "settings that this run does not use: TopK.k" in capsys.readouterr().out
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import gin
+import numpy as np
 import pytest
 from tiny import Runs, quick
 
@@ -41,7 +42,10 @@ def parts(gin_paths, bindings=()):
     settings = gin.get_bindings("train")
     objective = settings.get("objective") or NextToken()
     sizes = {name: settings[name] for name in ("batch_size", "sequence_length")}
-    model = assemble.assemble(settings["model"], objective, token_vocabulary=257, **sizes)
+    text = np.arange(1000) % 257
+    model = assemble.assemble(
+        settings["model"], objective, token_vocabulary=257, training_tokens=text, **sizes
+    )
     optimizer = settings.get("optimizer") or AdamW()
     with quick():
         mesh = (settings.get("mesh") or MeshShape()).build()
@@ -90,7 +94,9 @@ def test_a_model_builds_in_a_run(path, runs, tmp_path):
 
 
 @pytest.mark.parametrize("path", BY_FOLDER["routers"])
-def test_a_router_is_swapped_by_one_file(path, tmp_path):
+def test_a_router_is_swapped_by_one_file(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("embeddings.npy", np.random.default_rng(0).standard_normal((257, 4)))
     names = ("runs/quickstart.gin", path)
     more = "MoELayer.num_experts = 16\n"
     try:
@@ -109,7 +115,7 @@ def test_a_router_is_swapped_by_one_file(path, tmp_path):
 
 def test_a_router_is_swapped_by_one_flag(runs, tmp_path):
     path = small(tmp_path, "runs/quickstart.gin")
-    for router in ("Switch", "RandomHash", "UniformRandom"):
+    for router in ("Switch", "Hash", "UniformRandom"):
         model, _ = parts([path], [f"MoELayer.router = @{router}"])
         assert type(model.moe_layer.router).__name__ == router
 

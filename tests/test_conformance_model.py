@@ -47,16 +47,14 @@ from routing import (
 # Rematerialisation, compilation, precision.
 
 
-REMATS = [(n, "full") for n in ROUTERS] + [(n, "dots") for n in ("switch", "expert_choice")]
-
-
-@pytest.mark.parametrize(("name", "remat"), REMATS)
+@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("name", ["switch", "expert_choice"])
 def test_rematerialised_is_the_same(name, remat):
     args = (layer_of(name)[1], draw(0, B, T, D), tokens(), draw(1, B, T, D))
     same_tree(compiled(name, remat=remat)(*args), compiled(name)(*args))
 
 
-@every_router
+@pytest.mark.parametrize("name", ["sigmoid_bias", "expert_choice", "soft_moe", "lory"])
 def test_compiled_is_interpreted(name):
     graph, params, state = layer_of(name)
     x_BTD, batch = jnp.asarray(draw(0, B, T, D)), tokens(train=False)
@@ -251,10 +249,13 @@ def test_eight_devices_are_one(setting):
 
 @every_router
 def test_every_router_is_the_same_on_a_mesh(name):
-    """One layer on data 2 x expert 4: gradients, outputs and statistics, with ragged padding."""
+    """One layer on data 2 x expert 4, rematerialised, against the plain one on one device.
+
+    Gradients, outputs and statistics, with ragged padding.
+    """
     dispatcher = DISPATCHERS[list(ROUTERS).index(name) % 2]
     graph, params, _ = layer_of(name)
-    run = compiled.__wrapped__(name, dispatcher)  # compiled for this mesh alone
+    run = compiled.__wrapped__(name, dispatcher, remat="full")  # compiled for this mesh alone
     mesh = sharding.MeshShape(data=2, expert=4).build()
     args = (draw(0, B, T, D), tokens(valid_BT=ragged_BT), draw(1, B, T, D) * ragged_BT[..., None])
     rows = sharding.sharding(mesh, ("batch",), (B,))

@@ -4,11 +4,9 @@ The files in golden/ were computed with numpy and scipy, apart from this code; r
 without the MoE layer (which works in float32), so that float64 goes in and comes out.
 """
 
-import contextlib
 import dataclasses
-import json
-from pathlib import Path
 
+from goldens import golden, inputs_of, on_logits, same
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +18,7 @@ from routing import (
     BiasBalancer,
     Capacity,
     ExpertChoiceRouter,
-    RandomHash,
-    RouterInputs,
+    Hash,
     RouterStats,
     Sizes,
     SoftMoE,
@@ -32,52 +29,6 @@ from routing import (
 )
 
 pytestmark = pytest.mark.smoke
-
-FOLDER = Path(__file__).parent / "golden"
-
-
-@pytest.fixture(params=["float32", "float64"])
-def dtype(request):
-    """The type everything is computed in."""
-    with jax.enable_x64(True) if request.param == "float64" else contextlib.nullcontext():
-        yield request.param
-
-
-def golden(name):
-    told = json.loads((FOLDER / f"{name}.json").read_text())
-    return told["inputs"], told["outputs"]
-
-
-def same(found, expected, dtype):
-    found = np.asarray(found)
-    if np.issubdtype(np.asarray(expected).dtype, np.floating):
-        assert found.dtype == dtype
-    tight = 1e-10 if dtype == "float64" else 1e-5
-    np.testing.assert_allclose(found, np.asarray(expected), rtol=tight, atol=tight / 10)
-
-
-def inputs_of(x_TD, dtype, train=True, ids=None):
-    """One group of T tokens."""
-    x_GTD = jnp.asarray(x_TD, dtype)[None]
-    row = jnp.arange(x_GTD.shape[1], dtype=jnp.int32)[None]
-    return RouterInputs(
-        x_GTD=x_GTD,
-        valid_GT=jnp.ones(row.shape, bool),
-        token_id_GT=row if ids is None else jnp.asarray(ids, jnp.int32)[None],
-        position_GT=row,
-        index_G=jnp.zeros(1, jnp.int32),
-        key=jax.random.key(0),
-        train=train,
-    )
-
-
-def on_logits(make, logits_TE, dtype):
-    """The router of as many experts as logits, with the identity for weights."""
-    logits_TE = np.asarray(logits_TE)
-    width, experts = logits_TE.shape[1], logits_TE.shape[1]
-    router = make(Sizes(width, experts, 10))
-    router.weight_DE.set_value(jnp.eye(experts, dtype=dtype))
-    return router, inputs_of(logits_TE, dtype)
 
 
 @pytest.mark.parametrize("case", ["cf1", "cf1p25", "cf2"])
@@ -155,7 +106,7 @@ def test_batch_priority(case):
 
 def test_hash_is_its_table_and_nothing_else():
     given, told = golden("06_hash_layers")
-    router = RandomHash(Sizes(2, given["num_experts"], 10))
+    router = Hash(Sizes(2, given["num_experts"], 10))
     for table, expected in (
         (told["balanced_hash"], told["token_hash_of_seq"]),
         (told["random_hash_parlai_seed42"], None),

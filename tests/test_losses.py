@@ -12,7 +12,7 @@ import pytest
 from routing import (
     BalanceLoss,
     EntropyLoss,
-    RandomHash,
+    Hash,
     RouterInputs,
     Sizes,
     Switch,
@@ -199,7 +199,7 @@ def test_two_losses_of_one_name_are_refused():
 
 @pytest.mark.parametrize("loss", LOSSES, ids=scoped)
 def test_a_loss_on_a_router_without_scores_is_refused(loss):
-    router = initialize(RandomHash(Sizes(D, E, 7)), 0)
+    router = initialize(Hash(Sizes(D, E, 7)), 0)
     router.losses = (loss,)
     with pytest.raises(ValueError, match="this router has none"):
         router(inputs_of(skewed(0.0)))

@@ -13,7 +13,7 @@ from layers.norms import LayerNorm
 from layers.tokens import Tokens
 from moe import functional
 from moe.model import Transformer, runs_of_layers, sparse_layers
-from routing import ExpertChoiceRouter, RandomHash, SoftMoE, Switch, TopK, initialize
+from routing import ExpertChoiceRouter, Hash, SoftMoE, Switch, TopK, initialize
 
 B, T, V, D = 2, 6, 11, 16
 
@@ -253,7 +253,9 @@ def test_groups_of_several_sequences():
 # Refused.
 
 
-@pytest.mark.parametrize("router", [ExpertChoiceRouter, SoftMoE])
+@pytest.mark.parametrize(
+    "router", [functools.partial(ExpertChoiceRouter, evaluation="tokens"), SoftMoE], ids=str
+)
 def test_a_decoder_refuses_a_router_that_sees_the_future(router):
     with pytest.raises(ValueError, match=r"(?s)is not causal .*in a decoder use TopK.*MaskedToken"):
         model(moe=moe(router))
@@ -308,7 +310,7 @@ def test_sequences_longer_than_the_learned_positions_are_refused():
 
 
 def test_the_expert_of_a_hash_is_the_same_at_every_place():
-    built = initialize(model(moe=moe(RandomHash)), 0)
+    built = initialize(model(moe=moe(Hash)), 0)
     routers = built(tokens(token_BT=jnp.full((B, T), 4, jnp.int32))).routers
     for expert_GTK in np.asarray(routers.decision.expert_GTK):
         assert len(np.unique(expert_GTK)) == 1

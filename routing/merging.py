@@ -1,0 +1,117 @@
+"""Merged experts: one expert per segment, the router's weighted mean of all experts' weights.
+
+G groups, S segments of a group, T tokens per group, D model width, E experts.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import gin
+import jax
+import jax.numpy as jnp
+
+from routing.losses import RouterLoss
+from routing.parameters import parameter, truncated_normal
+from routing.records import Causality, ExpertMerge, RouterInputs, Routing, Sizes
+from routing.router import Router
+
+
+@gin.configurable
+class SMEAR(Router):
+    """One mixture per group, from the mean of its tokens (Muqeeth et al. 2023, section 3).
+
+    A group is one example unless `MoELayer.sequences_per_group` says otherwise. Fully
+    differentiable, at the cost of one expert and of the merge. Not causal: the mean sees all.
+
+    Args:
+        sizes: width, number of experts, vocabulary.
+        losses: none are needed.
+    """
+
+    causality = Causality.NEVER
+    decoding = "not possible: the mixture depends on the whole sequence; Lory's does not"
+
+    def __init__(self, sizes: Sizes, losses: Sequence[RouterLoss] = ()):
+        self.num_experts, self.losses = sizes.num_experts, tuple(losses)
+        shape = (sizes.d_model, sizes.num_experts)
+        self.weight_DE = parameter(shape, ("embed", None), truncated_normal())
+
+    def route(self, inputs: RouterInputs) -> Routing:
+        tokens = inputs.valid_GT.shape[1]
+        mean_GSD = segment_means(inputs, tokens)
+        logits_GSE = jnp.einsum("gsd,de->gse", mean_GSD, self.weight_DE[...])
+        return merged(logits_GSE, inputs, tokens)
+
+
+@gin.configurable
+class Lory(Router):
+    """One mixture per segment, from the mean of the segment before it (Zhong et al. 2024).
+
+    Args:
+        sizes: width, number of experts, vocabulary.
+        segment: tokens of a segment (the paper: 256).
+        first: what the first segment uses: "uniform" weights, or "itself", its own mean without a
+            gradient (the paper, section 3.1): then its tokens see their future.
+        losses: none are needed.
+    """
+
+    causality = Causality.CAUSAL
+    order_matters = True
+    decoding = "the mixture changes only where a segment begins"
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        segment: int = 256,
+        first: Literal["uniform", "itself"] = "uniform",
+        losses: Sequence[RouterLoss] = (),
+    ):
+        if segment < 1:
+            raise ValueError(f"Lory.segment={segment} must be at least 1")
+        if first not in ("uniform", "itself"):
+            raise ValueError(f"Lory.first={first!r}: uniform or itself")
+        if first == "itself":
+            self.causality = Causality.NEVER
+            self.decoding = 'not possible with first="itself"; "uniform" is causal'
+        self.num_experts, self.losses = sizes.num_experts, tuple(losses)
+        self.segment, self.first = segment, first
+        shape = (sizes.d_model, sizes.num_experts)
+        self.weight_DE = parameter(shape, ("embed", None), truncated_normal())
+
+    def route(self, inputs: RouterInputs) -> Routing:
+        mean_GSD = segment_means(inputs, self.segment)
+        first_G1D = jax.lax.stop_gradient(mean_GSD[:, :1])
+        if self.first == "uniform":
+            first_G1D = jnp.zeros_like(first_G1D)  # logits 0
+        mean_GSD = jnp.concatenate([first_G1D, mean_GSD[:, :-1]], axis=1)
+        logits_GSE = jnp.einsum("gsd,de->gse", mean_GSD, self.weight_DE[...])
+        return merged(logits_GSE, inputs, self.segment)
+
+
+def segment_means(inputs: RouterInputs, segment: int) -> jax.Array:
+    """The mean valid token of every segment (G, S, D); zero where there is none."""
+    groups, tokens, width = inputs.x_GTD.shape
+    valid_GSL = in_segments(inputs.valid_GT, segment)
+    segments = valid_GSL.shape[1]
+    more = ((0, 0), (0, segments * segment - tokens))
+    x_GTD = jnp.where(inputs.valid_GT[..., None], inputs.x_GTD, 0)
+    x_GSLD = jnp.pad(x_GTD, (*more, (0, 0))).reshape(groups, segments, segment, width)
+    return x_GSLD.sum(2) / jnp.maximum(valid_GSL.sum(2), 1)[..., None]
+
+
+def in_segments(valid_GT, segment: int) -> jax.Array:
+    """The mask by segments (G, S, segment); what is missing in the last one is not valid."""
+    groups, tokens = valid_GT.shape
+    segments = -(-tokens // segment)
+    more = ((0, 0), (0, segments * segment - tokens))
+    return jnp.pad(valid_GT, more).reshape(groups, segments, segment)
+
+
+def merged(logits_GSE, inputs: RouterInputs, segment: int) -> Routing:
+    """The routing by a softmax of each segment's logits; a segment of padding uses no expert."""
+    tokens = inputs.valid_GT.shape[1]
+    used_GS1 = in_segments(inputs.valid_GT, segment).any(-1, keepdims=True)
+    weight_GSE = jnp.where(used_GS1, jax.nn.softmax(logits_GSE), 0)
+    decision = ExpertMerge(weight_GSE, segment, tokens)
+    logits_GTE = jnp.repeat(logits_GSE, segment, axis=1)[:, :tokens]
+    return Routing(decision, logits_GTE, decision.weight_GTE)
