@@ -20,11 +20,30 @@ def cross_entropy_sum(weight_DV, hidden_BTD, target_BT, scored_BT) -> jax.Array:
     computed with the loss, block by block along T, while the block's logits are in cache. On
     several devices there is one block: a loop would reduce the weight's gradient every time.
     """
-    batch, tokens = target_BT.shape
-    wanted = 1 if is_placed() else max(1, batch * tokens * weight_DV.shape[1] // BLOCK_LOGITS)
-    blocks = next(n for n in range(min(wanted, tokens), 0, -1) if tokens % n == 0)
+    blocks = _blocks(target_BT.shape, weight_DV.shape[1])
     weight_DV = weight_DV.astype(hidden_BTD.dtype)
     return _blockwise(weight_DV, hidden_BTD, jnp.asarray(target_BT), jnp.asarray(scored_BT), blocks)
+
+
+def cross_entropy_of_each(weight_DV, hidden_BTD, target_BT) -> jax.Array:
+    """Nats of every token, float32 (B, T), without a gradient: what a policy is rewarded by."""
+    weight_DV, hidden_BTD = jax.lax.stop_gradient((weight_DV, hidden_BTD))
+    weight_DV = weight_DV.astype(hidden_BTD.dtype)
+    (batch, tokens), blocks = target_BT.shape, _blocks(target_BT.shape, weight_DV.shape[1])
+
+    def one(block):
+        return _block(weight_DV, *block)[2]
+
+    everything = jnp.ones(target_BT.shape, bool)
+    nats = jax.lax.map(one, _split((hidden_BTD, jnp.asarray(target_BT), everything), blocks))
+    return jnp.moveaxis(nats.reshape(blocks, batch, -1), 0, 1).reshape(batch, tokens)
+
+
+def _blocks(shape: tuple[int, int], vocabulary: int) -> int:
+    """How many equal blocks along T keep a block's logits in cache."""
+    batch, tokens = shape
+    wanted = 1 if is_placed() else max(1, batch * tokens * vocabulary // BLOCK_LOGITS)
+    return next(n for n in range(min(wanted, tokens), 0, -1) if tokens % n == 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -37,7 +56,7 @@ def _blockwise(weight_DV, hidden_BTD, target_BT, scored_BT, blocks: int):
 
 
 def _block(weight_DV, hidden_ND, target_N, scored_N):
-    """The block's loss and its gradient by the logits, float32 (N, V)."""
+    """The block's loss, its gradient by the logits (N, V), each token's loss (N,); float32."""
     logits_NV = (hidden_ND @ weight_DV).astype(jnp.float32)
     top_N1 = logits_NV.max(-1, keepdims=True)
     exp_NV = jnp.exp(logits_NV - top_N1)
@@ -46,13 +65,14 @@ def _block(weight_DV, hidden_ND, target_N, scored_N):
     picked_N = jnp.where(target_NV, logits_NV, 0).sum(-1)
     loss_N = (jnp.log(sum_N1) + top_N1)[:, 0] - picked_N
     dlogits_NV = jnp.where(scored_N[:, None], exp_NV / sum_N1 - target_NV, 0)
-    return jnp.where(scored_N, loss_N, 0).sum(), dlogits_NV
+    loss_N = jnp.where(scored_N, loss_N, 0)
+    return loss_N.sum(), dlogits_NV, loss_N
 
 
 def _forward(weight_DV, hidden_BTD, target_BT, scored_BT, blocks: int):
     def add(carry, block):
         total, dweight_DV = carry
-        loss, dlogits_NV = _block(weight_DV, *block)
+        loss, dlogits_NV, _ = _block(weight_DV, *block)
         small_NV = dlogits_NV.astype(weight_DV.dtype)
         dweight_DV = dweight_DV + (block[0].T @ small_NV).astype(jnp.float32)
         return (total + loss, dweight_DV), small_NV @ weight_DV.T

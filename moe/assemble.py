@@ -41,8 +41,10 @@ class Model:
     @property
     def loss_coefficients(self) -> dict[str, float]:
         """The router losses that are in effect."""
-        losses = self.moe_layer.router.losses if self.moe_layer else ()
-        return {loss.name: loss.coefficient for loss in losses}
+        if self.moe_layer is None:
+            return {}
+        router = self.moe_layer.router
+        return {loss.name: loss.coefficient for loss in router.losses} | dict(router.completed)
 
 
 def assemble(

@@ -54,7 +54,7 @@ def evaluation_step(model: Model, mesh: Mesh) -> Callable:
             nats = cross_entropy_sum(
                 module.head(), out.hidden_BTD, batch.target_BT, batch.scored_BT
             )
-        routers = out.routers and dataclasses.replace(out.routers, decision=None)
+        routers = out.routers and dataclasses.replace(out.routers, decision=None, policy=None)
         return nats, batch.scored_BT.sum(), routers
 
     return jax.jit(step)

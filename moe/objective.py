@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from layers.tokens import Tokens
 from moe.batch import Batch
+from routing import Policy
 
 _MASKING, _ROUTING = 0, 1
 EVALUATION = 2**32 - 1  # the step whose key evaluation uses
@@ -57,6 +58,24 @@ class MaskedToken:
 
 
 Objective = NextToken | MaskedToken
+
+
+def policy_losses(policy: Policy, nats_BT: jax.Array, scored_BT: jax.Array) -> dict:
+    """REINFORCE with a learned value, summed over scored tokens, for each layer (L,).
+
+    A token's reward is its own log-likelihood R = -nats. "policy": -(R - V) log p of the choice;
+    "value": half of (R - V)^2. No gradient flows through the reward or, in the first, the value.
+    """
+    layers = policy.value_GT.shape[0]
+    reward_LN = jax.lax.stop_gradient(-nats_BT).reshape(1, -1)
+    scored_LN = scored_BT.reshape(1, -1)
+    value_LN, log_prob_LN = (a.reshape(layers, -1) for a in (policy.value_GT, policy.log_prob_GT))
+    advantage_LN = jax.lax.stop_gradient(reward_LN - value_LN)
+    each = {
+        "policy": -advantage_LN * log_prob_LN,
+        "value": 0.5 * jnp.square(reward_LN - value_LN),
+    }
+    return {name: jnp.where(scored_LN, a, 0).sum(1) for name, a in each.items()}
 
 
 def step_key(seed, step) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from layers.constrain import placing
-from layers.cross_entropy import cross_entropy_sum
+from layers.cross_entropy import cross_entropy_of_each, cross_entropy_sum
 from moe import objective as objectives
 from moe import sharding
 from moe.batch import Batch
@@ -125,13 +125,22 @@ class Step:
         if out.routers is None:
             return loss, (loss, None)
         share = (batch.segment_BT > 0).sum() / valid
-        routers = dataclasses.replace(
-            out.routers,
-            decision=None,
-            losses=jax.tree.map(lambda value: share * value, out.routers.losses),
-            penalty=share * out.routers.penalty,
-        )
-        return loss + routers.penalty.sum(), (loss, routers)
+        losses = {name: share * value for name, value in out.routers.losses.items()}
+        penalty_L = share * out.routers.penalty
+        if out.routers.policy is not None:
+            completed = self._completed(model, out, batch, scored)
+            losses |= completed
+            weights = dict(model.moe_layers_of_units()[0].router.completed)
+            penalty_L += sum(weights[name] * value for name, value in completed.items())
+        routers = RouterOutput(None, losses, penalty_L, out.routers.stats)
+        return loss + penalty_L.sum(), (loss, routers)
+
+    def _completed(self, model, out, batch: Batch, scored) -> dict[str, Array]:
+        """The losses of routers whose choices are rewarded by each token's likelihood."""
+        nats_BT = cross_entropy_of_each(model.head(), out.hidden_BTD, batch.target_BT)
+        scored_BT = jnp.asarray(batch.scored_BT)
+        sums = objectives.policy_losses(out.routers.policy, nats_BT, scored_BT)
+        return {name: value_L / scored for name, value_L in sums.items()}
 
     def _statistics(self, state: TrainState, micro: Batch, key):
         """What the routers count in a micro-batch."""

@@ -41,7 +41,9 @@ from routing.records import (
 )
 from routing.remoe import ReMoE
 from routing.router import Router
+from routing.sampled import Sampled
 from routing.sinkhorn import Sinkhorn
+from routing.soft_choice import SoftChoice
 from routing.soft_moe import SoftMoE
 from routing.strictly_balanced import StrictlyBalanced
 from routing.switch import Switch
@@ -84,8 +86,10 @@ __all__ = [
     "RouterState",
     "RouterStats",
     "Routing",
+    "Sampled",
     "Sinkhorn",
     "Sizes",
+    "SoftChoice",
     "SoftMoE",
     "SoftSlots",
     "StrictlyBalanced",

@@ -39,7 +39,7 @@ def quotas(tokens, num_experts: int) -> jax.Array:
     return tokens // num_experts + (index_E < tokens % num_experts)
 
 
-def balanced_assignment(score_TE, valid_T, precision: float = 1e-3, rounds: int = 1500):
+def balanced_assignment(score_TE, valid_T, precision: float = 1e-3, rounds: int = 1000):
     """The expert of each valid token, -1 for padding: int32 (T,).
 
     Maximises the sum of the scores with every expert taking its quota exactly, to within
@@ -50,6 +50,7 @@ def balanced_assignment(score_TE, valid_T, precision: float = 1e-3, rounds: int 
     spare the auction its price wars. Then every open token bids for the expert with the best value,
     its score less its price, as much more than the price as it prefers that expert to its second
     choice; an expert keeps its quota of the highest bids, and the lowest of them is its price.
+    Three auctions follow each other, the first with coarse steps, each from the prices before.
     """
     tokens, experts = score_TE.shape
     if experts == 1:
@@ -60,15 +61,20 @@ def balanced_assignment(score_TE, valid_T, precision: float = 1e-3, rounds: int 
     quota_E = quotas(valid_T.sum(dtype=jnp.int32), experts)
     price_E = entropic_prices(score_TE, valid_T, quota_E)
     price_E = jnp.where(quota_E > 0, price_E, CLOSED)
-    book = all_bid(score_TE, valid_T, quota_E, price_E, precision / 2)
+    for step in (8 * precision, 2 * precision, precision / 2):
+        book = auction(score_TE, valid_T, quota_E, price_E, step, rounds)
+        price_E = book.price_E
+    return fill(book.token_EQ, valid_T, quota_E)
+
+
+def auction(score_TE, valid_T, quota_E, price_E, step, rounds: int) -> Book:
+    """From these prices until no token is open, or for so many rounds."""
 
     def unfinished(book):
         return (book.rounds < rounds) & jnp.any(book.bidder_M >= 0)
 
-    book = jax.lax.while_loop(
-        unfinished, lambda book: some_bid(book, score_TE, precision / 2), book
-    )
-    return fill(book.token_EQ, valid_T, quota_E)
+    book = all_bid(score_TE, valid_T, quota_E, price_E, step)
+    return jax.lax.while_loop(unfinished, lambda book: some_bid(book, score_TE, step), book)
 
 
 def scattered(size: int) -> jax.Array:

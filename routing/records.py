@@ -179,8 +179,6 @@ class Policy(nnx.Pytree):
 
     log_prob_GT: Float[Array, "*L G T"] = nnx.data()
     value_GT: Float[Array, "*L G T"] = nnx.data()
-    policy_weight: float = nnx.static()
-    value_weight: float = nnx.static()
 
 
 @nnx.dataclass

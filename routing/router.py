@@ -50,6 +50,8 @@ class Router(nnx.Module):
 
     num_experts: int
     losses: tuple[RouterLoss, ...]
+    # Names and weights of the losses that the objective completes, for routers with a policy.
+    completed: tuple[tuple[str, float], ...] = ()
 
     @abc.abstractmethod
     def route(self, inputs: RouterInputs) -> Routing:

@@ -56,39 +56,46 @@ class SoftMoE(Router):
         self.scale = parameter((), (), ones) if normalise else None
 
     def route(self, inputs: RouterInputs) -> Routing:
-        x_GTD, phi_DES = inputs.x_GTD, self.phi_DES[...]
-        if self.scale is not None:
-            x_GTD = unit(x_GTD, axis=-1)
-            phi_DES = self.scale[...] * unit(phi_DES, axis=0)
-        logits_GTES = jnp.einsum("gtd,des->gtes", x_GTD, phi_DES)
-        if self.segment is not None:
-            decision = in_segments(logits_GTES, inputs.valid_GT, self.segment)
-            share_GTE = jax.nn.softmax(logits_GTES, axis=(2, 3)).sum(-1)
-            return Routing(decision, logits_GTES.mean(-1), share_GTE)
-        valid_GT11 = inputs.valid_GT[..., None, None]
-        masked_GTES = jnp.where(valid_GT11, logits_GTES, -1e30)
+        scale = None if self.scale is None else self.scale[...]
+        logits_GTES = slot_logits(inputs.x_GTD, self.phi_DES[...], scale)
+        return soft_routing(logits_GTES, logits_GTES, inputs.valid_GT, self.segment)
+
+
+def slot_logits(x_GTD, phi_DES, scale) -> jax.Array:
+    """How well every token fits every slot (G, T, E, S); of unit vectors where there is a scale."""
+    if scale is not None:
+        x_GTD, phi_DES = unit(x_GTD, axis=-1), scale * unit(phi_DES, axis=0)
+    return jnp.einsum("gtd,des->gtes", x_GTD, phi_DES)
+
+
+def soft_routing(read_GTES, write_GTES, valid_GT, segment: int | None) -> Routing:
+    """Slots read tokens by a softmax of read_GTES, tokens read slots by one of write_GTES."""
+    share_GTES = jax.nn.softmax(write_GTES, axis=(2, 3))
+    if segment is None:
+        valid_GT11 = valid_GT[..., None, None]
+        masked_GTES = jnp.where(valid_GT11, read_GTES, -1e30)
         dispatch_GTES = jnp.where(valid_GT11, jax.nn.softmax(masked_GTES, axis=1), 0)
-        combine_GTES = jnp.where(valid_GT11, jax.nn.softmax(logits_GTES, axis=(2, 3)), 0)
-        decision = SoftSlots(dispatch_GTES, combine_GTES)
-        return Routing(decision, logits_GTES.mean(-1), combine_GTES.sum(-1))
+        decision = SoftSlots(dispatch_GTES, jnp.where(valid_GT11, share_GTES, 0))
+    else:
+        decision = in_segments(read_GTES, share_GTES, valid_GT, segment)
+    return Routing(decision, write_GTES.mean(-1), share_GTES.sum(-1))
 
 
-def in_segments(logits_GTES, valid_GT, segment: int) -> SoftSlots:
+def in_segments(read_GTES, share_GTES, valid_GT, segment: int) -> SoftSlots:
     """Slots (N * S) of each expert: those of segment n read the segments before, serve n alone."""
-    groups, tokens, experts, slots = logits_GTES.shape
+    groups, tokens, experts, slots = read_GTES.shape
     segments = -(-tokens // segment)
-    own_TN = (jnp.arange(tokens) // segment)[:, None] == jnp.arange(segments)[None]
-    before_TN = (jnp.arange(tokens) // segment)[:, None] < jnp.arange(segments)[None]
+    segment_T1 = (jnp.arange(tokens) // segment)[:, None]
+    own_TN = segment_T1 == jnp.arange(segments)[None]
+    before_TN = segment_T1 < jnp.arange(segments)[None]
     # A segment of nothing but padding, and the first one, has empty slots.
     served_GN = jnp.any(own_TN[None] & valid_GT[..., None], axis=1)
     reads_GTN = before_TN[None] & valid_GT[..., None] & served_GN[:, None]
-    logits_GTENS = logits_GTES[:, :, :, None]
     reads_GT1N1 = reads_GTN[:, :, None, :, None]
-    dispatch_GTENS = jax.nn.softmax(jnp.where(reads_GT1N1, logits_GTENS, -1e30), axis=1)
-    dispatch_GTENS = jnp.where(reads_GT1N1, dispatch_GTENS, 0)
-    combine_GTES = jax.nn.softmax(logits_GTES, axis=(2, 3))
+    read_GTENS = jnp.where(reads_GT1N1, read_GTES[:, :, :, None], -1e30)
+    dispatch_GTENS = jnp.where(reads_GT1N1, jax.nn.softmax(read_GTENS, axis=1), 0)
     reader_GTN = own_TN[None] & valid_GT[..., None]
-    combine_GTENS = jnp.where(reader_GTN[:, :, None, :, None], combine_GTES[:, :, :, None], 0)
+    combine_GTENS = jnp.where(reader_GTN[:, :, None, :, None], share_GTES[:, :, :, None], 0)
     shape = (groups, tokens, experts, segments * slots)
     return SoftSlots(dispatch_GTENS.reshape(shape), combine_GTENS.reshape(shape))
 

@@ -1,0 +1,89 @@
+"""Router state that follows the steps: thresholds, quantiles, temperatures."""
+
+import dataclasses
+
+from goldens import inputs_of
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from routing import (
+    ExpertChoiceRouter,
+    QuantileBalancer,
+    Sizes,
+    SoftChoice,
+    SoftMoE,
+    TopK,
+    initialize,
+)
+
+T, D, E = 64, 6, 4
+
+
+def tilted(seed=0):
+    """Tokens that all lean one way."""
+    return np.random.default_rng(seed).standard_normal((T, D)) + 1.0
+
+
+def inputs(seed=0, train=True):
+    return inputs_of(tilted(seed), "float32", train=train)
+
+
+def test_a_quantile_step_balances_the_batch_that_it_saw():
+    options = {"k": 2, "gates": "sigmoid", "losses": (), "balancer": QuantileBalancer}
+    router = initialize(TopK(Sizes(D, E, 9), **options), 0)
+    before = router(inputs())
+    assert before.stats.count_E.max() > 1.3 * T * 2 / E, "skewed, or there is nothing to show"
+    for _ in range(4):
+        router.balancer.update(router(inputs()).stats)
+    after = router(inputs()).stats.count_E
+    assert after.max() <= 1.1 * T * 2 / E, after
+    other = router(inputs(1)).stats.count_E
+    assert other.max() < before.stats.count_E.max()
+
+
+def test_a_quantile_balancer_refuses_to_balance_all_experts():
+    router = initialize(TopK(Sizes(D, E, 9), k=E, balancer=QuantileBalancer), 0)
+    with pytest.raises(ValueError, match="can't balance k=4 of 4 experts"):
+        router(inputs())
+
+
+def test_thresholds_make_evaluation_take_as_many_tokens_as_training():
+    router = initialize(ExpertChoiceRouter(Sizes(D, E, 9), decay=0.5), 0)
+    for _ in range(12):
+        output = router(inputs())
+        router.thresholds.update(output.stats)
+    # The running mean has converged to the lowest score that each expert took.
+    lowest_E = np.asarray(output.decision.gate_GEC).min(-1)[0]
+    np.testing.assert_allclose(router.thresholds.threshold_E[...], lowest_E, rtol=1e-3)
+    taken_E = np.asarray(router(inputs(train=False)).stats.count_E)
+    np.testing.assert_allclose(taken_E, T * 2 / E, atol=1)
+
+
+def test_a_step_of_padding_leaves_thresholds_alone():
+    router = initialize(ExpertChoiceRouter(Sizes(D, E, 9)), 0)
+    before_E = np.asarray(router.thresholds.threshold_E[...])
+    nothing = dataclasses.replace(inputs(), valid_GT=jnp.zeros((1, T), bool))
+    router.thresholds.update(router(nothing).stats)
+    np.testing.assert_array_equal(router.thresholds.threshold_E[...], before_E)
+
+
+def test_soft_choice_starts_as_soft_moe_and_ends_hard():
+    soft = initialize(SoftMoE(Sizes(D, E, 9), slots_per_expert=3), 0)
+    router = initialize(SoftChoice(Sizes(D, E, 9), 3, read=1e-3, write=1e-3, cooling_steps=5), 0)
+    one, other = soft(inputs()).decision, router(inputs()).decision
+    np.testing.assert_allclose(one.dispatch_GTES, other.dispatch_GTES, atol=1e-7)
+    np.testing.assert_allclose(one.combine_GTES, other.combine_GTES, atol=1e-7)
+    for _ in range(7):
+        router.cooling.update(router(inputs()).stats)
+    np.testing.assert_allclose(router.cooling.heat_2[...], 1e-3, rtol=1e-4)
+    hard = router(inputs()).decision
+    # A slot reads its best token, and a token its best slot.
+    np.testing.assert_array_equal(
+        np.argmax(hard.dispatch_GTES[0], 0), np.argmax(one.dispatch_GTES[0], 0)
+    )
+    assert np.median(np.asarray(hard.dispatch_GTES[0]).max(0)) > 0.999
+    best_T = np.asarray(one.combine_GTES[0]).reshape(T, -1).argmax(1)
+    hard_TN = np.asarray(hard.combine_GTES[0]).reshape(T, -1)
+    np.testing.assert_array_equal(hard_TN.argmax(1), best_T)
+    assert np.median(hard_TN.max(1)) > 0.999
