@@ -1,6 +1,7 @@
 """One transformer block: attention and a feed-forward, dense or a mixture of experts."""
 
 from collections.abc import Callable
+import dataclasses
 
 from flax import nnx
 import gin
@@ -12,7 +13,7 @@ from layers.feed_forward import FeedForward
 from layers.moe_layer import MoELayer
 from layers.norms import RMSNorm
 from layers.tokens import Tokens
-from routing.records import RouterOutput
+from routing.records import RouterOutput, TokenChoice
 from routing.router import Router
 
 
@@ -63,6 +64,10 @@ class Block(nnx.Module):
             mixed_BTD = 0
         if isinstance(self.feed_forward, MoELayer):
             y_BTD, output = self.feed_forward(h_BTD, tokens)
+            # Slots are the layer's own affair: what a model tells is the same in all its layers.
+            if isinstance(output.decision, TokenChoice):
+                decision = dataclasses.replace(output.decision, slot_GTK=None, capacity=None)
+                output = dataclasses.replace(output, decision=decision)
         else:
             with jax.named_scope("feed_forward"):
                 y_BTD, output = self.feed_forward(h_BTD), None

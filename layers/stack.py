@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.block import Block
+from layers.depths import DepthBlock
 from layers.tokens import Tokens
 from routing.records import RouterOutput, WholeStep
 
@@ -35,18 +36,19 @@ def rematerialised(body: Callable, remat: str) -> Callable:
 class Unit(nnx.Module):
     """The blocks of one step of the scan, e.g. a dense one and then a sparse one."""
 
-    def __init__(self, blocks: Sequence[Block]):
+    def __init__(self, blocks: Sequence[Block | DepthBlock]):
         self.blocks = nnx.List(blocks)
 
     def __call__(self, x_BTD, tokens: Tokens, first_layer, steps):
-        """x after the blocks, and the router output of each sparse one."""
-        outputs = []
+        """x after the blocks, and what the routers of experts and those of depth said."""
+        outputs, depths = [], []
         for j, block in enumerate(self.blocks):
             step = steps[len(outputs)] if steps and block.is_moe else None
-            x_BTD, output = block(x_BTD, tokens.for_layer(first_layer + j, step))
+            x_BTD, output, *depth = block(x_BTD, tokens.for_layer(first_layer + j, step))
             if output is not None:
                 outputs.append(output)
-        return x_BTD, outputs
+            depths += depth
+        return x_BTD, (outputs, depths)
 
 
 class Stack(nnx.Module):
@@ -62,7 +64,7 @@ class Stack(nnx.Module):
 
     def __init__(
         self,
-        make_blocks: Callable[[], Sequence[Block]],
+        make_blocks: Callable[[], Sequence[Block | DepthBlock]],
         repeats: int,
         first_layer: int,
         remat: Remat = "none",
@@ -85,7 +87,7 @@ class Stack(nnx.Module):
         return variable.replace(value, layers=layers)
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens, steps: list[WholeStep] | None):
-        """x after all layers, and the router outputs with a leading axis over sparse layers.
+        """x after all layers; the outputs of the experts' routers, and of depth's, over layers.
 
         steps: for each sparse block of the unit, whole-step statistics stacked over repeats.
         """
@@ -98,8 +100,8 @@ class Stack(nnx.Module):
         body = rematerialised(body, self.remat)
         first = self.first_layer + self.length * jnp.arange(self.repeats)
         unroll = 1 if self.scan else self.repeats
-        x_BTD, outputs = jax.lax.scan(body, x_BTD, (state, first, steps), unroll=unroll)
-        return x_BTD, in_layer_order(outputs)
+        x_BTD, (outputs, depths) = jax.lax.scan(body, x_BTD, (state, first, steps), unroll=unroll)
+        return x_BTD, in_layer_order(outputs), in_layer_order(depths)
 
     def update_router_state(self, stats_per_block) -> None:
         """Every memory's update, layer by layer, from statistics stacked over repeats."""

@@ -41,10 +41,15 @@ class Model:
     @property
     def loss_coefficients(self) -> dict[str, float]:
         """The router losses that are in effect."""
-        if self.moe_layer is None:
-            return {}
-        router = self.moe_layer.router
-        return {loss.name: loss.coefficient for loss in router.losses} | dict(router.completed)
+        told = {}
+        if self.moe_layer is not None:
+            router = self.moe_layer.router
+            told = {loss.name: loss.coefficient for loss in router.losses}
+            told |= dict(router.completed)
+        if self.module.depth_router is not None:
+            depth = self.module.depth_router
+            told |= {f"depth/{loss.name}": loss.coefficient for loss in depth.losses}
+        return told
 
 
 def assemble(

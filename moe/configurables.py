@@ -21,6 +21,7 @@ from routing import (
     base,
     capacity,
     controls,
+    depths,
     dselect_k,
     expert_choice,
     gshard,

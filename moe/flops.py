@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from layers.depths import DepthBlock, blocks_of
 from moe.functional import Arrays
 from moe.model import Transformer
 
@@ -38,6 +39,8 @@ def costs(
 ) -> Costs:
     """Counted from the parameters: 6 FLOPs for each weight of a matmul, and attention.
 
+    experts_per_token are those of a token that reaches the layer: of a Mixture-of-Depths' block
+    only the share of tokens that goes through pays, and of attention in it the square of that.
     Attention counts what its mask leaves: T / 2 keys per query on average in a decoder (the
     window's share where there is one). Embedding look-ups cost nothing; the head does, tied or not.
     """
@@ -46,15 +49,26 @@ def costs(
     in_experts = sum(math.prod(value.shape) for value in experts.values())
     num_experts = model.moe_layers_of_units()[0].router.num_experts if experts else 1
     sparse = sum(model.is_moe)
-    share = experts_per_token / num_experts
     matmul = total - in_experts
     matmul -= sum(math.prod(v.shape) for n, v in params.items() if _is_no_matmul(n, v, model))
+    depth = model.depth_router
+    if depth is not None:
+        inside = (
+            v
+            for n, v in params.items()
+            if ".block." in n and n not in experts and not _is_no_matmul(n, v, model)
+        )
+        matmul -= (1 - depth.capacity) * sum(math.prod(v.shape) for v in inside)
+    layers = [(layer, stack.repeats) for stack in model.stacks for layer in stack.unit.blocks]
+    reached = sum(through(layer) * repeats for layer, repeats in layers if layer.is_moe)
+    experts_per_token *= reached / sparse if sparse else 1
     one_expert = in_experts // (num_experts * sparse) if experts else 0
     attention = sum(_attention_flops(model, stack, sequence_length) for stack in model.stacks)
+    share = experts_per_token / num_experts
     return Costs(
         parameters_total=total,
         parameters_active=round(total - in_experts * (1 - min(share, 1.0))),
-        flops_per_token_base=6 * matmul + attention,
+        flops_per_token_base=round(6 * matmul) + attention,
         flops_per_assignment=6 * one_expert,
         sparse_layers=sparse,
         experts_per_token=experts_per_token,
@@ -72,16 +86,23 @@ def _is_no_matmul(name: str, value, model: Transformer) -> bool:
     )
 
 
+def through(layer) -> float:
+    """The share of the tokens that a layer works on in training."""
+    return layer.depth_router.capacity if isinstance(layer, DepthBlock) else 1.0
+
+
 def _attention_flops(model: Transformer, stack, length: int) -> int:
     """Of one token in all layers of a stack, forward and backward."""
     total = 0
-    for block in stack.unit.blocks:
+    for layer in stack.unit.blocks:
+        (block,) = blocks_of([layer])
         attention = block.attention
         heads, width = attention.query_DHK.shape[-2:]
         seen = length / 2 if model.causal else length
         if attention.window is not None:
             seen = min(seen, attention.window)
-        total += round(3 * 4 * seen * heads * width) * stack.repeats
+        # So many tokens, each of which sees so many.
+        total += round(through(layer) ** 2 * 3 * 4 * seen * heads * width) * stack.repeats
     return total
 
 

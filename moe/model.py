@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from layers.attention import Attention
 from layers.block import Block
 from layers.constrain import constrain
+from layers.depths import DepthBlock, blocks_of
 from layers.feed_forward import FeedForward
 from layers.linear import linear
 from layers.moe_layer import MoELayer
@@ -22,7 +23,15 @@ from layers.norms import RMSNorm
 from layers.positions import POSITIONS, LearnedPositions, Positions, sinusoidal
 from layers.stack import REMAT, Remat, Stack
 from layers.tokens import Tokens
-from routing import Causality, RouterOutput, RouterStats, TrainingText, WholeStep
+from routing import (
+    Causality,
+    MixtureOfDepths,
+    RouterOutput,
+    RouterStats,
+    Sizes,
+    TrainingText,
+    WholeStep,
+)
 from routing.parameters import normal, parameter, truncated_normal
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -30,22 +39,26 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @nnx.dataclass
 class ModelOutput(nnx.Pytree):
-    """hidden_BTD is normalised, ready for `Transformer.logits`; routers is stacked over layers."""
+    """hidden_BTD is normalised, ready for `Transformer.logits`.
+
+    routers is stacked over sparse layers, depths over the layers that only some tokens go through.
+    """
 
     hidden_BTD: Float[Array, "B T D"] = nnx.data()
     routers: RouterOutput | None = nnx.data(default=None)
+    depths: RouterOutput | None = nnx.data(default=None)
 
 
-def runs_of_layers(is_moe: Sequence[bool]) -> list[tuple[tuple[bool, ...], int]]:
+def runs_of_layers(kinds: Sequence) -> list[tuple[tuple, int]]:
     """(pattern, repeats) pairs that spell out the layers: the fewest traced blocks first.
 
     [0,1,0,1] is one run of (0,1) twice; [0,1,1,1] is (0) once, then (1) three times.
     """
-    layers = tuple(is_moe)
+    layers = tuple(kinds)
     for period in range(1, len(layers) // 2 + 1):
         if len(layers) % period == 0 and layers[:period] * (len(layers) // period) == layers:
             return [(layers[:period], len(layers) // period)]
-    runs: list[tuple[tuple[bool, ...], int]] = []
+    runs: list[tuple[tuple, int]] = []
     for kind in layers:
         if runs and runs[-1][0] == (kind,):
             runs[-1] = ((kind,), runs[-1][1] + 1)
@@ -68,6 +81,8 @@ class Transformer(nnx.Module):
         moe: `MoELayer`, or None for the dense model.
         moe_every: layers n-1, 2n-1, ... (from 0) are sparse.
         moe_layers: exactly these layers (from 0) are sparse; then moe_every must be 1.
+        depth_router: `MixtureOfDepths`, which lets only some tokens through a layer; None for all.
+        depth_every: layers n-1, 2n-1, ... (from 0) have one.
         positions: rotary, alibi, learned, sinusoidal or none.
         max_length: tokens per sequence at most; needed by learned positions alone.
         norm, feed_forward, attention, block: the classes that layers are made of.
@@ -92,6 +107,8 @@ class Transformer(nnx.Module):
         moe: Callable[..., MoELayer] | None = None,
         moe_every: int = 1,
         moe_layers: Sequence[int] | None = None,
+        depth_router: Callable[[Sizes], MixtureOfDepths] | None = None,
+        depth_every: int = 2,
         positions: Positions = "rotary",
         max_length: int | None = None,
         norm: Callable[[int], nnx.Module] = RMSNorm,
@@ -108,6 +125,7 @@ class Transformer(nnx.Module):
         check_choice("compute_dtype", compute_dtype, tuple(DTYPES))
         is_moe = sparse_layers(num_layers, moe is not None, moe_every, moe_layers)
         self.vocab_size, self.d_model, self.causal = vocab_size, d_model, causal
+        is_deep = sparse_layers(num_layers, depth_router is not None, depth_every, None, "depth")
         self.is_moe, self.positions, self.compute_dtype = is_moe, positions, compute_dtype
         self.embedding_VD = parameter((vocab_size, d_model), ("vocab", "embed"), normal(0.02))
         learned = None
@@ -129,11 +147,17 @@ class Transformer(nnx.Module):
             moe, vocab_size=vocab_size, text=text, out_scale=out_scale
         )
         stacks, first = [], 0
-        for pattern, repeats in runs_of_layers(is_moe):
+        sizes = Sizes(d_model, 1, vocab_size, text)
+
+        def make_block(sparse, deep):
+            kind = make_moe if sparse else make_dense
+            made = block(d_model, make_attention, kind, norm=norm)
+            return DepthBlock(made, depth_router(sizes)) if depth_router and deep else made
+
+        for pattern, repeats in runs_of_layers(tuple(zip(is_moe, is_deep, strict=True))):
 
             def make_blocks(pattern=pattern):
-                kinds = [make_moe if sparse else make_dense for sparse in pattern]
-                return [block(d_model, make_attention, kind, norm=norm) for kind in kinds]
+                return [make_block(*kind) for kind in pattern]
 
             stacks.append(Stack(make_blocks, repeats, first, remat, scan))
             first += len(pattern) * repeats
@@ -148,8 +172,14 @@ class Transformer(nnx.Module):
 
     def moe_layers_of_units(self) -> list[MoELayer]:
         """One representative of the sparse layers of each unit (its parameters are stacked)."""
-        blocks = [block for stack in self.stacks for block in stack.unit.blocks]
+        blocks = blocks_of(block for stack in self.stacks for block in stack.unit.blocks)
         return [b.feed_forward for b in blocks if isinstance(b.feed_forward, MoELayer)]
+
+    @property
+    def depth_router(self) -> MixtureOfDepths | None:
+        """One of its routers of depth (their parameters are stacked); None where it has none."""
+        layers = [block for stack in self.stacks for block in stack.unit.blocks]
+        return next((b.depth_router for b in layers if isinstance(b, DepthBlock)), None)
 
     def _refuse_routers_that_see_the_future(self) -> None:
         for layer in self.moe_layers_of_units():
@@ -173,17 +203,16 @@ class Transformer(nnx.Module):
         elif self.positions == "sinusoidal":
             x_BTD = x_BTD + sinusoidal(tokens.position_BT, self.d_model)
         x_BTD = constrain(x_BTD.astype(dtype), "batch", None, None)
-        outputs, done = [], 0
+        outputs, depths, done = [], [], 0
         for stack in self.stacks:
             per_unit = sum(b.is_moe for b in stack.unit.blocks)
             steps = per_block(step, done, per_unit, stack.repeats)
-            x_BTD, output = stack(x_BTD, tokens, steps)
+            x_BTD, output, depth = stack(x_BTD, tokens, steps)
             done += per_unit * stack.repeats
-            if output is not None:
-                outputs.append(output)
+            outputs += [] if output is None else [output]
+            depths += [] if depth is None else [depth]
         hidden_BTD = self.final_norm(x_BTD)  # pyright: ignore[reportCallIssue]
-        routers = jax.tree.map(lambda *a: jnp.concatenate(a), *outputs) if outputs else None
-        return ModelOutput(hidden_BTD, routers)
+        return ModelOutput(hidden_BTD, over_layers(outputs), over_layers(depths))
 
     def head(self) -> jax.Array:
         """(D, V) float32: what hidden states are multiplied with."""
@@ -207,6 +236,11 @@ class Transformer(nnx.Module):
             done += per_unit * stack.repeats
 
 
+def over_layers(outputs: list[RouterOutput]) -> RouterOutput | None:
+    """The outputs of several stacks as one over all their layers."""
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *outputs) if outputs else None
+
+
 def per_block(tree, first: int, per_unit: int, repeats: int):
     """Leaves stacked over sparse layers, cut for one stack: a list, each stacked over repeats."""
     if tree is None or not per_unit:
@@ -217,8 +251,8 @@ def per_block(tree, first: int, per_unit: int, repeats: int):
     ]
 
 
-def sparse_layers(num_layers, has_moe, every, listed) -> tuple[bool, ...]:
-    """Which layers are sparse; raise ValueError for a choice that can't be."""
+def sparse_layers(num_layers, has_moe, every, listed, name="moe") -> tuple[bool, ...]:
+    """Which layers are sparse (or have a depth router); ValueError for a choice that can't be."""
     if num_layers < 1:
         raise ValueError(f"Transformer.num_layers={num_layers} must be at least 1")
     if not has_moe:
@@ -233,8 +267,8 @@ def sparse_layers(num_layers, has_moe, every, listed) -> tuple[bool, ...]:
         return tuple(layer in listed for layer in range(num_layers))
     if not 1 <= every <= num_layers:
         raise ValueError(
-            f"Transformer.moe_every={every} leaves no sparse layer among {num_layers}; "
-            f"choose 1 to {num_layers}, or moe = None for a dense model"
+            f"Transformer.{name}_every={every} leaves no such layer among {num_layers}; "
+            f"choose 1 to {num_layers}, or no router at all"
         )
     return tuple(layer % every == every - 1 for layer in range(num_layers))
 

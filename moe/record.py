@@ -74,6 +74,8 @@ class Recorder:
         }
         if routing is not None:
             scalars |= metrics.routing_scalars(routing, self.built.loss_coefficients)
+        if measured.depths is not None:
+            scalars |= {f"depth/{name}": float(v.mean()) for name, v in measured.depths.items()}
         return scalars
 
     def held_out(self, step: int, loss: float, bits_per_byte: float) -> None:

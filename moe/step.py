@@ -33,13 +33,17 @@ class TrainState(nnx.Pytree):
 
 @nnx.dataclass
 class StepMetrics(nnx.Pytree):
-    """What one step measured; stays on the device until it is read."""
+    """What one step measured; stays on the device until it is read.
+
+    depths: what routers of depth lost and, as a share of the tokens, counted, by layer.
+    """
 
     loss: Float[Array, ""] = nnx.data()
     scored: Int[Array, ""] = nnx.data()
     routers: RouterOutput | None = nnx.data()
     grad_norms: dict[str, Array] = nnx.data()
     update_norm: Float[Array, ""] | None = nnx.data(default=None)
+    depths: dict[str, Array] | None = nnx.data(default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,27 +108,31 @@ class Step:
             return grads, measured
 
         if self.accumulate == 1:
-            grads, (loss, routers) = one(batch, None)
+            grads, (loss, routers, depths) = one(batch, None)
         else:
             micros = micro_batches(batch, self.accumulate, self.sequences_per_group)
             statistics = None
             if self.whole_step_losses:
                 only = jax.lax.map(lambda micro: self._statistics(state, micro, key), micros)
                 statistics = jax.tree.map(lambda a: a.sum(0), only)
-            grads, (loss, routers) = summed(
+            grads, (loss, routers, depths) = summed(
                 lambda micro: one(micro, share_of(statistics, micro, valid)), micros
             )
-        return grads, StepMetrics(loss, scored, routers, grad_norms(grads))
+        return grads, StepMetrics(loss, scored, routers, grad_norms(grads), depths=depths)
 
     def _loss(self, params, state, batch: Batch, key, whole: WholeStep | None, scored, valid):
         """This micro-batch's part of the step's loss, and what it measured."""
         model = self.graph.join(params, state.router_state)
         out = model(objectives.tokens_of(batch, key, train=True), whole)
         nats = cross_entropy_sum(model.head(), out.hidden_BTD, batch.target_BT, batch.scored_BT)
-        loss = nats / scored
+        loss, share = nats / scored, (batch.segment_BT > 0).sum() / valid
+        depths, deep = None, 0.0
+        if out.depths is not None:
+            depths = {name: share * value for name, value in out.depths.losses.items()}
+            depths |= {name: value / valid for name, value in out.depths.stats.own.items()}
+            deep = share * out.depths.penalty.sum()
         if out.routers is None:
-            return loss, (loss, None)
-        share = (batch.segment_BT > 0).sum() / valid
+            return loss + deep, (loss, None, depths)
         losses = {name: share * value for name, value in out.routers.losses.items()}
         penalty_L = share * out.routers.penalty
         if out.routers.policy is not None:
@@ -133,7 +141,7 @@ class Step:
             weights = dict(model.moe_layers_of_units()[0].router.completed)
             penalty_L += sum(weights[name] * value for name, value in completed.items())
         routers = RouterOutput(None, losses, penalty_L, out.routers.stats)
-        return loss + penalty_L.sum(), (loss, routers)
+        return loss + deep + penalty_L.sum(), (loss, routers, depths)
 
     def _completed(self, model, out, batch: Batch, scored) -> dict[str, Array]:
         """The losses of routers whose choices are rewarded by each token's likelihood."""
@@ -216,7 +224,7 @@ def summed(one: Callable, micros: Batch):
 
 def grad_norms(grads: Arrays) -> dict[str, Array]:
     """L2 norms of all gradients, of the routers' and of the experts'."""
-    kinds = {"all": "", "router": ".router.", "experts": ".experts."}
+    kinds = {"all": "", "router": "router.", "experts": ".experts."}
     chosen = {kind: [g for n, g in grads.items() if part in n] for kind, part in kinds.items()}
     return {kind: optax.tree.norm(found) for kind, found in chosen.items() if found}
 

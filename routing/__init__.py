@@ -4,6 +4,7 @@ from routing.balancers import Balancer, BiasBalancer, Memory, QuantileBalancer
 from routing.base import BASE
 from routing.capacity import Capacity, slots_per_expert
 from routing.controls import AllExperts, Balanced, FrozenTopK, UniformRandom, Zipf
+from routing.depths import MixtureOfDepths
 from routing.dselect_k import DSelectK
 from routing.expert_choice import ExpertChoiceRouter
 from routing.gshard import GShard
@@ -75,6 +76,7 @@ __all__ = [
     "LoadLoss",
     "Lory",
     "Memory",
+    "MixtureOfDepths",
     "NoisyTopK",
     "Policy",
     "QuantileBalancer",

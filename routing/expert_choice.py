@@ -119,7 +119,7 @@ def best_tokens(preference_GET, valid_GT, factor: float, num_experts: int):
     size = {"k": 1, "num_experts": num_experts, "factor": factor}
     tokens = valid_GT.shape[1]
     slots = min(slots_per_expert(tokens, **size), tokens)
-    real_GET = jnp.where(valid_GT[:, None], preference_GET, -1.0)
+    real_GET = jnp.where(valid_GT[:, None], preference_GET, -jnp.inf)
     _, token_GEC = jax.lax.top_k(real_GET, slots)
     token_GEC = checkpoint_name(token_GEC, "routing")
     limit_G = jnp.minimum(slots_for_valid(valid_GT, **size), valid_GT.sum(1))
