@@ -104,7 +104,9 @@ def spread(inner: Decision | None, outer: ExpertChoice) -> TokenChoice:
         return a_TK.at[token_C].set(a_CK, mode="drop")
 
     def over_tokens(a_GNK):
-        return jax.vmap(one)(token_BC, a_GNK.reshape(*token_BC.shape, -1))
+        groups, _, k = a_GNK.shape
+        spread_BTK = jax.vmap(one)(token_BC, a_GNK.reshape(*token_BC.shape, k))
+        return spread_BTK.reshape(groups, -1, k)
 
     return jax.tree.map(over_tokens, inner)
 

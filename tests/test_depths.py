@@ -127,7 +127,11 @@ def model(**settings):
 
 
 moe = functools.partial(MoELayer, router=functools.partial(TopK, k=2), num_experts=4, d_ff=8)
-MODELS = {"dense": {}, "staged": {"moe": moe}, "staged apart": {"moe": moe, "moe_every": 2}}
+MODELS = {
+    "dense": {},
+    "staged": {"moe": functools.partial(moe, sequences_per_group=2)},
+    "staged apart": {"moe": moe, "moe_every": 2},
+}
 
 
 def batch(seed, train):
@@ -164,7 +168,7 @@ def test_a_model_sees_the_future_in_training_and_never_at_evaluation(settings):
 
 def test_the_experts_inside_tell_of_all_tokens():
     decision = model(**MODELS["staged"])(batch(0, True)).routers.decision
-    assert isinstance(decision, TokenChoice) and decision.expert_GTK.shape == (4, B, T, 2)
+    assert isinstance(decision, TokenChoice) and decision.expert_GTK.shape == (4, B // 2, 2 * T, 2)
     kept_L = np.asarray(decision.keep_GTK).any(-1).sum((1, 2))
     assert kept_L[0] > kept_L[1] and kept_L[1] <= B * T // 4
 
