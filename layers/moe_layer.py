@@ -12,10 +12,14 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from layers.cheap_experts import DefaultVectors, ZeroCopyConstant
 from layers.constrain import constrain
 from layers.dispatch import Dispatcher, SlotGather
 from layers.feed_forward import Activation, Experts, FeedForward, hidden_width
+from layers.neuron_experts import NeuronExperts
+from layers.segmented_experts import SegmentedExperts
 from layers.tokens import Tokens
+from routing.balancers import Memory
 from routing.capacity import Capacity
 from routing.records import (
     ExpertMerge,
@@ -25,6 +29,7 @@ from routing.records import (
     TokenChoice,
     TrainingText,
     choices_GE,
+    gates_GTE,
 )
 from routing.router import Router
 
@@ -43,6 +48,13 @@ class MoELayer(nnx.Module):
         capacity: what an expert takes at most; `Capacity()` where None.
         dispatcher: how tokens move; `SlotGather()` where None.
         shared_experts: this many further experts of the same width that every token uses.
+        neurons: `NeuronExperts` for experts of one hidden unit each, in place of feed-forwards;
+            d_ff, activation, capacity and dispatcher then have no meaning.
+        segmented: `SegmentedExperts`, in which a token's choices make up one expert (MultiHash);
+            capacity then has no meaning: nothing is dropped.
+        cheap_experts: a class such as `ZeroCopyConstant`, whose members the router chooses like
+            experts of their own.
+        default_vectors: a class such as `DefaultVectors`, for experts that were not chosen.
         sequences_per_group: a group, within which capacity is counted, is this many sequences, or
             the whole batch where that is smaller.
         out_scale: variance scale of the output weights.
@@ -60,6 +72,10 @@ class MoELayer(nnx.Module):
         capacity: Capacity | None = None,
         dispatcher: Dispatcher | None = None,
         shared_experts: int = 0,
+        neurons: Callable[..., NeuronExperts] | None = None,
+        segmented: Callable[..., SegmentedExperts] | None = None,
+        cheap_experts: Callable[[int], ZeroCopyConstant] | None = None,
+        default_vectors: Callable[[int, int], DefaultVectors] | None = None,
         sequences_per_group: int = 1,
         out_scale: float = 1.0,
         text: TrainingText | None = None,
@@ -72,8 +88,16 @@ class MoELayer(nnx.Module):
         self.capacity = Capacity() if capacity is None else capacity
         self.dispatcher = SlotGather() if dispatcher is None else dispatcher
         self.sequences_per_group = sequences_per_group
-        self.router = router(Sizes(d_model, num_experts, vocab_size, text))
-        self.experts = Experts(num_experts, d_model, d_ff, activation, out_scale)
+        self.cheap = cheap_experts(d_model) if cheap_experts else None
+        self.defaults = default_vectors(num_experts, d_model) if default_vectors else None
+        choices = num_experts + (self.cheap.count if self.cheap else 0)
+        self.num_experts = num_experts
+        self.router = router(Sizes(d_model, choices, vocab_size, text))
+        if neurons is not None:
+            self.experts = neurons(num_experts, d_model, out_scale=out_scale)
+        else:
+            make = Experts if segmented is None else segmented
+            self.experts = make(num_experts, d_model, d_ff, activation, out_scale)
         shared = None
         if shared_experts:
             shared = FeedForward(d_model, shared_experts * d_ff, activation, out_scale)
@@ -83,32 +107,76 @@ class MoELayer(nnx.Module):
         """The layer's output (B, T, D) and what its router said."""
         inputs = self._group(x_BTD, tokens)
         output = self.router(inputs)
-        decision = output.decision
-        assert decision is not None  # only whole models leave it out
-        if isinstance(decision, TokenChoice):
+        chosen = decision = output.decision
+        assert decision is not None and chosen is not None  # only whole models leave it out
+        if self.cheap is not None:
+            decision = self._without_cheap(decision)
+        if isinstance(decision, TokenChoice) and isinstance(self.experts, Experts):
             decision = self.capacity.fit(decision, inputs)
         decision = _save_by_name(decision)
         # Padding is zero here, so NaN in it reaches neither the experts nor their gradients.
         x_GTD = inputs.x_GTD.astype(x_BTD.dtype)
-        y_GTD = self._experts(x_GTD, decision)
+        y_GTD, own = self._experts(x_GTD, decision, inputs)
+        kept_E = choices_GE(decision).sum(0)
+        if self.cheap is not None:
+            cheap_GTN = gates_GTE(chosen)[..., self.num_experts :]
+            y_GTD = y_GTD + self.cheap(x_GTD, cheap_GTN)
+            kept_E = jnp.concatenate([kept_E, output.stats.count_E[self.num_experts :]])
         y_BTD = constrain(y_GTD, "batch", None, None).reshape(x_BTD.shape)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 y_BTD = y_BTD + self.shared(x_GTD.reshape(x_BTD.shape))
-        stats = dataclasses.replace(output.stats, kept_E=choices_GE(decision).sum(0))
+        stats = dataclasses.replace(output.stats, kept_E=kept_E, own=output.stats.own | own)
         return y_BTD, dataclasses.replace(output, decision=decision, stats=stats)
 
-    def _experts(self, x_GTD, decision):
-        """What the experts make of the tokens, home again (G, T, D)."""
+    def _without_cheap(self, decision) -> TokenChoice:
+        """The decision with the assignments to experts that cost something alone."""
+        if not isinstance(decision, TokenChoice):
+            raise ValueError(
+                "MoELayer.cheap_experts need a router that chooses for each token, as TopK and "
+                f"Switch do; {type(self.router).__name__} decides by {type(decision).__name__}"
+            )
+        real_GTK = decision.expert_GTK < self.num_experts
+        return dataclasses.replace(
+            decision,
+            expert_GTK=jnp.where(real_GTK, decision.expert_GTK, 0),
+            keep_GTK=decision.keep_GTK & real_GTK,
+            num_experts=self.num_experts,
+        )
+
+    def _experts(self, x_GTD, decision, inputs) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """What the experts make of the tokens, home again (G, T, D), and sums for memories."""
+        if not isinstance(self.experts, Experts):
+            if not isinstance(decision, TokenChoice):
+                raise ValueError(
+                    f"{type(self.experts).__name__} need a router that chooses for each token; "
+                    f"{type(self.router).__name__} decides by {type(decision).__name__}"
+                )
+            with jax.named_scope(type(self.experts).__name__):
+                if isinstance(self.experts, NeuronExperts):
+                    return self.experts(x_GTD, decision), {}
+                return self.experts(x_GTD, decision, inputs, self.dispatcher), {}
         if isinstance(decision, ExpertMerge):
             with jax.named_scope("merged_experts"):
-                return self.experts.merged(x_GTD, decision)
+                return self.experts.merged(x_GTD, decision), {}
         with jax.named_scope("dispatch"):
             x_EGCD = self.dispatcher.dispatch(x_GTD, decision)
         with jax.named_scope("experts"):
             y_EGCD = self.experts(x_EGCD)
         with jax.named_scope("combine"):
-            return self.dispatcher.combine(y_EGCD, decision)
+            y_GTD = self.dispatcher.combine(y_EGCD, decision)
+        if self.defaults is None:
+            return y_GTD, {}
+        if not isinstance(decision, TokenChoice) or decision.rest_GTE is None:
+            raise ValueError(
+                "MoELayer.default_vectors need the gates of experts that were not chosen: use TopK "
+                "with keep_rest=True"
+            )
+        return y_GTD + self.defaults(decision.rest_GTE, x_GTD.dtype), self.defaults.tally(y_EGCD)
+
+    def memories(self) -> list[Memory]:
+        """Every part of it whose state changes between optimizer steps."""
+        return [module for _, module in nnx.iter_modules(self) if isinstance(module, Memory)]
 
     def _group(self, x_BTD, tokens: Tokens) -> RouterInputs:
         """The router's inputs: groups of whole sequences, float32, padding set to zero."""
@@ -136,7 +204,7 @@ class MoELayer(nnx.Module):
 
 def _save_by_name(decision):
     """Name the decision's integers, so that rematerialisation keeps them and never routes again."""
-    if not isinstance(decision, TokenChoice):
+    if not isinstance(decision, TokenChoice) or decision.slot_GTK is None:
         return decision
     return dataclasses.replace(
         decision,

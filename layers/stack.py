@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from layers.block import Block
-from layers.depths import DepthBlock
+from layers.depths import DepthBlock, blocks_of
+from layers.moe_layer import MoELayer
 from layers.tokens import Tokens
 from routing.records import RouterOutput, WholeStep
 
@@ -105,20 +106,24 @@ class Stack(nnx.Module):
 
     def update_router_state(self, stats_per_block) -> None:
         """Every memory's update, layer by layer, from statistics stacked over repeats."""
-        routers = [block.router for block in self.unit.blocks if block.router is not None]
-        if not any(router.memories() for router in routers):
+        if not any(layer.memories() for layer in moe_layers(self.unit.blocks)):
             return
         graphdef, state = nnx.split(self.unit)
 
         def one(state, stats_per_block):
             unit = nnx.merge(graphdef, state)
-            routers = [block.router for block in unit.blocks if block.router is not None]
-            for router, stats in zip(routers, stats_per_block, strict=True):
-                for memory in router.memories():
+            for layer, stats in zip(moe_layers(unit.blocks), stats_per_block, strict=True):
+                for memory in layer.memories():
                     memory.update(stats)
             return nnx.state(unit)
 
         nnx.update(self.unit, jax.vmap(one)(state, stats_per_block))
+
+
+def moe_layers(blocks) -> list[MoELayer]:
+    """The mixtures of experts of some blocks, in order."""
+    found = [block.feed_forward for block in blocks_of(blocks)]
+    return [layer for layer in found if isinstance(layer, MoELayer)]
 
 
 def in_layer_order(outputs: list[RouterOutput]):

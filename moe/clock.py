@@ -64,7 +64,7 @@ class Clock:
 
     def speed(self, routing: metrics.Routing | None) -> dict[str, float]:
         """Over the last ten steps."""
-        kept = None if routing is None else routing.kept_per_token
+        kept = None if routing is None else routing.kept_per_token(self._built.costs.num_experts)
         if kept is not None:
             self.total["kept"] += kept
             self.total["logged"] += 1

@@ -3,7 +3,18 @@
 A new module with a configurable gets its line here; tests/test_packaging.py looks for it.
 """
 
-from layers import attention, block, dispatch, feed_forward, moe_layer, norms, positions
+from layers import (
+    attention,
+    block,
+    cheap_experts,
+    dispatch,
+    feed_forward,
+    moe_layer,
+    neuron_experts,
+    norms,
+    positions,
+    segmented_experts,
+)
 from moe import (
     corpus,
     eval_command,
@@ -30,7 +41,9 @@ from routing import (
     hierarchical,
     losses,
     merging,
+    multi_hash,
     noisy_top_k,
+    product_keys,
     remoe,
     sampled,
     sinkhorn,

@@ -22,6 +22,7 @@ class Costs:
     flops_per_assignment: int
     sparse_layers: int
     experts_per_token: float
+    num_experts: int = 1  # that cost something
 
     @property
     def flops_per_token(self) -> int:
@@ -47,7 +48,7 @@ def costs(
     experts = {name: value for name, value in params.items() if ".experts." in name}
     total = sum(math.prod(value.shape) for value in params.values())
     in_experts = sum(math.prod(value.shape) for value in experts.values())
-    num_experts = model.moe_layers_of_units()[0].router.num_experts if experts else 1
+    num_experts = model.moe_layers_of_units()[0].num_experts if experts else 1
     sparse = sum(model.is_moe)
     matmul = total - in_experts
     matmul -= sum(math.prod(v.shape) for n, v in params.items() if _is_no_matmul(n, v, model))
@@ -72,6 +73,7 @@ def costs(
         flops_per_assignment=6 * one_expert,
         sparse_layers=sparse,
         experts_per_token=experts_per_token,
+        num_experts=num_experts,
     )
 
 

@@ -53,10 +53,9 @@ class Routing:
         """Experts, over all layers, with less than a hundredth of the mean load."""
         return int((self.count_LE < 0.01 * self.count_LE.mean(1, keepdims=True)).sum())
 
-    @property
-    def kept_per_token(self) -> float:
-        """Mean number of computed experts per token and layer."""
-        return float(self.kept_LE.sum() / (self.tokens * len(self.kept_LE)))
+    def kept_per_token(self, experts: int | None = None) -> float:
+        """Mean number of computed experts per token and layer; of the first so many experts."""
+        return float(self.kept_LE[:, :experts].sum() / (self.tokens * len(self.kept_LE)))
 
     def arrays(self, step: int) -> dict:
         """The whole layer-by-expert picture of a step, for reports and notebooks."""

@@ -15,13 +15,13 @@ from jaxtyping import Array, Float
 from layers.attention import Attention
 from layers.block import Block
 from layers.constrain import constrain
-from layers.depths import DepthBlock, blocks_of
+from layers.depths import DepthBlock
 from layers.feed_forward import FeedForward
 from layers.linear import linear
 from layers.moe_layer import MoELayer
 from layers.norms import RMSNorm
 from layers.positions import POSITIONS, LearnedPositions, Positions, sinusoidal
-from layers.stack import REMAT, Remat, Stack
+from layers.stack import REMAT, Remat, Stack, moe_layers
 from layers.tokens import Tokens
 from routing import (
     Causality,
@@ -172,8 +172,7 @@ class Transformer(nnx.Module):
 
     def moe_layers_of_units(self) -> list[MoELayer]:
         """One representative of the sparse layers of each unit (its parameters are stacked)."""
-        blocks = blocks_of(block for stack in self.stacks for block in stack.unit.blocks)
-        return [b.feed_forward for b in blocks if isinstance(b.feed_forward, MoELayer)]
+        return [layer for stack in self.stacks for layer in moe_layers(stack.unit.blocks)]
 
     @property
     def depth_router(self) -> MixtureOfDepths | None:

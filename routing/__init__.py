@@ -20,8 +20,10 @@ from routing.losses import (
     ZLoss,
 )
 from routing.merging import SMEAR, Lory
+from routing.multi_hash import MultiHash
 from routing.noisy_top_k import NoisyTopK
 from routing.parameters import RouterState, initialize, parameter, router_state
+from routing.product_keys import ProductKeys
 from routing.records import (
     Causality,
     Decision,
@@ -77,8 +79,10 @@ __all__ = [
     "Lory",
     "Memory",
     "MixtureOfDepths",
+    "MultiHash",
     "NoisyTopK",
     "Policy",
+    "ProductKeys",
     "QuantileBalancer",
     "ReMoE",
     "Router",

@@ -122,6 +122,7 @@ class TokenChoice(nnx.Pytree):
     """Each token picked K experts. keep_GTK is False for padding and for what was dropped.
 
     The capacity policy adds slot_GTK, the place in the expert's buffer of `capacity` slots.
+    rest_GTE are the weights of the experts that were not chosen, where a layer has a use for them.
     """
 
     expert_GTK: Int[Array, "G T K"] = nnx.data()
@@ -130,6 +131,7 @@ class TokenChoice(nnx.Pytree):
     num_experts: int = nnx.static()
     slot_GTK: Int[Array, "G T K"] | None = nnx.data(default=None)
     capacity: int | None = nnx.static(default=None)
+    rest_GTE: Float[Array, "G T E"] | None = nnx.data(default=None)
 
 
 @nnx.dataclass
@@ -235,6 +237,12 @@ def choices_GE(decision: Decision, *, kept_GTK: Array | None = None) -> Int[Arra
     """How many assignments each expert has in each group; a soft slot that reads is one."""
     if isinstance(decision, TokenChoice):
         keep_GTK = decision.keep_GTK if kept_GTK is None else kept_GTK
+        if decision.num_experts > 512:  # counted one by one, where a comparison with all is slower
+            flat = (keep_GTK.shape[0], -1)
+            count = functools.partial(jnp.bincount, length=decision.num_experts)
+            return jax.vmap(count)(
+                decision.expert_GTK.reshape(flat), keep_GTK.reshape(flat).astype(jnp.int32)
+            )
         hit_GTKE = jax.nn.one_hot(decision.expert_GTK, decision.num_experts, dtype=bool)
         return jnp.sum(hit_GTKE & keep_GTK[..., None], axis=(1, 2), dtype=jnp.int32)
     if isinstance(decision, ExpertChoice):

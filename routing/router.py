@@ -16,7 +16,6 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from routing.balancers import Memory
 from routing.losses import RouterLoss
 from routing.records import (
     Causality,
@@ -71,17 +70,16 @@ class Router(nnx.Module):
             )
         return RouterOutput(routing.decision, losses, penalty, stats, routing.policy)
 
-    def memories(self) -> list[Memory]:
-        """Every part of this router whose state changes between optimizer steps."""
-        return [module for _, module in nnx.iter_modules(self) if isinstance(module, Memory)]
-
 
 def strike_padding(routing: Routing, inputs: RouterInputs) -> Routing:
     """No assignment of a padded token stands, whatever the router said."""
     decision = routing.decision
     if isinstance(decision, TokenChoice):
-        keep_GTK = decision.keep_GTK & inputs.valid_GT[..., None]
-        decision = dataclasses.replace(decision, keep_GTK=keep_GTK)
+        valid_GT1 = inputs.valid_GT[..., None]
+        decision = dataclasses.replace(decision, keep_GTK=decision.keep_GTK & valid_GT1)
+        if decision.rest_GTE is not None:
+            rest_GTE = jnp.where(valid_GT1, decision.rest_GTE, 0)
+            decision = dataclasses.replace(decision, rest_GTE=rest_GTE)
     return dataclasses.replace(routing, decision=decision)
 
 

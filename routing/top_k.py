@@ -4,6 +4,7 @@ G groups, T tokens per group, D model width, E experts, K experts per token.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 from typing import Literal
 
 import gin
@@ -38,6 +39,7 @@ class TopK(Router):
             sum of its two best, bias included, or without a balancer its best.
         orthogonal: the weights start with orthonormal columns (SIMBAL, Guo et al. 2025), for
             which `TermLoss("orthogonality")` keeps them (the sum of |W^T W - I|).
+        keep_rest: the decision carries the gates of unchosen experts too, for `DefaultVectors`.
         losses: values such as `BalanceLoss()`; balance and z where None.
 
     Raises:
@@ -60,6 +62,7 @@ class TopK(Router):
         expert_groups: int = 1,
         groups_per_token: int = 1,
         orthogonal: bool = False,
+        keep_rest: bool = False,
         losses: Sequence[RouterLoss] | None = None,
     ):
         check_k("TopK", k, sizes)
@@ -73,7 +76,12 @@ class TopK(Router):
         check_groups(k, expert_groups, groups_per_token, sizes)
         self.num_experts, self.k, self.gates = sizes.num_experts, k, gates
         self.expert_groups, self.groups_per_token = expert_groups, groups_per_token
-        self.renormalise, self.scale = renormalise, scale
+        self.renormalise, self.scale, self.keep_rest = renormalise, scale, keep_rest
+        if keep_rest and (renormalise or gates == "softmax_of_selected"):
+            raise ValueError(
+                "TopK.keep_rest needs gates that unchosen experts have, too: renormalise=False and "
+                'gates="softmax" or "sigmoid"'
+            )
         self.losses = (BalanceLoss(), ZLoss()) if losses is None else tuple(losses)
         shape = (sizes.d_model, sizes.num_experts)
         init = parameters.orthogonal() if orthogonal else truncated_normal(init_scale)
@@ -96,6 +104,10 @@ class TopK(Router):
             gate_GTK = gate_GTK / jnp.maximum(gate_GTK.sum(-1, keepdims=True), 1e-20)
         keep_GTK = jnp.ones_like(expert_GTK, bool)
         decision = TokenChoice(expert_GTK, self.scale * gate_GTK, keep_GTK, self.num_experts)
+        if self.keep_rest:
+            chosen_GTE = jax.nn.one_hot(expert_GTK, self.num_experts, dtype=bool).any(-2)
+            rest_GTE = jnp.where(chosen_GTE, 0, self.scale * raw_GTE)
+            decision = dataclasses.replace(decision, rest_GTE=rest_GTE)
         skew = jnp.broadcast_to(non_orthogonality(self.weight_DE[...]), inputs.valid_GT.shape)
         tally = {}
         if self.balancer is not None:

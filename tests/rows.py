@@ -12,8 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from layers.cheap_experts import DefaultVectors, ZeroCopyConstant
 from layers.dispatch import OneHotEinsum, SlotGather, as_soft_slots
 from layers.moe_layer import MoELayer
+from layers.neuron_experts import NeuronExperts
+from layers.segmented_experts import SegmentedExperts
 from layers.stack import rematerialised
 from layers.tokens import Tokens
 from moe import functional
@@ -34,7 +37,9 @@ from routing import (
     Hash,
     Hierarchical,
     Lory,
+    MultiHash,
     NoisyTopK,
+    ProductKeys,
     QuantileBalancer,
     ReMoE,
     Router,
@@ -68,16 +73,17 @@ class Row:
     learned: tuple[str, ...] = ("weight_DE",)
     state: tuple[str, ...] = ()
     by_loss: tuple[str, ...] = ()  # parameters that learn from the router's own losses alone
+    layer: dict = dataclasses.field(default_factory=dict)  # further settings of the MoE layer
 
 
 TEXT = TrainingText(np.random.default_rng(0).integers(0, V, 500), V)
 
 
-def row(make, learned=("weight_DE",), state=(), by_loss=(), **options):
+def row(make, learned=("weight_DE",), state=(), by_loss=(), layer=None, **options):
     def of(sizes):
         return make(dataclasses.replace(sizes, text=TEXT), **options)
 
-    return Row(of, learned, state, by_loss)
+    return Row(of, learned, state, by_loss, layer or {})
 
 
 ROUTERS = {
@@ -98,6 +104,28 @@ ROUTERS = {
     "switch": row(Switch, jitter=0.1, losses=LOSSES),
     "quantile": row(
         TopK, k=2, balancer=QuantileBalancer, losses=LOSSES, state=("balancer.bias_E",)
+    ),
+    "moe_plus_plus": row(TopK, k=2, losses=LOSSES, layer={"cheap_experts": ZeroCopyConstant}),
+    "default_moe": row(
+        TopK,
+        k=2,
+        keep_rest=True,
+        losses=LOSSES,
+        state=("defaults.mean_ED",),
+        layer={"default_vectors": DefaultVectors},
+    ),
+    "peer": row(
+        ProductKeys,
+        heads=2,
+        k=2,
+        learned=("query_DHXQ", "key_QXN"),
+        layer={"neurons": NeuronExperts},
+    ),
+    "multi_hash": row(
+        MultiHash,
+        learned=(),
+        state=("table_NV",),
+        layer={"segmented": SegmentedExperts, "activation": "relu"},
     ),
     "groups": row(TopK, k=2, expert_groups=2, groups_per_token=1, orthogonal=True, losses=LOSSES),
     "noisy": row(NoisyTopK, k=2, learned=("weight_DE", "noise_DE")),
@@ -164,16 +192,20 @@ every_dispatcher = pytest.mark.parametrize(
 @functools.cache
 def values_of(name):
     """First parameters and router state, whatever moves the tokens; a bias that selects."""
-    layer = initialize(MoELayer(D, V, ROUTERS[name].make, E, F), 3)
+    row = ROUTERS[name]
+    layer = initialize(MoELayer(D, V, row.make, E, F, **row.layer), 3)
     if getattr(layer.router, "balancer", None) is not None:
         layer.router.balancer.bias_E.set_value(jnp.linspace(-0.1, 0.1, E))
+    if layer.defaults is not None:
+        layer.defaults.mean_ED.set_value(jnp.asarray(draw(4, E, D)))
     return functional.split(layer)[1:]
 
 
 @functools.cache
 def layer_of(name, dispatcher=SlotGather(), capacity=Capacity()):
-    router = ROUTERS[name].make
-    layer = MoELayer(D, V, router, E, F, capacity=capacity, dispatcher=dispatcher)
+    row = ROUTERS[name]
+    settings = {"capacity": capacity, "dispatcher": dispatcher, **row.layer}
+    layer = MoELayer(D, V, row.make, E, F, **settings)
     return functional.split(layer)[0], *values_of(name)
 
 

@@ -139,6 +139,7 @@ def program(setting):
                 d_ff=F,
                 capacity=MODEL_CAPACITY.get(setting.name, Capacity()),
                 dispatcher=setting.dispatcher,
+                **ROUTERS[setting.name].layer,
             ),
             moe_every=setting.moe_every,
             remat=setting.remat,
@@ -224,7 +225,7 @@ def test_scanned_is_unrolled_and_rematerialised_is_not(change):
 @pytest.mark.parametrize(
     ("name", "ragged"),
     [("sigmoid_bias", False), ("sigmoid_bias", True), ("switch", False), ("switch", True)]
-    + [(name, True) for name in ("hierarchical", "gshard", "remoe", "reinforce")],
+    + [(name, True) for name in ("hierarchical", "gshard", "remoe", "reinforce", "default_moe")],
 )
 def test_micro_batches_change_nothing(name, ragged):
     """Gradients, all losses (global balance too) and statistics: four micro-batches or one."""

@@ -192,7 +192,7 @@ def test_an_eighth_of_the_tokens_costs_an_eighth_of_the_block():
     plain = built().costs.flops_per_token
     depths = functools.partial(MixtureOfDepths, capacity=0.5)
     half = built(depth_router=depths, depth_every=1).costs
-    # Half of the blocks' matmuls and a quarter of their attention; the router and predictor are new.
+    # Half of the blocks' matmuls, a quarter of their attention; router and predictor are new.
     width, layers, length = test_flops.D, test_flops.L, test_flops.T
     block = test_flops.ATTENTION + 3 * width * hidden_width(width, "swiglu")
     saved = 6 * block * 0.5 + 12 * length * width * 0.5 * 0.75

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.dispatch import as_soft_slots
+from layers.cheap_experts import DefaultVectors, ZeroCopyConstant
+from layers.dispatch import OneHotEinsum, as_soft_slots
 from layers.feed_forward import Experts
+from layers.segmented_experts import SegmentedExperts
 from routing import (
     BASE,
     BalanceLoss,
@@ -21,6 +23,7 @@ from routing import (
     Hash,
     ImportanceLoss,
     LoadLoss,
+    MultiHash,
     NoisyTopK,
     ReMoE,
     RouterStats,
@@ -37,6 +40,7 @@ from routing.hash_tables import emptiest_first, spread
 from routing.hierarchical import hierarchical_load
 from routing.losses import cv_squared
 from routing.noisy_top_k import chance_of_selection
+from routing.product_keys import best_products
 from routing.sinkhorn import transport_plan
 from routing.top_k import in_best_groups, non_orthogonality
 
@@ -411,3 +415,79 @@ def test_global_balance_is_one_where_each_micro_batch_is_pure(dtype):
     score_E = routing.score_GTE.sum((0, 1))
     stats = RouterStats(jnp.int32(20), count_E, count_E, score_E, nothing, nothing)
     same(BalanceLoss()(routing, whole, stats), told["lbl"]["global_batch_loss"], dtype)
+
+
+def test_moe_plus_plus_constant_expert(dtype):
+    given, told = golden("17_other_routers")
+    example, expected = given["moepp_const"], told["moepp_const"]
+    cheap = ZeroCopyConstant(2, zero=1, copy=1, constant=1)
+    cheap.mix_MDX.set_value(jnp.asarray(example["Wc"], dtype)[None])
+    cheap.vector_MD.set_value(jnp.asarray(example["v"], dtype)[None])
+    x_GTD = jnp.asarray(example["x"], dtype)[None, None]
+    for weight_N, expected_D in (
+        ([0.0, 0.0, 1.0], expected["y"]),
+        ([1.0, 0.0, 0.0], [0.0, 0.0]),
+        ([0.3, 0.5, 0.0], 0.5 * np.asarray(example["x"])),
+    ):
+        y_GTD = cheap(x_GTD, jnp.asarray(weight_N, dtype)[None, None])
+        same(y_GTD[0, 0], expected_D, dtype)
+
+
+def test_default_moe(dtype):
+    """y = g E(x) of the chosen expert + g mean of the others; the mean follows the outputs."""
+    given, told = golden("17_other_routers")
+    example = given["default_moe"]
+    gates_E = np.asarray(example["gates"])
+    router, inputs = on_logits(lambda s: TopK(s, k=1, keep_rest=True), np.log(gates_E)[None], dtype)
+    decision = router(inputs).decision
+    np.testing.assert_array_equal(decision.expert_GTK[0, 0], example["active"])
+    same(decision.rest_GTE[0, 0], [0.0, *gates_E[1:]], dtype)
+    defaults = DefaultVectors(3, 2, decay=0.9)
+    defaults.mean_ED.set_value(jnp.asarray(example["ema_defaults"], dtype))
+    active_D = jnp.asarray(example["expert_out_active"], dtype)
+    y_D = decision.gate_GTK[0, 0, 0] * active_D + defaults(decision.rest_GTE, dtype)[0, 0]
+    same(y_D, told["default_moe"]["y"], dtype)
+    nothing, count_E = jnp.zeros((), dtype), jnp.array([2, 0, 0], jnp.int32)
+    own = {"expert_output": jnp.zeros((3, 2), dtype).at[0].set(2 * active_D)}
+    defaults.update(RouterStats(jnp.int32(2), count_E, count_E, nothing, nothing, nothing, own))
+    expected_ED = np.asarray(example["ema_defaults"])
+    expected_ED[0] = 0.9 * expected_ED[0] + 0.1 * np.asarray(example["expert_out_active"])
+    np.testing.assert_allclose(defaults.mean_ED[...], expected_ED, rtol=1e-6)
+
+
+def test_product_keys_find_the_best_of_all(dtype):
+    given, told = golden("17_other_routers")
+    example, expected = given["peer"], told["peer"]
+    half_1N = np.asarray(example["keys1"]) @ np.asarray(example["q1"])
+    half_2N = np.asarray(example["keys2"]) @ np.asarray(example["q2"])
+    score_XN = jnp.asarray(np.stack([half_1N, half_2N]), dtype)[None, None]
+    expert_K, sum_K = best_products(score_XN, example["topk"])
+    np.testing.assert_array_equal(expert_K[0, 0], expected["topk_product"])
+    np.testing.assert_array_equal(expected["topk_full"], expected["topk_product"])
+    same(jax.nn.softmax(sum_K[0, 0]), expected["gates_softmax"], dtype)
+    # And on random scores, against a full sort of all 81.
+    score_XN = jnp.asarray(np.random.default_rng(0).standard_normal((5, 7, 2, 9)), dtype)
+    every = (score_XN[..., 0, :, None] + score_XN[..., 1, None, :]).reshape(5, 7, 81)
+    full_K = np.argsort(-np.asarray(every), -1)[..., :4]
+    np.testing.assert_array_equal(best_products(score_XN, 4)[0], full_K)
+
+
+def test_multi_hash(dtype):
+    """Hidden [-1, 1] of expert 1 and [2, -2] of expert 0; after the ReLU 1 + 2 and 1."""
+    given, told = golden("06_hash_layers")
+    example = given["multihash"]
+    up_NEFD = np.asarray(example["first_layer_segments_m_bucket"])
+    down_NEFD = np.asarray(example["second_layer_segments_m_bucket"])
+    up_ENDF = up_NEFD.transpose(1, 0, 3, 2)
+    down_ENFD = down_NEFD.transpose(1, 0, 2, 3)
+    x_TD = np.asarray([example["x"]])
+    router = MultiHash(Sizes(2, 2, 1), hashes=2)
+    router.table_NV.set_value(jnp.asarray(example["hash_values"], jnp.int32)[:, None])
+    inputs = inputs_of(x_TD, dtype)
+    decision = router(inputs).decision
+    np.testing.assert_array_equal(decision.expert_GTK[0, 0], example["hash_values"])
+    experts = SegmentedExperts(2, 2, 4, "relu", segments=2)
+    experts.up_ENDF.set_value(jnp.asarray(up_ENDF, dtype))
+    experts.down_ENFD.set_value(jnp.asarray(down_ENFD, dtype))
+    y_GTD = experts(inputs.x_GTD, decision, inputs, OneHotEinsum())
+    same(y_GTD[0, 0], told["multihash_output"], dtype)

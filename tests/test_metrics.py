@@ -68,7 +68,7 @@ def test_shares_are_of_what_the_router_chose():
     found = routing([[20, 4, 4, 4], [8, 8, 8, 8]], kept=[[10, 4, 4, 4], [8, 8, 8, 8]])
     np.testing.assert_allclose(found.load_L, [2.5, 1])
     np.testing.assert_allclose(found.dropped_L, [10 / 32, 0])
-    assert found.kept_per_token == (22 + 32) / 32
+    assert found.kept_per_token() == (22 + 32) / 32
     assert found.dead == 0
     scalars = routing_scalars(found, {"balance": 1, "z": 1})
     assert scalars["load/dropped_worst"] == pytest.approx(10 / 32)

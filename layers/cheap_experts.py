@@ -1,0 +1,90 @@
+"""Experts that cost nothing worth counting: nothing, a copy, a constant, or a running mean.
+
+G groups, T tokens, D model width, E experts, N cheap experts, M of them constant.
+"""
+
+from flax import nnx
+import gin
+import jax
+import jax.numpy as jnp
+
+from routing.balancers import Memory
+from routing.parameters import parameter, router_state, truncated_normal, zeros
+from routing.records import RouterStats
+
+
+@gin.configurable
+class ZeroCopyConstant(nnx.Module):
+    """MoE++ (Jin et al. 2024): zero gives 0, copy gives x, constant a mixture of x and a vector.
+
+    The router chooses among the experts and these, which follow them, as if all were alike. A
+    constant expert gives a_1 x + a_2 v, (a_1, a_2) = softmax(W x) (eq. 4-5). The paper's residual
+    from the logits of the layer before is not part of it.
+
+    Args:
+        d_model: D.
+        zero, copy, constant: how many of each.
+    """
+
+    def __init__(self, d_model: int, zero: int = 1, copy: int = 1, constant: int = 2):
+        if min(zero, copy, constant) < 0 or zero + copy + constant == 0:
+            raise ValueError(
+                f"ZeroCopyConstant.zero={zero}, copy={copy}, constant={constant}: none may be "
+                "negative and one has to be above 0"
+            )
+        self.zero, self.copy, self.constant = zero, copy, constant
+        self.count = zero + copy + constant
+        shape, axes = (constant, d_model, 2), (None, "embed", None)
+        self.mix_MDX = parameter(shape, axes, truncated_normal()) if constant else None
+        shape, axes = (constant, d_model), (None, "embed")
+        self.vector_MD = parameter(shape, axes, zeros) if constant else None
+
+    def __call__(self, x_GTD: jax.Array, weight_GTN: jax.Array) -> jax.Array:
+        """(G, T, D): the weighted sum of what they give."""
+        weight_GTN, split = weight_GTN.astype(x_GTD.dtype), self.zero + self.copy
+        y_GTD = weight_GTN[..., self.zero : split].sum(-1, keepdims=True) * x_GTD
+        if self.mix_MDX is None or self.vector_MD is None:
+            return y_GTD
+        dtype = x_GTD.dtype
+        logits_GTMX = jnp.einsum("gtd,mdx->gtmx", x_GTD, self.mix_MDX[...].astype(dtype))
+        mix_GTMX = jax.nn.softmax(logits_GTMX) * weight_GTN[..., split:, None]
+        y_GTD = y_GTD + mix_GTMX[..., 0].sum(-1, keepdims=True) * x_GTD
+        vector_MD = self.vector_MD[...].astype(dtype)
+        return y_GTD + jnp.einsum("gtm,md->gtd", mix_GTMX[..., 1], vector_MD)
+
+
+@gin.configurable
+class DefaultVectors(Memory):
+    """Default MoE (Panda et al. 2025): experts that were not chosen answer by their mean output.
+
+    The mean runs over optimizer steps and has no gradient; through it the router's gradient
+    reaches the scores of all experts. Needs `TopK.keep_rest`.
+
+    Args:
+        num_experts: E.
+        d_model: D.
+        decay: of the running mean.
+    """
+
+    def __init__(self, num_experts: int, d_model: int, decay: float = 0.9):
+        if not 0 <= decay < 1:
+            raise ValueError(f"DefaultVectors.decay={decay} must lie in [0, 1)")
+        self.decay = decay
+        shape, axes = (num_experts, d_model), (None, "embed")
+        self.mean_ED = router_state(shape, jnp.float32, axes, zeros)
+
+    def __call__(self, weight_GTE: jax.Array, dtype) -> jax.Array:
+        """(G, T, D): the mean outputs of the experts that were not chosen, weighted."""
+        return jnp.einsum("gte,ed->gtd", weight_GTE.astype(dtype), self.mean_ED[...].astype(dtype))
+
+    def tally(self, y_EGCD: jax.Array) -> dict[str, jax.Array]:
+        """Outputs summed over slots; an empty slot gives zero, since experts have no bias."""
+        y_EGCD = jax.lax.stop_gradient(y_EGCD).astype(jnp.float32)
+        return {"expert_output": y_EGCD.sum((1, 2))}
+
+    def update(self, stats: RouterStats) -> None:
+        count_E1 = stats.kept_E[:, None]
+        found_ED = stats.own["expert_output"] / jnp.maximum(count_E1, 1)
+        old_ED = self.mean_ED[...]
+        new_ED = self.decay * old_ED + (1 - self.decay) * found_ED
+        self.mean_ED[...] = jnp.where(count_E1 > 0, new_ED, old_ED)

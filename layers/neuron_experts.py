@@ -1,0 +1,52 @@
+"""Experts of one hidden unit each (PEER, He 2024): the weights come to the token.
+
+G groups, T tokens, D model width, E experts, K experts per token, N assignments at a time.
+"""
+
+from flax import nnx
+import gin
+import jax
+import jax.numpy as jnp
+
+from routing.parameters import normal, parameter, truncated_normal
+from routing.records import TokenChoice
+
+AT_A_TIME = 16
+
+
+@gin.configurable
+class NeuronExperts(nnx.Module):
+    """y = sum_k gate_k gelu(u_k . x) v_k over the experts that a token chose (section 2.1).
+
+    Args:
+        num_experts: E.
+        d_model: D.
+        out_scale: variance scale of v.
+    """
+
+    def __init__(self, num_experts: int, d_model: int, out_scale: float = 1.0):
+        shape, axes = (num_experts, d_model), ("expert", "embed")
+        # After the expert axis an expert is one vector: u has fan-in D, v a fan-in of one unit.
+        self.down_ED = parameter(shape, axes, truncated_normal())
+        self.up_ED = parameter(shape, axes, normal(0.1 * out_scale**0.5))
+
+    def __call__(self, x_GTD: jax.Array, decision: TokenChoice) -> jax.Array:
+        """(G, T, D). Some assignments at a time: all their weights at once would not fit."""
+        dtype = x_GTD.dtype
+        down_ED, up_ED = self.down_ED[...].astype(dtype), self.up_ED[...].astype(dtype)
+        gate_GTK = jnp.where(decision.keep_GTK, decision.gate_GTK, 0).astype(dtype)
+        k = gate_GTK.shape[-1]
+        pieces = next(n for n in range(-(-k // AT_A_TIME), k + 1) if k % n == 0)
+
+        def cut(a_GTK):
+            return jnp.moveaxis(a_GTK.reshape(*a_GTK.shape[:2], pieces, -1), 2, 0)
+
+        @jax.checkpoint
+        def add(y_GTD, piece):
+            expert_GTN, gate_GTN = piece
+            hidden_GTN = jnp.einsum("gtd,gtnd->gtn", x_GTD, down_ED[expert_GTN])
+            weight_GTN = gate_GTN * jax.nn.gelu(hidden_GTN)
+            return y_GTD + jnp.einsum("gtn,gtnd->gtd", weight_GTN, up_ED[expert_GTN]), None
+
+        pieces_of = cut(decision.expert_GTK), cut(gate_GTK)
+        return jax.lax.scan(add, jnp.zeros_like(x_GTD), pieces_of)[0]

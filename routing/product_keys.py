@@ -1,0 +1,90 @@
+"""Product keys: the best of very many experts, found in the square root of the time (He 2024).
+
+G groups, T tokens per group, D model width, H heads, Q half the width of a query, N keys in each
+half (E = N^2 experts), K experts per head.
+"""
+
+from collections.abc import Sequence
+import math
+
+import gin
+import jax
+import jax.numpy as jnp
+
+from routing.losses import RouterLoss
+from routing.parameters import parameter, truncated_normal
+from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
+from routing.router import Router, check_k, pick
+
+
+@gin.configurable
+class ProductKeys(Router):
+    """PEER's retrieval (He 2024, section 2.2): expert (i, j) scores q_1 . c_i + q_2 . d_j.
+
+    The K best of all N^2 are among the K best i and the K best j (Lample et al. 2019). Each head
+    has a query of its own; all share the keys. The gates of a head are a softmax over its K. The
+    paper normalises queries over the batch; here each is normalised by itself, so that no token
+    sees another.
+
+    Args:
+        sizes: width; a square number of experts.
+        heads: H; a token uses H * K experts.
+        k: K.
+        query_width: 2 Q; D where None.
+        losses: none are needed.
+    """
+
+    causality = Causality.CAUSAL
+    decoding = "as in training"
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        heads: int = 4,
+        k: int = 8,
+        query_width: int | None = None,
+        losses: Sequence[RouterLoss] = (),
+    ):
+        side = math.isqrt(sizes.num_experts)
+        if side * side != sizes.num_experts:
+            raise ValueError(
+                f"ProductKeys needs a square number of experts, not {sizes.num_experts}; the "
+                f"nearest are {side**2} and {(side + 1) ** 2}"
+            )
+        check_k("ProductKeys", k, Sizes(sizes.d_model, side, sizes.vocab_size))
+        if heads < 1:
+            raise ValueError(f"ProductKeys.heads={heads} must be at least 1")
+        width = query_width or sizes.d_model
+        if width % 2:
+            raise ValueError(f"ProductKeys.query_width={width} must be even: it has two halves")
+        self.num_experts, self.k, self.losses = sizes.num_experts, k, tuple(losses)
+        shape, axes = (sizes.d_model, heads, 2, width // 2), ("embed", None, None, None)
+        self.query_DHXQ = parameter(shape, axes, truncated_normal())
+        # A half's scores have unit variance for a query of unit mean square.
+        shape = (width // 2, 2, side)
+        self.key_QXN = parameter(shape, (None, None, None), truncated_normal())
+
+    def route(self, inputs: RouterInputs) -> Routing:
+        query_GTHXQ = jnp.einsum("gtd,dhxq->gthxq", inputs.x_GTD, self.query_DHXQ[...])
+        square = jnp.square(query_GTHXQ).mean((-2, -1), keepdims=True)
+        query_GTHXQ = query_GTHXQ * jax.lax.rsqrt(square + 1e-6)
+        score_GTHXN = jnp.einsum("gthxq,qxn->gthxn", query_GTHXQ, self.key_QXN[...])
+        expert_GTHK, best_GTHK = best_products(score_GTHXN, self.k)
+        gate_GTHK = jax.nn.softmax(best_GTHK)
+        flat = (*expert_GTHK.shape[:2], -1)
+        expert_GTK = expert_GTHK.reshape(flat)
+        keep_GTK = jnp.ones_like(expert_GTK, bool)
+        return Routing(TokenChoice(expert_GTK, gate_GTHK.reshape(flat), keep_GTK, self.num_experts))
+
+
+def best_products(score_XN, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest sums of two halves' scores (..., 2, N): expert i * N + j, and the sum."""
+    side = score_XN.shape[-1]
+    index_XK = pick(score_XN, k)
+    best_XK = jnp.take_along_axis(score_XN, index_XK, -1)
+    sum_KK = best_XK[..., 0, :, None] + best_XK[..., 1, None, :]
+    sum_P = sum_KK.reshape(*sum_KK.shape[:-2], k * k)
+    pair_K = pick(sum_P, k)
+    first_K = jnp.take_along_axis(index_XK[..., 0, :], pair_K // k, -1)
+    second_K = jnp.take_along_axis(index_XK[..., 1, :], pair_K % k, -1)
+    return first_K * side + second_K, jnp.take_along_axis(sum_P, pair_K, -1)
