@@ -98,7 +98,8 @@ def usage(command: Command) -> str:
         f"  {form:<{width}}{flag.help}{' (required)' if flag.required else ''}"
         for form, flag in zip(forms, command.flags, strict=True)
     ]
-    usage_line = " ".join(["usage: moe", command.name, *required, "[--FLAG=VALUE ...]"])
+    named = ["MODULE:" + command.positional.upper()] if command.positional else []
+    usage_line = " ".join(["usage: moe", command.name, *named, *required, "[--FLAG=VALUE ...]"])
     parts = [usage_line, "", command.summary, "", "flags:", *rows]
     return "\n".join([*parts, "", "example:", f"  {command.example}"])
 
@@ -116,13 +117,19 @@ def parse(command: Command, arguments: Sequence[str]) -> SimpleNamespace:
         left = values(["moe", *arguments])[1:]
     except absl_flags.Error as error:
         raise UserError(f"moe {command.name}: {_flag_mistake(command, error)}") from None
+    named = {}
+    if command.positional:
+        if len(left) != 1:
+            form = command.positional.upper()
+            raise UserError(f"moe {command.name} needs one MODULE:{form}, as {command.example!r}")
+        named[command.positional] = left.pop()
     if left:
         hint = f"; did you mean --gin_file={left[0]}?" if left[0].endswith(".gin") else ""
         raise UserError(f"moe {command.name} takes flags only, got {left[0]!r}{hint}")
     found = {flag.name: values[flag.name].value for flag in command.flags}
     for flag in command.flags:
         _check(command, flag, found[flag.name])
-    return SimpleNamespace(**found)
+    return SimpleNamespace(**found, **named)
 
 
 def _check(command: Command, flag: Flag, value: object) -> None:

@@ -34,6 +34,7 @@ class Command:
     module: str
     example: str
     flags: tuple[Flag, ...]
+    positional: str | None = None  # the name of the one argument that is no flag
 
 
 GIN_FILE = Flag(
@@ -89,4 +90,17 @@ GENERATE = Command(
     ),
 )
 
-COMMANDS = (TRAIN, EVAL, GENERATE)
+CHECK = Command(
+    name="check",
+    summary="Check a router: does it leak, starve its gradient, count padding, know the mesh?",
+    module="moe.check_command",
+    example="moe check my_router.py:MyRouter",
+    flags=(
+        Flag("experts", int, "N", "experts of the layer it is checked in (default: 4)", 4, low=1),
+        GIN_BINDINGS,
+        JSON,
+    ),
+    positional="router",
+)
+
+COMMANDS = (TRAIN, EVAL, GENERATE, CHECK)

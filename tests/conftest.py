@@ -1,7 +1,6 @@
 """What every test runs under: 8 virtual CPU devices, strict JAX, a fresh gin, no skips in CI."""
 
 import contextlib
-from importlib.metadata import version
 import os
 from pathlib import Path
 import shutil
@@ -10,21 +9,11 @@ import tempfile
 
 import pytest
 
+from moe import quick_compile
+
 pytest.register_assert_rewrite("rows", "tiny", "goldens")
 
-# Read when jax is imported, which no test module has done yet. The last three flags cut the time
-# XLA takes to compile to a fifth and change nothing before its last stage, the machine code.
-FLAGS = (
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    # XLA refuses names that it does not know, and later ones don't know this.
-    *(["--xla_cpu_use_fusion_emitters=false"] if version("jax").startswith("0.10.") else []),
-)
-given = os.environ.get("XLA_FLAGS", "")
-missing = [flag for flag in FLAGS if flag.split("=")[0] not in given]
-os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+quick_compile.prepare(devices=8)
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("MPLBACKEND", "agg")
 

@@ -1,0 +1,20 @@
+"""XLA flags for programs that run little: read before jax is imported, they cut compile time to a
+fifth and change nothing before XLA's last stage, the machine code."""
+
+from importlib.metadata import version
+import os
+
+
+def prepare(devices: int = 8) -> None:
+    """Sets what XLA_FLAGS doesn't set yet, with so many virtual CPU devices."""
+    flags = [
+        f"--xla_force_host_platform_device_count={devices}",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+    if version("jax").startswith("0.10."):  # XLA refuses names that it does not know
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    given = os.environ.get("XLA_FLAGS", "")
+    missing = [flag for flag in flags if flag.split("=")[0] not in given]
+    os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")

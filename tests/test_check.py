@@ -1,0 +1,115 @@
+"""`moe check`: the guide's router passes; every broken router fails where it is broken."""
+
+import json
+from pathlib import Path
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe import check, cli
+from routing import Causality, Router, Routing, TokenChoice, TopK, parameter
+from routing.parameters import truncated_normal
+from routing.router import largest
+
+GUIDE = (Path(__file__).parents[1] / "docs" / "writing_a_router.md").read_text()
+
+
+class Broken(Router):
+    """Top-2 of softmax(x W), but for what a subclass gets wrong."""
+
+    causality = Causality.CAUSAL
+    decoding = "as in training"
+    wrong = ""
+
+    def __init__(self, sizes):
+        self.num_experts, self.losses = sizes.num_experts, ()
+        shape = (sizes.d_model, sizes.num_experts)
+        self.weight_DE = parameter(shape, ("embed", None), truncated_normal())
+
+    def route(self, inputs):
+        x_GTD, wrong = inputs.x_GTD, self.wrong
+        logits_GTE = jnp.einsum("gtd,de->gte", x_GTD, self.weight_DE[...])
+        if wrong == "leak":
+            logits_GTE = logits_GTE + logits_GTE.mean(1, keepdims=True)
+        if wrong == "random":
+            logits_GTE += jax.random.normal(inputs.key, logits_GTE.shape)
+        if wrong == "neighbours":
+            logits_GTE += logits_GTE[:1, :1]
+        if wrong == "padding":
+            logits_GTE += inputs.x_GTD.shape[1] * jnp.arange(self.num_experts)[None, None] / 20
+        if wrong == "half":
+            logits_GTE = logits_GTE.astype(jnp.bfloat16)
+        if wrong == "mesh":  # a draw for the whole micro-batch, not for each group
+            logits_GTE += jax.random.normal(inputs.key, logits_GTE.shape) * inputs.train
+        prob_GTE = jax.nn.softmax(logits_GTE)
+        expert_GTK = largest(jax.lax.stop_gradient(prob_GTE), 2)
+        gate_GTK = jnp.take_along_axis(prob_GTE, expert_GTK, -1)
+        if wrong == "starved":
+            gate_GTK = jnp.ones_like(gate_GTK)
+        keep_GTK = jnp.ones_like(expert_GTK, bool)
+        return Routing(TokenChoice(expert_GTK, gate_GTK, keep_GTK, self.num_experts), logits_GTE)
+
+
+BREAKAGES = [
+    ("leak", check.causality, "leaks the future"),
+    ("random", check.determinism, "still random"),
+    ("neighbours", check.neighbours, "the other sequences change it"),
+    ("padding", check.padding, "counts padding"),
+    ("starved", check.gradients, "starves weight_DE"),
+    ("half", check.precision, "has bfloat16"),
+    ("mesh", check.micro_batches, "four micro-batches are not one batch"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "look", "said"), BREAKAGES, ids=[b[0] for b in BREAKAGES])
+def test_a_broken_router_fails_where_it_is_broken(wrong, look, said):
+    made = type("Made", (Broken,), {"wrong": wrong})
+    failed = [v for v in look(check.Bench(made, 4)) if v.holds is False]
+    assert failed and all(said in verdict.seen for verdict in failed), failed
+
+
+def test_a_leak_that_is_declared_and_not_there_fails():
+    made = type("Made", (TopK,), {"causality": Causality.NEVER})
+    verdicts = list(check.causality(check.Bench(made, 4)))
+    assert all(v.holds is False and "declares a leak" in v.seen for v in verdicts)
+
+
+def test_the_guides_router_passes_within_a_minute(tmp_path, monkeypatch, capsys):
+    """The file of the guide, as a user would save and check it; it has some forty lines."""
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    assert code.count("\n") <= 45
+    Path("my_router.py").write_text(code)
+    started = time.monotonic()
+    assert cli.main(["check", "my_router.py:CosineTopK", "--json=found.json"]) == 0
+    assert time.monotonic() - started < 60
+    said = capsys.readouterr().out
+    shown = re.search(r"```text\n(.*?)  \.\.\.", GUIDE, re.DOTALL)[1]
+    assert said.startswith(shown) and said.splitlines()[-1].startswith("all hold; ")
+    found = json.loads(Path("found.json").read_text())
+    assert {"mesh", "micro-batches", "movement", "rematerialisation"} <= {
+        v["property"] for v in found if v["holds"]
+    }
+    # And it trains: by one line of gin.
+    config = re.search(r"printf '(.*?)' > cosine.gin", GUIDE)[1].replace("\\n", "\n")
+    assert "MoELayer.router = @CosineTopK" in config and "import my_router" in config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["check"], "moe check needs one MODULE:ROUTER"),
+        (["check", "routing:TopKey"], "routing has no 'TopKey'; did you mean 'TopK'"),
+        (["check", "nowhere:Router"], "no module 'nowhere'"),
+        (["check", "missing.py:Router"], "missing.py: no such file"),
+        (["check", "TopK", "--experts=1"], "can't be checked: ValueError: TopK.k=2"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(arguments, said, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert said in told and told.count("\n") == 1
