@@ -98,7 +98,7 @@ def usage(command: Command) -> str:
         f"  {form:<{width}}{flag.help}{' (required)' if flag.required else ''}"
         for form, flag in zip(forms, command.flags, strict=True)
     ]
-    named = ["MODULE:" + command.positional.upper()] if command.positional else []
+    named = [command.form] if command.positional else []
     usage_line = " ".join(["usage: moe", command.name, *named, *required, "[--FLAG=VALUE ...]"])
     parts = [usage_line, "", command.summary, "", "flags:", *rows]
     return "\n".join([*parts, "", "example:", f"  {command.example}"])
@@ -120,8 +120,7 @@ def parse(command: Command, arguments: Sequence[str]) -> SimpleNamespace:
     named = {}
     if command.positional:
         if len(left) != 1:
-            form = command.positional.upper()
-            raise UserError(f"moe {command.name} needs one MODULE:{form}, as {command.example!r}")
+            raise UserError(f"moe {command.name} needs one {command.form}, as {command.example!r}")
         named[command.positional] = left.pop()
     if left:
         hint = f"; did you mean --gin_file={left[0]}?" if left[0].endswith(".gin") else ""

@@ -35,6 +35,7 @@ class Command:
     example: str
     flags: tuple[Flag, ...]
     positional: str | None = None  # the name of the one argument that is no flag
+    form: str = ""  # and how the help writes it
 
 
 GIN_FILE = Flag(
@@ -101,6 +102,22 @@ CHECK = Command(
         JSON,
     ),
     positional="router",
+    form="MODULE:ROUTER",
 )
 
-COMMANDS = (TRAIN, EVAL, GENERATE, CHECK)
+BENCH = Command(
+    name="bench",
+    summary="Measure what every router costs beside the layer that it serves.",
+    module="moe.bench_command",
+    example="moe bench routers --json=routers.json",
+    flags=(
+        Flag("tokens", int, "N", "tokens of a step (default: 8192)", 8192, low=1),
+        Flag("width", int, "N", "width of the model (default: 512)", 512, low=1),
+        Flag("experts", int, "N", "experts (default: 64)", 64, low=4),
+        JSON,
+    ),
+    positional="suite",
+    form="routers",
+)
+
+COMMANDS = (TRAIN, EVAL, GENERATE, CHECK, BENCH)

@@ -3,6 +3,7 @@
 T tokens, E experts, Q slots of an expert, M tokens that bid at a time.
 """
 
+import functools
 import math
 
 from flax import nnx
@@ -39,6 +40,7 @@ def quotas(tokens, num_experts: int) -> jax.Array:
     return tokens // num_experts + (index_E < tokens % num_experts)
 
 
+@functools.partial(jax.jit, static_argnames=("precision", "rounds"))
 def balanced_assignment(score_TE, valid_T, precision: float = 1e-3, rounds: int = 1000):
     """The expert of each valid token, -1 for padding: int32 (T,).
 

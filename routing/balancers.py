@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from routing.parameters import router_state, zeros
 from routing.records import RouterStats
+from routing.router import largest
 
 
 class Memory(nnx.Module):
@@ -82,12 +83,10 @@ class QuantileBalancer(Balancer):
             )
         score_GTE = jax.lax.stop_gradient(score_GTE)
         biased_GTE = score_GTE + self.bias_E[...][None, None]
-        alpha_GT1 = -jnp.sort(-biased_GTE, axis=-1)[..., k : k + 1]
-        over_GTE = jnp.where(valid_GT[..., None], score_GTE - alpha_GT1, -jnp.inf)
-        column_GTE = -jnp.sort(-over_GTE, axis=1)
+        next_GT1 = largest(biased_GTE, k + 1)[..., k:]
+        alpha_GT1 = jnp.take_along_axis(biased_GTE, next_GT1, -1)
         tokens_G = valid_GT.sum(1, dtype=jnp.int32)
-        place_G = jnp.clip(tokens_G * k // experts, 0, jnp.maximum(tokens_G - 1, 0))
-        bar_GE = jnp.take_along_axis(column_GTE, place_G[:, None, None], 1)[:, 0]
+        bar_GE = exceeded_by(score_GTE - alpha_GT1, valid_GT, tokens_G * k // experts)
         some_G = tokens_G > 0
         return {
             "bar": jnp.where(some_G[:, None], bar_GE, 0).sum(0),
@@ -99,3 +98,23 @@ class QuantileBalancer(Balancer):
         found_E = -stats.own["bar"] / jnp.maximum(groups, 1)
         new_E = self.decay * old_E + (1 - self.decay) * (found_E - found_E.mean())
         self.bias_E[...] = jnp.where(groups > 0, new_E, old_E)
+
+
+def exceeded_by(value_GTE, valid_GT, count_G) -> jax.Array:
+    """Per column the value that so many valid tokens exceed: (G, E), by halving an interval.
+
+    Equivalent to: the (count + 1)-th largest of the column, to a 2^-24th of its range; sorting
+    columns would cost more than all the rest of a router.
+    """
+    valid_GT1 = valid_GT[..., None]
+    low_GE = jnp.where(valid_GT1, value_GTE, jnp.inf).min(1)
+    high_GE = jnp.where(valid_GT1, value_GTE, -jnp.inf).max(1)
+
+    def halve(_, bounds):
+        low_GE, high_GE = bounds
+        middle_GE = 0.5 * (low_GE + high_GE)
+        over_GE = jnp.sum((value_GTE > middle_GE[:, None]) & valid_GT1, axis=1)
+        many_GE = over_GE > count_G[:, None]
+        return jnp.where(many_GE, middle_GE, low_GE), jnp.where(many_GE, high_GE, middle_GE)
+
+    return jax.lax.fori_loop(0, 24, halve, (low_GE, high_GE))[1]

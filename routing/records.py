@@ -237,7 +237,8 @@ def choices_GE(decision: Decision, *, kept_GTK: Array | None = None) -> Int[Arra
     """How many assignments each expert has in each group; a soft slot that reads is one."""
     if isinstance(decision, TokenChoice):
         keep_GTK = decision.keep_GTK if kept_GTK is None else kept_GTK
-        if decision.num_experts > 512:  # counted one by one, where a comparison with all is slower
+        # Counted one by one, where comparing every choice with every expert is slower.
+        if decision.num_experts * decision.expert_GTK.shape[-1] > 1024:
             flat = (keep_GTK.shape[0], -1)
             count = functools.partial(jnp.bincount, length=decision.num_experts)
             return jax.vmap(count)(
