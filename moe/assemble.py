@@ -128,7 +128,7 @@ def program(model: Model, optimizer, mesh: Mesh, *, steps, seed, accumulate, bat
         raise UserError(str(error)) from error
     axes = {name: model.graph.axes[name] for name in model.shapes[0]}
     losses = model.moe_layer.router.losses if model.moe_layer else ()
-    one_step = step.Step(
+    return step.Step(
         model.graph,
         model.shapes,
         objective=model.objective,
@@ -138,8 +138,4 @@ def program(model: Model, optimizer, mesh: Mesh, *, steps, seed, accumulate, bat
         accumulate=accumulate,
         sequences_per_group=per_group,
         whole_step_losses=any(loss.of_the_whole_step for loss in losses),
-    )
-    try:
-        return one_step.program()
-    except ValueError as error:  # first values that can't be had, such as a table's
-        raise UserError(_first_line(error)) from error
+    ).program()

@@ -158,7 +158,11 @@ class Step:
 
     def program(self) -> Program:
         """The functions jitted for the mesh."""
-        shapes = jax.eval_shape(self.init, 0)
+        # Not from `init`: a model that is restored may lack the text that first values come from.
+        params, router_state = self.abstract
+        opt_state = jax.eval_shape(self.optimizer.init, params)
+        step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+        shapes = TrainState(step, params, router_state, opt_state)
         places = place_state(self.graph, shapes, self.mesh)
         by_batch = NamedSharding(self.mesh, PartitionSpec(sharding.RULES["batch"]))
         everywhere = NamedSharding(self.mesh, PartitionSpec())

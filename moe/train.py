@@ -134,7 +134,7 @@ def train(
         # The state: from the last checkpoint, or from the seed.
         saves = stack.enter_context(checkpoint.opened(folder.checkpoints, keep))
         restored = saves.restore(program.abstract_state, say=say)
-        state = restored[0] if restored else program.init(seed)
+        state = restored[0] if restored else user_error(lambda: program.init(seed))
         first = int(state.step)
         if restored:
             say(f"continuing at step {first} of {steps}")

@@ -3,15 +3,13 @@
 G groups, T tokens per group, V vocabulary, E experts; K = 1.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import gin
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from routing.hash_tables import random_table
+from routing.hash_tables import RandomTable, Table
 from routing.parameters import router_state
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router
@@ -28,8 +26,8 @@ class Hash(Router):
         key: "token"; "previous" token; "bigram" of both; "position" in the document (no table);
             "predicted": the next token that most often follows this one in the training text;
             "future": the next token itself, which is a cheat that shows what routing could gain.
-        table: a function (key, sizes) -> experts of all V ids: `random_table`, `balanced_table`,
-            `clustered_table` or `dispersed_table`.
+        table: `RandomTable()` where None, `BalancedTable()`, `ClusteredTable(embeddings)` or
+            `DispersedTable(embeddings)`.
     """
 
     causality = Causality.CAUSAL
@@ -40,7 +38,7 @@ class Hash(Router):
         self,
         sizes: Sizes,
         key: Literal["token", "previous", "bigram", "position", "future", "predicted"] = "token",
-        table: Callable[[jax.Array, Sizes], jax.Array | np.ndarray] = random_table,
+        table: Table | None = None,
     ):
         if key not in KEYS:
             raise ValueError(f"Hash.key={key!r}: one of {', '.join(KEYS)}")
@@ -50,6 +48,10 @@ class Hash(Router):
         self.order_matters = key not in ("token", "predicted")
         self.num_experts, self.vocab_size, self.losses = sizes.num_experts, sizes.vocab_size, ()
         self.key = key
+
+        if table is not None and key in ("position", "bigram"):
+            raise ValueError(f"Hash.key={key!r} reads no table; leave Hash.table out")
+        table = RandomTable() if table is None else table
 
         def start(key, shape, dtype):
             return jnp.asarray(table(key, sizes), dtype)

@@ -1,8 +1,12 @@
 """The tables of hash routing: which expert each token id goes to (Roller et al. 2021, section 3).
 
+A table is a value: called with a key and sizes it gives the experts of all V ids.
+
 V vocabulary, D width of an embedding, E experts.
 """
 
+import abc
+import dataclasses
 from pathlib import Path
 
 import gin
@@ -12,28 +16,52 @@ import numpy as np
 from routing.records import Sizes
 
 
+class Table(abc.ABC):
+    """Abstract: the expert of every token id."""
+
+    @abc.abstractmethod
+    def __call__(self, key: jax.Array, sizes: Sizes) -> jax.Array | np.ndarray:
+        """Integers in [0, E) of shape (V,)."""
+
+
 @gin.configurable
-def random_table(key: jax.Array, sizes: Sizes) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class RandomTable(Table):
     """Every id to an expert drawn uniformly."""
-    return jax.random.randint(key, (sizes.vocab_size,), 0, sizes.num_experts)
+
+    def __call__(self, key, sizes):
+        return jax.random.randint(key, (sizes.vocab_size,), 0, sizes.num_experts)
 
 
 @gin.configurable
-def balanced_table(key: jax.Array, sizes: Sizes) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class BalancedTable(Table):
     """The most frequent id first, each to the expert with the least of the training text so far."""
-    return emptiest_first(sizes.training_text("balanced_table").count_V, sizes.num_experts)
+
+    def __call__(self, key, sizes):
+        return emptiest_first(sizes.training_text("BalancedTable").count_V, sizes.num_experts)
 
 
 @gin.configurable
-def clustered_table(key: jax.Array, sizes: Sizes, embeddings: str = "") -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class ClusteredTable(Table):
     """One expert for each k-means cluster of a model's embeddings: a .npy file (V, D)."""
-    return clusters(sizes, embeddings)
+
+    embeddings: str
+
+    def __call__(self, key, sizes):
+        return clusters(self.embeddings, sizes)
 
 
 @gin.configurable
-def dispersed_table(key: jax.Array, sizes: Sizes, embeddings: str = "") -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class DispersedTable(Table):
     """The members of every k-means cluster spread evenly over the experts: the opposite."""
-    return spread(clusters(sizes, embeddings), sizes.num_experts)
+
+    embeddings: str
+
+    def __call__(self, key, sizes):
+        return spread(clusters(self.embeddings, sizes), sizes.num_experts)
 
 
 def emptiest_first(count_V: np.ndarray, num_experts: int) -> np.ndarray:
@@ -55,7 +83,7 @@ def spread(cluster_V: np.ndarray, num_experts: int) -> np.ndarray:
     return table_V
 
 
-def clusters(sizes: Sizes, embeddings: str) -> np.ndarray:
+def clusters(embeddings: str, sizes: Sizes) -> np.ndarray:
     """E clusters of the embeddings of all V ids.
 
     Raises:

@@ -59,7 +59,7 @@ from routing import (
     ZLoss,
     initialize,
 )
-from routing.hash_tables import balanced_table
+from routing.hash_tables import BalancedTable
 
 B, T, D, E, F, V = 24, 11, 8, 4, 8, 13
 LOSSES = (BalanceLoss(), ZLoss(), EntropyLoss(), BalanceLoss(scope="group", name="group"))
@@ -139,7 +139,7 @@ ROUTERS = {
     "gshard": row(GShard),
     "hash": row(Hash, learned=(), state=("table_V",)),
     "hash_previous": row(
-        Hash, key="previous", table=balanced_table, learned=(), state=("table_V",)
+        Hash, key="previous", table=BalancedTable(), learned=(), state=("table_V",)
     ),
     "hash_bigram": row(Hash, key="bigram", learned=(), state=("salt",)),
     "hash_position": row(Hash, key="position", learned=()),
