@@ -61,7 +61,7 @@ setup(
         "rich>=13.0",
         "tensorboardX>=2.6",
         "safetensors>=0.4.5",
-        "scipy>=1.13",
+        "scipy>=1.15",
         "matplotlib>=3.9",
     ],
     extras_require={

@@ -19,7 +19,8 @@ class ZeroCopyConstant(nnx.Module):
 
     The router chooses among the experts and these, which follow them, as if all were alike. A
     constant expert gives a_1 x + a_2 v, (a_1, a_2) = softmax(W x) (eq. 4-5). The paper's residual
-    from the logits of the layer before is not part of it.
+    from the logits of the layer before, its weighting of the balance loss and its renormalisation
+    after a zero are not part of it.
 
     Args:
         d_model: D.
@@ -34,8 +35,8 @@ class ZeroCopyConstant(nnx.Module):
             )
         self.zero, self.copy, self.constant = zero, copy, constant
         self.count = zero + copy + constant
-        shape, axes = (constant, d_model, 2), (None, "embed", None)
-        self.mix_MDX = parameter(shape, axes, truncated_normal()) if constant else None
+        shape, axes = (d_model, constant, 2), ("embed", None, None)
+        self.mix_DMX = parameter(shape, axes, truncated_normal()) if constant else None
         shape, axes = (constant, d_model), (None, "embed")
         self.vector_MD = parameter(shape, axes, zeros) if constant else None
 
@@ -43,10 +44,10 @@ class ZeroCopyConstant(nnx.Module):
         """(G, T, D): the weighted sum of what they give."""
         weight_GTN, split = weight_GTN.astype(x_GTD.dtype), self.zero + self.copy
         y_GTD = weight_GTN[..., self.zero : split].sum(-1, keepdims=True) * x_GTD
-        if self.mix_MDX is None or self.vector_MD is None:
+        if self.mix_DMX is None or self.vector_MD is None:
             return y_GTD
         dtype = x_GTD.dtype
-        logits_GTMX = jnp.einsum("gtd,mdx->gtmx", x_GTD, self.mix_MDX[...].astype(dtype))
+        logits_GTMX = jnp.einsum("gtd,dmx->gtmx", x_GTD, self.mix_DMX[...].astype(dtype))
         mix_GTMX = jax.nn.softmax(logits_GTMX) * weight_GTN[..., split:, None]
         y_GTD = y_GTD + mix_GTMX[..., 0].sum(-1, keepdims=True) * x_GTD
         vector_MD = self.vector_MD[...].astype(dtype)

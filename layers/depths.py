@@ -31,6 +31,16 @@ class DepthBlock(nnx.Module):
     """
 
     def __init__(self, block: Block, depth_router: MixtureOfDepths):
+        if not isinstance(depth_router, MixtureOfDepths):
+            raise ValueError(
+                f"Transformer.depth_router makes a {type(depth_router).__name__}; it has to be "
+                "MixtureOfDepths"
+            )
+        if getattr(getattr(block, "attention", None), "window", None) is not None:
+            raise ValueError(
+                "Attention.window counts tokens that go through, not positions, inside a "
+                "Mixture-of-Depths; leave it at None"
+            )
         self.block, self.depth_router = block, depth_router
 
     @property
@@ -78,6 +88,8 @@ class DepthBlock(nnx.Module):
         x_1BCD = SlotGather().dispatch(x_BTD, decision)
         y_BCD, output = self.block(x_1BCD[0], fewer)
         added_1BCD = y_BCD[None] - x_1BCD
+        if output is not None and output.policy is not None:
+            raise ValueError("sampled routing can't learn by reward inside a Mixture-of-Depths")
         if output is not None:
             output = dataclasses.replace(output, decision=spread(output.decision, decision))
         return x_BTD + SlotGather().combine(added_1BCD, decision), output

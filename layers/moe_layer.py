@@ -21,6 +21,7 @@ from layers.segmented_experts import SegmentedExperts
 from layers.tokens import Tokens
 from routing.balancers import Memory
 from routing.capacity import Capacity
+from routing.multi_hash import MultiHash
 from routing.records import (
     ExpertMerge,
     RouterInputs,
@@ -93,6 +94,9 @@ class MoELayer(nnx.Module):
         choices = num_experts + (self.cheap.count if self.cheap else 0)
         self.num_experts = num_experts
         self.router = router(Sizes(d_model, choices, vocab_size, text))
+        check_fit(
+            self.router, sequences_per_group, neurons, segmented, cheap_experts, default_vectors
+        )
         if neurons is not None:
             self.experts = neurons(num_experts, d_model, out_scale=out_scale)
         else:
@@ -112,7 +116,7 @@ class MoELayer(nnx.Module):
         if self.cheap is not None:
             decision = self._without_cheap(decision)
         if isinstance(decision, TokenChoice) and isinstance(self.experts, Experts):
-            decision = self.capacity.fit(decision, inputs)
+            decision = self.capacity.fit(decision, inputs, self.router.num_experts)
         decision = _save_by_name(decision)
         # Padding is zero here, so NaN in it reaches neither the experts nor their gradients.
         x_GTD = inputs.x_GTD.astype(x_BTD.dtype)
@@ -146,6 +150,11 @@ class MoELayer(nnx.Module):
 
     def _experts(self, x_GTD, decision, inputs) -> tuple[jax.Array, dict[str, jax.Array]]:
         """What the experts make of the tokens, home again (G, T, D), and sums for memories."""
+        if self.defaults is not None and getattr(decision, "rest_GTE", None) is None:
+            raise ValueError(
+                "MoELayer.default_vectors need the gates of experts that were not chosen: use TopK "
+                "with keep_rest=True"
+            )
         if not isinstance(self.experts, Experts):
             if not isinstance(decision, TokenChoice):
                 raise ValueError(
@@ -167,11 +176,6 @@ class MoELayer(nnx.Module):
             y_GTD = self.dispatcher.combine(y_EGCD, decision)
         if self.defaults is None:
             return y_GTD, {}
-        if not isinstance(decision, TokenChoice) or decision.rest_GTE is None:
-            raise ValueError(
-                "MoELayer.default_vectors need the gates of experts that were not chosen: use TopK "
-                "with keep_rest=True"
-            )
         return y_GTD + self.defaults(decision.rest_GTE, x_GTD.dtype), self.defaults.tally(y_EGCD)
 
     def memories(self) -> list[Memory]:
@@ -199,6 +203,31 @@ class MoELayer(nnx.Module):
             key=tokens.key,
             train=tokens.train,
             step=tokens.step,
+        )
+
+
+def check_fit(router: Router, per_group, neurons, segmented, cheap, defaults) -> None:
+    """Raise ValueError where a router, its groups and the kinds of experts don't go together."""
+    name = type(router).__name__
+    if router.whole_sequences and per_group != 1:
+        raise ValueError(
+            f"{name} mixes the tokens of a group, so that a group has to be one sequence; set "
+            f"MoELayer.sequences_per_group = 1 (it is {per_group})"
+        )
+    if neurons and segmented:
+        raise ValueError("MoELayer.neurons and MoELayer.segmented exclude each other")
+    if router.repeats_experts and not (neurons or segmented):
+        raise ValueError(
+            f"{name} may name one expert several times for a token, which feed-forwards have no "
+            "room for; set MoELayer.neurons = @NeuronExperts (or, for MultiHash, "
+            "MoELayer.segmented = @SegmentedExperts)"
+        )
+    if segmented and not isinstance(router, MultiHash):
+        raise ValueError(f"MoELayer.segmented is for MultiHash, whose gates are 1, not for {name}")
+    if defaults and (neurons or segmented or cheap):
+        raise ValueError(
+            "MoELayer.default_vectors stand beside plain experts: leave neurons, segmented and "
+            "cheap_experts out"
         )
 
 

@@ -33,7 +33,7 @@ class NeuronExperts(nnx.Module):
     def __call__(self, x_GTD: jax.Array, decision: TokenChoice) -> jax.Array:
         """(G, T, D). Some assignments at a time: all their weights at once would not fit."""
         dtype = x_GTD.dtype
-        down_ED, up_ED = self.down_ED[...].astype(dtype), self.up_ED[...].astype(dtype)
+        down_ED, up_ED = self.down_ED[...], self.up_ED[...]
         gate_GTK = jnp.where(decision.keep_GTK, decision.gate_GTK, 0).astype(dtype)
         k = gate_GTK.shape[-1]
         pieces = next(n for n in range(-(-k // AT_A_TIME), k + 1) if k % n == 0)
@@ -41,12 +41,16 @@ class NeuronExperts(nnx.Module):
         def cut(a_GTK):
             return jnp.moveaxis(a_GTK.reshape(*a_GTK.shape[:2], pieces, -1), 2, 0)
 
+        def rows(weight_ED, expert_GTN):
+            # Gathered in float32 and then cast: the gradient is added up in float32.
+            return weight_ED[expert_GTN].astype(dtype)
+
         @jax.checkpoint
         def add(y_GTD, piece):
             expert_GTN, gate_GTN = piece
-            hidden_GTN = jnp.einsum("gtd,gtnd->gtn", x_GTD, down_ED[expert_GTN])
+            hidden_GTN = jnp.einsum("gtd,gtnd->gtn", x_GTD, rows(down_ED, expert_GTN))
             weight_GTN = gate_GTN * jax.nn.gelu(hidden_GTN)
-            return y_GTD + jnp.einsum("gtn,gtnd->gtd", weight_GTN, up_ED[expert_GTN]), None
+            return y_GTD + jnp.einsum("gtn,gtnd->gtd", weight_GTN, rows(up_ED, expert_GTN)), None
 
         pieces_of = cut(decision.expert_GTK), cut(gate_GTK)
         return jax.lax.scan(add, jnp.zeros_like(x_GTD), pieces_of)[0]

@@ -47,6 +47,8 @@ class SegmentedExperts(nnx.Module):
             raise ValueError(
                 f"SegmentedExperts: MoELayer.activation={activation!r}: one of {kinds}"
             )
+        if segments < 1:
+            raise ValueError(f"SegmentedExperts.segments={segments} must be at least 1")
         if d_model % segments or d_ff % segments:
             raise ValueError(
                 f"SegmentedExperts.segments={segments} must divide the width {d_model} and the "
@@ -54,10 +56,12 @@ class SegmentedExperts(nnx.Module):
             )
         self.activation, self.segments = activation, segments
         shape, axes = (num_experts, segments, d_model, d_ff // segments), ("expert", None, "embed")
-        self.up_ENDF = parameter(shape, (*axes, "mlp"), truncated_normal(1.0, 2))
+        # Fan-in is D (then F) alone, without the axis of segments.
+        init = truncated_normal(float(segments), 2)
+        self.up_ENDF = parameter(shape, (*axes, "mlp"), init)
         shape = (num_experts, segments, d_ff, d_model // segments)
         axes = ("expert", None, "mlp", "embed")
-        self.down_ENFD = parameter(shape, axes, truncated_normal(out_scale, 2))
+        self.down_ENFD = parameter(shape, axes, truncated_normal(out_scale * segments, 2))
 
     def __call__(
         self, x_GTD: jax.Array, decision: TokenChoice, inputs: RouterInputs, dispatcher: Dispatcher

@@ -121,13 +121,13 @@ def program(model: Model, optimizer, mesh: Mesh, *, steps, seed, accumulate, bat
             f"train.batch_size={batch_size} doesn't divide into train.accumulate={accumulate} "
             f"micro-batches of groups of {per_group} sequences; choose a multiple"
         )
-    num_experts = model.moe_layer.router.num_experts if model.moe_layer else None
+    num_experts = model.moe_layer.num_experts if model.moe_layer else None
     try:
         sharding.check_batch(mesh, batch_size // (accumulate * per_group), num_experts)
     except ValueError as error:
         raise UserError(str(error)) from error
     axes = {name: model.graph.axes[name] for name in model.shapes[0]}
-    losses = model.moe_layer.router.losses if model.moe_layer else ()
+    router = model.moe_layer.router if model.moe_layer else None
     return step.Step(
         model.graph,
         model.shapes,
@@ -137,5 +137,5 @@ def program(model: Model, optimizer, mesh: Mesh, *, steps, seed, accumulate, bat
         seed=seed,
         accumulate=accumulate,
         sequences_per_group=per_group,
-        whole_step_losses=any(loss.of_the_whole_step for loss in losses),
+        whole_step_losses=router is not None and router.needs_the_whole_step,
     ).program()

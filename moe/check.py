@@ -14,13 +14,14 @@ import optax
 
 from layers.dispatch import Dispatcher, OneHotEinsum, SlotGather
 from layers.moe_layer import MoELayer
+from layers.neuron_experts import NeuronExperts
 from layers.stack import rematerialised
 from layers.tokens import Tokens
 from moe import functional, sharding, step
 from moe.batch import Batch
 from moe.model import Transformer
 from moe.objective import MaskedToken, NextToken
-from routing import Causality, Router, Sizes, TrainingText, gates_GTE, initialize
+from routing import Causality, Router, Sizes, TrainingText, choices_GE, gates_GTE, initialize
 
 B, T, D, V, F = 16, 12, 16, 29, 16
 RTOL, ATOL = 5e-5, 5e-6
@@ -40,7 +41,12 @@ class Bench:
 
     def __init__(self, make: Callable[[Sizes], Router], num_experts: int):
         text = TrainingText(np.random.default_rng(0).integers(0, V, 2000), V)
-        self.make_layer = functools.partial(MoELayer, router=make, num_experts=num_experts, d_ff=F)
+        more = {}
+        if make(Sizes(D, num_experts, V, text)).repeats_experts:
+            more["neurons"] = NeuronExperts
+        self.make_layer = functools.partial(
+            MoELayer, router=make, num_experts=num_experts, d_ff=F, **more
+        )
         self.layer: MoELayer = initialize(self.make_layer(D, V, text=text), 1)  # pyright: ignore
         self.router = self.layer.router
         _, self.params, self.state = functional.split(self.layer)
@@ -277,7 +283,6 @@ def model_step(bench: Bench, accumulate: int = 1, shape=sharding.MeshShape(data=
 
     graph, *abstract = functional.abstract(make)
     devices = np.prod([size for size in dataclasses.astuple(shape)])
-    losses = bench.router.losses
     program = step.Step(
         graph,
         (abstract[0], abstract[1]),
@@ -286,7 +291,7 @@ def model_step(bench: Bench, accumulate: int = 1, shape=sharding.MeshShape(data=
         mesh=shape.build(jax.devices()[: int(devices)]),
         seed=1,
         accumulate=accumulate,
-        whole_step_losses=accumulate > 1 and any(loss.of_the_whole_step for loss in losses),
+        whole_step_losses=accumulate > 1 and bench.router.needs_the_whole_step,
     ).program()
     state = program.init(0)
     batch = jax.device_put(batch_of(), program.batch_sharding)
@@ -333,13 +338,17 @@ def mesh(bench: Bench) -> Iterator[Verdict]:
 def load(bench: Bench) -> Iterator[Verdict]:
     """What it does with its first weights: nothing to hold, but worth a look."""
     x_BTD = draw(0, B, T, D)
-    stats = run_mode(bench, True)(x_BTD, tokens(True))[1].stats
+    output = run_mode(bench, True)(x_BTD, tokens(True))[1]
+    stats = output.stats
     count_E = np.asarray(stats.count_E)
     skew = count_E.max() / max(count_E.mean(), 1e-9)
     dropped = 1 - np.asarray(stats.kept_E).sum() / max(count_E.sum(), 1)
     seen = f"max/mean load {skew:.2f}, {dropped:.0%} dropped at capacity 1.25, untrained"
     if bench.router.balanced:
-        yield Verdict("balance by construction", bool(skew < 1.2), seen)
+        count_GE = np.asarray(choices_GE(output.decision))
+        apart = int((count_GE.max(1) - count_GE.min(1)).max())
+        seen = f"in no group are two experts more than {apart} apart; {seen}"
+        yield Verdict("balance by construction", apart <= 1, seen)
     else:
         yield Verdict("load", None, seen)
 

@@ -113,7 +113,7 @@ BENCH = Command(
     flags=(
         Flag("tokens", int, "N", "tokens of a step (default: 8192)", 8192, low=1),
         Flag("width", int, "N", "width of the model (default: 512)", 512, low=1),
-        Flag("experts", int, "N", "experts (default: 64)", 64, low=4),
+        Flag("experts", int, "N", "experts (default: 64)", 64, low=8),
         JSON,
     ),
     positional="suite",

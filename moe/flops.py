@@ -42,8 +42,10 @@ def costs(
 
     experts_per_token are those of a token that reaches the layer: of a Mixture-of-Depths' block
     only the share of tokens that goes through pays, and of attention in it the square of that.
-    Attention counts what its mask leaves: T / 2 keys per query on average in a decoder (the
-    window's share where there is one). Embedding look-ups cost nothing; the head does, tied or not.
+    Not counted: what mixes tokens into soft slots and back, product keys' heads beyond the first,
+    a merge of experts. Attention counts what its mask leaves: T / 2 keys per query on average in a
+    decoder (the window's share where there is one). Embedding look-ups cost nothing; the head
+    does, tied or not.
     """
     experts = {name: value for name, value in params.items() if ".experts." in name}
     total = sum(math.prod(value.shape) for value in params.values())
@@ -64,6 +66,10 @@ def costs(
     reached = sum(through(layer) * repeats for layer, repeats in layers if layer.is_moe)
     experts_per_token *= reached / sparse if sparse else 1
     one_expert = in_experts // (num_experts * sparse) if experts else 0
+    if experts:  # of segmented experts, a choice computes one segment
+        segments = getattr(model.moe_layers_of_units()[0].experts, "segments", 1)
+        one_expert //= segments
+        num_experts *= segments
     attention = sum(_attention_flops(model, stack, sequence_length) for stack in model.stacks)
     share = experts_per_token / num_experts
     return Costs(
@@ -73,7 +79,7 @@ def costs(
         flops_per_assignment=6 * one_expert,
         sparse_layers=sparse,
         experts_per_token=experts_per_token,
-        num_experts=num_experts,
+        num_experts=model.moe_layers_of_units()[0].num_experts if experts else 1,
     )
 
 

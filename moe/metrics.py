@@ -27,13 +27,14 @@ class Routing:
     def of(cls, routers) -> "Routing":
         """From a RouterOutput that was fetched from the device."""
         stats = routers.stats
-        tokens = max(int(np.asarray(stats.token_count).max()), 1)
+        token_L = np.maximum(np.asarray(stats.token_count), 1)
+        tokens = int(token_L.max())
         return cls(
             count_LE=np.asarray(stats.count_E),
             kept_LE=np.asarray(stats.kept_E),
-            score_LE=np.asarray(stats.score_sum_E) / tokens,
-            entropy_L=np.asarray(stats.entropy_sum) / tokens,
-            logit_size_L=np.sqrt(np.asarray(stats.logit_square_sum) / tokens),
+            score_LE=np.asarray(stats.score_sum_E) / token_L[:, None],
+            entropy_L=np.asarray(stats.entropy_sum) / token_L,
+            logit_size_L=np.sqrt(np.asarray(stats.logit_square_sum) / token_L),
             losses_L={name: np.asarray(value) for name, value in routers.losses.items()},
             tokens=tokens,
         )

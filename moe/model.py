@@ -182,6 +182,13 @@ class Transformer(nnx.Module):
 
     def _refuse_routers_that_see_the_future(self) -> None:
         for layer in self.moe_layers_of_units():
+            if layer.capacity.leaks_at_evaluation:
+                raise ValueError(
+                    f"Capacity.eval_factor={layer.capacity.eval_factor} with priority="
+                    f"{layer.capacity.priority!r} and order={layer.capacity.order!r} lets later "
+                    "tokens evict earlier ones when a decoder is evaluated; leave eval_factor at "
+                    'None, or use priority="position" with order="token-major"'
+                )
             if layer.router.causality is Causality.NEVER:
                 raise ValueError(
                     f"{type(layer.router).__name__} is not causal and has no causal rule for "

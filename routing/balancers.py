@@ -101,10 +101,10 @@ class QuantileBalancer(Balancer):
 
 
 def exceeded_by(value_GTE, valid_GT, count_G) -> jax.Array:
-    """Per column the value that so many valid tokens exceed: (G, E), by halving an interval.
+    """Per column a value that so many valid tokens and one more reach: (G, E), by halving.
 
-    Equivalent to: the (count + 1)-th largest of the column, to a 2^-24th of its range; sorting
-    columns would cost more than all the rest of a router.
+    Equivalent to: the (count + 1)-th largest of the column, or up to a 2^-24th of its range less;
+    sorting columns would cost more than all the rest of a router.
     """
     valid_GT1 = valid_GT[..., None]
     low_GE = jnp.where(valid_GT1, value_GTE, jnp.inf).min(1)
@@ -117,4 +117,4 @@ def exceeded_by(value_GTE, valid_GT, count_G) -> jax.Array:
         many_GE = over_GE > count_G[:, None]
         return jnp.where(many_GE, middle_GE, low_GE), jnp.where(many_GE, high_GE, middle_GE)
 
-    return jax.lax.fori_loop(0, 24, halve, (low_GE, high_GE))[1]
+    return jax.lax.fori_loop(0, 24, halve, (low_GE, high_GE))[0]

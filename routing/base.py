@@ -28,7 +28,7 @@ class BASE(Router):
 
     Args:
         sizes: width, number of experts, vocabulary.
-        shuffle: deal tokens to random groups before solving.
+        shuffle: deal tokens to random groups before solving; every micro-batch deals its own.
         losses: none are needed, the load is balanced by construction.
     """
 
@@ -59,7 +59,10 @@ class BASE(Router):
         if not self.shuffle:
             return solve(score_GTE, inputs.valid_GT)
         shape = inputs.valid_GT.shape
-        order_N = jax.random.permutation(jax.random.fold_in(inputs.key, 2), inputs.valid_GT.size)
+        # Valid tokens by a draw of their own, padding last.
+        draw = jax.vmap(lambda key: jax.random.uniform(key, shape[1:]))
+        draw_GT = jnp.where(inputs.valid_GT, draw(inputs.keys_G(purpose=2)), 2)
+        order_N = jnp.argsort(draw_GT.ravel())
         valid_GT = inputs.valid_GT.ravel()[order_N].reshape(shape)
         mixed_GTE = score_GTE.reshape(-1, self.num_experts)[order_N].reshape(score_GTE.shape)
         found_N = solve(mixed_GTE, valid_GT).ravel()

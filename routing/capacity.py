@@ -76,14 +76,27 @@ class Capacity:
     @property
     def leaks(self) -> bool:
         """In training, can a later token change what an earlier one receives?"""
-        ordered = self.priority == "position" and self.order == "token-major"
-        return self.factor is not None and not ordered
+        return self.factor is not None and not self._in_order
 
-    def fit(self, decision: TokenChoice, inputs: RouterInputs) -> TokenChoice:
-        """The decision with a slot for every assignment that fits; the rest has keep False."""
+    @property
+    def leaks_at_evaluation(self) -> bool:
+        """The same at evaluation, where by default nothing is dropped."""
+        return self.eval_factor is not None and not self._in_order
+
+    @property
+    def _in_order(self) -> bool:
+        return self.priority == "position" and self.order == "token-major"
+
+    def fit(
+        self, decision: TokenChoice, inputs: RouterInputs, choices: int | None = None
+    ) -> TokenChoice:
+        """The decision with a slot for every assignment that fits; the rest has keep False.
+
+        choices: what the router chose among, where that is more than the decision's experts.
+        """
         factor = self.factor if inputs.train else self.eval_factor
         _, tokens, k = decision.expert_GTK.shape
-        experts = decision.num_experts
+        experts = choices or decision.num_experts
         rank_GTK = self._rank(decision, inputs)
         if factor is None:
             return self._with_slots(decision, rank_GTK, decision.keep_GTK, tokens)

@@ -48,7 +48,9 @@ class DSelectK(Router):
         if not gamma > 0:
             raise ValueError(f"DSelectK.gamma={gamma} must be above 0")
         experts = sizes.num_experts
-        bits = max(1, math.ceil(math.log2(experts)))
+        if experts < 2:
+            raise ValueError("DSelectK needs at least 2 experts to select among")
+        bits = math.ceil(math.log2(experts))
         self.num_experts, self.k, self.gamma = experts, k, gamma
         self.codes_EM = tuple(
             tuple(i >> (bits - 1 - j) & 1 for j in range(bits)) for i in range(experts)
@@ -79,7 +81,7 @@ class DSelectK(Router):
         safe_GTKE = chosen_GTKE + 1e-6
         terms = {
             "selector_entropy": -jnp.sum(chosen_GTKE * jnp.log(safe_GTKE), axis=(-2, -1)),
-            "unreachable": jnp.sum(1 / jnp.maximum(reach_GTK, 1e-6), axis=-1),
+            "unreachable": jnp.sum(1 / jnp.maximum(reach_GTK, 1e-3), axis=-1),
         }
         score_GTE = gate_GTE / jnp.maximum(gate_GTE.sum(-1, keepdims=True), 1e-20)
         return Routing(decision, None, score_GTE, terms=terms)

@@ -11,7 +11,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from routing.balancers import Memory
+from routing.balancers import Memory, exceeded_by
 from routing.capacity import slots_for_valid, slots_per_expert
 from routing.capped import capped_plan
 from routing.losses import RouterLoss
@@ -25,7 +25,7 @@ from routing.records import (
     Sizes,
     TokenChoice,
 )
-from routing.router import Router
+from routing.router import Router, pick
 
 
 @gin.configurable("ExpertChoice", module="routing")  # pyright: ignore[reportCallIssue]
@@ -36,7 +36,8 @@ class ExpertChoiceRouter(Router):
         sizes: width, number of experts, vocabulary.
         capacity_factor: experts per token on average; C = ceil(capacity_factor * T / E).
         most_experts: at most so many experts for a token, by an entropy-regularised linear program
-            (section 3.3); None leaves it open.
+            (section 3.3); None leaves it open. In training the plan is met as far as its
+            iterations go and each expert takes its best C, so that some tokens have more.
         entropy: its regularisation; the paper's 0.001 needs far more than 100 iterations.
         iterations: of Dykstra's algorithm.
         evaluation: "threshold": a token goes to every expert that scores it above the running mean
@@ -54,7 +55,7 @@ class ExpertChoiceRouter(Router):
         self,
         sizes: Sizes,
         capacity_factor: float = 2.0,
-        most_experts: float | None = None,
+        most_experts: int | None = None,
         entropy: float = 0.01,
         iterations: int = 100,
         evaluation: Literal["threshold", "tokens"] = "threshold",
@@ -70,6 +71,11 @@ class ExpertChoiceRouter(Router):
             raise ValueError(
                 f"ExpertChoice.most_experts={most_experts} is below the mean of experts per token "
                 f"(capacity_factor={capacity_factor}), so that no plan exists"
+            )
+        if not entropy > 0 or iterations < 1:
+            raise ValueError(
+                f"ExpertChoice.entropy={entropy} must be above 0, "
+                f"ExpertChoice.iterations={iterations} at least 1"
             )
         if evaluation not in ("threshold", "tokens"):
             raise ValueError(f"ExpertChoice.evaluation={evaluation!r}: threshold or tokens")
@@ -88,7 +94,8 @@ class ExpertChoiceRouter(Router):
         logits_GTE = jnp.einsum("gtd,de->gte", inputs.x_GTD, self.weight_DE[...])
         score_GTE = jax.nn.softmax(logits_GTE)
         if self.thresholds is not None and not inputs.train:
-            decision = above_threshold(score_GTE, self.thresholds.threshold_E[...])
+            most = min(self.most_experts or self.num_experts, self.num_experts)
+            decision = above_threshold(score_GTE, self.thresholds.threshold_E[...], most)
             return Routing(decision, logits_GTE, score_GTE)
         score_GET = jnp.swapaxes(score_GTE, 1, 2)
         preference_GET = jax.lax.stop_gradient(score_GET)
@@ -99,7 +106,9 @@ class ExpertChoiceRouter(Router):
         )
         gate_GEC = jnp.where(keep_GEC, jnp.take_along_axis(score_GET, token_GEC, -1), 0)
         decision = ExpertChoice(token_GEC, gate_GEC, keep_GEC, inputs.valid_GT.shape[1])
-        tally = self.thresholds.tally(gate_GEC, keep_GEC) if self.thresholds is not None else {}
+        tally = {}
+        if self.thresholds is not None:
+            tally = self.thresholds.tally(score_GTE, inputs.valid_GT, keep_GEC)
         return Routing(decision, logits_GTE, score_GTE, tally=tally)
 
     def _plan(self, score_GET, valid_GT):
@@ -127,16 +136,16 @@ def best_tokens(preference_GET, valid_GT, factor: float, num_experts: int):
     return token_GEC, jnp.broadcast_to(stands_G1C, token_GEC.shape)
 
 
-def above_threshold(score_GTE, threshold_E) -> TokenChoice:
-    """Every expert whose score lies above its threshold takes the token; a token may have none."""
-    experts = score_GTE.shape[-1]
-    expert_GTE = jnp.broadcast_to(jnp.arange(experts, dtype=jnp.int32), score_GTE.shape)
-    keep_GTE = jax.lax.stop_gradient(score_GTE) > threshold_E[None, None]
-    return TokenChoice(expert_GTE, score_GTE, keep_GTE, experts)
+def above_threshold(score_GTE, threshold_E, most: int) -> TokenChoice:
+    """Of a token's best experts those whose score reaches their threshold; it may be none."""
+    expert_GTK = pick(score_GTE, most)
+    gate_GTK = jnp.take_along_axis(score_GTE, expert_GTK, -1)
+    keep_GTK = jax.lax.stop_gradient(gate_GTK) >= threshold_E[expert_GTK]
+    return TokenChoice(expert_GTK, gate_GTK, keep_GTK, score_GTE.shape[-1])
 
 
 class Thresholds(Memory):
-    """Per expert the running mean of the lowest score that it still took from a group."""
+    """Per expert the running mean of the score that as many tokens reach as it takes of a group."""
 
     def __init__(self, num_experts: int, decay: float):
         if not 0 <= decay < 1:
@@ -148,13 +157,14 @@ class Thresholds(Memory):
 
         self.threshold_E = router_state((num_experts,), jnp.float32, (None,), start)
 
-    def tally(self, gate_GEC, keep_GEC) -> dict[str, jax.Array]:
-        """The lowest scores taken, summed over groups, and the number of groups with a token."""
-        lowest_GE = jnp.where(keep_GEC, jax.lax.stop_gradient(gate_GEC), jnp.inf).min(-1)
-        taken_GE = keep_GEC.any(-1)
+    def tally(self, score_GTE, valid_GT, keep_GEC) -> dict[str, jax.Array]:
+        """These scores, summed over groups, and the number of groups with a token."""
+        taken_G = keep_GEC[:, 0].sum(-1)
+        lowest_GE = exceeded_by(jax.lax.stop_gradient(score_GTE), valid_GT, taken_G - 1)
+        some_G = taken_G > 0
         return {
-            "lowest": jnp.where(taken_GE, lowest_GE, 0).sum(0),
-            "groups": taken_GE[:, 0].sum(dtype=jnp.int32),
+            "lowest": jnp.where(some_G[:, None], lowest_GE, 0).sum(0),
+            "groups": some_G.sum(dtype=jnp.int32),
         }
 
     def update(self, stats: RouterStats) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from routing.losses import BalanceLoss, RouterLoss
 from routing.parameters import parameter, truncated_normal
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
-from routing.router import Router, check_k, pick
+from routing.router import Router, pick
 
 
 @gin.configurable
@@ -42,7 +42,8 @@ class GShard(Router):
         threshold: float = 0.5,
         losses: Sequence[RouterLoss] | None = None,
     ):
-        check_k("GShard", 2, sizes)
+        if sizes.num_experts < 2:
+            raise ValueError("GShard needs at least 2 experts; use Switch")
         if second not in ("random", "all"):
             raise ValueError(f"GShard.second={second!r}: random or all")
         if not threshold > 0:

@@ -46,6 +46,7 @@ class Hash(Router):
             self.causality = Causality.NEVER
             self.decoding = "not possible: it reads the token that is to be predicted"
         self.order_matters = key not in ("token", "predicted")
+        self.needs_token_ids = key != "position"
         self.num_experts, self.vocab_size, self.losses = sizes.num_experts, sizes.vocab_size, ()
         self.key = key
 

@@ -20,7 +20,7 @@ from routing.router import Router, pick
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class HierarchicalLoadLoss(RouterLoss):
-    """CV^2 of Load_H[i, j] = Load_primary[i] * Load_i(X_i)[j] / |X_i| (Shazeer 2017, eq. 13).
+    """CV^2 of Load_H[i, j] = Load_primary[i] * Load_i(X_i)[j] / |X_i| (Shazeer 2017, eq. 14).
 
     The quotient lets the primary gate keep its gradient. For `Hierarchical` alone.
     """
@@ -33,6 +33,8 @@ class HierarchicalLoadLoss(RouterLoss):
         return True
 
     def __call__(self, routing, inputs, stats):
+        if "primary_load" not in stats.own:
+            raise ValueError("HierarchicalLoadLoss is for Hierarchical; NoisyTopK has LoadLoss")
         primary_A, secondary_AB, size_A = (
             of_the_step(stats, inputs, lambda stats, name=name: stats.own[name])
             for name in ("primary_load", "secondary_load", "group_tokens")
@@ -121,4 +123,5 @@ class Hierarchical(Router):
             "secondary_load": jnp.where(used_GTA[..., None], inner_load_GTAB, 0).sum((0, 1)),
             "group_tokens": used_GTA.sum((0, 1)).astype(clean_GTA.dtype),
         }
-        return Routing(decision, clean_GTE, score_GTAB.reshape(clean_GTE.shape), tally=tally)
+        # Two levels of logits: no single one that a loss could read.
+        return Routing(decision, None, score_GTAB.reshape(clean_GTE.shape), tally=tally)

@@ -66,6 +66,8 @@ class BalanceLoss(RouterLoss):
     def __post_init__(self):
         if self.scope not in ("global", "group", "sequence"):
             raise ValueError(f"BalanceLoss.scope={self.scope!r}: global, group or sequence")
+        if self.devices is not None and self.devices < 1:
+            raise ValueError(f"BalanceLoss.devices={self.devices} must be at least 1, or None")
         if self.choices not in ("all", "first"):
             raise ValueError(f"BalanceLoss.choices={self.choices!r}: all or first")
 
@@ -118,11 +120,14 @@ def first_choices_GE(routing: Routing) -> jax.Array:
     decision = routing.decision
     if not isinstance(decision, TokenChoice):
         raise ValueError('BalanceLoss.choices="first" needs a router whose tokens choose')
+    # The largest gate that stands: not every router lists its choices in order.
+    gate_GTK = jnp.where(decision.keep_GTK, jax.lax.stop_gradient(decision.gate_GTK), -jnp.inf)
+    best_GT1 = jnp.argmax(gate_GTK, axis=-1)[..., None]
     first = dataclasses.replace(
         decision,
-        expert_GTK=decision.expert_GTK[..., :1],
-        gate_GTK=decision.gate_GTK[..., :1],
-        keep_GTK=decision.keep_GTK[..., :1],
+        expert_GTK=jnp.take_along_axis(decision.expert_GTK, best_GT1, -1),
+        gate_GTK=jnp.take_along_axis(decision.gate_GTK, best_GT1, -1),
+        keep_GTK=jnp.take_along_axis(decision.keep_GTK, best_GT1, -1),
     )
     return choices_GE(first)
 
@@ -187,8 +192,8 @@ class LoadLoss(RouterLoss):
     def tally(self, routing, inputs):
         if routing.load_GTE is None:
             raise ValueError(
-                "LoadLoss needs a router that estimates its load (NoisyTopK, VMoE, "
-                "Hierarchical); use BalanceLoss or ImportanceLoss with this one"
+                "LoadLoss needs a router that estimates its load (NoisyTopK, VMoE); Hierarchical "
+                "has HierarchicalLoadLoss, others BalanceLoss and ImportanceLoss"
             )
         return {self.name: jnp.where(inputs.valid_GT[..., None], routing.load_GTE, 0).sum((0, 1))}
 

@@ -29,6 +29,7 @@ class SMEAR(Router):
     """
 
     causality = Causality.NEVER
+    whole_sequences = True
     decoding = "not possible: the mixture depends on the whole sequence; Lory's does not"
 
     def __init__(self, sizes: Sizes, losses: Sequence[RouterLoss] = ()):
@@ -56,6 +57,7 @@ class Lory(Router):
     """
 
     causality = Causality.CAUSAL
+    whole_sequences = True
     order_matters = True
     decoding = "the mixture changes only where a segment begins"
 
@@ -110,8 +112,8 @@ def in_segments(valid_GT, segment: int) -> jax.Array:
 def merged(logits_GSE, inputs: RouterInputs, segment: int) -> Routing:
     """The routing by a softmax of each segment's logits; a segment of padding uses no expert."""
     tokens = inputs.valid_GT.shape[1]
-    used_GS1 = in_segments(inputs.valid_GT, segment).any(-1, keepdims=True)
-    weight_GSE = jnp.where(used_GS1, jax.nn.softmax(logits_GSE), 0)
-    decision = ExpertMerge(weight_GSE, segment, tokens)
+    tokens_GS = in_segments(inputs.valid_GT, segment).sum(-1, dtype=jnp.int32)
+    weight_GSE = jnp.where(tokens_GS[..., None] > 0, jax.nn.softmax(logits_GSE), 0)
+    decision = ExpertMerge(weight_GSE, tokens_GS, segment, tokens)
     logits_GTE = jnp.repeat(logits_GSE, segment, axis=1)[:, :tokens]
     return Routing(decision, logits_GTE, decision.weight_GTE)

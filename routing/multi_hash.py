@@ -24,6 +24,7 @@ class MultiHash(Router):
     """
 
     causality = Causality.CAUSAL
+    repeats_experts = True
     needs_token_ids = True
     decoding = "as in training"
 

@@ -81,4 +81,5 @@ def chance_of_selection(clean_GTE, noisy_GTE, std_GTE, k: int) -> jax.Array:
     best_GTK = jnp.take_along_axis(noisy_GTE, order_GTK, -1)
     chosen_GTE = jax.nn.one_hot(order_GTK[..., :k], noisy_GTE.shape[-1], dtype=bool).any(-2)
     bar_GTE = jnp.where(chosen_GTE, best_GTK[..., k : k + 1], best_GTK[..., k - 1 : k])
-    return jax.scipy.stats.norm.cdf((clean_GTE - bar_GTE) / std_GTE)
+    # Noise may die out: below this the quotient's derivative would overflow.
+    return jax.scipy.stats.norm.cdf((clean_GTE - bar_GTE) / jnp.maximum(std_GTE, 1e-6))

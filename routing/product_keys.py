@@ -35,6 +35,7 @@ class ProductKeys(Router):
     """
 
     causality = Causality.CAUSAL
+    repeats_experts = True
     decoding = "as in training"
 
     def __init__(
@@ -52,6 +53,11 @@ class ProductKeys(Router):
                 f"nearest are {side**2} and {(side + 1) ** 2}"
             )
         check_k("ProductKeys", k, Sizes(sizes.d_model, side, sizes.vocab_size))
+        if k == 1 and side > 1:
+            raise ValueError(
+                "ProductKeys.k=1 makes every gate 1 and starves the router of its gradient; use 2 "
+                "or more"
+            )
         if heads < 1:
             raise ValueError(f"ProductKeys.heads={heads} must be at least 1")
         width = query_width or sizes.d_model

@@ -156,10 +156,11 @@ class SoftSlots(nnx.Pytree):
 class ExpertMerge(nnx.Pytree):
     """No token moves: segment s of a group goes through one expert, the weighted mean of all.
 
-    Every segment has `segment` tokens; the last of the S ones may have fewer.
+    Every segment has `segment` tokens, tokens_GS of them valid; the last one may have fewer.
     """
 
     weight_GSE: Float[Array, "G S E"] = nnx.data()
+    tokens_GS: Int[Array, "G S"] = nnx.data()
     segment: int = nnx.static()
     num_tokens: int = nnx.static()
 
@@ -234,7 +235,10 @@ def gates_GTE(decision: Decision) -> Float[Array, "G T E"]:
 
 
 def choices_GE(decision: Decision, *, kept_GTK: Array | None = None) -> Int[Array, "G E"]:
-    """How many assignments each expert has in each group; a soft slot that reads is one."""
+    """How many assignments each expert has in each group.
+
+    A soft slot that reads is one; a token of a merged expert is one of the heaviest in its mixture.
+    """
     if isinstance(decision, TokenChoice):
         keep_GTK = decision.keep_GTK if kept_GTK is None else kept_GTK
         # Counted one by one, where comparing every choice with every expert is slower.
@@ -249,6 +253,8 @@ def choices_GE(decision: Decision, *, kept_GTK: Array | None = None) -> Int[Arra
     if isinstance(decision, ExpertChoice):
         return jnp.sum(decision.keep_GEC, axis=2, dtype=jnp.int32)
     if isinstance(decision, ExpertMerge):
-        return jnp.sum(decision.weight_GSE > 0, axis=1, dtype=jnp.int32)
+        heaviest_GS = jnp.argmax(decision.weight_GSE, axis=-1)
+        hit_GSE = jax.nn.one_hot(heaviest_GS, decision.weight_GSE.shape[-1], dtype=jnp.int32)
+        return jnp.sum(hit_GSE * decision.tokens_GS[..., None], axis=1)
     # The slots of a group of nothing but padding read nothing.
     return jnp.sum(jnp.any(decision.dispatch_GTES != 0, axis=1), axis=-1, dtype=jnp.int32)

@@ -22,7 +22,8 @@ class ReMoE(Router):
 
     The penalty lambda * (E / k) sum_e f_e mean(R_e) pulls the gates of crowded experts down
     (eq. 9); after every step lambda grows by a factor while fewer than 1 - k / E of the gates are
-    zero, and shrinks while more are (eq. 8). All experts start active.
+    zero, and shrinks while more are (eq. 8). About half of the gates start active. Every layer
+    has a lambda of its own and aims at k by itself; the paper's one is shared by all layers.
 
     Args:
         sizes: width, number of experts, vocabulary.
@@ -34,6 +35,7 @@ class ReMoE(Router):
 
     causality = Causality.CAUSAL
     decoding = "as in training"
+    reads_the_step = True
 
     def __init__(
         self,
@@ -86,7 +88,9 @@ class SparsityPenalty(Memory):
         self.weight = router_state((), jnp.float32, (), first)
 
     def update(self, stats: RouterStats) -> None:
-        active_E = stats.own["active"]
-        gates = jnp.maximum(stats.token_count, 1) * active_E.shape[0]
-        sparsity = 1 - active_E.sum() / gates
-        self.weight[...] = self.weight[...] * self.factor ** jnp.sign(self.target - sparsity)
+        # In floats: tokens times experts may exceed an int32.
+        active = stats.own["active"].astype(jnp.float32).mean()
+        sparsity = 1 - active / jnp.maximum(stats.token_count, 1)
+        weight = self.weight[...] * self.factor ** jnp.sign(self.target - sparsity)
+        # It must be able to come back from either end.
+        self.weight[...] = jnp.clip(weight, 1e-12, 1e6)

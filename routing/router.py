@@ -19,11 +19,13 @@ import jax.numpy as jnp
 from routing.losses import RouterLoss
 from routing.records import (
     Causality,
+    ExpertChoice,
     RouterInputs,
     RouterOutput,
     RouterStats,
     Routing,
     Sizes,
+    SoftSlots,
     TokenChoice,
     choices_GE,
 )
@@ -38,6 +40,8 @@ class Router(nnx.Module):
         order_matters: whether permuting the tokens of a group changes the decision of each.
         needs_token_ids: whether the decision depends on token ids.
         balanced: whether every expert gets the same load by construction.
+        whole_sequences: whether a group has to be one sequence (it mixes the tokens of a group).
+        repeats_experts: whether a token may name one expert several times.
         decoding: how it decides when text is generated one token at a time, in a few words.
     """
 
@@ -45,10 +49,14 @@ class Router(nnx.Module):
     order_matters: bool = False
     needs_token_ids: bool = False
     balanced: bool = False
+    whole_sequences: bool = False
+    repeats_experts: bool = False
     decoding: str
 
     num_experts: int
     losses: tuple[RouterLoss, ...]
+    # Whether `route` itself reads the statistics of the whole step, which micro-batches then need.
+    reads_the_step: bool = False
     # Names and weights of the losses that the objective completes, for routers with a policy.
     completed: tuple[tuple[str, float], ...] = ()
 
@@ -70,10 +78,25 @@ class Router(nnx.Module):
             )
         return RouterOutput(routing.decision, losses, penalty, stats, routing.policy)
 
+    @property
+    def needs_the_whole_step(self) -> bool:
+        """Whether micro-batches must all run forward before the first gradient."""
+        return self.reads_the_step or any(loss.of_the_whole_step for loss in self.losses)
+
 
 def strike_padding(routing: Routing, inputs: RouterInputs) -> Routing:
     """No assignment of a padded token stands, whatever the router said."""
     decision = routing.decision
+    if isinstance(decision, ExpertChoice):
+        token_GN = decision.token_GEC.reshape(decision.token_GEC.shape[0], -1)
+        real_GN = jnp.take_along_axis(inputs.valid_GT, token_GN, axis=1)
+        keep_GEC = decision.keep_GEC & real_GN.reshape(decision.token_GEC.shape)
+        decision = dataclasses.replace(decision, keep_GEC=keep_GEC)
+    if isinstance(decision, SoftSlots):
+        valid_GT11 = inputs.valid_GT[..., None, None]
+        dispatch_GTES = jnp.where(valid_GT11, decision.dispatch_GTES, 0)
+        combine_GTES = jnp.where(valid_GT11, decision.combine_GTES, 0)
+        decision = SoftSlots(dispatch_GTES, combine_GTES)
     if isinstance(decision, TokenChoice):
         valid_GT1 = inputs.valid_GT[..., None]
         decision = dataclasses.replace(decision, keep_GTK=decision.keep_GTK & valid_GT1)

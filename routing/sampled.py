@@ -49,7 +49,7 @@ class Sampled(Router):
     """
 
     causality = Causality.CAUSAL
-    decoding = "greedy: the most likely expert, or every one above one half"
+    decoding = "greedy: the most likely expert, or the k most likely"
 
     def __init__(
         self,
@@ -65,6 +65,8 @@ class Sampled(Router):
         check_k("Sampled", k, sizes)
         if estimator not in ESTIMATORS:
             raise ValueError(f"Sampled.estimator={estimator!r}: one of {', '.join(ESTIMATORS)}")
+        if not heat > 0:
+            raise ValueError(f"Sampled.heat={heat} must be above 0")
         self.num_experts, self.k, self.heat, self.estimator = sizes.num_experts, k, heat, estimator
         defaults = (BalanceLoss(),) if estimator in ONE else (TermLoss("sparsity", 0.1),)
         self.losses = defaults if losses is None else tuple(losses)
@@ -107,11 +109,22 @@ class Sampled(Router):
 
     def _many(self, logits_GTE, draw_GTE, inputs) -> Routing:
         prob_GTE, policy = jax.nn.sigmoid(logits_GTE), None
+        fires_GTE = jnp.sqrt(prob_GTE) if self.estimator == "stochastic_times_smooth" else prob_GTE
+        terms = {"sparsity": binary_divergence(self.k / self.num_experts, fires_GTE.mean(-1))}
+        score_GTE = prob_GTE / prob_GTE.sum(-1, keepdims=True)
         if draw_GTE is None:
-            fires_GTE = logits_GTE > 0
-            likely = {"stochastic_times_smooth": prob_GTE, "noisy_rectifier": logits_GTE}
-            gate_GTE = jnp.where(fires_GTE, likely.get(self.estimator, 1.0), 0)
-        elif self.estimator == "unbiased":
+            # The k likeliest, each with the mean of its gate where it is drawn.
+            expert_GTK = pick(logits_GTE, self.k)
+            given = {
+                "stochastic_times_smooth": fires_GTE,
+                "noisy_rectifier": jax.nn.softplus(logits_GTE) / prob_GTE,
+            }
+            gate_GTE = given.get(self.estimator, jnp.ones_like(prob_GTE))
+            gate_GTK = jnp.take_along_axis(gate_GTE, expert_GTK, -1)
+            keep_GTK = jnp.ones_like(expert_GTK, bool)
+            decision = TokenChoice(expert_GTK, gate_GTK, keep_GTK, self.num_experts)
+            return Routing(decision, logits_GTE, score_GTE, terms=terms)
+        if self.estimator == "unbiased":
             gate_GTE, log_prob_GTE = estimators.bernoulli(logits_GTE, draw_GTE)
             policy = self._policy(log_prob_GTE.sum(-1), inputs)
         else:
@@ -119,9 +132,6 @@ class Sampled(Router):
         numbers_E = jnp.arange(self.num_experts, dtype=jnp.int32)
         expert_GTE = jnp.broadcast_to(numbers_E, gate_GTE.shape)
         decision = TokenChoice(expert_GTE, gate_GTE, gate_GTE > 0, self.num_experts)
-        mean_GT = prob_GTE.mean(-1)
-        terms = {"sparsity": binary_divergence(self.k / self.num_experts, mean_GT)}
-        score_GTE = prob_GTE / prob_GTE.sum(-1, keepdims=True)
         return Routing(decision, logits_GTE, score_GTE, terms=terms, policy=policy)
 
     def _policy(self, log_prob_GT, inputs: RouterInputs) -> Policy:

@@ -40,6 +40,7 @@ class SoftChoice(Router):
     """
 
     causality = Causality.NEVER
+    whole_sequences = True
     balanced = True
     decoding = "not possible: every slot mixes the whole sequence; with `segment` it is"
 

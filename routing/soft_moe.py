@@ -30,6 +30,7 @@ class SoftMoE(Router):
     """
 
     causality = Causality.NEVER
+    whole_sequences = True
     balanced = True
     decoding = "not possible: every slot mixes the whole sequence; with `segment` it is"
 

@@ -63,12 +63,12 @@ class StrictlyBalanced(Router):
             experts = jnp.arange(self.num_experts, dtype=jnp.int32)
             decision = TokenChoice(
                 jnp.broadcast_to(experts, prob_GTE.shape),
-                _renormalised(prob_GTE, above_GTE),
+                _among(logits_GTE, above_GTE),
                 above_GTE,
                 self.num_experts,
             )
             return Routing(decision, logits_GTE, prob_GTE, terms=terms)
-        gate_GET = jnp.swapaxes(_renormalised(prob_GTE, taken_GTE), 1, 2)
+        gate_GET = jnp.swapaxes(_among(logits_GTE, taken_GTE), 1, 2)
         gate_GEC = jnp.where(keep_GEC, jnp.take_along_axis(gate_GET, token_GEC, -1), 0)
         decision = ExpertChoice(token_GEC, gate_GEC, keep_GEC, inputs.valid_GT.shape[1])
         return Routing(decision, logits_GTE, prob_GTE, terms=terms)
@@ -84,8 +84,10 @@ def _mask(token_GEC, keep_GEC, tokens: int) -> jax.Array:
     return jnp.swapaxes(jax.vmap(jax.vmap(one))(token_GEC, keep_GEC), 1, 2)
 
 
-def _renormalised(prob_GTE, mask_GTE):
-    """The gates of the mask's experts, summing to 1; all zero where the mask is empty."""
-    kept_GTE = jnp.where(mask_GTE, prob_GTE, 0)
-    sum_GT1 = kept_GTE.sum(-1, keepdims=True)
-    return kept_GTE / jnp.where(sum_GT1 > 0, sum_GT1, 1)
+def _among(logits_GTE, mask_GTE):
+    """Softmax over the mask's experts, which is their gates renormalised; zero for an empty mask.
+
+    Of the logits: the quotient of two tiny probabilities would have no finite gradient.
+    """
+    masked_GTE = jnp.where(mask_GTE, logits_GTE, -1e30)
+    return jnp.where(mask_GTE, jax.nn.softmax(masked_GTE), 0)

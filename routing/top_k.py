@@ -73,7 +73,8 @@ class TopK(Router):
                 "TopK.k=1 with gates that sum to 1 makes every gate 1 and starves the router of "
                 'its gradient; use gates="softmax" or "sigmoid" with renormalise=False'
             )
-        check_groups(k, expert_groups, groups_per_token, sizes)
+        best = 2 if balancer else 1
+        check_groups(k, expert_groups, groups_per_token, best, sizes)
         self.num_experts, self.k, self.gates = sizes.num_experts, k, gates
         self.expert_groups, self.groups_per_token = expert_groups, groups_per_token
         self.renormalise, self.scale, self.keep_rest = renormalise, scale, keep_rest
@@ -91,17 +92,16 @@ class TopK(Router):
     def route(self, inputs: RouterInputs) -> Routing:
         logits_GTE = jnp.einsum("gtd,de->gte", inputs.x_GTD, self.weight_DE[...])
         if self.gates == "sigmoid":
-            raw_GTE = jax.nn.sigmoid(logits_GTE)
-            score_GTE = raw_GTE / jnp.maximum(raw_GTE.sum(-1, keepdims=True), 1e-20)
+            raw_GTE, log_GTE = jax.nn.sigmoid(logits_GTE), jax.nn.log_sigmoid(logits_GTE)
+            score_GTE = jax.nn.softmax(log_GTE)  # sigmoids over their sum, however small
         else:
             raw_GTE = score_GTE = jax.nn.softmax(logits_GTE)
+            log_GTE = logits_GTE
         expert_GTK = pick(self._preference(raw_GTE), self.k)
-        if self.gates == "softmax_of_selected":
-            gate_GTK = jax.nn.softmax(jnp.take_along_axis(logits_GTE, expert_GTK, -1))
+        if self.renormalise or self.gates == "softmax_of_selected":
+            gate_GTK = jax.nn.softmax(jnp.take_along_axis(log_GTE, expert_GTK, -1))
         else:
             gate_GTK = jnp.take_along_axis(raw_GTE, expert_GTK, -1)
-        if self.renormalise:
-            gate_GTK = gate_GTK / jnp.maximum(gate_GTK.sum(-1, keepdims=True), 1e-20)
         keep_GTK = jnp.ones_like(expert_GTK, bool)
         decision = TokenChoice(expert_GTK, self.scale * gate_GTK, keep_GTK, self.num_experts)
         if self.keep_rest:
@@ -144,7 +144,7 @@ def non_orthogonality(weight_DE) -> jax.Array:
     return jnp.abs(gram_EE - jnp.eye(gram_EE.shape[0], dtype=gram_EE.dtype)).sum()
 
 
-def check_groups(k: int, groups: int, allowed: int, sizes: Sizes) -> None:
+def check_groups(k: int, groups: int, allowed: int, best: int, sizes: Sizes) -> None:
     """Raise ValueError where groups of experts don't fit, or can't hold k experts."""
     experts = sizes.num_experts
     if groups < 1 or experts % groups:
@@ -154,5 +154,7 @@ def check_groups(k: int, groups: int, allowed: int, sizes: Sizes) -> None:
             f"TopK.groups_per_token={allowed} of {groups} groups of {experts // groups} experts "
             f"can't hold TopK.k={k}"
         )
-    if allowed < groups and experts // groups < 2:
-        raise ValueError(f"TopK.expert_groups={groups}: a group needs two experts to be scored")
+    if allowed < groups and experts // groups < best:
+        raise ValueError(
+            f"TopK.expert_groups={groups}: a balancer scores a group by its two best experts"
+        )

@@ -148,7 +148,7 @@ ROUTERS = {
     "base": row(BASE),
     "sinkhorn": row(Sinkhorn),
     "dselect_k": row(DSelectK, learned=("code_DKM", "mix_DK")),
-    "remoe": row(ReMoE, state=("penalty.weight",)),
+    "remoe": row(ReMoE, start=1.0, state=("penalty.weight",)),
     "expert_choice": row(ExpertChoiceRouter, evaluation="tokens", losses=LOSSES),
     "expert_choice_capped": row(
         ExpertChoiceRouter, most_experts=3, losses=LOSSES, state=("thresholds.threshold_E",)

@@ -127,6 +127,28 @@ def test_evaluation_is_deterministic_and_knows_no_neighbours(name):
         np.testing.assert_allclose(a[7], b[0], rtol=1e-5, atol=1e-6)
 
 
+@every_router
+def test_order_and_token_ids_matter_where_declared(name):
+    """At evaluation: tokens permuted inside their groups; then other ids for the same vectors."""
+    router, run, x_BTD = router_of(name), evaluated(name), draw(0, B, T, D)
+    batch = tokens(train=False)
+    order_BT = np.argsort(np.random.default_rng(2).random((B, T)), axis=1)
+    token_BT = jnp.take_along_axis(batch.token_BT, order_BT, axis=1)
+    moved = run(
+        np.take_along_axis(x_BTD, order_BT[..., None], axis=1),
+        dataclasses.replace(batch, token_BT=token_BT),
+    )
+    y_BTD, output = run(x_BTD, batch)
+    plain = [np.asarray(y_BTD), *per_token(output.decision)]
+    back = [np.take_along_axis(a, order_BT.reshape(B, T, *[1] * (a.ndim - 2)), 1) for a in plain]
+    pairs = zip([np.asarray(moved[0]), *per_token(moved[1].decision)], back, strict=True)
+    same = all(np.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
+    assert same != router.order_matters
+    other = per_token(run(x_BTD, tokens(train=False, seed=9))[1].decision)
+    same = all(np.array_equal(a, b) for a, b in zip(other, plain[1:], strict=True))
+    assert same != router.needs_token_ids
+
+
 def with_padding(train, more=2, longer=3):
     """The batch of `tokens()` with padded positions and whole padded groups; a mask; how to pad."""
     grow = ((0, more), (0, longer), (0, 0))

@@ -162,7 +162,7 @@ def program(setting):
         mesh=shape.build(jax.devices()[: math.prod(setting.mesh)]),
         seed=1,
         accumulate=setting.accumulate,
-        whole_step_losses=setting.accumulate > 1,
+        whole_step_losses=setting.accumulate > 1 and router_of(setting.name).needs_the_whole_step,
     ).program()
 
 

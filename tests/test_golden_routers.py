@@ -388,7 +388,8 @@ def test_merged_experts(case, dtype):
     experts.down_EFD.set_value(jnp.asarray(down_FD, dtype))
     weight_GSE = jnp.asarray(example["p"], dtype)[None, None]
     y_GTD = experts.merged(
-        jnp.asarray(example["x"], dtype)[None, None], ExpertMerge(weight_GSE, 1, 1)
+        jnp.asarray(example["x"], dtype)[None, None],
+        ExpertMerge(weight_GSE, jnp.ones((1, 1), jnp.int32), 1, 1),
     )
     same(y_GTD[0, 0], expected, dtype)
 
@@ -421,7 +422,7 @@ def test_moe_plus_plus_constant_expert(dtype):
     given, told = golden("17_other_routers")
     example, expected = given["moepp_const"], told["moepp_const"]
     cheap = ZeroCopyConstant(2, zero=1, copy=1, constant=1)
-    cheap.mix_MDX.set_value(jnp.asarray(example["Wc"], dtype)[None])
+    cheap.mix_DMX.set_value(jnp.asarray(example["Wc"], dtype)[:, None])
     cheap.vector_MD.set_value(jnp.asarray(example["v"], dtype)[None])
     x_GTD = jnp.asarray(example["x"], dtype)[None, None]
     for weight_N, expected_D in (

@@ -6,10 +6,12 @@ from goldens import inputs_of
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rows import compiled, draw, finite, tokens, values_of
 
 from routing import (
     ExpertChoiceRouter,
     QuantileBalancer,
+    ReMoE,
     Sizes,
     SoftChoice,
     SoftMoE,
@@ -58,6 +60,47 @@ def test_thresholds_make_evaluation_take_as_many_tokens_as_training():
     np.testing.assert_allclose(router.thresholds.threshold_E[...], lowest_E, rtol=1e-3)
     taken_E = np.asarray(router(inputs(train=False)).stats.count_E)
     np.testing.assert_allclose(taken_E, T * 2 / E, atol=1)
+
+
+def test_a_cap_holds_at_evaluation_too():
+    router = initialize(ExpertChoiceRouter(Sizes(D, 8, 9), most_experts=3, decay=0.0), 0)
+    router.weight_DE.set_value(3 * router.weight_DE[...])
+    router.thresholds.update(router(inputs()).stats)
+    decision = router(inputs(train=False)).decision
+    per_token_T = np.asarray(decision.keep_GTK).sum(-1)[0]
+    assert per_token_T.max() <= 3 and 1.0 < per_token_T.mean() <= 2.0
+
+
+def test_one_expert_takes_every_token():
+    router = initialize(ExpertChoiceRouter(Sizes(D, 1, 9), capacity_factor=1.0), 0)
+    assert int(router(inputs(train=False)).stats.count_E[0]) == T
+    router.thresholds.update(router(inputs()).stats)
+    assert int(router(inputs(train=False)).stats.count_E[0]) == T
+
+
+def test_the_penalty_of_remoe_comes_back_from_zero():
+    """k of 8 above half: sparsity starts above its target, and lambda shrinks to its floor."""
+    router = initialize(ReMoE(Sizes(D, 8, 9), k=6), 0)
+    for _ in range(400):
+        router.penalty.update(router(inputs()).stats)
+    low = float(router.penalty.weight[...])
+    assert low > 0
+    full = dataclasses.replace(router(inputs()).stats, own={"active": jnp.full(8, T)})
+    for _ in range(10):
+        router.penalty.update(full)
+    assert float(router.penalty.weight[...]) > 5 * low
+
+
+@pytest.mark.parametrize("name", ["noisy", "strictly_balanced", "sigmoid", "dselect_k"])
+def test_extreme_weights_leave_gradients_finite(name):
+    """Logits of hundreds, noise that has died out: finite gradients to every parameter."""
+    run, params = compiled(name), dict(values_of(name)[0])
+    for parameter, value in params.items():
+        if "router." in parameter:
+            random = np.random.default_rng(1).standard_normal(value.shape)
+            params[parameter] = jnp.asarray(60 * random, jnp.float32)
+    grads = run(params, draw(0, 24, 11, 8), tokens(), draw(1, 24, 11, 8))[:2]
+    assert finite(grads)
 
 
 def test_a_step_of_padding_leaves_thresholds_alone():

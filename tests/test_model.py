@@ -8,12 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from layers.attention import Attention
+from layers.cheap_experts import DefaultVectors, ZeroCopyConstant
 from layers.moe_layer import MoELayer
+from layers.neuron_experts import NeuronExperts
 from layers.norms import LayerNorm
+from layers.segmented_experts import SegmentedExperts
 from layers.tokens import Tokens
 from moe import functional
 from moe.model import Transformer, runs_of_layers, sparse_layers
-from routing import ExpertChoiceRouter, Hash, SoftMoE, Switch, TopK, initialize
+from routing import (
+    Capacity,
+    ExpertChoiceRouter,
+    Hash,
+    MixtureOfDepths,
+    MultiHash,
+    SoftMoE,
+    Switch,
+    TopK,
+    initialize,
+)
 
 B, T, V, D = 2, 6, 11, 16
 
@@ -291,6 +305,32 @@ def test_a_decoder_refuses_a_router_that_sees_the_future(router):
             "ExpertChoice.capacity_factor=5.0 must be above 0 and at most the number of experts",
         ),
         (
+            {"moe": moe(functools.partial(SoftMoE, segment=2), sequences_per_group=2)},
+            "set MoELayer.sequences_per_group = 1 (it is 2)",
+        ),
+        ({"moe": moe(MultiHash)}, "MultiHash may name one expert several times for a token"),
+        ({"moe": moe(segmented=SegmentedExperts)}, "is for MultiHash, whose gates are 1, not for"),
+        (
+            {"moe": moe(MultiHash, segmented=SegmentedExperts, neurons=NeuronExperts)},
+            "exclude each other",
+        ),
+        (
+            {"moe": moe(MultiHash, segmented=functools.partial(SegmentedExperts, segments=0))},
+            "MoELayer.activation='swiglu': one of gelu, relu, relu2",
+        ),
+        (
+            {"moe": moe(default_vectors=DefaultVectors, cheap_experts=ZeroCopyConstant)},
+            "leave neurons, segmented and cheap_experts out",
+        ),
+        ({"depth_router": Switch}, "makes a Switch; it has to be MixtureOfDepths"),
+        (
+            {
+                "depth_router": MixtureOfDepths,
+                "attention": functools.partial(Attention, window=2),
+            },
+            "Attention.window counts tokens that go through",
+        ),
+        (
             {"moe": moe(functools.partial(SoftMoE, slots_per_expert=0)), "causal": False},
             "slots_per_expert=0 must be at least 1",
         ),
@@ -301,6 +341,13 @@ def test_refused(options, part):
     with pytest.raises(ValueError) as refusal:
         model(**options)
     assert part in str(refusal.value)
+
+
+def test_a_decoder_refuses_to_drop_out_of_order_at_evaluation():
+    capacity = Capacity(eval_factor=1.0, order="choice-major")
+    with pytest.raises(ValueError, match="lets later tokens evict earlier ones"):
+        model(moe=moe(capacity=capacity))
+    model(moe=moe(capacity=capacity), causal=False)
 
 
 def test_sequences_longer_than_the_learned_positions_are_refused():
