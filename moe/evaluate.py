@@ -41,8 +41,11 @@ class Values(Protocol):
     def router_state(self) -> Arrays: ...
 
 
-def evaluation_step(model: Model, mesh: Mesh) -> Callable:
-    """The jitted forward pass of one batch: summed nats, scored tokens, what the routers said."""
+def evaluation_step(model: Model, mesh: Mesh, *, training_rule: bool = False) -> Callable:
+    """The jitted forward pass of one batch: summed nats, scored tokens, what the routers said.
+
+    training_rule: routers decide as in training, with noise and capacity, though nothing learns.
+    """
     graph, objective = model.graph, model.objective
 
     def step(params, router_state, batch):
@@ -50,7 +53,7 @@ def evaluation_step(model: Model, mesh: Mesh) -> Callable:
         module = graph.join(params, router_state)
         batch = objectives.prepared(objective, batch, key, module.vocab_size)
         with placing(sharding.rule(mesh)):
-            out = module(objectives.tokens_of(batch, key, train=False))
+            out = module(objectives.tokens_of(batch, key, train=training_rule))
             nats = cross_entropy_sum(
                 module.head(), out.hidden_BTD, batch.target_BT, batch.scored_BT
             )

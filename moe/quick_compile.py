@@ -5,16 +5,21 @@ from importlib.metadata import version
 import os
 
 
-def prepare(devices: int = 8) -> None:
-    """Sets what XLA_FLAGS doesn't set yet, with so many virtual CPU devices."""
-    flags = [
+def flags(devices: int) -> list[str]:
+    """For so many virtual CPU devices."""
+    found = [
         f"--xla_force_host_platform_device_count={devices}",
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
     ]
     if version("jax").startswith("0.10."):  # XLA refuses names that it does not know
-        flags.append("--xla_cpu_use_fusion_emitters=false")
+        found.append("--xla_cpu_use_fusion_emitters=false")
+    return found
+
+
+def prepare(devices: int) -> None:
+    """Sets what XLA_FLAGS doesn't set yet."""
     given = os.environ.get("XLA_FLAGS", "")
-    missing = [flag for flag in flags if flag.split("=")[0] not in given]
+    missing = [flag for flag in flags(devices) if flag.split("=")[0] not in given]
     os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -11,7 +11,7 @@ import pytest
 from tiny import Runs, arrays, quick
 
 import moe
-from moe import cli
+from moe import cli, quick_compile
 
 ROOT = Path(moe.__file__).resolve().parents[1]
 
@@ -164,7 +164,7 @@ def test_a_folder_without_a_run(runs, capsys):
 def child(*arguments: str, code: str = "from moe.cli import main; sys.exit(main(sys.argv[1:]))"):
     """The program in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    environment["XLA_FLAGS"] = " ".join(quick_compile.flags(devices=1))
     command = [sys.executable, "-c", f"import sys; {code}", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 

@@ -6,6 +6,8 @@ import nbclient
 import nbformat
 import pytest
 
+from moe import quick_compile
+
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 TINY = [
     "train.steps = 4",
@@ -23,7 +25,7 @@ TINY = [
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     # A notebook has one device, not the eight of the tests.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", " ".join(quick_compile.flags(devices=1)))
     notebook = nbformat.read(path, as_version=4)
     settings = next(cell for cell in notebook.cells if "BINDINGS = []" in cell.source)
     settings.source = settings.source.replace("BINDINGS = []", f"BINDINGS = {TINY}")

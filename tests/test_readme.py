@@ -14,6 +14,8 @@ import sys
 
 import pytest
 
+from moe import quick_compile
+
 ROOT = Path(__file__).parents[1]
 MAKE = shutil.which("make")
 SMALL = (
@@ -62,7 +64,7 @@ def shell(tmp_path):
         **os.environ,
         "PATH": f"{bin_}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": " ".join(quick_compile.flags(devices=1)),
         "MAKEFLAGS": "",
     }
     work = tmp_path / "work"

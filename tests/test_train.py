@@ -14,7 +14,7 @@ import pytest
 from tiny import Runs, arrays, lines, measured
 
 import moe
-from moe import evaluate
+from moe import evaluate, quick_compile
 from moe.gin_read import bindings_of
 
 ROOT = Path(moe.__file__).resolve().parents[1]
@@ -184,7 +184,7 @@ def test_sigterm_saves_and_leaves_a_run_that_goes_on(runs, tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
     given = ["train", f"--gin_file={runs.config}", workdir, "--gin_bindings=train.steps = 1000000"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    environment["XLA_FLAGS"] = " ".join(quick_compile.flags(devices=1))
     child = subprocess.Popen(
         [sys.executable, "-m", "moe", *given],
         env=environment,
