@@ -85,8 +85,14 @@ class Experts(nnx.Module):
         shape, axes = (num_experts, d_ff, d_model), ("expert", "mlp", "embed")
         self.down_EFD = parameter(shape, axes, truncated_normal(out_scale))
 
-    def __call__(self, x_EGND: jax.Array) -> jax.Array:
-        """(E, G, N, D): expert e works on x_EGND[e]; G keeps the groups apart for the mesh."""
+    def __call__(
+        self, x_EGND: jax.Array, key_G: jax.Array | None = None, dropout: float = 0.0
+    ) -> jax.Array:
+        """(E, G, N, D): expert e works on x_EGND[e]; G keeps the groups apart for the mesh.
+
+        With keys for the groups, this share of the hidden units is dropped (expert dropout, Fedus
+        et al. 2021, section 2.4).
+        """
         act, shape, dtype = ACTIVATIONS[self.activation], x_EGND.shape, x_EGND.dtype
         x_END = x_EGND.reshape(shape[0], -1, shape[-1])  # as in layers.linear: one row axis
         hidden = jnp.einsum("end,edf->enf", x_END, self.up_EDF[...].astype(dtype))
@@ -95,6 +101,8 @@ class Experts(nnx.Module):
         else:
             gate = jnp.einsum("end,edf->enf", x_END, self.gate_EDF[...].astype(dtype))
             hidden = act(gate) * hidden
+        if key_G is not None and dropout > 0:
+            hidden = hidden * kept_units(key_G, shape, hidden.shape[-1], dropout).astype(dtype)
         y_END = jnp.einsum("enf,efd->end", hidden, self.down_EFD[...].astype(dtype))
         return y_END.reshape(shape)
 
@@ -117,3 +125,14 @@ class Experts(nnx.Module):
             hidden = act(gate) * hidden
         y_GSLD = jnp.einsum("gslf,gsfd->gsld", hidden, mean(self.down_EFD[...]))
         return y_GSLD.reshape(groups, -1, width)[:, :tokens]
+
+
+def kept_units(key_G, shape_EGND, width: int, dropout: float) -> jax.Array:
+    """0 for dropped hidden units, 1 / (1 - dropout) for the others: (E, G * N, F)."""
+    experts, groups, rows, _ = shape_EGND
+
+    def draw(key):
+        return jax.random.bernoulli(key, 1 - dropout, (experts, rows, width))
+
+    kept_EGNF = jnp.moveaxis(jax.vmap(draw)(key_G), 0, 1)
+    return kept_EGNF.reshape(experts, groups * rows, width) / (1 - dropout)

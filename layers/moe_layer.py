@@ -56,6 +56,8 @@ class MoELayer(nnx.Module):
         cheap_experts: a class such as `ZeroCopyConstant`, whose members the router chooses like
             experts of their own.
         default_vectors: a class such as `DefaultVectors`, for experts that were not chosen.
+        expert_dropout: share of the experts' hidden units that is dropped in training, for
+            fine-tuning (Switch: 0.4).
         sequences_per_group: a group, within which capacity is counted, is this many sequences, or
             the whole batch where that is smaller.
         out_scale: variance scale of the output weights.
@@ -77,6 +79,7 @@ class MoELayer(nnx.Module):
         segmented: Callable[..., SegmentedExperts] | None = None,
         cheap_experts: Callable[[int], ZeroCopyConstant] | None = None,
         default_vectors: Callable[[int, int], DefaultVectors] | None = None,
+        expert_dropout: float = 0.0,
         sequences_per_group: int = 1,
         out_scale: float = 1.0,
         text: TrainingText | None = None,
@@ -88,12 +91,19 @@ class MoELayer(nnx.Module):
         d_ff = d_ff or hidden_width(d_model, activation)
         self.capacity = Capacity() if capacity is None else capacity
         self.dispatcher = SlotGather() if dispatcher is None else dispatcher
+        if not 0 <= expert_dropout < 1:
+            raise ValueError(f"MoELayer.expert_dropout={expert_dropout} must lie in [0, 1)")
+        self.expert_dropout = expert_dropout
         self.sequences_per_group = sequences_per_group
         self.cheap = cheap_experts(d_model) if cheap_experts else None
         self.defaults = default_vectors(num_experts, d_model) if default_vectors else None
         choices = num_experts + (self.cheap.count if self.cheap else 0)
         self.num_experts = num_experts
         self.router = router(Sizes(d_model, choices, vocab_size, text))
+        if expert_dropout and (neurons or segmented):
+            raise ValueError(
+                "MoELayer.expert_dropout is for feed-forwards, not neurons or segments"
+            )
         check_fit(
             self.router, sequences_per_group, neurons, segmented, cheap_experts, default_vectors
         )
@@ -166,12 +176,15 @@ class MoELayer(nnx.Module):
                     return self.experts(x_GTD, decision), {}
                 return self.experts(x_GTD, decision, inputs, self.dispatcher), {}
         if isinstance(decision, ExpertMerge):
+            if self.expert_dropout:
+                raise ValueError("MoELayer.expert_dropout has no meaning for merged experts")
             with jax.named_scope("merged_experts"):
                 return self.experts.merged(x_GTD, decision), {}
         with jax.named_scope("dispatch"):
             x_EGCD = self.dispatcher.dispatch(x_GTD, decision)
         with jax.named_scope("experts"):
-            y_EGCD = self.experts(x_EGCD)
+            key_G = inputs.keys_G(purpose=3) if inputs.train and self.expert_dropout else None
+            y_EGCD = self.experts(x_EGCD, key_G, self.expert_dropout)
         with jax.named_scope("combine"):
             y_GTD = self.dispatcher.combine(y_EGCD, decision)
         if self.defaults is None:

@@ -343,6 +343,29 @@ def test_refused(options, part):
     assert part in str(refusal.value)
 
 
+def test_expert_dropout_drops_in_training_alone_and_keeps_the_mean():
+    """Half of the hidden units, doubled: over many draws the output is that without dropout."""
+    x_BTD = np.random.default_rng(0).standard_normal((B, T, D)).astype(np.float32)
+    plain, dropping = (
+        initialize(MoELayer(D, V, TopK, 4, 8, expert_dropout=rate), 0) for rate in (0.0, 0.5)
+    )
+    expected = plain(x_BTD, tokens(train=True))[0]
+    same = dropping(x_BTD, tokens())[0]
+    np.testing.assert_array_equal(same, plain(x_BTD, tokens())[0])
+
+    @jax.jit
+    @jax.vmap
+    def draw(key):
+        return dropping(x_BTD, dataclasses.replace(tokens(train=True), key=key))[0]
+
+    found = draw(jax.random.split(jax.random.key(0), 2000))
+    assert np.abs(found[0] - found[1]).max() > 0.01
+    error = np.abs(found.mean(0) - expected)
+    assert error.max() < 5 * (found.std(0) / np.sqrt(2000)).max()
+    with pytest.raises(ValueError, match=r"expert_dropout=1.0 must lie in \[0, 1\)"):
+        MoELayer(D, V, TopK, 4, 8, expert_dropout=1.0)
+
+
 def test_a_decoder_refuses_to_drop_out_of_order_at_evaluation():
     capacity = Capacity(eval_factor=1.0, order="choice-major")
     with pytest.raises(ValueError, match="lets later tokens evict earlier ones"):
