@@ -1,4 +1,4 @@
-"""Does DSelect-k find the true experts more often than noisy top-k? A regression with known experts.
+"""Does DSelect-k find the true experts more often than noisy top-k? Here with known experts.
 
     python benchmarks/dselect_recovery.py --json=benchmarks/results/dselect_recovery.json
 
