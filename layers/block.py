@@ -55,13 +55,24 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, RouterOutput | None]:
         """The block's output (B, T, D) and, for a mixture of experts, what its router said."""
+        mixed_BTD, middle_BTD, y_BTD, output = self._parts(x_BTD, tokens)
+        if self.parallel:
+            y_BTD = mixed_BTD + y_BTD
+        return constrain(middle_BTD + y_BTD, "batch", None, None), output
+
+    def added(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, RouterOutput | None]:
+        """What the block adds to x, not rounded by adding it first."""
+        mixed_BTD, _, y_BTD, output = self._parts(x_BTD, tokens)
+        return mixed_BTD + y_BTD, output
+
+    def _parts(self, x_BTD, tokens: Tokens):
+        """Attention's part, x before the feed-forward, the feed-forward's part, its router's words."""
         h_BTD = self.attention_norm(x_BTD)  # pyright: ignore[reportCallIssue]
         with jax.named_scope("attention"):
             mixed_BTD = self.attention(h_BTD, tokens.position_BT, tokens.segment_BT)
         if self.feed_forward_norm is not None:
             x_BTD = constrain(x_BTD + mixed_BTD, "batch", None, None)
             h_BTD = self.feed_forward_norm(x_BTD)  # pyright: ignore[reportCallIssue]
-            mixed_BTD = 0
         if isinstance(self.feed_forward, MoELayer):
             y_BTD, output = self.feed_forward(h_BTD, tokens)
             # Slots are the layer's own affair: what a model tells is the same in all its layers.
@@ -71,4 +82,4 @@ class Block(nnx.Module):
         else:
             with jax.named_scope("feed_forward"):
                 y_BTD, output = self.feed_forward(h_BTD), None
-        return constrain(x_BTD + mixed_BTD + y_BTD, "batch", None, None), output
+        return mixed_BTD, x_BTD, y_BTD, output

@@ -86,20 +86,20 @@ class DepthBlock(nnx.Module):
             position_BT=pick(tokens.position_BT),
         )
         x_1BCD = SlotGather().dispatch(x_BTD, decision)
-        y_BCD, output = self.block(x_1BCD[0], fewer)
-        added_1BCD = y_BCD[None] - x_1BCD
+        added_BCD, output = self.block.added(x_1BCD[0], fewer)
         if output is not None and output.policy is not None:
             raise ValueError("sampled routing can't learn by reward inside a Mixture-of-Depths")
         if output is not None:
             output = dataclasses.replace(output, decision=spread(output.decision, decision))
-        return x_BTD + SlotGather().combine(added_1BCD, decision), output
+        return x_BTD + SlotGather().combine(added_BCD[None], decision), output
 
     def _masked(self, x_BTD, tokens: Tokens, decision: TokenChoice):
         through_BT = decision.keep_GTK[..., 0]
         segment_BT = jnp.where(through_BT, tokens.segment_BT, 0)
-        y_BTD, output = self.block(x_BTD, dataclasses.replace(tokens, segment_BT=segment_BT))
+        masked = dataclasses.replace(tokens, segment_BT=segment_BT)
+        added_BTD, output = self.block.added(x_BTD, masked)
         gate_BT1 = jnp.where(through_BT[..., None], decision.gate_GTK, 0).astype(x_BTD.dtype)
-        return x_BTD + jnp.where(through_BT[..., None], gate_BT1 * (y_BTD - x_BTD), 0), output
+        return x_BTD + jnp.where(through_BT[..., None], gate_BT1 * added_BTD, 0), output
 
 
 def spread(inner: Decision | None, outer: ExpertChoice) -> TokenChoice:
