@@ -66,7 +66,7 @@ class Block(nnx.Module):
         return mixed_BTD + y_BTD, output
 
     def _parts(self, x_BTD, tokens: Tokens):
-        """Attention's part, x before the feed-forward, the feed-forward's part, its router's words."""
+        """Attention's part, x before the feed-forward, its part, and what its router said."""
         h_BTD = self.attention_norm(x_BTD)  # pyright: ignore[reportCallIssue]
         with jax.named_scope("attention"):
             mixed_BTD = self.attention(h_BTD, tokens.position_BT, tokens.segment_BT)
