@@ -14,7 +14,7 @@ from routing import Causality, Router, Routing, TokenChoice, TopK, parameter
 from routing.parameters import truncated_normal
 from routing.router import largest
 
-GUIDE = (Path(__file__).parents[1] / "docs" / "writing_a_router.md").read_text()
+GUIDE = Path(__file__).parents[1] / "docs" / "writing_a_router.md"
 
 
 class Broken(Router):
@@ -80,21 +80,22 @@ def test_a_leak_that_is_declared_and_not_there_fails():
 def test_the_guides_router_passes_within_a_minute(tmp_path, monkeypatch, capsys):
     """The file of the guide, as a user would save and check it; it has some forty lines."""
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    guide = GUIDE.read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
     assert code.count("\n") <= 45
     Path("my_router.py").write_text(code)
     started = time.monotonic()
     assert cli.main(["check", "my_router.py:CosineTopK", "--json=found.json"]) == 0
     assert time.monotonic() - started < 60
     said = capsys.readouterr().out
-    shown = re.search(r"```text\n(.*?)  \.\.\.", GUIDE, re.DOTALL)[1]
+    shown = re.search(r"```text\n(.*?)  \.\.\.", guide, re.DOTALL)[1]
     assert said.startswith(shown) and said.splitlines()[-1].startswith("all hold; ")
     found = json.loads(Path("found.json").read_text())
     assert {"mesh", "micro-batches", "movement", "rematerialisation"} <= {
         v["property"] for v in found if v["holds"]
     }
     # And it trains: by one line of gin.
-    config = re.search(r"printf '(.*?)' > cosine.gin", GUIDE)[1].replace("\\n", "\n")
+    config = re.search(r"printf '(.*?)' > cosine.gin", guide)[1].replace("\\n", "\n")
     assert "MoELayer.router = @CosineTopK" in config and "import my_router" in config
 
 

@@ -253,7 +253,15 @@ def test_eight_devices_are_one(setting):
     same_tree(run_steps(setting), one_device(setting.name))
 
 
-@every_router
+# Options of a router that is there already, which a mesh can't tell from it.
+ALIKE = {
+    *("top1", "top2_of_selected", "sigmoid", "hash_previous", "hash_bigram", "hash_position"),
+    *("hash_predicted", "hash_future", "soft_moe_raw", "soft_choice", "straight_through"),
+    *("noisy_rectifier", "expert_choice_capped", "zipf"),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in ROUTERS if name not in ALIKE])
 def test_every_router_is_the_same_on_a_mesh(name):
     """One layer on data 2 x expert 4, rematerialised, against the plain one on one device.
 
