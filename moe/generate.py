@@ -65,13 +65,15 @@ def generate(
     A continuation ends early where the model ends the document.
 
     Raises:
-        UserError: for a model that doesn't predict the next token.
+        UserError: for a model that doesn't predict the next token, or looks at it first.
     """
     if not model.objective.causal:
         raise UserError(
             "this model fills in masked tokens and can't continue a text; "
             "generate needs a run with train.objective = @NextToken()"
         )
+    if model.module.leak:
+        raise UserError(f"this model can't continue a text: {model.module.leak}")
     start = [tokenizer.document_id, *tokenizer.encode_batch([prompt])[0]]
     text_BN = np.tile(np.asarray(start, np.int32), (count, 1))
     prompt_length = len(start)

@@ -91,6 +91,8 @@ class Transformer(nnx.Module):
             routers decided is always kept.
         compute_dtype: of matmuls and activations; parameters, routers and losses are float32.
         scan: loop over equal layers (compiles once) or unroll them.
+        allow_leaks: a decoder may have a router that sees the future, to measure what that seems
+            to gain; it can't generate text.
 
     Raises:
         ValueError: sizes that don't fit each other; a router that can't be causal in a decoder.
@@ -119,6 +121,7 @@ class Transformer(nnx.Module):
         remat: Remat = "none",
         compute_dtype: str = "float32",
         scan: bool = True,
+        allow_leaks: bool = False,
     ):
         check_choice("positions", positions, POSITIONS)
         check_choice("remat", remat, REMAT)
@@ -167,8 +170,9 @@ class Transformer(nnx.Module):
         if not tie_embeddings:
             head_DV = parameter((d_model, vocab_size), ("embed", "vocab"), truncated_normal())
         self.head_DV = head_DV
-        if causal:
-            self._refuse_routers_that_see_the_future()
+        self.leak = self._leak() if causal else None
+        if self.leak and not allow_leaks:
+            raise ValueError(self.leak)
 
     def moe_layers_of_units(self) -> list[MoELayer]:
         """One representative of the sparse layers of each unit (its parameters are stacked)."""
@@ -180,22 +184,24 @@ class Transformer(nnx.Module):
         layers = [block for stack in self.stacks for block in stack.unit.blocks]
         return next((b.depth_router for b in layers if isinstance(b, DepthBlock)), None)
 
-    def _refuse_routers_that_see_the_future(self) -> None:
+    def _leak(self) -> str | None:
+        """How a later token would change an earlier one at evaluation, and what to do instead."""
         for layer in self.moe_layers_of_units():
             if layer.capacity.leaks_at_evaluation:
-                raise ValueError(
+                return (
                     f"Capacity.eval_factor={layer.capacity.eval_factor} with priority="
                     f"{layer.capacity.priority!r} and order={layer.capacity.order!r} lets later "
                     "tokens evict earlier ones when a decoder is evaluated; leave eval_factor at "
                     'None, or use priority="position" with order="token-major"'
                 )
             if layer.router.causality is Causality.NEVER:
-                raise ValueError(
+                return (
                     f"{type(layer.router).__name__} is not causal and has no causal rule for "
                     f"evaluation (decoding: {layer.router.decoding}); in a decoder use TopK, "
-                    "Switch or Hash, or train a bidirectional model with "
-                    "train.objective = @MaskedToken()"
+                    "Switch or Hash, train a bidirectional model with train.objective = "
+                    "@MaskedToken(), or set Transformer.allow_leaks = True to measure the leak"
                 )
+        return None
 
     def __call__(self, tokens: Tokens, step: WholeStep | None = None) -> ModelOutput:
         """Hidden states of every position and what the routers said.

@@ -200,7 +200,7 @@ def train(
         result = evaluate.evaluate(eval_step, state, all_held_out, device_mesh)
         marks = baselines.baselines(text, display.say)
         samples = []
-        if objective.causal:
+        if objective.causal and not built.module.leak:
             samples = write_samples(folder, built, state, text, prompts, sequence_length, seed)
         if built.moe_layer is not None and not quiet:
             lines = marks | {"held out": result.bits_per_byte}

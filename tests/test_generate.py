@@ -215,6 +215,16 @@ def test_a_masked_model_refuses_to_continue_a_text(masked, capsys):
     assert "masked tokens" in error and "train.objective = @NextToken()" in error
 
 
+def test_a_decoder_that_sees_the_future_is_trained_on_demand_and_writes_no_text(runs, capsys):
+    router = ("MoELayer.router = @Hash", "Hash.key = 'future'", "train.prompts = ('the',)")
+    leaky = runs.done("leaky", *router, "Transformer.allow_leaks = True", "train.steps = 2")
+    assert not (leaky / "samples.txt").exists()
+    status, _ = command("generate", leaky, "--prompt=the")
+    error = capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1
+    assert "can't continue a text" in error and "Hash is not causal" in error
+
+
 def test_what_a_masked_evaluation_hides_does_not_depend_on_the_batch_size(masked):
     with quick():
         run = restore_run(str(masked))
