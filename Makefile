@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SETTINGS := setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check clean
+.PHONY: help quickstart test test-oracles check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -17,6 +17,9 @@ quickstart: $(VENV)/installed  ## install, and train a small model into WORKDIR
 
 test: $(VENV)/installed-test  ## run the tests, or some: PYTEST_ARGS="-k routing"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-oracles: $(VENV)/installed-oracle  ## compare with transformers (torch) and POT, which it installs
+	$(BIN)/python -m pytest -m oracle
 
 check: $(VENV)/installed-dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -40,4 +43,8 @@ $(VENV)/installed-test: $(SETTINGS) | $(BIN)/python
 
 $(VENV)/installed-dev: $(SETTINGS) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@ $(VENV)/installed $(VENV)/installed-test
+
+$(VENV)/installed-oracle: $(SETTINGS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[oracle]'
 	touch $@ $(VENV)/installed $(VENV)/installed-test

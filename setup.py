@@ -67,6 +67,7 @@ setup(
     extras_require={
         "test": TEST,
         "dev": [*TEST, "ruff", "pyright", "build"],
+        "oracle": [*TEST, "torch==2.13.0", "transformers>=5", "POT>=0.9.5"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "parquet": ["pyarrow"],

@@ -1,0 +1,173 @@
+"""Other people's programs as oracles: transformers' MoE blocks in torch, POT's Sinkhorn.
+
+They need the extra `oracle` and run by `make test-oracles`, not with the other tests.
+"""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layers.moe_layer import MoELayer
+from layers.tokens import Tokens
+from moe import functional, gin_files
+from routing.sinkhorn import transport_plan
+
+pytestmark = pytest.mark.oracle
+
+B, T, D, F, E = 3, 17, 32, 24, 16
+SMALL = (f"MoELayer.num_experts = {E}", f"MoELayer.d_ff = {F}")
+
+
+def draw(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def mixtral():
+    """Router file and what to change in it, and transformers' block of the same form."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    config = MixtralConfig(
+        hidden_size=D, intermediate_size=F, num_local_experts=E, num_experts_per_tok=2
+    )
+    return "mixtral", (), MixtralSparseMoeBlock, config
+
+
+def olmoe():
+    from transformers import OlmoeConfig
+    from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+
+    config = OlmoeConfig(hidden_size=D, intermediate_size=F, num_experts=E, num_experts_per_tok=8)
+    return "olmoe", (), OlmoeSparseMoeBlock, config
+
+
+def qwen3_moe():
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    config = Qwen3MoeConfig(
+        hidden_size=D,
+        moe_intermediate_size=F,
+        num_experts=E,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+    )
+    return "mixtral", ("TopK.k = 8",), Qwen3MoeSparseMoeBlock, config
+
+
+def deepseek_v3():
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    config = DeepseekV3Config(
+        hidden_size=D,
+        moe_intermediate_size=F,
+        n_routed_experts=E,
+        num_experts_per_tok=4,
+        n_shared_experts=1,
+        n_group=8,
+        topk_group=4,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+    )
+    return "deepseek_v3", ("TopK.k = 4",), DeepseekV3MoE, config
+
+
+def theirs(block, config, x_BTD, weight_BTD):
+    """Output, and gradients of sum(output * weight) by the names of our parameters."""
+    import torch
+
+    config._experts_implementation = "eager"
+    made = block(config)
+    for i, value in enumerate(made.state_dict().values()):  # biases too
+        value.copy_(torch.from_numpy(draw(10 + i, *value.shape)) * 0.3)
+    x = torch.from_numpy(x_BTD).requires_grad_()
+    y = made(x)
+    y = y[0] if isinstance(y, tuple) else y
+    (y * torch.from_numpy(weight_BTD)).sum().backward()
+    values = {name: value.detach().numpy() for name, value in made.state_dict().items()}
+    grads = {name: value.grad.numpy() for name, value in made.named_parameters()}
+    return y.detach().numpy(), x.grad.numpy(), as_ours(values), as_ours(grads)
+
+
+def as_ours(theirs):
+    """Their arrays, which map columns to rows, by our names and the other way round."""
+    gate_EFD, up_EFD = np.split(theirs["experts.gate_up_proj"], 2, axis=1)
+    ours = {
+        "router.weight_DE": theirs["gate.weight"].T,
+        "experts.gate_EDF": gate_EFD.swapaxes(1, 2),
+        "experts.up_EDF": up_EFD.swapaxes(1, 2),
+        "experts.down_EFD": theirs["experts.down_proj"].swapaxes(1, 2),
+    }
+    if "shared_experts.gate_proj.weight" in theirs:
+        ours["shared.gate_DF"] = theirs["shared_experts.gate_proj.weight"].T
+        ours["shared.up_DF"] = theirs["shared_experts.up_proj.weight"].T
+        ours["shared.down_FD"] = theirs["shared_experts.down_proj.weight"].T
+    if "gate.e_score_correction_bias" in theirs:
+        ours["router.balancer.bias_E"] = theirs["gate.e_score_correction_bias"]
+    return ours
+
+
+def ours(router, bindings, values, x_BTD, weight_BTD):
+    """Output and gradients of the layer that a shipped file describes, with these values."""
+    gin_files.load([f"routers/{router}.gin"], (*SMALL, *bindings))
+    layer = MoELayer(D, vocab_size=11)
+    graph, params, state = functional.split(layer)
+    assert set(values) == set(params) | set(state)
+    params = {name: jnp.asarray(values[name]) for name in params}
+    state = {name: jnp.asarray(values[name]) for name in state}
+    place_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    tokens = Tokens(
+        token_BT=place_BT % 11,
+        segment_BT=jnp.ones((B, T), jnp.int32),
+        position_BT=place_BT,
+        index_B=jnp.arange(B, dtype=jnp.int32),
+        key=jax.random.key(0),
+        train=False,
+    )
+
+    def total(params, x_BTD):
+        y_BTD, _ = graph.join(params, state)(x_BTD, tokens)
+        return jnp.sum(y_BTD * weight_BTD), y_BTD
+
+    run = jax.jit(jax.grad(total, (0, 1), has_aux=True))
+    (grads, dx_BTD), y_BTD = run(params, jnp.asarray(x_BTD))
+    return y_BTD, dx_BTD, grads
+
+
+def close(found, expected, name):
+    size = np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * size, err_msg=name)
+
+
+@pytest.mark.parametrize("family", [mixtral, olmoe, qwen3_moe, deepseek_v3])
+def test_transformers_block_with_the_same_weights(family):
+    """Output, and gradients to x, the router, the experts and the shared ones: to 1e-5."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own
+        router, bindings, block, config = family()
+        x_BTD, weight_BTD = draw(0, B, T, D), draw(1, B, T, D)
+        y_BTD, dx_BTD, values, grads = theirs(block, config, x_BTD, weight_BTD)
+    found_BTD, found_dx_BTD, found_grads = ours(router, bindings, values, x_BTD, weight_BTD)
+    close(found_BTD, y_BTD, "output")
+    close(found_dx_BTD, dx_BTD, "x")
+    for name, grad in found_grads.items():
+        close(grad, grads[name], name)
+
+
+@pytest.mark.parametrize("shape", [(64, 8), (50, 7)], ids=str)
+def test_the_transport_plan_is_pots(shape):
+    """POT's log-domain Sinkhorn, to convergence; rows 1 / T, columns 1 / E."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import ot
+
+    tokens, experts = shape
+    logits_TE = draw(2, tokens, experts)
+    rows, columns = np.full(tokens, 1 / tokens), np.full(experts, 1 / experts)
+    expected = ot.bregman.sinkhorn_log(rows, columns, -logits_TE, 1.0, stopThr=1e-12)
+    log_GTE = transport_plan(jnp.asarray(logits_TE)[None], jnp.ones((1, tokens), bool), 50)
+    np.testing.assert_allclose(np.exp(log_GTE[0]), expected, rtol=2e-5)
