@@ -1,4 +1,4 @@
-"""Routers against worked examples of their papers, continued: 01, 02, 06 to 10, 15, 17."""
+"""Routers against worked examples of their papers, continued: 01, 02, 06 to 10, 13, 15, 17."""
 
 import dataclasses
 
@@ -492,3 +492,26 @@ def test_multi_hash(dtype):
     experts.down_ENFD.set_value(jnp.asarray(down_ENFD, dtype))
     y_GTD = experts(inputs.x_GTD, decision, inputs, OneHotEinsum())
     same(y_GTD[0, 0], told["multihash_output"], dtype)
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_experts_that_are_copies_of_the_dense_layer(renormalise, dtype):
+    """The layer with renormalised gates is the dense one; without, the chosen scores' sum of it."""
+    given, told = golden("13_sparse_upcycling")
+    x_D = np.asarray(given["x"])
+    router = TopK(Sizes(3, given["E"], 10), k=given["K"], renormalise=renormalise)
+    logits_E = np.asarray(given["router_logits"])
+    router.weight_DE.set_value(jnp.asarray(np.outer(x_D, logits_E) / (x_D @ x_D), dtype))
+    experts = Experts(given["E"], 3, 2, "relu")
+    for weight, name in ((experts.up_EDF, "W1"), (experts.down_EFD, "W2")):
+        copies = np.broadcast_to(np.asarray(given[name]), (given["E"], *np.shape(given[name])))
+        weight.set_value(jnp.asarray(copies, dtype))
+    inputs = inputs_of([x_D], dtype)
+    decision = Capacity(None).fit(router(inputs).decision, inputs)
+    np.testing.assert_array_equal(decision.expert_GTK[0, 0], told["top2"])
+    mover = OneHotEinsum()
+    y_GTD = mover.combine(experts(mover.dispatch(inputs.x_GTD, decision)), decision)
+    expected = told["moe_out_normalised" if renormalise else "moe_out_unnormalised"]
+    same(y_GTD[0, 0], expected, dtype)
+    if not renormalise:
+        same(decision.gate_GTK.sum(), told["scale_drop_unnormalised"], dtype)
