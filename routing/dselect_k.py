@@ -11,9 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from routing.balancers import Memory
 from routing.losses import RouterLoss, TermLoss
-from routing.parameters import parameter, truncated_normal, uniform
-from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
+from routing.parameters import parameter, router_state, truncated_normal, uniform, zeros
+from routing.records import (
+    Causality,
+    RouterInputs,
+    RouterStats,
+    Routing,
+    Sizes,
+    TokenChoice,
+)
 from routing.router import Router, check_k
 
 
@@ -29,6 +37,8 @@ class DSelectK(Router):
         k: selectors.
         per_token: z and a are linear in the token; otherwise parameters, the same for all.
         gamma: width of the smooth step.
+        ramp_steps: the entropy loss grows from nothing to its full weight over so many optimizer
+            steps, so that the selectors look around before they decide; None: full at once.
         losses: the selectors' entropy with 1e-6 and, where E is no power of two, the weight 1 on
             codes that stand for no expert.
     """
@@ -42,6 +52,7 @@ class DSelectK(Router):
         k: int = 2,
         per_token: bool = True,
         gamma: float = 1.0,
+        ramp_steps: int | None = None,
         losses: Sequence[RouterLoss] | None = None,
     ):
         check_k("DSelectK", k, sizes)
@@ -59,6 +70,7 @@ class DSelectK(Router):
         if 2**bits != experts:
             defaults.append(TermLoss("unreachable", 1.0))
         self.losses = tuple(defaults) if losses is None else tuple(losses)
+        self.ramp = None if ramp_steps is None else Ramp(ramp_steps)
         if per_token:
             shape, axes = (sizes.d_model, k, bits), ("embed", None, None)
             # z starts close to 0, the middle of the smooth step, where all experts get a gradient.
@@ -78,9 +90,9 @@ class DSelectK(Router):
         expert_GTE = jnp.broadcast_to(jnp.arange(self.num_experts, dtype=jnp.int32), gate_GTE.shape)
         decision = TokenChoice(expert_GTE, gate_GTE, gate_GTE > 0, self.num_experts)
         reach_GTK = chosen_GTKE.sum(-1)
-        safe_GTKE = chosen_GTKE + 1e-6
+        entropy_GT = -jnp.sum(chosen_GTKE * jnp.log(chosen_GTKE + 1e-6), axis=(-2, -1))
         terms = {
-            "selector_entropy": -jnp.sum(chosen_GTKE * jnp.log(safe_GTKE), axis=(-2, -1)),
+            "selector_entropy": entropy_GT * (1.0 if self.ramp is None else self.ramp.weight[...]),
             "unreachable": jnp.sum(1 / jnp.maximum(reach_GTK, 1e-3), axis=-1),
         }
         score_GTE = gate_GTE / jnp.maximum(gate_GTE.sum(-1, keepdims=True), 1e-20)
@@ -95,6 +107,19 @@ class DSelectK(Router):
         where = x_GTD.shape[:2]
         code_GTKM = jnp.broadcast_to(self.code_KM[...], (*where, *self.code_KM.shape))
         return code_GTKM, jnp.broadcast_to(self.mix_K[...], (*where, *self.mix_K.shape))
+
+
+class Ramp(Memory):
+    """A weight: 0 before the first step, 1 after so many, on a straight line between."""
+
+    def __init__(self, steps: int):
+        if steps < 1:
+            raise ValueError(f"DSelectK.ramp_steps={steps} must be at least 1")
+        self.steps = steps
+        self.weight = router_state((), jnp.float32, (), zeros)
+
+    def update(self, stats: RouterStats) -> None:
+        self.weight[...] = jnp.minimum(self.weight[...] + 1 / self.steps, 1)
 
 
 def smooth_step(t, gamma: float) -> jax.Array:

@@ -147,7 +147,9 @@ ROUTERS = {
     "hash_future": row(Hash, key="future", learned=(), state=("table_V",)),
     "base": row(BASE),
     "sinkhorn": row(Sinkhorn),
-    "dselect_k": row(DSelectK, learned=("code_DKM", "mix_DK")),
+    "dselect_k": row(
+        DSelectK, ramp_steps=3, learned=("code_DKM", "mix_DK"), state=("ramp.weight",)
+    ),
     "remoe": row(ReMoE, start=1.0, state=("penalty.weight",)),
     "expert_choice": row(ExpertChoiceRouter, evaluation="tokens", losses=LOSSES),
     "expert_choice_capped": row(

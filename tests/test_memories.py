@@ -9,6 +9,7 @@ import pytest
 from rows import compiled, draw, finite, tokens, values_of
 
 from routing import (
+    DSelectK,
     ExpertChoiceRouter,
     QuantileBalancer,
     ReMoE,
@@ -76,6 +77,19 @@ def test_one_expert_takes_every_token():
     assert int(router(inputs(train=False)).stats.count_E[0]) == T
     router.thresholds.update(router(inputs()).stats)
     assert int(router(inputs(train=False)).stats.count_E[0]) == T
+
+
+def test_the_selectors_entropy_counts_more_and_more():
+    constant = initialize(DSelectK(Sizes(D, E, 9)), 0)(inputs()).losses["selector_entropy"]
+    router = initialize(DSelectK(Sizes(D, E, 9), ramp_steps=4), 0)
+    found = []
+    for _ in range(6):
+        output = router(inputs())
+        found.append(output.losses["selector_entropy"])
+        router.ramp.update(output.stats)
+    expected = [float(constant) * share for share in (0, 0.25, 0.5, 0.75, 1, 1)]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert float(constant) > 1
 
 
 def test_the_penalty_of_remoe_comes_back_from_zero():
