@@ -7,13 +7,11 @@ al. 2017, table 6; Wang et al. 2024). The load is max over mean of what the rout
 last logged step, the mean over layers; the violation is of the most crowded layer.
 """
 
-import argparse
 import json
-from pathlib import Path
+import shutil
 import statistics
-import tempfile
 
-from routers import QUICKSTART, SMALL, call, spread
+from runs import QUICKSTART, SMALL, Place, arguments, by_case, measure, rows, spread
 
 NOISY = ("routers/noisy_top_k.gin", "NoisyTopK.k = 2", "MoELayer.capacity = @Capacity()")
 SIGMOID = ("routers/loss_free.gin", "MoELayer.capacity = @Capacity()")
@@ -25,24 +23,21 @@ WAYS = {
     "noisy top-2, both": (*NOISY, EASY),
     "sigmoid top-2, no loss": (*SIGMOID, EASY, "TopK.balancer = None"),
     "sigmoid top-2, loss-free bias": (*SIGMOID, EASY),
+    "sigmoid top-2, loss-free bias, rate 0.01": (*SIGMOID, EASY, "BiasBalancer.rate = 0.01"),
 }
 
 
-def one(way: str, seed: int, steps: int, folder: Path) -> dict:
+def one(way: str, seed: int, place: Place, steps: int) -> dict:
     """The last load and the held-out bits per byte of one run."""
     config, *bindings = WAYS[way]
-    workdir = folder / f"{len(list(folder.iterdir()))}"
+    workdir = place.folder / f"{list(WAYS).index(way)}-{seed}"
     settings = (*QUICKSTART, *SMALL, "MoELayer.num_experts = 16", f"train.seed = {seed}")
+    files = ("--gin_file=quickstart.gin", f"--gin_file={config}")
     settings = (*settings, f"train.steps = {steps}", *bindings)
-    summary = call(
-        folder,
-        *("train", "--gin_file=quickstart.gin", f"--gin_file={config}", f"--workdir={workdir}"),
-        *(f"--gin_bindings={binding}" for binding in settings),
-    )
+    summary = place.moe("train", *files, f"--workdir={workdir}", bindings=settings)
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    shutil.rmtree(workdir)
     return {
-        "way": way,
-        "seed": seed,
         "bits_per_byte": summary["val_bits_per_byte"],
         "max_over_mean_load": last["load/max_over_mean"],
         "violation": last["load/max_over_mean_worst"] - 1,
@@ -51,40 +46,27 @@ def one(way: str, seed: int, steps: int, folder: Path) -> dict:
 
 
 def table(runs: list[dict], steps: int) -> str:
-    lines = [
-        f"After {steps} steps; 16 experts in each of 4 layers.",
-        "",
-        "| balancing | max/mean load | worst violation | dead of 64 | bits per byte |",
-        "|---|---|---|---|---|",
-    ]
-    for way in dict.fromkeys(run["way"] for run in runs):
-        own = [run for run in runs if run["way"] == way]
+    body = []
+    for way, own in by_case(runs).items():
         dead = statistics.mean(run["dead_experts"] for run in own)
-        figures = (
-            spread([run[name] for run in own])
-            for name in ("max_over_mean_load", "violation", "bits_per_byte")
-        )
-        load, violation, bits = figures
-        lines.append(f"| {way} | {load} | {violation} | {dead:.1f} | {bits} |")
-    return "\n".join(lines)
+        names = ("max_over_mean_load", "violation", "bits_per_byte")
+        load, violation, bits = (spread([run[name] for run in own]) for name in names)
+        body.append((way, load, violation, f"{dead:.1f}", bits, len(own)))
+    header = (
+        *("balancing", "max/mean load", "worst violation", "dead of 64", "bits per byte"),
+        "seeds",
+    )
+    return f"After {steps} steps; 16 experts in each of 4 layers.\n\n{rows(header, body)}"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", required=True)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
-    path, runs = Path(arguments.json), []
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in range(arguments.seeds):
-            for way in WAYS:
-                runs.append(one(way, seed, arguments.steps, Path(folder)))
-                record = {"steps": arguments.steps, "runs": runs}
-                path.write_text(json.dumps(record, indent=2) + "\n")
-                text = table(runs, arguments.steps)
-                path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    given = arguments(__doc__, steps=300)
+    measure(
+        given,
+        tuple(WAYS),
+        lambda way, seed, place: one(way, seed, place, given.steps),
+        lambda runs: table(runs, given.steps),
+    )
 
 
 if __name__ == "__main__":

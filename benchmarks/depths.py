@@ -1,0 +1,82 @@
+"""Mixture-of-Depths against the dense model at equal training FLOPs (Raposo et al. 2024).
+
+    python benchmarks/depths.py --json=benchmarks/results/depths.json
+
+The dense quickstart in small; the same model with an eighth of the tokens through every other
+block, for as many more steps as its FLOPs allow; and one with half as many layers again. Held-out
+text is scored by the causal predictor's rule, as text would be generated.
+"""
+
+import shutil
+import statistics
+
+from runs import QUICKSTART, Place, arguments, by_case, measure, rows, spread
+
+SMALL = ("Transformer.d_model = 64", "Transformer.num_heads = 1", "TrainedBPE.vocab_size = 2048")
+DENSE = "FeedForward.d_ff = 256"
+DEPTHS = "--gin_file=models/mixture_of_depths.gin"
+# Router files, further settings, and the FLOPs per token that come of them.
+DENSE_FLOPS = 2_555_904
+CASES = {
+    "dense, 4 layers": ((), (), DENSE_FLOPS),
+    "every other block at 12.5 %, 4 layers": ((DEPTHS,), (), 1_796_736),
+    "every other block at 12.5 %, 6 layers": (
+        (DEPTHS,),
+        ("Transformer.num_layers = 6",),
+        2_301_888,
+    ),
+    "every other block at 12.5 %, 8 layers": (
+        (DEPTHS,),
+        ("Transformer.num_layers = 8",),
+        2_807_040,
+    ),
+}
+
+
+def one(case: str, seed: int, place: Place, dense_steps: int) -> dict:
+    """Held-out bits per byte of a run of as many FLOPs as so many steps of the dense model."""
+    files, more, flops = CASES[case]
+    steps = round(dense_steps * DENSE_FLOPS / flops)
+    workdir = place.folder / f"depths-{list(CASES).index(case)}-{seed}"
+    bindings = [*QUICKSTART, *SMALL, DENSE, *more, f"train.seed = {seed}", f"train.steps = {steps}"]
+    words = ("train", "--gin_file=quickstart_dense.gin", *files, f"--workdir={workdir}")
+    summary = place.moe(*words, bindings=bindings)
+    shutil.rmtree(workdir)
+    assert summary["flops_per_token"] == flops, (case, summary["flops_per_token"])
+    return {
+        "bits_per_byte": summary["val_bits_per_byte"],
+        "steps": steps,
+        "flops_per_token": flops,
+        "train_seconds": summary["train_seconds"],
+    }
+
+
+def table(runs: list[dict], steps: int) -> str:
+    body = [
+        (
+            case,
+            own[0]["steps"],
+            f"{own[0]['flops_per_token']:,}",
+            spread([run["bits_per_byte"] for run in own]),
+            f"{statistics.mean(run['train_seconds'] for run in own):.0f}",
+            len(own),
+        )
+        for case, own in by_case(runs).items()
+    ]
+    header = ("model", "steps", "FLOPs per token", "bits per byte", "seconds of training", "seeds")
+    title = f"Held-out bits per byte at the training FLOPs of {steps} steps of the dense model."
+    return f"{title}\n\n{rows(header, body)}"
+
+
+def main():
+    given = arguments(__doc__, steps=300)
+    measure(
+        given,
+        tuple(CASES),
+        lambda case, seed, place: one(case, seed, place, given.steps),
+        lambda runs: table(runs, given.steps),
+    )
+
+
+if __name__ == "__main__":
+    main()
