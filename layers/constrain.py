@@ -6,10 +6,11 @@ Layers call `constrain(x_GTD, "batch", None, None)`. Outside `with placing(rule)
 from collections.abc import Callable, Iterator
 import contextlib
 import contextvars
+import math
 
 import jax
 
-Rule = Callable[[tuple[str | None, ...], tuple[int, ...]], jax.sharding.Sharding]
+Rule = Callable[[tuple[str | None, ...], tuple[int, ...]], jax.sharding.NamedSharding]
 _rule: contextvars.ContextVar[Rule | None] = contextvars.ContextVar("rule", default=None)
 
 
@@ -35,3 +36,32 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         return x
     assert len(axes) == x.ndim, (axes, x.shape)
     return jax.lax.with_sharding_constraint(x, rule(axes, x.shape))
+
+
+def batch_parts(groups: int) -> int:
+    """Into how many parts a mesh cuts so many groups; 1 off a mesh."""
+    rule = _rule.get()
+    if rule is None:
+        return 1
+    placed = rule(("batch",), (groups,))
+    return math.prod(placed.mesh.shape[axis] for axis in placed.spec[0] or ())
+
+
+def on_each_part(function: Callable, split: tuple[jax.Array, ...], whole) -> jax.Array:
+    """function(*split, whole), on a mesh by each device for its own part of `split`.
+
+    The leading axis of every array of `split` and of the result counts the parts (`batch_parts`);
+    each call sees one of them. `whole` (a tree of arrays) is gathered to every device.
+    """
+    rule = _rule.get()
+    if rule is None:
+        return function(*split, whole)
+    placed = rule(("batch",), split[0].shape[:1])
+    cut, axes = jax.sharding.PartitionSpec(placed.spec[0]), placed.spec[0] or ()
+
+    def local(split, whole):
+        # Every device has gradients of its own for what all of them hold; their sum counts.
+        return function(*split, jax.tree.map(lambda a: jax.lax.pcast(a, axes, to="varying"), whole))
+
+    specs = (cut, jax.sharding.PartitionSpec())
+    return jax.shard_map(local, mesh=placed.mesh, in_specs=specs, out_specs=cut)(split, whole)

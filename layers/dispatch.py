@@ -9,22 +9,29 @@ G groups, T tokens per group, D model width, E experts, K experts per token, C (
 
 import abc
 import dataclasses
+from typing import ClassVar, Literal
 
 import gin
 import jax
 import jax.numpy as jnp
 
-from layers.constrain import constrain
+from layers.constrain import batch_parts, constrain
 from layers.gather_rows import combine_rows, dispatch_rows, sum_by_token
+from layers.grouped import KERNELS, SortedRows, spare_rows
 from routing.records import Decision, ExpertChoice, ExpertMerge, SoftSlots, TokenChoice
 
 
 class Dispatcher(abc.ABC):
     """Abstract: the two verbs. A dispatcher is a value without parameters."""
 
+    # Whether a TokenChoice must have a slot for every assignment, and whether experts have to be
+    # whole on every device of a mesh.
+    needs_slots: ClassVar[bool] = True
+    whole_experts: ClassVar[bool] = False
+
     @abc.abstractmethod
-    def dispatch(self, x_GTD: jax.Array, decision: Decision) -> jax.Array:
-        """(E, G, C, D): what every expert receives; empty slots are zero."""
+    def dispatch(self, x_GTD: jax.Array, decision: Decision) -> jax.Array | SortedRows:
+        """(E, G, C, D): what every expert receives; empty slots are zero. Or sorted rows."""
 
     @abc.abstractmethod
     def combine(self, y_EGCD: jax.Array, decision: Decision) -> jax.Array:
@@ -110,6 +117,77 @@ class SlotGather(Dispatcher):
         source_GEC, home_GTK = _addresses(decision)
         gate_GTK = decision.gate_GTK.astype(y_EGCD.dtype)
         return combine_rows(y_EGCD, gate_GTK, source_GEC, home_GTK)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Sorted(Dispatcher):
+    """Assignments sorted by expert: no slots, so nothing is padded and nothing need be dropped.
+
+    Choices of experts and soft slots, which leave no slot empty, go by `SlotGather`. On a mesh
+    every device sorts its own tokens and holds all experts.
+
+    Attributes:
+        kernel: what multiplies the rows with their experts' weights: "loop" over blocks (CPU),
+            "ragged_dot" (one operation of the compiler: TPU, GPU), "auto" for the platform's.
+    """
+
+    kernel: Literal["auto", "loop", "ragged_dot"] = "auto"
+    needs_slots: ClassVar[bool] = False
+    whole_experts: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if self.kernel not in KERNELS:
+            raise ValueError(f"Sorted.kernel={self.kernel!r}: one of {', '.join(KERNELS)}")
+
+    @property
+    def chosen_kernel(self) -> str:
+        """What "auto" stands for here."""
+        if self.kernel != "auto":
+            return self.kernel
+        return "loop" if jax.default_backend() == "cpu" else "ragged_dot"
+
+    def dispatch(self, x_GTD, decision) -> jax.Array | SortedRows:
+        if not isinstance(decision, TokenChoice):
+            return SlotGather().dispatch(x_GTD, decision)
+        source_PN, home_PTK, count_PE = _sorted_addresses(decision)
+        x_PTD = x_GTD.reshape(len(source_PN), -1, x_GTD.shape[-1])
+        token_PN = jnp.where(source_PN < 0, -1, source_PN // home_PTK.shape[2])
+        x_1PND = dispatch_rows(x_PTD, token_PN[:, None], home_PTK)
+        x_PND = constrain(x_1PND[0], "batch", None, None)
+        return SortedRows(x_PND, count_PE, self.chosen_kernel)
+
+    def combine(self, y_EGCD, decision) -> jax.Array:
+        if not isinstance(decision, TokenChoice):
+            return SlotGather().combine(y_EGCD, decision)
+        source_PN, home_PTK, _ = _sorted_addresses(decision)
+        y_PND = constrain(y_EGCD, "batch", None, None)
+        gate_PTK = decision.gate_GTK.astype(y_PND.dtype).reshape(home_PTK.shape)
+        y_PTD = combine_rows(y_PND[None], gate_PTK, source_PN[:, None], home_PTK)
+        return y_PTD.reshape(*decision.expert_GTK.shape[:2], -1)
+
+
+def _sorted_addresses(decision: TokenChoice) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """source_PN: which assignment t*K+k lies in a row; home_PTK: its row; -1 for none; count_PE.
+
+    P parts of the mesh's batch, each with its groups' tokens in a row. Assignments lie by expert,
+    then in their order; those that are not kept come last and count for nobody.
+    """
+    groups, tokens, k = decision.expert_GTK.shape
+    parts, experts = batch_parts(groups), decision.num_experts
+    kept_GTK = jnp.where(decision.keep_GTK, decision.expert_GTK, experts)
+    expert_PN = constrain(kept_GTK.reshape(parts, -1), "batch", None)
+    rows = expert_PN.shape[1]
+    place_PN = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), expert_PN.shape)
+    sorted_PN, source_PN = jax.lax.sort((expert_PN, place_PN), dimension=1, num_keys=1)
+    edge_PX = jax.vmap(lambda s: jnp.searchsorted(s, jnp.arange(experts + 1)))(sorted_PN)
+    count_PE = jnp.diff(edge_PX, axis=1).astype(jnp.int32)
+    # Sorting the sources gives every assignment its row, as writing the rows there would.
+    _, home_PN = jax.lax.sort((source_PN, place_PN), dimension=1, num_keys=1)
+    source_PN = jnp.where(sorted_PN < experts, source_PN, -1)
+    source_PN = jnp.pad(source_PN, ((0, 0), (0, spare_rows(rows))), constant_values=-1)
+    home_PTK = home_PN.reshape(parts, groups * tokens // parts, k)
+    return source_PN, jnp.where(decision.keep_GTK.reshape(home_PTK.shape), home_PTK, -1), count_PE
 
 
 def _addresses(decision: TokenChoice) -> tuple[jax.Array, jax.Array]:

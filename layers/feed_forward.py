@@ -1,5 +1,7 @@
 """Feed-forward: dense, and one per expert. D model width, F hidden width, E experts, N rows."""
 
+from collections.abc import Callable
+import functools
 from typing import Literal
 
 from flax import nnx
@@ -7,6 +9,8 @@ import gin
 import jax
 import jax.numpy as jnp
 
+from layers.constrain import on_each_part
+from layers.grouped import SortedRows, grouped_feed_forward
 from layers.linear import linear
 from routing.parameters import parameter, truncated_normal
 from routing.records import ExpertMerge
@@ -26,6 +30,15 @@ def check_activation(activation: str) -> None:
     """Raise ValueError for an unknown activation."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r}: one of {', '.join(ACTIVATIONS)}")
+
+
+@functools.cache
+def hidden_units(activation: str) -> Callable[..., jax.Array]:
+    """Hidden units from up(x), or from up(x) and gate(x) for the gated kinds."""
+    act = ACTIVATIONS[activation]
+    if activation in GATED:
+        return lambda up, gate: act(gate) * up
+    return act
 
 
 def hidden_width(d_model: int, activation: str) -> int:
@@ -86,13 +99,19 @@ class Experts(nnx.Module):
         self.down_EFD = parameter(shape, axes, truncated_normal(out_scale))
 
     def __call__(
-        self, x_EGND: jax.Array, key_G: jax.Array | None = None, dropout: float = 0.0
+        self,
+        x_EGND: jax.Array | SortedRows,
+        key_G: jax.Array | None = None,
+        dropout: float = 0.0,
     ) -> jax.Array:
         """(E, G, N, D): expert e works on x_EGND[e]; G keeps the groups apart for the mesh.
 
+        Of sorted rows (P, N, D), every expert works on its own.
         With keys for the groups, this share of the hidden units is dropped (expert dropout, Fedus
         et al. 2021, section 2.4).
         """
+        if isinstance(x_EGND, SortedRows):
+            return self._sorted(x_EGND)
         act, shape, dtype = ACTIVATIONS[self.activation], x_EGND.shape, x_EGND.dtype
         x_END = x_EGND.reshape(shape[0], -1, shape[-1])  # as in layers.linear: one row axis
         hidden = jnp.einsum("end,edf->enf", x_END, self.up_EDF[...].astype(dtype))
@@ -105,6 +124,17 @@ class Experts(nnx.Module):
             hidden = hidden * kept_units(key_G, shape, hidden.shape[-1], dropout).astype(dtype)
         y_END = jnp.einsum("enf,efd->end", hidden, self.down_EFD[...].astype(dtype))
         return y_END.reshape(shape)
+
+    def _sorted(self, rows: SortedRows) -> jax.Array:
+        dtype, activate = rows.rows_PND.dtype, hidden_units(self.activation)
+        ups = [self.up_EDF] if self.gate_EDF is None else [self.up_EDF, self.gate_EDF]
+        weights = (tuple(up[...].astype(dtype) for up in ups), self.down_EFD[...].astype(dtype))
+
+        def one_part(x_1ND, count_1E, weights):
+            args = (x_1ND[0], *weights, count_1E[0], activate, rows.kernel)
+            return grouped_feed_forward(*args)[None]
+
+        return on_each_part(one_part, (rows.rows_PND, rows.count_PE), weights)
 
     def merged(self, x_GTD: jax.Array, decision: ExpertMerge) -> jax.Array:
         """(G, T, D): every segment through the mean of all experts that its weights make."""

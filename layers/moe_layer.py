@@ -104,6 +104,11 @@ class MoELayer(nnx.Module):
             raise ValueError(
                 "MoELayer.expert_dropout is for feed-forwards, not neurons or segments"
             )
+        if not self.dispatcher.needs_slots and (expert_dropout or segmented or default_vectors):
+            raise ValueError(
+                f"MoELayer.dispatcher = @{type(self.dispatcher).__name__}() has no slots for "
+                "expert_dropout, segmented or default_vectors; use SlotGather with them"
+            )
         check_fit(
             self.router, sequences_per_group, neurons, segmented, cheap_experts, default_vectors
         )
@@ -125,7 +130,8 @@ class MoELayer(nnx.Module):
         assert decision is not None and chosen is not None  # only whole models leave it out
         if self.cheap is not None:
             decision = self._without_cheap(decision)
-        if isinstance(decision, TokenChoice) and isinstance(self.experts, Experts):
+        fits = self.capacity.keeps_all(inputs.train) and not self.dispatcher.needs_slots
+        if isinstance(decision, TokenChoice) and isinstance(self.experts, Experts) and not fits:
             decision = self.capacity.fit(decision, inputs, self.router.num_experts)
         decision = _save_by_name(decision)
         # Padding is zero here, so NaN in it reaches neither the experts nor their gradients.

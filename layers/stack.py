@@ -29,7 +29,9 @@ def rematerialised(body: Callable, remat: str) -> Callable:
     """The body with its activations recomputed in the backward pass; routing is always kept."""
     if remat == "none":
         return body
-    keep_routing = jax.checkpoint_policies.save_only_these_names("routing")
+    # Products inside sorted experts' loops are out of a policy's sight; they are saved by name.
+    names = ("routing", "expert_hidden") if remat == "dots_with_batch" else ("routing",)
+    keep_routing = jax.checkpoint_policies.save_only_these_names(*names)
     policy = jax.checkpoint_policies.save_from_both_policies(_SAVEABLE[remat], keep_routing)
     return jax.checkpoint(body, policy=policy, prevent_cse=False)
 

@@ -1,11 +1,12 @@
 """`moe bench`: times of our own parts on this machine."""
 
+from collections.abc import Iterator
 import json
 from pathlib import Path
 
 from moe.errors import UserError, nearest
 
-SUITES = ("routers",)
+SUITES = ("routers", "layer")
 
 
 def run(flags) -> int:
@@ -13,15 +14,43 @@ def run(flags) -> int:
     if flags.suite not in SUITES:
         hint = nearest(flags.suite, SUITES) or f"; there is {', '.join(SUITES)}"
         raise UserError(f"moe bench has no suite {flags.suite!r}{hint}")
-    from moe import bench, hardware
-
-    print(f"{hardware.describe_device()}; {flags.tokens:,} tokens, width {flags.width}, ", end="")
-    print(f"{flags.experts} experts, float32; medians of {bench.REPEATS}")
-    rows = []
-    for row in bench.routers(flags.tokens, flags.width, flags.experts):
-        share = f"{row['fraction_of_layer']:7.1%}"
-        print(f"  {row['milliseconds']:10.2f} ms {share}  {row['router']}", flush=True)
-        rows.append(row)
+    rows = list(routers(flags) if flags.suite == "routers" else layer(flags))
     if flags.json:
         Path(flags.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def routers(flags) -> Iterator[dict]:
+    """A line for every router."""
+    from moe import bench_routers, hardware
+
+    print(f"{hardware.describe_device()}; {flags.tokens:,} tokens, width {flags.width}, ", end="")
+    print(f"{flags.experts} experts, float32; medians of {bench_routers.REPEATS}")
+    for row in bench_routers.routers(flags.tokens, flags.width, flags.experts):
+        share = f"{row['fraction_of_layer']:7.1%}"
+        print(f"  {row['milliseconds']:10.2f} ms {share}  {row['router']}", flush=True)
+        yield row
+
+
+def layer(flags) -> Iterator[dict]:
+    """A line for every case, routing and dispatcher; then the means over the cases."""
+    from moe import bench_layer, hardware
+
+    try:
+        cases = tuple(map(bench_layer.Case.read, flags.case)) or bench_layer.CASES
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    print(f"{hardware.describe_device()}; float32; medians of {bench_layer.ROUNDS} paired rounds")
+    print("forward and step in ms (times the dense layer's), and the share of the roofline")
+    rows = []
+    for row in bench_layer.layers(cases):
+        forward, step = (
+            f"{row[f'milliseconds_{what}']:9.1f} ({row[f'ratio_to_dense_{what}']:.2f})"
+            for what in ("forward", "step")
+        )
+        where = f"{row['case']:34} {row['routing']:9} {row['dispatcher']:24}"
+        print(f"  {where} {forward} {step} {row['roofline_fraction']:5.2f}", flush=True)
+        rows.append(row)
+        yield row
+    for name, mean in bench_layer.summary(rows).items():
+        print(f"  best dispatcher, {name}: {mean:.2f} times dense (geometric mean)")

@@ -107,17 +107,18 @@ CHECK = Command(
 
 BENCH = Command(
     name="bench",
-    summary="Measure what every router costs beside the layer that it serves.",
+    summary="Measure what routers cost beside a layer, or layers beside a dense one.",
     module="moe.bench_command",
-    example="moe bench routers --json=routers.json",
+    example="moe bench layer --json=layer.json",
     flags=(
-        Flag("tokens", int, "N", "tokens of a step (default: 8192)", 8192, low=1),
-        Flag("width", int, "N", "width of the model (default: 512)", 512, low=1),
-        Flag("experts", int, "N", "experts (default: 64)", 64, low=8),
+        Flag("tokens", int, "N", "routers: tokens of a step (default: 8192)", 8192, low=1),
+        Flag("width", int, "N", "routers: width of the model (default: 512)", 512, low=1),
+        Flag("experts", int, "N", "routers: experts (default: 64)", 64, low=8),
+        Flag("case", list, "T,D,F,E,K", "layer: sizes to measure (repeatable; default: four)"),
         JSON,
     ),
     positional="suite",
-    form="routers",
+    form="routers|layer",
 )
 
 COMMANDS = (TRAIN, EVAL, GENERATE, CHECK, BENCH)

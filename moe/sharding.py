@@ -11,6 +11,8 @@ import gin
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from layers.dispatch import Dispatcher
+
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 # Logical axis -> mesh axes. "embed" cuts parameters only: activations name no axis for the width.
@@ -99,4 +101,16 @@ def check_batch(mesh: Mesh, groups: int, num_experts: int | None) -> None:
         raise ValueError(
             f"MoELayer.num_experts={num_experts} doesn't divide over MeshShape.expert="
             f"{mesh.shape['expert']}; choose a multiple"
+        )
+
+
+def check_dispatcher(mesh: Mesh, dispatcher: Dispatcher) -> None:
+    """Raise ValueError where a dispatcher needs whole experts and the mesh cuts them."""
+    cut = {axis: mesh.shape[axis] for axis in ("expert", "tensor") if mesh.shape[axis] > 1}
+    if dispatcher.whole_experts and cut:
+        said = ", ".join(f"{axis}={size}" for axis, size in cut.items())
+        raise ValueError(
+            f"MoELayer.dispatcher = @{type(dispatcher).__name__}() computes all experts on every "
+            f"device, but MeshShape({said}) spreads them; use @SlotGather() or @OneHotEinsum(), "
+            "or the axes data and fsdp"
         )

@@ -87,6 +87,10 @@ class Capacity:
     def _in_order(self) -> bool:
         return self.priority == "position" and self.order == "token-major"
 
+    def keeps_all(self, train: bool) -> bool:
+        """Whether nothing is ever dropped."""
+        return (self.factor if train else self.eval_factor) is None
+
     def fit(
         self, decision: TokenChoice, inputs: RouterInputs, choices: int | None = None
     ) -> TokenChoice:

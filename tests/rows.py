@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from layers.cheap_experts import DefaultVectors, ZeroCopyConstant
-from layers.dispatch import OneHotEinsum, SlotGather, as_soft_slots
+from layers.dispatch import OneHotEinsum, SlotGather, Sorted, as_soft_slots
 from layers.moe_layer import MoELayer
 from layers.neuron_experts import NeuronExperts
 from layers.segmented_experts import SegmentedExperts
@@ -181,7 +181,7 @@ ROUTERS = {
     "all_experts": row(AllExperts, losses=LOSSES),
     "frozen": row(FrozenTopK, learned=(), state=("weight_DE",)),
 }
-DISPATCHERS = (OneHotEinsum(), SlotGather())
+DISPATCHERS = (OneHotEinsum(), SlotGather(), Sorted())
 every_router = pytest.mark.parametrize("name", ROUTERS)
 every_dispatcher = pytest.mark.parametrize(
     "dispatcher", DISPATCHERS, ids=lambda value: type(value).__name__

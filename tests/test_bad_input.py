@@ -50,6 +50,13 @@ MISTAKES = {
         ("train.mesh = @MeshShape()", "MeshShape.data = 8"),
         ("train.batch_size", "8"),
     ),
+    "experts that are spread but have to be whole": (
+        (
+            *("train.mesh = @MeshShape()", "MeshShape.expert = 2", "train.batch_size = 8"),
+            "MoELayer.dispatcher = @Sorted()",
+        ),
+        ("@Sorted()", "expert=2", "@SlotGather()"),
+    ),
     "micro-batches": (("train.accumulate = 3",), ("batch_size=4", "accumulate=3")),
     "a router that sees the future": (
         ("MoELayer.router = @SoftMoE",),

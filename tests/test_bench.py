@@ -1,8 +1,10 @@
-"""`moe bench routers` at tiny size: a row for every router, and mistakes in a line."""
+"""`moe bench` at tiny size: a row for everything that is measured, and mistakes in a line."""
 
 import json
 
-from moe import bench, cli
+import pytest
+
+from moe import bench_layer, bench_routers, cli
 
 
 def test_every_router_has_a_row(tmp_path, capsys):
@@ -10,12 +12,33 @@ def test_every_router_has_a_row(tmp_path, capsys):
     flags = ["--tokens=64", "--width=16", "--experts=16", f"--json={path}"]
     assert cli.main(["bench", "routers", *flags]) == 0
     rows = json.loads(path.read_text())
-    assert [row["router"] for row in rows[2:]] == list(bench.ROUTERS)
+    assert [row["router"] for row in rows[2:]] == list(bench_routers.ROUTERS)
     assert all(row["milliseconds"] > 0 for row in rows)
     assert rows[0]["fraction_of_layer"] == 1
     keys = {"router", "milliseconds", "fraction_of_layer", "tokens", "width", "experts"}
     assert all(set(row) == keys and row["tokens"] == 64 for row in rows)
     assert len(capsys.readouterr().out.splitlines()) == len(rows) + 1
+
+
+def test_a_layer_is_measured_in_every_way(tmp_path, capsys):
+    path = tmp_path / "layer.json"
+    assert cli.main(["bench", "layer", "--case=64,16,16,4,2", f"--json={path}"]) == 0
+    rows = json.loads(path.read_text())
+    found = [(row["routing"], row["dispatcher"]) for row in rows]
+    ours = [(routing, way[0]) for routing, ways in bench_layer.WAYS.items() for way in ways]
+    assert [pair for pair in found if not pair[1].startswith("transformers")] == ours
+    for row in rows:
+        assert row["case"] == "T=64 D=16 F=16 E=4 K=2"
+        assert row["milliseconds_step"] > row["milliseconds_forward"] > 0
+        assert row["ratio_to_dense_step"] > 0 and 0 < row["roofline_fraction"] < 1
+    assert "best dispatcher, zipf, step:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["64,16,16,4", "64,16,x,4,2", "64,16,16,4,5", "64,16,16,0,1"])
+def test_a_case_that_cannot_be_is_told(case, capsys):
+    assert cli.main(["bench", "layer", f"--case={case}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--case={case}" in error
 
 
 def test_an_unknown_suite_is_told(capsys):

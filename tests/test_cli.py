@@ -82,7 +82,7 @@ def test_the_examples_in_the_help_are_accepted(command, monkeypatch):
     assert words[:2] == ["moe", command.name]
     found = vars(cli.parse(command, words[2:]))
     given = found[command.positional] if command.positional else found["workdir"]
-    assert given in ("runs/quickstart", "my_router.py:MyRouter", "routers")
+    assert given in ("runs/quickstart", "my_router.py:MyRouter", "layer")
 
 
 def test_flags_become_attributes():

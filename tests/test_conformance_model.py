@@ -33,7 +33,7 @@ from rows import (
 )
 
 from layers.constrain import placing
-from layers.dispatch import Dispatcher, OneHotEinsum
+from layers.dispatch import Dispatcher, OneHotEinsum, Sorted
 from layers.moe_layer import MoELayer
 from moe import checkpoint, functional, sharding, step
 from moe.batch import Batch
@@ -249,6 +249,7 @@ MESHES = [
     Setting("sigmoid_bias", (8, 1, 1, 1)),
     Setting("sigmoid_bias", (1, 2, 2, 2), OneHotEinsum()),
     Setting("switch", (1, 1, 8, 1)),
+    Setting("sigmoid_bias", (2, 4, 1, 1), Sorted()),
     Setting("expert_choice", (1, 8, 1, 1)),
     Setting("soft_moe", (1, 2, 2, 2)),
 ]

@@ -1,0 +1,185 @@
+"""What an MoE layer costs beside the dense feed-forward of the same active FLOPs.
+
+T tokens in one group, D model width, F hidden width of an expert, E experts, K experts per token.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+import importlib.util
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layers.dispatch import Dispatcher, SlotGather, Sorted
+from layers.feed_forward import FeedForward
+from layers.moe_layer import MoELayer
+from moe import functional, hardware
+from moe.allocator import keep_freed_memory
+from moe.bench_routers import VOCABULARY, batch
+from routing import Balanced, Capacity, Router, Sizes, Zipf, initialize
+
+ROUNDS = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layer's sizes; the experts are SwiGLU."""
+
+    tokens: int
+    width: int
+    hidden: int
+    experts: int
+    k: int
+
+    @classmethod
+    def read(cls, text: str) -> "Case":
+        """From "T,D,F,E,K"; ValueError for anything else."""
+        parts = text.split(",")
+        if len(parts) != 5 or not all(part.strip().isdigit() and int(part) for part in parts):
+            raise ValueError(f"--case={text}: five numbers T,D,F,E,K, such as 4096,256,1024,16,2")
+        case = cls(*map(int, parts))
+        if case.k > case.experts:
+            raise ValueError(f"--case={text}: K={case.k} of E={case.experts} experts")
+        return case
+
+    def __str__(self) -> str:
+        return f"T={self.tokens} D={self.width} F={self.hidden} E={self.experts} K={self.k}"
+
+    def least_seconds(self, peak: float, bandwidth: float, *, step: bool) -> float:
+        """The roofline: products at the matmul peak, or every byte moved once, what takes longer.
+
+        A step reads the weights twice and writes their gradients; three times a forward's FLOPs.
+        """
+        rows, weights = self.tokens * self.k, 3 * self.experts * self.width * self.hidden
+        flops = 2 * rows * 3 * self.width * self.hidden
+        bytes_moved = 4 * (weights + 2 * rows * self.width)
+        times = 3 if step else 1
+        return times * max(flops / peak, bytes_moved / bandwidth)
+
+
+CASES = (
+    Case(4096, 256, 1024, 16, 2),
+    Case(4096, 256, 512, 64, 4),
+    Case(8192, 512, 2048, 8, 2),
+    Case(8192, 512, 1024, 128, 1),
+)
+# Nothing is dropped: as many slots as round robin fills, or rows without slots.
+WAYS: dict[str, tuple[tuple[str, Dispatcher, Capacity], ...]] = {
+    "balanced": (
+        ("SlotGather", SlotGather(), Capacity(1.0)),
+        ("Sorted", Sorted(), Capacity(None)),
+    ),
+    "zipf": (("Sorted", Sorted(), Capacity(None)),),
+}
+ROUTERS: dict[str, Callable[..., Router]] = {"balanced": Balanced, "zipf": Zipf}
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a copy of 256 MiB: the median of repeated runs."""
+    copy = jax.jit(lambda x: x + 1)
+    x = jnp.zeros(64 * 2**20, jnp.float32)
+    seconds = [timed(copy, x) for _ in range(7)][2:]
+    return 2 * x.nbytes / statistics.median(seconds)
+
+
+def timed(call: Callable, *args) -> float:
+    """Seconds of one call whose result is waited for."""
+    started = time.perf_counter()
+    jax.block_until_ready(call(*args))
+    return time.perf_counter() - started
+
+
+def layers(cases: tuple[Case, ...]) -> Iterator[dict]:
+    """A row for each case, routing and dispatcher.
+
+    Every round times the dense layer on K*T tokens and all ways in turn; ratios are medians over
+    the rounds' own, so that a slow moment of the machine counts for both.
+    """
+    keep_freed_memory()
+    peak, bandwidth = hardware.matmul_peak(), copy_bandwidth()
+    for case in cases:
+        yield from _rows(case, peak, bandwidth)
+
+
+def _rows(case: Case, peak: float, bandwidth: float) -> Iterator[dict]:
+    random = np.random.default_rng(0)
+    x_TD = random.standard_normal((case.tokens, case.width)).astype(np.float32)
+    programs = {("dense", "dense"): _dense(case, x_TD)}
+    for routing, ways in WAYS.items():
+        make = functools.partial(ROUTERS[routing], k=case.k)
+        for name, dispatcher, capacity in ways:
+            programs[routing, name] = _sparse(case, x_TD, make, dispatcher, capacity)
+    if importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
+        from moe import bench_torch
+
+        for name in bench_torch.WAYS:
+            programs["balanced", f"transformers {name}"] = bench_torch.mixtral(case, x_TD, name)
+    seconds = {key: [] for key in programs}
+    for n in range(ROUNDS + 1):
+        for key, (forward, step) in programs.items():
+            times = timed(forward), timed(step)
+            seconds[key] += [times] if n else []  # the first round compiles
+    dense = np.asarray(seconds.pop(("dense", "dense")))
+    for (routing, dispatcher), found in seconds.items():
+        times = np.asarray(found)
+        ratios = np.median(times / dense, axis=0)
+        forward, step = np.median(times, axis=0)
+        least = case.least_seconds(peak, bandwidth, step=True)
+        yield {
+            "case": str(case),
+            "routing": routing,
+            "dispatcher": dispatcher,
+            "milliseconds_forward": round(1e3 * forward, 3),
+            "milliseconds_step": round(1e3 * step, 3),
+            "ratio_to_dense_forward": round(float(ratios[0]), 4),
+            "ratio_to_dense_step": round(float(ratios[1]), 4),
+            "roofline_fraction": round(least / step, 4),
+        }
+
+
+def _dense(case: Case, x_TD: np.ndarray):
+    """Forward pass and step of one feed-forward on K * T tokens, as calls without arguments."""
+    graph, params, state = functional.split(initialize(FeedForward(case.width, case.hidden), 0))
+    x_ND = jnp.asarray(np.tile(x_TD, (case.k, 1)))
+
+    def total(params, x_ND):
+        return jnp.sum(graph.join(params, state)(x_ND) * x_ND)
+
+    return _calls(total, params, x_ND)
+
+
+def _sparse(case: Case, x_TD, make: Callable[[Sizes], Router], dispatcher, capacity):
+    """The same of an MoE layer."""
+    settings = {"capacity": capacity, "dispatcher": dispatcher}
+    layer = MoELayer(case.width, VOCABULARY, make, case.experts, case.hidden, **settings)
+    graph, params, state = functional.split(initialize(layer, 0))
+    tokens = batch(case.tokens)
+
+    def total(params, x_BTD):
+        return jnp.sum(graph.join(params, state)(x_BTD, tokens)[0] * x_BTD)
+
+    return _calls(total, params, jnp.asarray(x_TD)[None])
+
+
+def _calls(total, *args) -> tuple[Callable, Callable]:
+    forward, step = jax.jit(total), jax.jit(jax.grad(total, (0, 1)))
+    return functools.partial(forward, *args), functools.partial(step, *args)
+
+
+def summary(rows: list[dict]) -> dict[str, float]:
+    """Geometric means of the ratios over the cases, of the fastest of our dispatchers in each."""
+    found = {}
+    ours = [row for row in rows if not row["dispatcher"].startswith("transformers")]
+    for routing in dict.fromkeys(row["routing"] for row in ours):
+        for what in ("forward", "step"):
+            name = f"ratio_to_dense_{what}"
+            best: dict[str, float] = {}
+            for row in ours:
+                if row["routing"] == routing:
+                    best[row["case"]] = min(row[name], best.get(row["case"], np.inf))
+            found[f"{routing}, {what}"] = statistics.geometric_mean(best.values())
+    return found
