@@ -131,8 +131,11 @@ class Experts(nnx.Module):
         weights = (tuple(up[...].astype(dtype) for up in ups), self.down_EFD[...].astype(dtype))
 
         def one_part(x_1ND, count_1E, weights):
-            args = (x_1ND[0], *weights, count_1E[0], activate, rows.kernel)
-            return grouped_feed_forward(*args)[None]
+            ups, down_EFD = weights
+            kernel = rows.kernel
+            return grouped_feed_forward(x_1ND[0], ups, down_EFD, count_1E[0], activate, kernel)[
+                None
+            ]
 
         return on_each_part(one_part, (rows.rows_PND, rows.count_PE), weights)
 

@@ -48,6 +48,9 @@ class MoELayer(nnx.Module):
         activation: as in FeedForward.
         capacity: what an expert takes at most; `Capacity()` where None.
         dispatcher: how tokens move; `SlotGather()` where None.
+        eval_dispatcher: the same at evaluation, where experts that may take every token would
+            have a slot for each with `SlotGather`, and `Sorted` has none; `dispatcher` where None
+            (and where segmented experts or default vectors need slots).
         shared_experts: this many further experts of the same width that every token uses.
         neurons: `NeuronExperts` for experts of one hidden unit each, in place of feed-forwards;
             d_ff, activation, capacity and dispatcher then have no meaning.
@@ -74,6 +77,7 @@ class MoELayer(nnx.Module):
         activation: Activation = "swiglu",
         capacity: Capacity | None = None,
         dispatcher: Dispatcher | None = None,
+        eval_dispatcher: Dispatcher | None = None,
         shared_experts: int = 0,
         neurons: Callable[..., NeuronExperts] | None = None,
         segmented: Callable[..., SegmentedExperts] | None = None,
@@ -91,6 +95,7 @@ class MoELayer(nnx.Module):
         d_ff = d_ff or hidden_width(d_model, activation)
         self.capacity = Capacity() if capacity is None else capacity
         self.dispatcher = SlotGather() if dispatcher is None else dispatcher
+        self.eval_dispatcher = self.dispatcher if eval_dispatcher is None else eval_dispatcher
         if not 0 <= expert_dropout < 1:
             raise ValueError(f"MoELayer.expert_dropout={expert_dropout} must lie in [0, 1)")
         self.expert_dropout = expert_dropout
@@ -104,11 +109,19 @@ class MoELayer(nnx.Module):
             raise ValueError(
                 "MoELayer.expert_dropout is for feed-forwards, not neurons or segments"
             )
-        if not self.dispatcher.needs_slots and (expert_dropout or segmented or default_vectors):
+        needing = {
+            "expert_dropout": expert_dropout,
+            "segmented": segmented,
+            "default_vectors": default_vectors,
+        }
+        needing = [name for name, value in needing.items() if value]
+        if needing and not self.dispatcher.needs_slots:
             raise ValueError(
                 f"MoELayer.dispatcher = @{type(self.dispatcher).__name__}() has no slots for "
-                "expert_dropout, segmented or default_vectors; use SlotGather with them"
+                f"MoELayer.{needing[0]}; use @SlotGather() with it"
             )
+        if (segmented or default_vectors) and not self.eval_dispatcher.needs_slots:
+            self.eval_dispatcher = self.dispatcher
         check_fit(
             self.router, sequences_per_group, neurons, segmented, cheap_experts, default_vectors
         )
@@ -130,13 +143,14 @@ class MoELayer(nnx.Module):
         assert decision is not None and chosen is not None  # only whole models leave it out
         if self.cheap is not None:
             decision = self._without_cheap(decision)
-        fits = self.capacity.keeps_all(inputs.train) and not self.dispatcher.needs_slots
+        mover = self.dispatcher if inputs.train else self.eval_dispatcher
+        fits = self.capacity.keeps_all(inputs.train) and not mover.needs_slots
         if isinstance(decision, TokenChoice) and isinstance(self.experts, Experts) and not fits:
             decision = self.capacity.fit(decision, inputs, self.router.num_experts)
         decision = _save_by_name(decision)
         # Padding is zero here, so NaN in it reaches neither the experts nor their gradients.
         x_GTD = inputs.x_GTD.astype(x_BTD.dtype)
-        y_GTD, own = self._experts(x_GTD, decision, inputs)
+        y_GTD, own = self._experts(x_GTD, decision, inputs, mover)
         kept_E = choices_GE(decision).sum(0)
         if self.cheap is not None:
             cheap_GTN = gates_GTE(chosen)[..., self.num_experts :]
@@ -164,7 +178,9 @@ class MoELayer(nnx.Module):
             num_experts=self.num_experts,
         )
 
-    def _experts(self, x_GTD, decision, inputs) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def _experts(
+        self, x_GTD, decision, inputs, mover: Dispatcher
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """What the experts make of the tokens, home again (G, T, D), and sums for memories."""
         if self.defaults is not None and getattr(decision, "rest_GTE", None) is None:
             raise ValueError(
@@ -180,19 +196,19 @@ class MoELayer(nnx.Module):
             with jax.named_scope(type(self.experts).__name__):
                 if isinstance(self.experts, NeuronExperts):
                     return self.experts(x_GTD, decision), {}
-                return self.experts(x_GTD, decision, inputs, self.dispatcher), {}
+                return self.experts(x_GTD, decision, inputs, mover), {}
         if isinstance(decision, ExpertMerge):
             if self.expert_dropout:
                 raise ValueError("MoELayer.expert_dropout has no meaning for merged experts")
             with jax.named_scope("merged_experts"):
                 return self.experts.merged(x_GTD, decision), {}
         with jax.named_scope("dispatch"):
-            x_EGCD = self.dispatcher.dispatch(x_GTD, decision)
+            x_EGCD = mover.dispatch(x_GTD, decision)
         with jax.named_scope("experts"):
             key_G = inputs.keys_G(purpose=3) if inputs.train and self.expert_dropout else None
             y_EGCD = self.experts(x_EGCD, key_G, self.expert_dropout)
         with jax.named_scope("combine"):
-            y_GTD = self.dispatcher.combine(y_EGCD, decision)
+            y_GTD = mover.combine(y_EGCD, decision)
         if self.defaults is None:
             return y_GTD, {}
         return y_GTD + self.defaults(decision.rest_GTE, x_GTD.dtype), self.defaults.tally(y_EGCD)

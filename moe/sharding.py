@@ -104,13 +104,13 @@ def check_batch(mesh: Mesh, groups: int, num_experts: int | None) -> None:
         )
 
 
-def check_dispatcher(mesh: Mesh, dispatcher: Dispatcher) -> None:
+def check_dispatcher(mesh: Mesh, dispatcher: Dispatcher, setting: str = "dispatcher") -> None:
     """Raise ValueError where a dispatcher needs whole experts and the mesh cuts them."""
     cut = {axis: mesh.shape[axis] for axis in ("expert", "tensor") if mesh.shape[axis] > 1}
     if dispatcher.whole_experts and cut:
         said = ", ".join(f"{axis}={size}" for axis, size in cut.items())
         raise ValueError(
-            f"MoELayer.dispatcher = @{type(dispatcher).__name__}() computes all experts on every "
+            f"MoELayer.{setting} = @{type(dispatcher).__name__}() computes all experts on every "
             f"device, but MeshShape({said}) spreads them; use @SlotGather() or @OneHotEinsum(), "
             "or the axes data and fsdp"
         )

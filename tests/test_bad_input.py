@@ -57,6 +57,10 @@ MISTAKES = {
         ),
         ("@Sorted()", "expert=2", "@SlotGather()"),
     ),
+    "dropout without slots": (
+        ("MoELayer.dispatcher = @Sorted()", "MoELayer.expert_dropout = 0.4"),
+        ("MoELayer.dispatcher = @Sorted()", "expert_dropout", "@SlotGather()"),
+    ),
     "micro-batches": (("train.accumulate = 3",), ("batch_size=4", "accumulate=3")),
     "a router that sees the future": (
         ("MoELayer.router = @SoftMoE",),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from rows import compiled, draw, finite, tokens, values_of
 
+from layers.dispatch import Sorted
 from routing import (
     DSelectK,
     ExpertChoiceRouter,
@@ -90,6 +91,18 @@ def test_the_selectors_entropy_counts_more_and_more():
     expected = [float(constant) * share for share in (0, 0.25, 0.5, 0.75, 1, 1)]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert float(constant) > 1
+
+
+def test_selectors_that_have_decided_have_two_experts_computed():
+    """Of four, which all had a weight at the start: the rows of the others are not there."""
+    router = initialize(DSelectK(Sizes(D, E, 9), k=2), 0)
+    per_token = []
+    for _ in range(2):
+        told = inputs(train=False)
+        rows = Sorted().dispatch(told.x_GTD, router(told).decision)
+        per_token.append(float(rows.count_PE.sum()) / T)
+        router.code_DKM.set_value(1e6 * router.code_DKM[...])
+    assert per_token[0] == E and 1 <= per_token[1] <= 2
 
 
 def test_the_penalty_of_remoe_comes_back_from_zero():
