@@ -8,7 +8,6 @@ text is scored by the causal predictor's rule, as text would be generated.
 """
 
 import shutil
-import statistics
 
 from runs import QUICKSTART, Place, arguments, by_case, measure, rows, spread
 
@@ -47,7 +46,6 @@ def one(case: str, seed: int, place: Place, dense_steps: int) -> dict:
         "bits_per_byte": summary["val_bits_per_byte"],
         "steps": steps,
         "flops_per_token": flops,
-        "train_seconds": summary["train_seconds"],
     }
 
 
@@ -58,12 +56,11 @@ def table(runs: list[dict], steps: int) -> str:
             own[0]["steps"],
             f"{own[0]['flops_per_token']:,}",
             spread([run["bits_per_byte"] for run in own]),
-            f"{statistics.mean(run['train_seconds'] for run in own):.0f}",
             len(own),
         )
         for case, own in by_case(runs).items()
     ]
-    header = ("model", "steps", "FLOPs per token", "bits per byte", "seconds of training", "seeds")
+    header = ("model", "steps", "FLOPs per token", "bits per byte", "seeds")
     title = f"Held-out bits per byte at the training FLOPs of {steps} steps of the dense model."
     return f"{title}\n\n{rows(header, body)}"
 

@@ -71,6 +71,7 @@ def measure(
     runs = read_runs(path, settings)
     done = {(run["case"], run["seed"]) for run in runs}
     wanted = [(case, seed) for seed, case in itertools.product(range(given.seeds), cases)]
+    order = {case: place for place, case in enumerate(cases)}
     cores = sorted(os.sched_getaffinity(0))
     free: queue.Queue = queue.Queue()
     for worker in range(given.workers):
@@ -94,6 +95,7 @@ def measure(
                 print(f"{error}\n{error.stdout}", flush=True)
                 continue
             runs.append(run)
+            runs.sort(key=lambda run: (run["seed"], order.get(run["case"], len(order))))
             path.write_text(json.dumps(settings | {"runs": runs}, indent=2) + "\n")
             path.with_suffix(".md").write_text(table(runs) + "\n", encoding="utf-8")
             print(f"{len(runs)} of {len(wanted)}: {run}", flush=True)
