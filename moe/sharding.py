@@ -9,6 +9,7 @@ import math
 
 import gin
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from layers.dispatch import Dispatcher
@@ -59,7 +60,9 @@ class MeshShape:
         sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
         # Auto axes: the compiler partitions what our constraints leave open.
         auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=auto, devices=devices)
+        # An axis may take part of a dimension of a TPU's torus: 8 of 4 x 4 x 4, say.
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(placed, MESH_AXES, axis_types=auto)
 
 
 def spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:

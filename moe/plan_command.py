@@ -1,0 +1,82 @@
+"""`moe plan`: what a config needs on a TPU slice, by the real compiler, without a TPU."""
+
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from moe.chips import GIB, Topology
+from moe.errors import UserError
+
+
+def run(flags) -> int:
+    """Print the answer; 0 whether it fits or not. `--json` also writes it."""
+    try:
+        topology = Topology.read(flags.topology)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.json"
+        # In a process and environment of its own: the compiler may end it, and JAX with libtpu
+        # would look for a TPU.
+        words = [str(path), topology.name, str(flags.vocab_size)]
+        words += [*flags.gin_file, "--", *flags.gin_bindings]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+        done = subprocess.run(
+            [sys.executable, "-m", "moe.plan_worker", *words],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    if "error" in found:
+        raise UserError(found["error"])
+    if not found:
+        raise UserError(f"the plan could not be made: {last}")
+    if done.returncode:
+        found["reason"] = f"the compiler stopped: {last}"
+    if flags.json:
+        Path(flags.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(report(found))
+    return 0
+
+
+def report(found: dict[str, Any]) -> str:
+    """What a person reads."""
+    mesh = ", ".join(f"{axis}={size}" for axis, size in found["mesh"].items() if size > 1)
+    held, room = found["bytes_per_chip"], found["memory_per_chip"]
+    lines = [
+        f"{found['topology']}: {found['chips']:,} chips; mesh {mesh or 'of one'}",
+        f"parameters   {found['parameters_total']:,} total, {found['parameters_active']:,} active",
+        f"a step       {found['tokens_per_step']:,} tokens, {found['flops_per_step']:.3g} FLOPs; "
+        f"{1e3 * found['seconds_of_products_at_peak']:,.1f} ms at every chip's peak",
+        "per chip     "
+        + ", ".join(
+            f"{name.replace('_', ' ')} {size / GIB:.2f} GiB" for name, size in held.items()
+        ),
+    ]
+    compiled = found["compiled"]
+    if compiled is None:
+        lines.append(f"not compiled: {found['reason']}")
+        lines.append("  pip install 'moe-routing[plan]' gives the compiler (libtpu)")
+        lines.append("  activations are not known without it")
+        return "\n".join(lines)
+    if not compiled["fits"]:
+        lines.append(f"does not fit: {compiled['refused']}")
+        lines.append("  try more micro-batches (train.accumulate) or Transformer.remat = 'full'")
+        return "\n".join(lines)
+    lines += [
+        f"compiled     in {compiled['seconds']:.0f} s: arguments "
+        f"{compiled['arguments'] / GIB:.2f} GiB, temporaries {compiled['temporaries'] / GIB:.2f} "
+        "GiB per chip",
+        "collectives in the program (once for each loop over layers):",
+    ]
+    for row in compiled["collectives"]:
+        size = f"{row['bytes'] / 2**20:10,.1f} MiB"
+        lines.append(f"  {row['count']:3} x {row['kind']:20} {row['axes']:22} {size}")
+    lines.append(f"fits: {compiled['total'] / GIB:.1f} of {room / GIB:.0f} GiB per chip")
+    return "\n".join(lines)

@@ -1,0 +1,31 @@
+"""The process that compiles for `moe plan`: it may be stopped by the compiler, its caller not."""
+
+import json
+from pathlib import Path
+import sys
+
+from moe import gin_files
+from moe.chips import Topology
+from moe.errors import UserError
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def main(path: str, topology: str, vocab_size: str, *words: str) -> int:
+    """words: config files, "--", settings. Every new finding replaces what stands in the file."""
+    from moe.plan import plan
+
+    cut = words.index("--")
+    try:
+        gin_files.load(list(words[:cut]), list(words[cut + 1 :]))
+        for found in plan(Topology.read(topology), int(vocab_size), say):
+            Path(path).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    except UserError as error:
+        Path(path).write_text(json.dumps({"error": str(error)}) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,94 @@
+"""`moe plan`: slices and their mistakes, bytes by hand, collectives read from compiled programs."""
+
+import json
+
+import pytest
+from tiny import Runs
+
+from moe import cli
+from moe.chips import Topology
+from moe.plan import axes_of, collectives, result_bytes
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return Runs(tmp_path_factory.mktemp("plan"))
+
+
+def test_a_slice_has_the_product_of_its_sides():
+    assert Topology.read("v5p:4x4x8").chips == 128
+    assert Topology.read("v6e:16x16").chip.memory == 32 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("v5x:2x2", "did you mean 'v5p'"),
+        ("v5e:2x2x2", "v5e has slices such as v5e:4x4"),
+        ("v4:4x4", "v4 has slices such as v4:4x4x4"),
+        ("v4", "v4 has slices such as"),
+    ],
+)
+def test_a_slice_that_cannot_be_is_told(name, expected, capsys):
+    assert cli.main(["plan", f"--topology={name}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and expected in error
+
+
+def test_without_the_tpu_compiler_it_says_what_it_knows(runs, tmp_path, capsys, monkeypatch):
+    """Eight chips, parameters cut in two by fsdp; AdamW has two moments of each."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    path = tmp_path / "plan.json"
+    settings = ("train.mesh = @MeshShape()", "MeshShape.fsdp = 2", "train.batch_size = 8")
+    words = [f"--gin_file={runs.config}", "--topology=v5e:2x4", f"--json={path}"]
+    words += [f"--gin_bindings={setting}" for setting in settings]
+    assert cli.main(["plan", "--vocab_size=64", *words]) == 0
+    out = capsys.readouterr().out
+    found = json.loads(path.read_text())
+    held = found["bytes_per_chip"]
+    assert found["chips"] == 8 and found["mesh"] == dict(data=4, fsdp=2, expert=1, tensor=1)
+    assert 2 * found["parameters_total"] <= held["parameters"] < 4 * found["parameters_total"]
+    assert held["optimizer"] == pytest.approx(2 * held["parameters"], abs=16)
+    if found["compiled"] is None:
+        assert "not compiled:" in out and "moe-routing[plan]" in out
+    else:
+        assert "fits:" in out
+
+
+def test_a_mistake_in_the_config_is_one_line(runs, capfd):
+    words = [f"--gin_file={runs.config}", "--topology=v5e:2x2", "--vocab_size=64"]
+    assert cli.main(["plan", *words, "--gin_bindings=train.batch_size = 3"]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "train.batch_size" in error
+
+
+SIZES = (2, 1, 4, 1)  # data, fsdp, expert, tensor
+
+
+@pytest.mark.parametrize(
+    ("attributes", "axes"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}", "expert"),
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", "data"),
+        ("replica_groups=[2,4]<=[8]", "expert"),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), channel_id=1", "data"),
+        ("replica_groups={}, to_apply=%add", "data+expert"),
+        ("source_target_pairs={{0,1},{1,2}}", "expert"),
+    ],
+)
+def test_the_axes_of_a_collective_are_those_its_devices_differ_in(attributes, axes):
+    assert axes_of(attributes, SIZES) == axes
+
+
+def test_collectives_are_counted_by_kind_and_axes():
+    text = """
+      %a = f32[8,16]{1,0} all-to-all(%x), replica_groups={{0,1,2,3},{4,5,6,7}}
+      %b = (bf16[4]{0}, bf16[16]{0}) all-gather-start(%y), replica_groups={{0,4}}
+      %c = bf16[16]{0} all-gather-done(%b)
+      %d = f32[8,16]{1,0} all-to-all(%a), replica_groups={{0,1,2,3},{4,5,6,7}}
+    """
+    assert collectives(text, SIZES) == [
+        {"kind": "all-gather", "axes": "data", "count": 1, "bytes": 32},
+        {"kind": "all-to-all", "axes": "expert", "count": 2, "bytes": 2 * 8 * 16 * 4},
+    ]
+    assert result_bytes("(pred[], f32[2,3]{1,0})") == 24
