@@ -38,13 +38,27 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, rule(axes, x.shape))
 
 
+def platform() -> str:
+    """What the program is for: the mesh's kind of device, or off a mesh JAX's own."""
+    rule = _rule.get()
+    if rule is None:
+        return jax.default_backend()
+    return rule((), ()).mesh.devices.flat[0].platform
+
+
 def batch_parts(groups: int) -> int:
     """Into how many parts a mesh cuts so many groups; 1 off a mesh."""
     rule = _rule.get()
     if rule is None:
         return 1
     placed = rule(("batch",), (groups,))
-    return math.prod(placed.mesh.shape[axis] for axis in placed.spec[0] or ())
+    return math.prod(placed.mesh.shape[axis] for axis in _axes(placed))
+
+
+def _axes(placed: jax.sharding.NamedSharding) -> tuple[str, ...]:
+    """The mesh axes that cut the first dimension: JAX tells one by its name, several in a tuple."""
+    first = placed.spec[0]
+    return (first,) if isinstance(first, str) else tuple(first or ())
 
 
 def on_each_part(function: Callable, split: tuple[jax.Array, ...], whole) -> jax.Array:
@@ -57,7 +71,7 @@ def on_each_part(function: Callable, split: tuple[jax.Array, ...], whole) -> jax
     if rule is None:
         return function(*split, whole)
     placed = rule(("batch",), split[0].shape[:1])
-    cut, axes = jax.sharding.PartitionSpec(placed.spec[0]), placed.spec[0] or ()
+    cut, axes = jax.sharding.PartitionSpec(placed.spec[0]), _axes(placed)
 
     def local(split, whole):
         # Every device has gradients of its own for what all of them hold; their sum counts.

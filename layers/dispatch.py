@@ -15,7 +15,7 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from layers.constrain import batch_parts, constrain
+from layers.constrain import batch_parts, constrain, platform
 from layers.gather_rows import combine_rows, dispatch_rows, sum_by_token
 from layers.grouped import KERNELS, SortedRows, spare_rows
 from routing.records import Decision, ExpertChoice, ExpertMerge, SoftSlots, TokenChoice
@@ -145,7 +145,7 @@ class Sorted(Dispatcher):
         """What "auto" stands for here."""
         if self.kernel != "auto":
             return self.kernel
-        return "loop" if jax.default_backend() == "cpu" else "ragged_dot"
+        return "loop" if platform() == "cpu" else "ragged_dot"
 
     def dispatch(self, x_GTD, decision) -> jax.Array | SortedRows:
         if not isinstance(decision, TokenChoice):

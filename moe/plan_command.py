@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+import re
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ def run(flags) -> int:
             text=True,
         )
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    last = why(done.stderr) or f"exit status {done.returncode}"
     if "error" in found:
         raise UserError(found["error"])
     if not found:
@@ -43,6 +44,13 @@ def run(flags) -> int:
         Path(flags.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(report(found))
     return 0
+
+
+def why(stderr: str) -> str:
+    """The last line that names an error, else the last one."""
+    lines = stderr.strip().splitlines()
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|F\d{4})\b", line)]
+    return (named or lines or [""])[-1]
 
 
 def report(found: dict[str, Any]) -> str:

@@ -250,6 +250,7 @@ MESHES = [
     Setting("sigmoid_bias", (1, 2, 2, 2), OneHotEinsum()),
     Setting("switch", (1, 1, 8, 1)),
     Setting("sigmoid_bias", (2, 4, 1, 1), Sorted()),
+    Setting("switch", (8, 1, 1, 1), Sorted()),
     Setting("expert_choice", (1, 8, 1, 1)),
     Setting("soft_moe", (1, 2, 2, 2)),
 ]
