@@ -43,7 +43,7 @@ def platform() -> str:
     rule = _rule.get()
     if rule is None:
         return jax.default_backend()
-    return rule((), ()).mesh.devices.flat[0].platform
+    return rule((), ()).mesh.devices.flat[0].platform  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def batch_parts(groups: int) -> int:

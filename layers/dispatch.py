@@ -29,6 +29,9 @@ class Dispatcher(abc.ABC):
     needs_slots: ClassVar[bool] = True
     whole_experts: ClassVar[bool] = False
 
+    def __str__(self) -> str:
+        return type(self).__name__
+
     @abc.abstractmethod
     def dispatch(self, x_GTD: jax.Array, decision: Decision) -> jax.Array | SortedRows:
         """(E, G, C, D): what every expert receives; empty slots are zero. Or sorted rows."""
@@ -139,6 +142,9 @@ class Sorted(Dispatcher):
     def __post_init__(self):
         if self.kernel not in KERNELS:
             raise ValueError(f"Sorted.kernel={self.kernel!r}: one of {', '.join(KERNELS)}")
+
+    def __str__(self) -> str:
+        return f"Sorted ({self.chosen_kernel})"
 
     @property
     def chosen_kernel(self) -> str:

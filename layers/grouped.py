@@ -62,21 +62,22 @@ def grouped_feed_forward(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _loop(x_ND, ups, down_EFD, count_E, activate):
-    return _loop_forward(x_ND, ups, down_EFD, count_E, activate)[0]
+    return _loop_forward(x_ND, ups, down_EFD, count_E, activate, save=False)[0]
 
 
-def _loop_forward(x_ND, ups, down_EFD, count_E, activate):
+def _loop_forward(x_ND, ups, down_EFD, count_E, activate, save: bool = True):
     def body(expert, start, size, row_S, first, done):
         y_ND, before = done
         x_SD = _rows(x_ND, start, size)
         before_SF = [x_SD @ _one(up_EDF, expert) for up_EDF in ups]
         y_SD = activate(*before_SF) @ _one(down_EFD, expert)
-        before = [_write(a, new, start) for a, new in zip(before, before_SF, strict=True)]
+        if save:
+            before = [_write(a, new, start) for a, new in zip(before, before_SF, strict=True)]
         return _write(y_ND, y_SD, start), before
 
     zeros = functools.partial(_zeros, like=x_ND)
     hidden = (len(x_ND), down_EFD.shape[1])
-    empty = zeros(x_ND.shape), [zeros(hidden) for _ in ups]
+    empty = zeros(x_ND.shape), [zeros(hidden) for _ in ups if save]
     y_ND, before = _over_experts(body, empty, count_E, len(x_ND))
     before = [checkpoint_name(a, "expert_hidden") for a in before]
     return y_ND, (x_ND, ups, down_EFD, count_E, before)
@@ -102,7 +103,8 @@ def _loop_backward(activate, saved, dy_ND):
         return _write(dx_ND, dx_SD, start), dups, ddown_EFD
 
     zeros = functools.partial(_zeros, like=x_ND)
-    weights = [zeros(w.shape, jnp.float32) for w in (*ups, down_EFD)]
+    wide = jnp.promote_types(x_ND.dtype, jnp.float32)
+    weights = [zeros(w.shape, wide) for w in (*ups, down_EFD)]
     start = zeros(x_ND.shape), weights[:-1], weights[-1]
     dx_ND, dups, ddown_EFD = _over_experts(body, start, count_E, len(x_ND))
     dups = tuple(dup.astype(up.dtype) for dup, up in zip(dups, ups, strict=True))
@@ -161,9 +163,9 @@ def _one(weight_EXY, expert):
 
 
 def _add(total_EXY, expert, a_SX, b_SY, first: bool):
-    """total[expert] += a^T b, summed in float32; `first` spares the reading of zeros."""
+    """total[expert] += a^T b, summed in its own type; `first` spares the reading of zeros."""
     new_XY = lax.dot_general(
-        a_SX, b_SY, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        a_SX, b_SY, (((0,), (0,)), ((), ())), preferred_element_type=total_EXY.dtype
     )
     sum_XY = new_XY if first else _one(total_EXY, expert) + new_XY
     return lax.dynamic_update_index_in_dim(total_EXY, sum_XY, expert, 0)

@@ -13,7 +13,11 @@ def describe(say, built: assemble.Model, text: PreparedData, peak: float, folder
     """What is about to be trained, in a few lines."""
     costs, info = built.costs, text.info
     layer = built.moe_layer
-    router = "none (dense)" if layer is None else type(layer.router).__name__
+    router = "none (dense)"
+    if layer is not None:
+        router = f"{type(layer.router).__name__}; dispatcher: {layer.dispatcher}"
+        if layer.eval_dispatcher != layer.dispatcher:
+            router += f", at evaluation {layer.eval_dispatcher}"
     losses = ", ".join(f"{c:g} * {n}" for n, c in built.loss_coefficients.items()) or "none"
     say(
         f"text: {info.name}, {info.train_bytes:,} bytes to learn from, "
