@@ -59,15 +59,5 @@ def table(runs: list[dict], steps: int) -> str:
     return f"After {steps} steps; 16 experts in each of 4 layers.\n\n{rows(header, body)}"
 
 
-def main():
-    given = arguments(__doc__, steps=300)
-    measure(
-        given,
-        tuple(WAYS),
-        lambda way, seed, place: one(way, seed, place, given.steps),
-        lambda runs: table(runs, given.steps),
-    )
-
-
 if __name__ == "__main__":
-    main()
+    measure(arguments(__doc__, steps=300), tuple(WAYS), one, table)

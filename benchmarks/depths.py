@@ -32,10 +32,10 @@ CASES = {
 }
 
 
-def one(case: str, seed: int, place: Place, dense_steps: int) -> dict:
+def one(case: str, seed: int, place: Place, steps: int) -> dict:
     """Held-out bits per byte of a run of as many FLOPs as so many steps of the dense model."""
     files, more, flops = CASES[case]
-    steps = round(dense_steps * DENSE_FLOPS / flops)
+    steps = round(steps * DENSE_FLOPS / flops)
     workdir = place.folder / f"depths-{list(CASES).index(case)}-{seed}"
     bindings = [*QUICKSTART, *SMALL, DENSE, *more, f"train.seed = {seed}", f"train.steps = {steps}"]
     words = ("train", "--gin_file=quickstart_dense.gin", *files, f"--workdir={workdir}")
@@ -65,15 +65,5 @@ def table(runs: list[dict], steps: int) -> str:
     return f"{title}\n\n{rows(header, body)}"
 
 
-def main():
-    given = arguments(__doc__, steps=300)
-    measure(
-        given,
-        tuple(CASES),
-        lambda case, seed, place: one(case, seed, place, given.steps),
-        lambda runs: table(runs, given.steps),
-    )
-
-
 if __name__ == "__main__":
-    main()
+    measure(arguments(__doc__, steps=300), tuple(CASES), one, table)

@@ -95,15 +95,5 @@ def table(runs: list[dict], steps: int) -> str:
     return f"{title}\n\n{rows(header, body)}"
 
 
-def main():
-    given = arguments(__doc__, steps=600)
-    measure(
-        given,
-        tuple(CASES),
-        lambda case, seed, place: one(case, seed, place, given.steps),
-        lambda runs: table(runs, given.steps),
-    )
-
-
 if __name__ == "__main__":
-    main()
+    measure(arguments(__doc__, steps=600), tuple(CASES), one, table)

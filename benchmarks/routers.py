@@ -130,15 +130,7 @@ def table(runs: list[dict], *, steps: int, small: bool) -> str:
 def main():
     more = {"small": {"action": "store_true"}, "routers": {"nargs": "*", "default": ROUTERS}}
     given = arguments(__doc__, steps=300, **more)
-    size = {"steps": given.steps, "small": given.small}
-
-    measure(
-        given,
-        given.routers,
-        lambda router, seed, place: one(router, seed, place, **size),
-        lambda runs: table(runs, **size),
-        small=given.small,
-    )
+    measure(given, given.routers, one, table, small=given.small)
 
 
 if __name__ == "__main__":

@@ -57,13 +57,14 @@ def arguments(description: str, steps: int, **more) -> argparse.Namespace:
 def measure(
     given: argparse.Namespace,
     cases: Sequence[str],
-    one: Callable[[str, int, Place], dict],
-    table: Callable[[list[dict]], str],
+    one: Callable[..., dict],
+    table: Callable[..., str],
     **settings,
 ) -> None:
     """Every case with every seed, all cases of one seed first; JSON and Markdown after each.
 
-    one: what a run of a case and seed says, where it finds a free place; the row starts with both.
+    one(case, seed, place, steps=..., **settings): what a run says, where it finds a free place; the
+    row starts with case and seed. table(runs, steps=..., **settings): all of them as Markdown.
     """
     path, folder = Path(given.json), Path(given.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,7 @@ def measure(
     def work(case, seed):
         place = free.get()
         try:
-            return {"case": case, "seed": seed, **one(case, seed, place)}
+            return {"case": case, "seed": seed, **one(case, seed, place, **settings)}
         finally:
             free.put(place)
 
@@ -97,9 +98,9 @@ def measure(
             runs.append(run)
             runs.sort(key=lambda run: (run["seed"], order.get(run["case"], len(order))))
             path.write_text(json.dumps(settings | {"runs": runs}, indent=2) + "\n")
-            path.with_suffix(".md").write_text(table(runs) + "\n", encoding="utf-8")
+            path.with_suffix(".md").write_text(table(runs, **settings) + "\n", encoding="utf-8")
             print(f"{len(runs)} of {len(wanted)}: {run}", flush=True)
-    print(table(runs))
+    print(table(runs, **settings))
     if failed:
         raise SystemExit(f"{failed} runs failed")
 

@@ -68,12 +68,8 @@ class FeedForward(nnx.Module):
         self.down_FD = parameter((d_ff, d_model), ("mlp", "embed"), truncated_normal(out_scale))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        act = ACTIVATIONS[self.activation]
-        hidden = linear(x, self.up_DF[...])
-        if self.gate_DF is None:
-            hidden = act(hidden)
-        else:
-            hidden = act(linear(x, self.gate_DF[...])) * hidden
+        ups = [self.up_DF] if self.gate_DF is None else [self.up_DF, self.gate_DF]
+        hidden = hidden_units(self.activation)(*(linear(x, up[...]) for up in ups))
         return linear(hidden, self.down_FD[...])
 
 
@@ -112,23 +108,27 @@ class Experts(nnx.Module):
         """
         if isinstance(x_EGND, SortedRows):
             return self._sorted(x_EGND)
-        act, shape, dtype = ACTIVATIONS[self.activation], x_EGND.shape, x_EGND.dtype
+        shape, dtype = x_EGND.shape, x_EGND.dtype
         x_END = x_EGND.reshape(shape[0], -1, shape[-1])  # as in layers.linear: one row axis
-        hidden = jnp.einsum("end,edf->enf", x_END, self.up_EDF[...].astype(dtype))
-        if self.gate_EDF is None:
-            hidden = act(hidden)
-        else:
-            gate = jnp.einsum("end,edf->enf", x_END, self.gate_EDF[...].astype(dtype))
-            hidden = act(gate) * hidden
+        hidden = hidden_units(self.activation)(
+            *(jnp.einsum("end,edf->enf", x_END, up[...].astype(dtype)) for up in self._ups)
+        )
         if key_G is not None and dropout > 0:
             hidden = hidden * kept_units(key_G, shape, hidden.shape[-1], dropout).astype(dtype)
         y_END = jnp.einsum("enf,efd->end", hidden, self.down_EFD[...].astype(dtype))
         return y_END.reshape(shape)
 
+    @property
+    def _ups(self) -> list[nnx.Param]:
+        """What the hidden units are made with, as `hidden_units` takes it."""
+        return [self.up_EDF] if self.gate_EDF is None else [self.up_EDF, self.gate_EDF]
+
     def _sorted(self, rows: SortedRows) -> jax.Array:
         dtype, activate = rows.rows_PND.dtype, hidden_units(self.activation)
-        ups = [self.up_EDF] if self.gate_EDF is None else [self.up_EDF, self.gate_EDF]
-        weights = (tuple(up[...].astype(dtype) for up in ups), self.down_EFD[...].astype(dtype))
+        weights = (
+            tuple(up[...].astype(dtype) for up in self._ups),
+            self.down_EFD[...].astype(dtype),
+        )
 
         def one_part(x_1ND, count_1E, weights):
             ups, down_EFD = weights
@@ -149,13 +149,9 @@ class Experts(nnx.Module):
         def mean(weight_EXY):
             return jnp.einsum("gse,exy->gsxy", decision.weight_GSE, weight_EXY).astype(dtype)
 
-        act = ACTIVATIONS[self.activation]
-        hidden = jnp.einsum("gsld,gsdf->gslf", x_GSLD, mean(self.up_EDF[...]))
-        if self.gate_EDF is None:
-            hidden = act(hidden)
-        else:
-            gate = jnp.einsum("gsld,gsdf->gslf", x_GSLD, mean(self.gate_EDF[...]))
-            hidden = act(gate) * hidden
+        hidden = hidden_units(self.activation)(
+            *(jnp.einsum("gsld,gsdf->gslf", x_GSLD, mean(up[...])) for up in self._ups)
+        )
         y_GSLD = jnp.einsum("gslf,gsfd->gsld", hidden, mean(self.down_EFD[...]))
         return y_GSLD.reshape(groups, -1, width)[:, :tokens]
 

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import importlib.util
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from layers.feed_forward import FeedForward
 from layers.moe_layer import MoELayer
 from moe import functional, hardware
 from moe.allocator import keep_freed_memory
-from moe.bench_routers import VOCABULARY, batch
+from moe.bench_routers import VOCABULARY, batch, median_ms, timed
 from routing import Balanced, Capacity, Router, Sizes, Zipf, initialize
 
 ROUNDS = 5
@@ -82,15 +81,7 @@ def copy_bandwidth() -> float:
     """Bytes read and written per second by a copy of 256 MiB: the median of repeated runs."""
     copy = jax.jit(lambda x: x + 1)
     x = jnp.zeros(64 * 2**20, jnp.float32)
-    seconds = [timed(copy, x) for _ in range(7)][2:]
-    return 2 * x.nbytes / statistics.median(seconds)
-
-
-def timed(call: Callable, *args) -> float:
-    """Seconds of one call whose result is waited for."""
-    started = time.perf_counter()
-    jax.block_until_ready(call(*args))
-    return time.perf_counter() - started
+    return 2 * x.nbytes / (1e-3 * median_ms(copy, x))
 
 
 def layers(cases: tuple[Case, ...]) -> Iterator[dict]:

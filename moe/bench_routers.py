@@ -67,15 +67,16 @@ ROUTERS: dict[str, Callable[[Sizes], Router]] = {
 REPEATS = 7
 
 
+def timed(call: Callable, *args) -> float:
+    """Seconds of one call whose result is waited for."""
+    started = time.perf_counter()
+    jax.block_until_ready(call(*args))
+    return time.perf_counter() - started
+
+
 def median_ms(call: Callable, *args) -> float:
     """Median time of a call whose result is waited for, after two that are not counted."""
-    times = []
-    for n in range(REPEATS + 2):
-        started = time.perf_counter()
-        jax.block_until_ready(call(*args))
-        if n > 1:
-            times.append(time.perf_counter() - started)
-    return 1e3 * statistics.median(times)
+    return 1e3 * statistics.median([timed(call, *args) for _ in range(REPEATS + 2)][2:])
 
 
 def routers(tokens: int, width: int, experts: int) -> Iterator[dict]:

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rows import V, draw, tokens
 
 from layers.moe_layer import MoELayer
-from layers.tokens import Tokens
 from moe import functional, gin_files
 from routing.sinkhorn import transport_plan
 
@@ -19,10 +19,6 @@ pytestmark = pytest.mark.oracle
 
 B, T, D, F, E = 3, 17, 32, 24, 16
 SMALL = (f"MoELayer.num_experts = {E}", f"MoELayer.d_ff = {F}")
-
-
-def draw(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def mixtral():
@@ -114,23 +110,15 @@ def as_ours(theirs):
 def ours(router, bindings, values, x_BTD, weight_BTD):
     """Output and gradients of the layer that a shipped file describes, with these values."""
     gin_files.load([f"routers/{router}.gin"], (*SMALL, *bindings))
-    layer = MoELayer(D, vocab_size=11)
+    layer = MoELayer(D, vocab_size=V)
     graph, params, state = functional.split(layer)
     assert set(values) == set(params) | set(state)
     params = {name: jnp.asarray(values[name]) for name in params}
     state = {name: jnp.asarray(values[name]) for name in state}
-    place_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    tokens = Tokens(
-        token_BT=place_BT % 11,
-        segment_BT=jnp.ones((B, T), jnp.int32),
-        position_BT=place_BT,
-        index_B=jnp.arange(B, dtype=jnp.int32),
-        key=jax.random.key(0),
-        train=False,
-    )
+    batch = tokens(B, T, train=False)
 
     def total(params, x_BTD):
-        y_BTD, _ = graph.join(params, state)(x_BTD, tokens)
+        y_BTD, _ = graph.join(params, state)(x_BTD, batch)
         return jnp.sum(y_BTD * weight_BTD), y_BTD
 
     run = jax.jit(jax.grad(total, (0, 1), has_aux=True))
@@ -165,9 +153,9 @@ def test_the_transport_plan_is_pots(shape):
         warnings.simplefilter("ignore")
         import ot
 
-    tokens, experts = shape
-    logits_TE = draw(2, tokens, experts)
-    rows, columns = np.full(tokens, 1 / tokens), np.full(experts, 1 / experts)
+    count, experts = shape
+    logits_TE = draw(2, count, experts)
+    rows, columns = np.full(count, 1 / count), np.full(experts, 1 / experts)
     expected = ot.bregman.sinkhorn_log(rows, columns, -logits_TE, 1.0, stopThr=1e-12)
-    log_GTE = transport_plan(jnp.asarray(logits_TE)[None], jnp.ones((1, tokens), bool), 50)
+    log_GTE = transport_plan(jnp.asarray(logits_TE)[None], jnp.ones((1, count), bool), 50)
     np.testing.assert_allclose(np.exp(log_GTE[0]), expected, rtol=2e-5)
