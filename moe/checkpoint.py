@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import errno
+import logging
 import os
 from pathlib import Path
+import sys
 from typing import Any
 
 import jax
@@ -29,6 +31,7 @@ class Checkpoints:
         from orbax.checkpoint.checkpoint_managers import preservation_policy as keeping
 
         self.folder = folder.absolute()
+        _hush_cancelled_writers()
         absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax raises is told once, by us
         best = keeping.BestN(
             get_metric_fn=lambda m: m["val_loss"],
@@ -164,3 +167,23 @@ def opened(folder: Path, keep: int = 2, read_only: bool = False) -> Iterator[Che
         checkpoints.wait()
     finally:
         checkpoints.close()
+
+
+def _hush_cancelled_writers() -> None:
+    """A save that fails is told once, by us: its other files' cancelled writers say nothing.
+
+    TensorStore would print an exception for each (its event loop is gone), and asyncio what nobody
+    fetched from Orbax's tasks, pages of it, at times in the midst of our own line.
+    """
+    before = sys.unraisablehook
+    if getattr(before, "hushes_cancelled_writers", False):
+        return
+
+    def hook(unraisable):
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            before(unraisable)
+
+    setattr(hook, "hushes_cancelled_writers", True)
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())

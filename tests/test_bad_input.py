@@ -207,7 +207,7 @@ def test_a_full_disk_costs_no_checkpoint(runs, tmp_path):
     given += ["--gin_bindings=train.steps = 3", "--gin_bindings=train.save_every = 1"]
     done = child("train", *given, code=code)
     assert done.returncode == 2, done.stderr
-    # Orbax's cancelled writers may complain at exit ("Exception ignored in: <coroutine ...").
-    told = [line for line in done.stderr.splitlines() if line.startswith("moe: error: ")]
-    assert len(told) == 1 and "File too large" in told[0], done.stderr
+    assert done.stderr.count("moe: error: ") == 1 and "File too large" in done.stderr, done.stderr
+    # Nothing of the cancelled writers of the other files, however they were interleaved.
+    assert "Event loop is closed" not in done.stderr and "never retrieved" not in done.stderr
     assert not (tmp_path / "run" / "summary.json").exists()
