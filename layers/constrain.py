@@ -46,36 +46,56 @@ def platform() -> str:
     return rule((), ()).mesh.devices.flat[0].platform  # pyright: ignore[reportOptionalMemberAccess]
 
 
-def batch_parts(groups: int) -> int:
-    """Into how many parts a mesh cuts so many groups; 1 off a mesh."""
+def mesh_axes(axis: str, size: int) -> dict[str, int]:
+    """The mesh axes, with their sizes, that cut a dimension of so many; none off a mesh."""
     rule = _rule.get()
     if rule is None:
-        return 1
-    placed = rule(("batch",), (groups,))
-    return math.prod(placed.mesh.shape[axis] for axis in _axes(placed))
+        return {}
+    placed = rule((axis,), (size,))
+    return {name: placed.mesh.shape[name] for name in _names(placed.spec[0])}
 
 
-def _axes(placed: jax.sharding.NamedSharding) -> tuple[str, ...]:
-    """The mesh axes that cut the first dimension: JAX tells one by its name, several in a tuple."""
-    first = placed.spec[0]
-    return (first,) if isinstance(first, str) else tuple(first or ())
+def batch_parts(groups: int) -> int:
+    """Into how many parts a mesh cuts so many groups; 1 off a mesh."""
+    return math.prod(mesh_axes("batch", groups).values())
 
 
-def on_each_part(function: Callable, split: tuple[jax.Array, ...], whole) -> jax.Array:
-    """function(*split, whole), on a mesh by each device for its own part of `split`.
+def _names(part) -> tuple[str, ...]:
+    """A dimension's mesh axes: JAX tells one by its name, several in a tuple."""
+    return (part,) if isinstance(part, str) else tuple(part or ())
 
-    The leading axis of every array of `split` and of the result counts the parts (`batch_parts`);
-    each call sees one of them. `whole` (a tree of arrays) is gathered to every device.
+
+def on_each_part(
+    function: Callable,
+    split: tuple[jax.Array, ...],
+    whole: tuple[jax.Array, ...] = (),
+    axes: tuple[tuple[str | None, ...], ...] = (),
+):
+    """function(*split, *whole), on a mesh by each device for its own part of `split`.
+
+    The leading axis of every array of `split` and of the results counts the parts (`batch_parts`);
+    each call sees one of them. Of each array of `whole`, a call sees the piece that its logical
+    `axes` give to the device. Calls on the same part with different pieces: their results add up.
     """
     rule = _rule.get()
     if rule is None:
-        return function(*split, whole)
+        return function(*split, *whole)
     placed = rule(("batch",), split[0].shape[:1])
-    cut, axes = jax.sharding.PartitionSpec(placed.spec[0]), _axes(placed)
+    cut = jax.sharding.PartitionSpec(placed.spec[0])
+    pieces = [rule(named, a.shape).spec for named, a in zip(axes, whole, strict=True)]
+    specs = (*(cut for _ in split), *pieces)
+    varies = [{name for part in spec for name in _names(part)} for spec in specs]
+    everywhere = set().union(*varies)
 
-    def local(split, whole):
-        # Every device has gradients of its own for what all of them hold; their sum counts.
-        return function(*split, jax.tree.map(lambda a: jax.lax.pcast(a, axes, to="varying"), whole))
+    def local(*arrays):
+        # Every device has gradients of its own for what several of them hold; their sum counts.
+        arrays = [
+            jax.lax.pcast(a, tuple(everywhere - held), to="varying") if everywhere - held else a
+            for a, held in zip(arrays, varies, strict=True)
+        ]
+        found = function(*arrays)
+        partial = tuple(everywhere - varies[0])
+        return jax.lax.psum(found, partial) if partial else found
 
-    specs = (cut, jax.sharding.PartitionSpec())
-    return jax.shard_map(local, mesh=placed.mesh, in_specs=specs, out_specs=cut)(split, whole)
+    run = jax.shard_map(local, mesh=placed.mesh, in_specs=specs, out_specs=cut)
+    return run(*split, *whole)

@@ -9,13 +9,16 @@ G groups, T tokens per group, D model width, E experts, K experts per token, C (
 
 import abc
 import dataclasses
-from typing import ClassVar, Literal
+import math
+from typing import ClassVar, Literal, NamedTuple
 
 import gin
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from layers.constrain import batch_parts, constrain, platform
+from layers.constrain import batch_parts, constrain, mesh_axes, on_each_part, platform
+from layers.exchange import EXCHANGES, Exchange, to_experts, to_tokens
 from layers.gather_rows import combine_rows, dispatch_rows, sum_by_token
 from layers.grouped import KERNELS, SortedRows, spare_rows
 from routing.records import Decision, ExpertChoice, ExpertMerge, SoftSlots, TokenChoice
@@ -24,13 +27,14 @@ from routing.records import Decision, ExpertChoice, ExpertMerge, SoftSlots, Toke
 class Dispatcher(abc.ABC):
     """Abstract: the two verbs. A dispatcher is a value without parameters."""
 
-    # Whether a TokenChoice must have a slot for every assignment, and whether experts have to be
-    # whole on every device of a mesh.
-    needs_slots: ClassVar[bool] = True
-    whole_experts: ClassVar[bool] = False
+    needs_slots: ClassVar[bool] = True  # whether every kept assignment must have a slot
 
     def __str__(self) -> str:
         return type(self).__name__
+
+    def admit(self, decision: Decision) -> tuple[Decision, "Overflow | None"]:
+        """What of the decision there is room for on the way, and what is to go another way."""
+        return decision, None
 
     @abc.abstractmethod
     def dispatch(self, x_GTD: jax.Array, decision: Decision) -> jax.Array | SortedRows:
@@ -39,6 +43,14 @@ class Dispatcher(abc.ABC):
     @abc.abstractmethod
     def combine(self, y_EGCD: jax.Array, decision: Decision) -> jax.Array:
         """(G, T, D): for every token the gate-weighted sum of its experts' outputs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Overflow:
+    """The rest of a decision, and the dispatcher that has room for it."""
+
+    decision: TokenChoice
+    dispatcher: Dispatcher
 
 
 def as_soft_slots(decision: Decision) -> SoftSlots:
@@ -128,23 +140,37 @@ class Sorted(Dispatcher):
     """Assignments sorted by expert: no slots, so nothing is padded and nothing need be dropped.
 
     Choices of experts and soft slots, which leave no slot empty, go by `SlotGather`. On a mesh
-    every device sorts its own tokens and holds all experts.
+    every device sorts its own tokens; along an expert axis the rows travel to the devices that hold
+    their experts, by one all-to-all, and home by another.
 
     Attributes:
         kernel: what multiplies the rows with their experts' weights: "loop" over blocks (CPU),
             "ragged_dot" (one operation of the compiler: TPU, GPU), "auto" for the platform's.
+        exchange: the all-to-all: "padded" to equal parts, "ragged" (moves what there is; TPU, GPU),
+            "auto" for the platform's.
+        buffer: a device has room for this many times the rows that come to it in the mean, the same
+            share of it for each sender; None for all rows of all, the only way to be sure.
+        overflow: "drop" what the buffer has no room for (counted as dropped: sooner on more
+            devices), or "exact": a second exchange, only where there is any, with room for all.
     """
 
     kernel: Literal["auto", "loop", "ragged_dot"] = "auto"
+    exchange: Exchange = "auto"
+    buffer: float | None = None
+    overflow: Literal["drop", "exact"] = "exact"
     needs_slots: ClassVar[bool] = False
-    whole_experts: ClassVar[bool] = True
 
     def __post_init__(self):
-        if self.kernel not in KERNELS:
-            raise ValueError(f"Sorted.kernel={self.kernel!r}: one of {', '.join(KERNELS)}")
+        choices = {"kernel": KERNELS, "exchange": EXCHANGES, "overflow": ("drop", "exact")}
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"Sorted.{name}={value!r}: one of {', '.join(known)}")
+        if self.buffer is not None and self.buffer <= 0:
+            raise ValueError(f"Sorted.buffer={self.buffer} must be above 0, or None for all rows")
 
     def __str__(self) -> str:
-        return f"Sorted ({self.chosen_kernel})"
+        more = "" if self.buffer is None else f", buffer {self.buffer:g}, {self.overflow}"
+        return f"Sorted ({self.chosen_kernel}{more})"
 
     @property
     def chosen_kernel(self) -> str:
@@ -153,24 +179,99 @@ class Sorted(Dispatcher):
             return self.kernel
         return "loop" if platform() == "cpu" else "ragged_dot"
 
+    def most_rows(self, rows: int, devices: int) -> int:
+        """How many of its own rows a device may send to each of so many that hold experts."""
+        if self.buffer is None:
+            return rows
+        return min(rows, math.ceil(self.buffer * rows / devices))
+
+    def admit(self, decision) -> tuple[Decision, Overflow | None]:
+        """Of the assignments from one device to another, the first `most_rows`."""
+        if not isinstance(decision, TokenChoice) or self.buffer is None:
+            return decision, None
+        way = _expert_axis(decision)
+        if way is None:
+            return decision, None
+        groups, tokens, k = decision.expert_GTK.shape
+        parts = batch_parts(groups)
+        own = decision.num_experts // way.devices
+        device_GTK = jnp.where(decision.keep_GTK, decision.expert_GTK // own, way.devices)
+        _, home_PN, edge_PX = _sorted_into(device_GTK.reshape(parts, -1), way.devices)
+        device_PN = device_GTK.reshape(parts, -1)
+        rank_PN = home_PN - jnp.take_along_axis(edge_PX, device_PN, axis=1)
+        room_PN = rank_PN < self.most_rows(home_PN.shape[1], way.devices)
+        room_GTK = constrain(room_PN.reshape(groups, tokens, k), "batch", None, None)
+        keep_GTK = decision.keep_GTK
+        fits = dataclasses.replace(decision, keep_GTK=keep_GTK & room_GTK)
+        if self.overflow == "drop":
+            return fits, None
+        rest = dataclasses.replace(decision, keep_GTK=keep_GTK & ~room_GTK)
+        return fits, Overflow(rest, dataclasses.replace(self, buffer=None))
+
     def dispatch(self, x_GTD, decision) -> jax.Array | SortedRows:
         if not isinstance(decision, TokenChoice):
             return SlotGather().dispatch(x_GTD, decision)
         source_PN, home_PTK, count_PE = _sorted_addresses(decision)
         x_PTD = x_GTD.reshape(len(source_PN), -1, x_GTD.shape[-1])
+        way = _expert_axis(decision)
+        if way is None:
+            source_PN = _with_spare_rows(source_PN)
         token_PN = jnp.where(source_PN < 0, -1, source_PN // home_PTK.shape[2])
         x_1PND = dispatch_rows(x_PTD, token_PN[:, None], home_PTK)
         x_PND = constrain(x_1PND[0], "batch", None, None)
-        return SortedRows(x_PND, count_PE, self.chosen_kernel)
+        if way is None:
+            return SortedRows(x_PND, count_PE, self.chosen_kernel)
+
+        slots = self.most_rows(x_PND.shape[1], way.devices)
+
+        def send(x_1ND, count_1E):
+            ragged = self._ragged
+            x_MD, count_F = to_experts(x_1ND[0], count_1E[0], way.axis, slots, ragged)
+            return x_MD[None], count_F[None]
+
+        rows_PMD, count_PF = on_each_part(send, (x_PND, count_PE))
+        rows_PMD = checkpoint_name(rows_PMD, "exchanged")
+        return SortedRows(rows_PMD, count_PF, self.chosen_kernel, own_experts=True)
 
     def combine(self, y_EGCD, decision) -> jax.Array:
         if not isinstance(decision, TokenChoice):
             return SlotGather().combine(y_EGCD, decision)
-        source_PN, home_PTK, _ = _sorted_addresses(decision)
+        source_PN, home_PTK, count_PE = _sorted_addresses(decision)
         y_PND = constrain(y_EGCD, "batch", None, None)
+        way = _expert_axis(decision)
+        if way is None:
+            source_PN = _with_spare_rows(source_PN)
+        else:
+            rows = source_PN.shape[1]
+            slots = self.most_rows(rows, way.devices)
+
+            def home(y_1MD, count_1E):
+                return to_tokens(y_1MD[0], count_1E[0], way.axis, slots, rows, self._ragged)[None]
+
+            y_PND = checkpoint_name(on_each_part(home, (y_PND, count_PE)), "exchanged")
         gate_PTK = decision.gate_GTK.astype(y_PND.dtype).reshape(home_PTK.shape)
         y_PTD = combine_rows(y_PND[None], gate_PTK, source_PN[:, None], home_PTK)
         return y_PTD.reshape(*decision.expert_GTK.shape[:2], -1)
+
+    @property
+    def _ragged(self) -> bool:
+        """Whether what travels is not padded."""
+        return self.exchange == "ragged" or (self.exchange == "auto" and platform() != "cpu")
+
+
+class _ExpertAxis(NamedTuple):
+    axis: str
+    devices: int
+
+
+def _expert_axis(decision: TokenChoice) -> _ExpertAxis | None:
+    """The mesh axis that both experts and tokens are spread over, so that rows have to travel."""
+    held = mesh_axes("expert", decision.num_experts)
+    shared = held.keys() & mesh_axes("batch", len(decision.expert_GTK)).keys()
+    if not shared:
+        return None
+    (axis,) = shared
+    return _ExpertAxis(axis, held[axis])
 
 
 def _sorted_addresses(decision: TokenChoice) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -182,18 +283,33 @@ def _sorted_addresses(decision: TokenChoice) -> tuple[jax.Array, jax.Array, jax.
     groups, tokens, k = decision.expert_GTK.shape
     parts, experts = batch_parts(groups), decision.num_experts
     kept_GTK = jnp.where(decision.keep_GTK, decision.expert_GTK, experts)
-    expert_PN = constrain(kept_GTK.reshape(parts, -1), "batch", None)
-    rows = expert_PN.shape[1]
-    place_PN = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), expert_PN.shape)
-    sorted_PN, source_PN = jax.lax.sort((expert_PN, place_PN), dimension=1, num_keys=1)
-    edge_PX = jax.vmap(lambda s: jnp.searchsorted(s, jnp.arange(experts + 1)))(sorted_PN)
+    source_PN, home_PN, edge_PX = _sorted_into(kept_GTK.reshape(parts, -1), experts)
     count_PE = jnp.diff(edge_PX, axis=1).astype(jnp.int32)
-    # Sorting the sources gives every assignment its row, as writing the rows there would.
-    _, home_PN = jax.lax.sort((source_PN, place_PN), dimension=1, num_keys=1)
-    source_PN = jnp.where(sorted_PN < experts, source_PN, -1)
-    source_PN = jnp.pad(source_PN, ((0, 0), (0, spare_rows(rows))), constant_values=-1)
+    row_1N = jnp.arange(source_PN.shape[1])[None]
+    source_PN = jnp.where(row_1N < edge_PX[:, -1:], source_PN, -1)
     home_PTK = home_PN.reshape(parts, groups * tokens // parts, k)
     return source_PN, jnp.where(decision.keep_GTK.reshape(home_PTK.shape), home_PTK, -1), count_PE
+
+
+def _with_spare_rows(source_PN):
+    """With the rows, all empty, that experts may read behind their own."""
+    more = ((0, 0), (0, spare_rows(source_PN.shape[1])))
+    return jnp.pad(source_PN, more, constant_values=-1)
+
+
+def _sorted_into(bin_PN: jax.Array, bins: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """source_PN, home_PN: what a stable sort by bin puts in each place, and its inverse.
+
+    edge_PX (P, bins + 1): where each bin begins, the last one's end behind it. A bin_PN of `bins`
+    is nobody's and comes last.
+    """
+    bin_PN = constrain(bin_PN, "batch", None)
+    place_PN = jnp.broadcast_to(jnp.arange(bin_PN.shape[1], dtype=jnp.int32), bin_PN.shape)
+    sorted_PN, source_PN = jax.lax.sort((bin_PN, place_PN), dimension=1, num_keys=1)
+    edge_PX = jax.vmap(lambda s: jnp.searchsorted(s, jnp.arange(bins + 1)))(sorted_PN)
+    # Sorting the sources gives every assignment its row, as writing the rows there would.
+    _, home_PN = jax.lax.sort((source_PN, place_PN), dimension=1, num_keys=1)
+    return source_PN, home_PN, edge_PX
 
 
 def _addresses(decision: TokenChoice) -> tuple[jax.Array, jax.Array]:

@@ -125,19 +125,16 @@ class Experts(nnx.Module):
 
     def _sorted(self, rows: SortedRows) -> jax.Array:
         dtype, activate = rows.rows_PND.dtype, hidden_units(self.activation)
-        weights = (
-            tuple(up[...].astype(dtype) for up in self._ups),
-            self.down_EFD[...].astype(dtype),
-        )
+        weights = tuple(w[...].astype(dtype) for w in (*self._ups, self.down_EFD))
 
-        def one_part(x_1ND, count_1E, weights):
-            ups, down_EFD = weights
-            kernel = rows.kernel
-            return grouped_feed_forward(x_1ND[0], ups, down_EFD, count_1E[0], activate, kernel)[
-                None
-            ]
+        def one_part(x_1ND, count_1E, *weights):
+            x_ND, count_E, ups, down_EFD = x_1ND[0], count_1E[0], weights[:-1], weights[-1]
+            y_ND = grouped_feed_forward(x_ND, ups, down_EFD, count_E, activate, rows.kernel)
+            return y_ND[None]
 
-        return on_each_part(one_part, (rows.rows_PND, rows.count_PE), weights)
+        held = "expert" if rows.own_experts else None
+        axes = (*((held, None, "mlp") for _ in self._ups), (held, "mlp", None))
+        return on_each_part(one_part, (rows.rows_PND, rows.count_PE), weights, axes)
 
     def merged(self, x_GTD: jax.Array, decision: ExpertMerge) -> jax.Array:
         """(G, T, D): every segment through the mean of all experts that its weights make."""

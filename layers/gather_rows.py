@@ -54,6 +54,11 @@ def _dispatch_backward(saved, dx_EGCD):
 dispatch_rows.defvjp(_dispatch_forward, _dispatch_backward)
 
 
+def permute(rows_ND: jax.Array, source_M: jax.Array, home_N: jax.Array) -> jax.Array:
+    """(M, D): row source_M[m] in place m, zero for -1; home_N tells where each row went, or -1."""
+    return dispatch_rows(rows_ND[None], source_M[None, None], home_N[None, :, None])[0, 0]
+
+
 def _sum_over_k(rows_GND, home_GTK, gate_GTK):
     """sum over k of gate * rows at home: one gather for each k, then a sum."""
     total = jnp.zeros((*home_GTK.shape[:2], rows_GND.shape[-1]), rows_GND.dtype)

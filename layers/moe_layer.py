@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from layers.cheap_experts import DefaultVectors, ZeroCopyConstant
 from layers.constrain import constrain
-from layers.dispatch import Dispatcher, SlotGather
+from layers.dispatch import Dispatcher, Overflow, SlotGather
 from layers.feed_forward import Activation, Experts, FeedForward, hidden_width
 from layers.neuron_experts import NeuronExperts
 from layers.segmented_experts import SegmentedExperts
@@ -147,11 +147,16 @@ class MoELayer(nnx.Module):
         fits = self.capacity.keeps_all(inputs.train) and not mover.needs_slots
         if isinstance(decision, TokenChoice) and isinstance(self.experts, Experts) and not fits:
             decision = self.capacity.fit(decision, inputs, self.router.num_experts)
-        decision = _save_by_name(decision)
+        kept = decision = _save_by_name(decision)
+        decision, overflow = mover.admit(decision)
+        if overflow is None:
+            kept = decision
         # Padding is zero here, so NaN in it reaches neither the experts nor their gradients.
         x_GTD = inputs.x_GTD.astype(x_BTD.dtype)
         y_GTD, own = self._experts(x_GTD, decision, inputs, mover)
-        kept_E = choices_GE(decision).sum(0)
+        if overflow is not None:
+            y_GTD = y_GTD + self._second_way(x_GTD, overflow, inputs)
+        kept_E = choices_GE(kept).sum(0)
         if self.cheap is not None:
             cheap_GTN = gates_GTE(chosen)[..., self.num_experts :]
             y_GTD = y_GTD + self.cheap(x_GTD, cheap_GTN)
@@ -161,7 +166,15 @@ class MoELayer(nnx.Module):
             with jax.named_scope("shared_experts"):
                 y_BTD = y_BTD + self.shared(x_GTD.reshape(x_BTD.shape))
         stats = dataclasses.replace(output.stats, kept_E=kept_E, own=output.stats.own | own)
-        return y_BTD, dataclasses.replace(output, decision=decision, stats=stats)
+        return y_BTD, dataclasses.replace(output, decision=kept, stats=stats)
+
+    def _second_way(self, x_GTD, overflow: Overflow, inputs) -> jax.Array:
+        """What the experts make of the assignments that the first exchange had no room for."""
+
+        def compute(x_GTD):
+            return self._experts(x_GTD, overflow.decision, inputs, overflow.dispatcher)[0]
+
+        return jax.lax.cond(overflow.decision.keep_GTK.any(), compute, jnp.zeros_like, x_GTD)
 
     def _without_cheap(self, decision) -> TokenChoice:
         """The decision with the assignments to experts that cost something alone."""

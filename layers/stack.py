@@ -30,7 +30,9 @@ def rematerialised(body: Callable, remat: str) -> Callable:
     if remat == "none":
         return body
     # Products inside sorted experts' loops are out of a policy's sight; they are saved by name.
-    names = ("routing", "expert_hidden") if remat == "dots_with_batch" else ("routing",)
+    names = (
+        ("routing", "expert_hidden", "exchanged") if remat == "dots_with_batch" else ("routing",)
+    )
     keep_routing = jax.checkpoint_policies.save_only_these_names(*names)
     policy = jax.checkpoint_policies.save_from_both_policies(_SAVEABLE[remat], keep_routing)
     return jax.checkpoint(body, policy=policy, prevent_cse=False)

@@ -124,9 +124,6 @@ def program(model: Model, optimizer, mesh: Mesh, *, steps, seed, accumulate, bat
     num_experts = model.moe_layer.num_experts if model.moe_layer else None
     try:
         sharding.check_batch(mesh, batch_size // (accumulate * per_group), num_experts)
-        if model.moe_layer is not None:
-            sharding.check_dispatcher(mesh, model.moe_layer.dispatcher)
-            sharding.check_dispatcher(mesh, model.moe_layer.eval_dispatcher, "eval_dispatcher")
     except ValueError as error:
         raise UserError(str(error)) from error
     axes = {name: model.graph.axes[name] for name in model.shapes[0]}

@@ -184,6 +184,6 @@ def _hush_cancelled_writers() -> None:
         if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
             before(unraisable)
 
-    setattr(hook, "hushes_cancelled_writers", True)
+    hook.hushes_cancelled_writers = True  # pyright: ignore[reportFunctionMemberAccess]
     sys.unraisablehook = hook
     logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())

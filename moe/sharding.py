@@ -12,8 +12,6 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from layers.dispatch import Dispatcher
-
 MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 # Logical axis -> mesh axes. "embed" cuts parameters only: activations name no axis for the width.
@@ -104,16 +102,4 @@ def check_batch(mesh: Mesh, groups: int, num_experts: int | None) -> None:
         raise ValueError(
             f"MoELayer.num_experts={num_experts} doesn't divide over MeshShape.expert="
             f"{mesh.shape['expert']}; choose a multiple"
-        )
-
-
-def check_dispatcher(mesh: Mesh, dispatcher: Dispatcher, setting: str = "dispatcher") -> None:
-    """Raise ValueError where a dispatcher needs whole experts and the mesh cuts them."""
-    cut = {axis: mesh.shape[axis] for axis in ("expert", "tensor") if mesh.shape[axis] > 1}
-    if dispatcher.whole_experts and cut:
-        said = ", ".join(f"{axis}={size}" for axis, size in cut.items())
-        raise ValueError(
-            f"MoELayer.{setting} = @{type(dispatcher).__name__}() computes all experts on every "
-            f"device, but MeshShape({said}) spreads them; use @SlotGather() or @OneHotEinsum(), "
-            "or the axes data and fsdp"
         )

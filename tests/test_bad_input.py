@@ -50,12 +50,9 @@ MISTAKES = {
         ("train.mesh = @MeshShape()", "MeshShape.data = 8"),
         ("train.batch_size", "8"),
     ),
-    "experts that are spread but have to be whole": (
-        (
-            *("train.mesh = @MeshShape()", "MeshShape.expert = 2", "train.batch_size = 8"),
-            "MoELayer.dispatcher = @Sorted()",
-        ),
-        ("@Sorted()", "expert=2", "@SlotGather()"),
+    "a buffer of nothing": (
+        ("MoELayer.dispatcher = @Sorted()", "Sorted.buffer = 0.0"),
+        ("Sorted.buffer=0.0", "above 0"),
     ),
     "dropout without slots": (
         ("MoELayer.dispatcher = @Sorted()", "MoELayer.expert_dropout = 0.4"),

@@ -251,6 +251,8 @@ MESHES = [
     Setting("switch", (1, 1, 8, 1)),
     Setting("sigmoid_bias", (2, 4, 1, 1), Sorted()),
     Setting("switch", (8, 1, 1, 1), Sorted()),
+    Setting("switch", (1, 2, 2, 2), Sorted()),
+    Setting("sigmoid_bias", (2, 1, 4, 1), Sorted(buffer=0.5)),
     Setting("expert_choice", (1, 8, 1, 1)),
     Setting("soft_moe", (1, 2, 2, 2)),
 ]

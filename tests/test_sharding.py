@@ -12,13 +12,15 @@ import optax
 import pytest
 
 from layers.constrain import constrain, placing
-from layers.dispatch import OneHotEinsum, SlotGather
+from layers.dispatch import OneHotEinsum, SlotGather, Sorted
+from layers.grouped import spare_rows
 from layers.moe_layer import MoELayer
 from moe import functional, sharding, step
 from moe.batch import Batch
 from moe.model import Transformer
 from moe.objective import NextToken, step_key, tokens_of
 from routing import BiasBalancer, TopK
+from routing.records import TokenChoice
 
 EXPERTS, D, F, V, ROWS, LENGTH = 8, 16, 32, 13, 16, 12
 
@@ -120,8 +122,8 @@ def batch_of(rows=ROWS):
     )
 
 
-def forward_text(dispatcher, **sizes):
-    """The compiled program of a forward pass, hidden states in, hidden states out."""
+def compiled_text(dispatcher, *, gradient=False, **sizes):
+    """The compiled program of a forward pass to hidden states, or of a gradient of those."""
     graph, params, state = one_layer(dispatcher)
     mesh = sharding.MeshShape(**sizes).build()
     place = functools.partial(sharding.sharding, mesh)
@@ -134,7 +136,13 @@ def forward_text(dispatcher, **sizes):
             tokens = tokens_of(batch, step_key(0, 0), train=True)
             return graph.join(params, state)(tokens).hidden_BTD
 
-    run = jax.jit(forward, in_shardings=(shardings, rows), out_shardings=rows)
+    def backward(params, batch):
+        return jax.grad(lambda params: jnp.square(forward(params, batch)).sum())(params)
+
+    to = shardings if gradient else rows
+    run = jax.jit(
+        backward if gradient else forward, in_shardings=(shardings, rows), out_shardings=to
+    )
     return run.lower(params, batch).compile().as_text()
 
 
@@ -144,19 +152,62 @@ def collectives(text):
     return collections.Counter(re.findall(rf"[)}}] ({kinds})(?:-start)?\(", text))
 
 
-@pytest.mark.parametrize("dispatcher", [OneHotEinsum(), SlotGather()], ids=str)
-@pytest.mark.parametrize("sizes", [{"data": 1, "expert": 8}, {"data": 2, "expert": 4}], ids=str)
-def test_expert_parallel_is_two_all_to_alls(sizes, dispatcher):
-    """One to the experts, one home; and no weight travels."""
-    text = forward_text(dispatcher, **sizes)
+PARALLEL = [OneHotEinsum(), SlotGather(), Sorted()]
+
+
+@pytest.mark.parametrize("dispatcher", PARALLEL, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "gradient"),
+    [({"data": 1, "expert": 8}, False), ({"data": 2, "expert": 4}, True)],
+    ids=str,
+)
+def test_expert_parallel_is_two_all_to_alls(sizes, gradient, dispatcher):
+    """One to the experts, one home, and the same for gradients; and no weight travels."""
+    text = compiled_text(dispatcher, gradient=gradient, **sizes)
     found = collectives(text)
-    assert found["all-to-all"] == 2, found
-    assert not found["all-gather"], found
+    assert found["all-to-all"] == (4 if gradient else 2), found
+    # Sorted rows' devices tell each other how many come, and nothing else.
+    counts = re.findall(rf"= s32\[{sizes['expert']},{EXPERTS}\]\S* all-gather\(", text)
+    assert found["all-gather"] == len(counts) == isinstance(dispatcher, Sorted), found
     assert not found["collective-permute"] and not found["reduce-scatter"], found
 
 
+def test_what_a_buffer_has_no_room_for_is_dropped_or_goes_a_second_way():
+    """All tokens choose expert 0, and its device has room for half of what all send."""
+    mesh = sharding.MeshShape(data=2, expert=4).build()
+    rows = sharding.sharding(mesh, ("batch",), (ROWS,))
+    x_GTD = jax.random.normal(jax.random.key(0), (ROWS, LENGTH, D))
+    shape = (ROWS, LENGTH, 1)
+    decision = TokenChoice(
+        expert_GTK=jnp.zeros(shape, jnp.int32),
+        gate_GTK=jnp.full(shape, 0.5),
+        keep_GTK=jnp.ones(shape, bool),
+        num_experts=EXPERTS,
+    )
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def moved(x_GTD, decision, mover):
+        """Experts that hand their rows back."""
+        with placing(sharding.rule(mesh)):
+            fits, overflow = mover.admit(decision)
+            sent = mover.dispatch(x_GTD, fits)
+            assert sent.rows_PND.shape[1] - spare_rows(4 * mover.most_rows(24, 4)) == 4 * 12
+            found = mover.combine(sent.rows_PND, fits)
+            rest = None if overflow is None else overflow.decision
+            return found, fits, rest
+
+    args = (jax.device_put(x_GTD, rows), jax.device_put(decision, rows))
+    found, fits, rest = moved(*args, Sorted(buffer=2.0, overflow="drop"))
+    # 24 tokens a device, 4 devices that hold experts: 12 go to the first, in their order.
+    kept_PN = np.asarray(fits.keep_GTK).reshape(8, 24)
+    assert rest is None and (kept_PN == (np.arange(24) < 12)).all()
+    np.testing.assert_array_equal(found, np.where(fits.keep_GTK, 0.5 * x_GTD, 0))
+    _, fits, rest = moved(*args, Sorted(buffer=2.0))
+    np.testing.assert_array_equal(rest.keep_GTK, ~np.asarray(fits.keep_GTK))
+
+
 def test_data_parallel_forward_moves_nothing():
-    assert not collectives(forward_text(OneHotEinsum(), data=8))
+    assert not collectives(compiled_text(OneHotEinsum(), data=8))
 
 
 @pytest.mark.smoke
