@@ -146,7 +146,8 @@ def _flag_mistake(command: Command, error: absl_flags.Error) -> str:
     names = [f"--{flag.name}" for flag in command.flags]
     if isinstance(error, absl_flags.UnrecognizedFlagError):
         name = f"--{error.flagname}"
-        return f"unknown flag {name}{nearest(name, names) or '; there are ' + ', '.join(names)}"
+        near = nearest(name, names, most=1)  # the dashes alone make all of them a little alike
+        return f"unknown flag {name}{near or '; there are ' + ', '.join(names)}"
     text = str(error)
     if match := re.match(r"flag --(\w+)=(.*?): ", text, re.DOTALL):
         expected = {flag.name: flag.expected for flag in command.flags}[match[1]]

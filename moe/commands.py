@@ -47,6 +47,12 @@ GIN_BINDINGS = Flag(
 JSON = Flag("json", str, "PATH", "also write the results to this file")
 RUN = Flag("workdir", str, "FOLDER", "the folder of a run", required=True)
 
+PROCESSES = (
+    Flag("processes", str, "N", "train in N processes together, or auto: TPU pods, Slurm, ..."),
+    Flag("coordinator", str, "HOST:PORT", "with --processes=N: where the first one listens"),
+    Flag("process", int, "I", "with --processes=N: which one this is, from 0", low=0),
+)
+
 TRAIN = Command(
     name="train",
     summary="Train a model; continue the run that the folder holds.",
@@ -57,6 +63,7 @@ TRAIN = Command(
         GIN_FILE,
         GIN_BINDINGS,
         JSON,
+        *PROCESSES,
     ),
 )
 

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 
 from layers.constrain import placing
 from layers.cross_entropy import cross_entropy_sum
+from moe import hosts, sharding
 from moe import objective as objectives
-from moe import sharding
 from moe.assemble import Model
 from moe.batches import ValidationBatches
 from moe.functional import Arrays
@@ -60,7 +60,8 @@ def evaluation_step(model: Model, mesh: Mesh, *, training_rule: bool = False) ->
         routers = out.routers and dataclasses.replace(out.routers, decision=None, policy=None)
         return nats, batch.scored_BT.sum(), routers
 
-    return jax.jit(step)
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.jit(step, out_shardings=everywhere)
 
 
 def evaluate(
@@ -76,7 +77,7 @@ def evaluate(
     `say(done, of)` is called after each batch.
     """
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.RULES["batch"]))
-    rows = host_rows(batches.batch_size)
+    rows = hosts.rows(where, batches.batch_size)
     nats, scored, routers = 0.0, 0, None
     for i in range(len(batches)):
         batch = to_devices(batches.batch(i, rows), where, batches.batch_size)
@@ -94,9 +95,3 @@ def evaluate(
 def _add(a, b):
     """Statistics add up; losses are left as they were in the first batch."""
     return dataclasses.replace(a, stats=jax.tree.map(jnp.add, a.stats, b.stats))
-
-
-def host_rows(batch_size: int) -> slice:
-    """The rows of the global batch that this process reads."""
-    per_host = batch_size // jax.process_count()
-    return slice(jax.process_index() * per_host, (jax.process_index() + 1) * per_host)

@@ -2,10 +2,10 @@
 
 from moe.analysis import token_table
 from moe.assemble import Model
+from moe.functional import Arrays
 from moe.generate import Sampling, generate
 from moe.plots import picture
 from moe.run_folder import RunFolder
-from moe.step import TrainState
 from moe.text_data import PreparedData
 
 PICTURE_BYTES = 60_000
@@ -14,19 +14,21 @@ PICTURE_BYTES = 60_000
 def write_samples(
     folder: RunFolder,
     built: Model,
-    state: TrainState,
+    values: tuple[Arrays, Arrays],
     text: PreparedData,
     prompts: tuple[str, ...],
     context: int,
     seed: int,
 ) -> list[str]:
-    """Continue every prompt with 160 tokens; the texts go to samples.txt."""
+    """Continue every prompt with 160 tokens; the texts go to samples.txt.
+
+    values: parameters and router state.
+    """
     made = []
     for prompt in prompts:
         made += generate(
             built,
-            state.params,
-            state.router_state,
+            *values,
             text.tokenizer,
             prompt=prompt,
             tokens=160,
@@ -41,7 +43,7 @@ def write_samples(
 def write_picture(
     folder: RunFolder,
     built: Model,
-    state: TrainState,
+    values: tuple[Arrays, Arrays],
     text: PreparedData,
     baselines: dict[str, float],
     batch_size: int,
@@ -49,6 +51,5 @@ def write_picture(
 ) -> None:
     """picture.png: loss, loads, and the tokens that each expert works on."""
     batches = text.validation_batches(batch_size, sequence_length, max_bytes=PICTURE_BYTES)
-    values = (state.params, state.router_state)
     table = token_table(built, *values, text.tokenizer, batches)
     picture(folder.path, folder.picture, table, baselines)

@@ -14,8 +14,8 @@ import optax
 
 from layers.constrain import placing
 from layers.cross_entropy import cross_entropy_of_each, cross_entropy_sum
+from moe import hosts, sharding
 from moe import objective as objectives
-from moe import sharding
 from moe.batch import Batch
 from moe.functional import Arrays, Graph, first_values, split
 from routing import RouterOutput, WholeStep
@@ -234,11 +234,16 @@ def grad_norms(grads: Arrays) -> dict[str, Array]:
 
 
 def to_devices(batch: Batch, where: NamedSharding, batch_size: int) -> Batch:
-    """This host's rows as part of the global batch of batch_size sequences."""
+    """This process's rows (`hosts.rows`) as part of the global batch of batch_size sequences."""
+    first = hosts.rows(where, batch_size).start
 
-    def put(rows):
-        rows = np.asarray(rows)
-        shape = (batch_size, *rows.shape[1:])
-        return jax.make_array_from_process_local_data(where, rows, shape)
+    def put(own):
+        own = np.asarray(own)
+
+        def part(index):
+            start, stop, _ = index[0].indices(batch_size)
+            return own[start - first : stop - first]
+
+        return jax.make_array_from_callback((batch_size, *own.shape[1:]), where, part)
 
     return jax.tree.map(put, batch)

@@ -9,7 +9,7 @@ import gin
 import jax
 import numpy as np
 
-from moe import assemble, baselines, checkpoint, evaluate, gin_files, hardware, progress
+from moe import assemble, baselines, checkpoint, evaluate, gin_files, hardware, hosts, progress
 from moe.allocator import keep_freed_memory
 from moe.clock import Clock
 from moe.describe import corpus_of, costs_of, describe, describe_run, summary_of
@@ -85,7 +85,7 @@ def train(
     folder = RunFolder(workdir)
     started = time.monotonic()
     keep_freed_memory()
-    quiet = jax.process_index() != 0
+    quiet = not hosts.is_first()
     objective = NextToken() if objective is None else objective
     optimizer = AdamW() if optimizer is None else optimizer
     check_counts(steps=steps, log_every=log_every, keep=keep, batch_size=batch_size)
@@ -161,9 +161,10 @@ def train(
         )
         eval_step = evaluate.evaluation_step(built, device_mesh)
         extra = {"data": text.fingerprint(), "batch_size": batch_size, "seed": seed}
-        batches = train_batches.batches(first, evaluate.host_rows(batch_size))
+        batches = train_batches.batches(first, hosts.rows(program.batch_sharding, batch_size))
         step, saved, pending = first, first if restored else None, None
-        while step < steps and step != stop_at and not interrupted and not clock.over(max_seconds):
+        stopped, late = hosts.any_says(bool(interrupted), clock.over(max_seconds))
+        while step < steps and step != stop_at and not stopped and not late:
             batch = to_devices(next(batches), program.batch_sharding, batch_size)
             state, measured = program.step(state, batch)
             step += 1
@@ -181,17 +182,20 @@ def train(
                 saves.save(state, extra | {"clock": clock.total}, val_loss)
                 saved = step
                 clock.restart()
+            # Several processes ask each other only when they wait for a step anyway.
+            if step % log_every == 0 or jax.process_count() == 1:
+                stopped, late = hosts.any_says(bool(interrupted), clock.over(max_seconds))
         if pending is not None:
             record.step(*pending)
         batches.close()
-        if step < steps and clock.over(max_seconds):
+        if step < steps and late:
             display.say(f"train.max_seconds={max_seconds:g} is over at step {step} of {steps}")
 
         # The final checkpoint comes before the final evaluation: nothing can cost us the run.
         if saved != step:
             saves.save(state, extra | {"clock": clock.total})
         saves.wait()
-        if interrupted or step == stop_at != steps:
+        if stopped or step == stop_at != steps:
             display.say(f"stopped after step {step} of {steps}; the same command goes on")
             return {"interrupted": True, "signal": interrupted.signal, "step": step}
 
@@ -200,11 +204,15 @@ def train(
         result = evaluate.evaluate(eval_step, state, all_held_out, device_mesh)
         marks = baselines.baselines(text, display.say)
         samples = []
-        if objective.causal and not built.module.leak:
-            samples = write_samples(folder, built, state, text, prompts, sequence_length, seed)
-        if built.moe_layer is not None and not quiet:
-            lines = marks | {"held out": result.bits_per_byte}
-            write_picture(folder, built, state, text, lines, batch_size, sequence_length)
+        values = hosts.gathered((state.params, state.router_state))
+        if values is None:
+            display.say("no samples and no picture: the parameters are too large for one host")
+        elif not quiet:
+            if objective.causal and not built.module.leak:
+                samples = write_samples(folder, built, values, text, prompts, sequence_length, seed)
+            if built.moe_layer is not None:
+                lines = marks | {"held out": result.bits_per_byte}
+                write_picture(folder, built, values, text, lines, batch_size, sequence_length)
         summary = {"step": step, **summary_of(result), "baselines": marks, **clock.summary()}
         summary |= {**costs_of(built), "corpus": corpus_of(text), "matmul_peak_flops": peak}
         summary["peak_memory_bytes"] = hardware.peak_memory_bytes()

@@ -5,18 +5,21 @@ from pathlib import Path
 import shutil
 from typing import Any
 
-from moe import gin_files
+from moe import gin_files, hosts
 from moe.run_folder import RunFolder
 
 
 def run(flags) -> int:
     """Train or continue; 0 when the run is complete, 128 + the signal when it was interrupted."""
     gin_files.load(flags.gin_file, flags.gin_bindings)
+    hosts.join(flags.processes, flags.coordinator, flags.process)
     from moe.train import train
 
     summary = train(flags.workdir)
     if summary.get("interrupted"):
         return 128 + summary["signal"] if summary["signal"] else 0
+    if not hosts.is_first():
+        return 0
     samples = summary.pop("samples")
     if flags.json:
         Path(flags.json).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

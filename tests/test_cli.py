@@ -92,6 +92,7 @@ def test_flags_become_attributes():
         "gin_file": ["a", "b,c"],
         "gin_bindings": ["x.y = [1, 2]"],
         "json": None,
+        **dict.fromkeys(("processes", "coordinator", "process")),
     }
     assert vars(cli.parse(EVAL, ["--workdir=w", "--step=0"])) == {
         "workdir": "w",

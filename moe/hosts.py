@@ -1,0 +1,86 @@
+"""Several processes that train together: joining, the rows each one reads, what all agree on."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from moe.errors import UserError
+
+# Larger parameters are not brought together in every host's memory.
+MOST_GATHERED_BYTES = 8 * 2**30
+
+
+def join(processes: str | None, coordinator: str | None, process: int | None) -> None:
+    """Meet the other processes of the run, before JAX looks for devices.
+
+    processes: "auto" on TPU pods, Slurm, Open MPI and Kubernetes, which tell the rest; else how
+        many there are, where coordinator is HOST:PORT of the first one and process counts from 0.
+
+    Raises:
+        UserError: flags that don't go together, or the others can't be reached.
+    """
+    if processes is None:
+        if coordinator is not None or process is not None:
+            raise UserError("--coordinator and --process belong to --processes=N")
+        return
+    # Ignored on other platforms.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if processes == "auto":
+        if coordinator is not None or process is not None:
+            raise UserError("--processes=auto finds --coordinator and --process by itself")
+        given = {}
+    else:
+        if not processes.isdecimal() or int(processes) < 1:
+            raise UserError(f"--processes={processes}: a number of processes, or auto")
+        count = int(processes)
+        if coordinator is None or process is None:
+            raise UserError(
+                f"--processes={count} needs --coordinator=HOST:PORT of the first process, and "
+                f"--process=0 to {count - 1}"
+            )
+        if process >= count:
+            raise UserError(f"--process={process}: 0 to {count - 1}, as --processes={count}")
+        given = {
+            "coordinator_address": coordinator,
+            "num_processes": count,
+            "process_id": process,
+        }
+    try:
+        jax.distributed.initialize(**given)
+    except (ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"the processes of this run could not be joined: {first}") from error
+
+
+def is_first() -> bool:
+    """True in the one process that writes and prints."""
+    return jax.process_index() == 0
+
+
+def rows(where: jax.sharding.Sharding, batch_size: int) -> slice:
+    """The rows of a batch that this process's devices hold, and those between them."""
+    held = where.addressable_devices_indices_map((batch_size,)).values()
+    ends = [index[0].indices(batch_size) for index in held]  # pyright: ignore[reportOptionalSubscript]
+    return slice(min(start for start, _, _ in ends), max(stop for _, stop, _ in ends))
+
+
+def any_says(*flags: bool) -> list[bool]:
+    """For each flag whether it is set in any process; all of them have to ask."""
+    if jax.process_count() == 1:
+        return list(flags)
+    from jax.experimental import multihost_utils
+
+    said = multihost_utils.process_allgather(np.array(flags))
+    return [bool(flag) for flag in said.any(axis=0)]
+
+
+def gathered(tree: Any) -> Any:
+    """Whole arrays in every process's memory; None where they are too large. All have to ask."""
+    if jax.process_count() == 1:
+        return tree
+    from jax.experimental import multihost_utils
+
+    if sum(a.nbytes for a in jax.tree.leaves(tree)) > MOST_GATHERED_BYTES:
+        return None
+    return multihost_utils.process_allgather(tree, tiled=True)
