@@ -9,6 +9,7 @@ from flax import nnx
 import gin
 import jax
 
+from layers.constrain import constrain, is_cut
 from layers.linear import linear
 from layers.norms import RMSNorm
 from layers.positions import Rotary, alibi
@@ -86,6 +87,10 @@ class Attention(nnx.Module):
         if self.positions == "rotary":
             query_BTHK = self.rotary(query_BTHK, position_BT)
             key_BTNK = self.rotary(key_BTNK, position_BT)
+        if is_cut("length"):  # every token's queries stay; the keys and values of all come
+            query_BTHK = constrain(query_BTHK, "batch", "length", "heads", None)
+            key_BTNK = constrain(key_BTNK, "batch", None, "kv_heads", None)
+            value_BTNK = constrain(value_BTNK, "batch", None, "kv_heads", None)
         bias_BHTT = None
         if self.positions == "alibi":
             bias_BHTT = alibi(position_BT, query_BTHK.shape[2]).astype(dtype)

@@ -58,7 +58,7 @@ class Block(nnx.Module):
         mixed_BTD, middle_BTD, y_BTD, output = self._parts(x_BTD, tokens)
         if self.parallel:
             y_BTD = mixed_BTD + y_BTD
-        return constrain(middle_BTD + y_BTD, "batch", None, None), output
+        return constrain(middle_BTD + y_BTD, "batch", "length", None), output
 
     def added(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, RouterOutput | None]:
         """What the block adds to x, not rounded by adding it first."""
@@ -71,7 +71,7 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             mixed_BTD = self.attention(h_BTD, tokens.position_BT, tokens.segment_BT)
         if self.feed_forward_norm is not None:
-            x_BTD = constrain(x_BTD + mixed_BTD, "batch", None, None)
+            x_BTD = constrain(x_BTD + mixed_BTD, "batch", "length", None)
             h_BTD = self.feed_forward_norm(x_BTD)  # pyright: ignore[reportCallIssue]
         if isinstance(self.feed_forward, MoELayer):
             y_BTD, output = self.feed_forward(h_BTD, tokens)

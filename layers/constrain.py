@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 import contextlib
 import contextvars
 import math
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 Rule = Callable[[tuple[str | None, ...], tuple[int, ...]], jax.sharding.NamedSharding]
 _rule: contextvars.ContextVar[Rule | None] = contextvars.ContextVar("rule", default=None)
@@ -55,9 +57,46 @@ def mesh_axes(axis: str, size: int) -> dict[str, int]:
     return {name: placed.mesh.shape[name] for name in _names(placed.spec[0])}
 
 
-def batch_parts(groups: int) -> int:
-    """Into how many parts a mesh cuts so many groups; 1 off a mesh."""
-    return math.prod(mesh_axes("batch", groups).values())
+def is_cut(axis: str) -> bool:
+    """Whether the mesh cuts dimensions of this logical axis, where they divide."""
+    return bool(mesh_axes(axis, 0))
+
+
+class Parts(NamedTuple):
+    """Groups of tokens as a mesh cuts them: P = groups * tokens pieces, one on each device.
+
+    axis: the logical axis of a dimension that counts the pieces.
+    """
+
+    groups: int
+    tokens: int
+    axis: str
+
+    @property
+    def count(self) -> int:
+        return self.groups * self.tokens
+
+    def split(self, a_GT: jax.Array) -> jax.Array:
+        """(G, T, ...) as (P, G * T / P, ...)."""
+        groups, tokens, *rest = a_GT.shape
+        pieces = (self.groups, groups // self.groups, self.tokens, tokens // self.tokens)
+        a_PN = jnp.swapaxes(a_GT.reshape(*pieces, *rest), 1, 2).reshape(self.count, -1, *rest)
+        return constrain(a_PN, self.axis, *(None for _ in a_PN.shape[1:]))
+
+    def join(self, a_PN: jax.Array, groups: int) -> jax.Array:
+        """(P, G * T / P, ...) as (G, T, ...): the inverse of `split`."""
+        rest = a_PN.shape[2:]
+        pieces = (self.groups, self.tokens, groups // self.groups, -1)
+        a_GT = jnp.swapaxes(a_PN.reshape(*pieces, *rest), 1, 2).reshape(groups, -1, *rest)
+        return constrain(a_GT, "batch", "length", *(None for _ in rest))
+
+
+def parts_of(groups: int, tokens: int) -> Parts:
+    """Of (groups, tokens) activations; one part off a mesh."""
+    by_group = math.prod(mesh_axes("batch", groups).values())
+    by_token = math.prod(mesh_axes("length", tokens).values())
+    axis = "batch" if by_token == 1 else "length" if by_group == 1 else "part"
+    return Parts(by_group, by_token, axis)
 
 
 def _names(part) -> tuple[str, ...]:
@@ -70,17 +109,19 @@ def on_each_part(
     split: tuple[jax.Array, ...],
     whole: tuple[jax.Array, ...] = (),
     axes: tuple[tuple[str | None, ...], ...] = (),
+    part_axis: str = "batch",
 ):
     """function(*split, *whole), on a mesh by each device for its own part of `split`.
 
-    The leading axis of every array of `split` and of the results counts the parts (`batch_parts`);
-    each call sees one of them. Of each array of `whole`, a call sees the piece that its logical
-    `axes` give to the device. Calls on the same part with different pieces: their results add up.
+    The leading axis of every array of `split` and of the results counts the parts (`parts_of`,
+    whose axis is `part_axis`); each call sees one of them. Of each array of `whole`, a call sees
+    the piece that its logical `axes` give to the device. Where several devices work on one part,
+    with different pieces, their results add up.
     """
     rule = _rule.get()
     if rule is None:
         return function(*split, *whole)
-    placed = rule(("batch",), split[0].shape[:1])
+    placed = rule((part_axis,), split[0].shape[:1])
     cut = jax.sharding.PartitionSpec(placed.spec[0])
     pieces = [rule(named, a.shape).spec for named, a in zip(axes, whole, strict=True)]
     specs = (*(cut for _ in split), *pieces)

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from layers.constrain import is_placed
+from layers.constrain import is_cut, is_placed
 
 BLOCK_LOGITS = 2**21  # what fits a CPU's cache
 
@@ -56,15 +56,18 @@ def _blockwise(weight_DV, hidden_BTD, target_BT, scored_BT, blocks: int):
 
 
 def _block(weight_DV, hidden_ND, target_N, scored_N):
-    """The block's loss, its gradient by the logits (N, V), each token's loss (N,); float32."""
+    """The block's loss, its gradient by the logits (N, V), each token's loss (N,); float32.
+
+    N stands for two axes, B and T, where a mesh cuts both.
+    """
     logits_NV = (hidden_ND @ weight_DV).astype(jnp.float32)
     top_N1 = logits_NV.max(-1, keepdims=True)
     exp_NV = jnp.exp(logits_NV - top_N1)
     sum_N1 = exp_NV.sum(-1, keepdims=True)
-    target_NV = jax.nn.one_hot(target_N, logits_NV.shape[1], dtype=bool)
+    target_NV = jax.nn.one_hot(target_N, logits_NV.shape[-1], dtype=bool)
     picked_N = jnp.where(target_NV, logits_NV, 0).sum(-1)
-    loss_N = (jnp.log(sum_N1) + top_N1)[:, 0] - picked_N
-    dlogits_NV = jnp.where(scored_N[:, None], exp_NV / sum_N1 - target_NV, 0)
+    loss_N = (jnp.log(sum_N1) + top_N1)[..., 0] - picked_N
+    dlogits_NV = jnp.where(scored_N[..., None], exp_NV / sum_N1 - target_NV, 0)
     loss_N = jnp.where(scored_N, loss_N, 0)
     return loss_N.sum(), dlogits_NV, loss_N
 
@@ -74,7 +77,9 @@ def _forward(weight_DV, hidden_BTD, target_BT, scored_BT, blocks: int):
         total, dweight_DV = carry
         loss, dlogits_NV, _ = _block(weight_DV, *block)
         small_NV = dlogits_NV.astype(weight_DV.dtype)
-        dweight_DV = dweight_DV + (block[0].T @ small_NV).astype(jnp.float32)
+        axes = tuple(range(small_NV.ndim - 1))
+        step_DV = jnp.tensordot(block[0], small_NV, (axes, axes))
+        dweight_DV = dweight_DV + step_DV.astype(jnp.float32)
         return (total + loss, dweight_DV), small_NV @ weight_DV.T
 
     start = (jnp.float32(0), jnp.zeros(weight_DV.shape, jnp.float32))
@@ -96,6 +101,8 @@ _blockwise.defvjp(_forward, _backward)
 
 def _split(arrays, blocks: int):
     """(B, T, ...) as (blocks, B * T / blocks, ...): cut along T, so that sharded rows stay put."""
+    if is_cut("length"):  # one block, as B and T
+        return jax.tree.map(lambda a: a[None], arrays)
 
     def cut(a):
         batch, tokens, *rest = a.shape

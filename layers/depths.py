@@ -71,7 +71,7 @@ class DepthBlock(nnx.Module):
         else:
             assert isinstance(decision, TokenChoice)
             y_BTD, output = self._masked(x_BTD, tokens, decision)
-        return constrain(y_BTD, "batch", None, None), output, depth
+        return constrain(y_BTD, "batch", "length", None), output, depth
 
     def _gathered(self, x_BTD, tokens: Tokens, decision: ExpertChoice):
         token_BC, keep_BC = decision.token_GEC[:, 0], decision.keep_GEC[:, 0]

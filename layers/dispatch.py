@@ -17,7 +17,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from layers.constrain import batch_parts, constrain, mesh_axes, on_each_part, platform
+from layers.constrain import Parts, constrain, mesh_axes, on_each_part, parts_of, platform
 from layers.exchange import EXCHANGES, Exchange, to_experts, to_tokens
 from layers.gather_rows import combine_rows, dispatch_rows, sum_by_token
 from layers.grouped import KERNELS, SortedRows, spare_rows
@@ -92,12 +92,12 @@ class OneHotEinsum(Dispatcher):
         weight_GTEC = as_soft_slots(decision).dispatch_GTES.astype(x_GTD.dtype)
         x_EGCD = jnp.einsum("gtec,gtd->egcd", weight_GTEC, x_GTD)
         # Computed where the tokens are, then one all-to-all to where the experts are.
-        x_EGCD = constrain(x_EGCD, None, "batch", None, None)
-        return constrain(x_EGCD, "expert", "expert_group", None, None)
+        x_EGCD = constrain(x_EGCD, None, "batch", "slot", None)
+        return constrain(x_EGCD, "expert", "expert_group", "slot", None)
 
     def combine(self, y_EGCD, decision) -> jax.Array:
-        y_EGCD = constrain(y_EGCD, "expert", "expert_group", None, None)
-        y_EGCD = constrain(y_EGCD, None, "batch", None, None)
+        y_EGCD = constrain(y_EGCD, "expert", "expert_group", "slot", None)
+        y_EGCD = constrain(y_EGCD, None, "batch", "slot", None)
         weight_GTEC = as_soft_slots(decision).combine_GTES.astype(y_EGCD.dtype)
         return jnp.einsum("gtec,egcd->gtd", weight_GTEC, y_EGCD)
 
@@ -117,14 +117,14 @@ class SlotGather(Dispatcher):
             source_GEC, home_GTK = _addresses(decision)
             token_GEC = jnp.where(source_GEC < 0, -1, source_GEC // home_GTK.shape[2])
             x_EGCD = dispatch_rows(x_GTD, token_GEC, home_GTK)
-        x_EGCD = constrain(x_EGCD, None, "batch", None, None)
-        return constrain(x_EGCD, "expert", "expert_group", None, None)
+        x_EGCD = constrain(x_EGCD, None, "batch", "slot", None)
+        return constrain(x_EGCD, "expert", "expert_group", "slot", None)
 
     def combine(self, y_EGCD, decision) -> jax.Array:
         if isinstance(decision, SoftSlots | ExpertMerge):
             return OneHotEinsum().combine(y_EGCD, decision)
-        y_EGCD = constrain(y_EGCD, "expert", "expert_group", None, None)
-        y_EGCD = constrain(y_EGCD, None, "batch", None, None)
+        y_EGCD = constrain(y_EGCD, "expert", "expert_group", "slot", None)
+        y_EGCD = constrain(y_EGCD, None, "batch", "slot", None)
         if isinstance(decision, ExpertChoice):
             gate_EGC = jnp.swapaxes(decision.gate_GEC, 0, 1).astype(y_EGCD.dtype)
             token_GEC = jnp.where(decision.keep_GEC, decision.token_GEC, -1)
@@ -193,14 +193,14 @@ class Sorted(Dispatcher):
         if way is None:
             return decision, None
         groups, tokens, k = decision.expert_GTK.shape
-        parts = batch_parts(groups)
+        parts = parts_of(groups, tokens)
         own = decision.num_experts // way.devices
         device_GTK = jnp.where(decision.keep_GTK, decision.expert_GTK // own, way.devices)
-        _, home_PN, edge_PX = _sorted_into(device_GTK.reshape(parts, -1), way.devices)
-        device_PN = device_GTK.reshape(parts, -1)
+        device_PN = parts.split(device_GTK).reshape(parts.count, -1)
+        _, home_PN, edge_PX = _sorted_into(device_PN, way.devices, parts)
         rank_PN = home_PN - jnp.take_along_axis(edge_PX, device_PN, axis=1)
         room_PN = rank_PN < self.most_rows(home_PN.shape[1], way.devices)
-        room_GTK = constrain(room_PN.reshape(groups, tokens, k), "batch", None, None)
+        room_GTK = parts.join(room_PN.reshape(parts.count, -1, k), groups)
         keep_GTK = decision.keep_GTK
         fits = dataclasses.replace(decision, keep_GTK=keep_GTK & room_GTK)
         if self.overflow == "drop":
@@ -211,16 +211,17 @@ class Sorted(Dispatcher):
     def dispatch(self, x_GTD, decision) -> jax.Array | SortedRows:
         if not isinstance(decision, TokenChoice):
             return SlotGather().dispatch(x_GTD, decision)
-        source_PN, home_PTK, count_PE = _sorted_addresses(decision)
-        x_PTD = x_GTD.reshape(len(source_PN), -1, x_GTD.shape[-1])
+        parts = parts_of(*x_GTD.shape[:2])
+        source_PN, home_PTK, count_PE = _sorted_addresses(decision, parts)
+        x_PTD = parts.split(x_GTD)
         way = _expert_axis(decision)
         if way is None:
             source_PN = _with_spare_rows(source_PN)
         token_PN = jnp.where(source_PN < 0, -1, source_PN // home_PTK.shape[2])
         x_1PND = dispatch_rows(x_PTD, token_PN[:, None], home_PTK)
-        x_PND = constrain(x_1PND[0], "batch", None, None)
+        x_PND = constrain(x_1PND[0], parts.axis, None, None)
         if way is None:
-            return SortedRows(x_PND, count_PE, self.chosen_kernel)
+            return SortedRows(x_PND, count_PE, self.chosen_kernel, part_axis=parts.axis)
 
         slots = self.most_rows(x_PND.shape[1], way.devices)
 
@@ -229,15 +230,17 @@ class Sorted(Dispatcher):
             x_MD, count_F = to_experts(x_1ND[0], count_1E[0], way.axis, slots, ragged)
             return x_MD[None], count_F[None]
 
-        rows_PMD, count_PF = on_each_part(send, (x_PND, count_PE))
+        rows_PMD, count_PF = on_each_part(send, (x_PND, count_PE), part_axis=parts.axis)
         rows_PMD = checkpoint_name(rows_PMD, "exchanged")
-        return SortedRows(rows_PMD, count_PF, self.chosen_kernel, own_experts=True)
+        return SortedRows(rows_PMD, count_PF, self.chosen_kernel, True, parts.axis)
 
     def combine(self, y_EGCD, decision) -> jax.Array:
         if not isinstance(decision, TokenChoice):
             return SlotGather().combine(y_EGCD, decision)
-        source_PN, home_PTK, count_PE = _sorted_addresses(decision)
-        y_PND = constrain(y_EGCD, "batch", None, None)
+        groups, tokens, k = decision.expert_GTK.shape
+        parts = parts_of(groups, tokens)
+        source_PN, home_PTK, count_PE = _sorted_addresses(decision, parts)
+        y_PND = constrain(y_EGCD, parts.axis, None, None)
         way = _expert_axis(decision)
         if way is None:
             source_PN = _with_spare_rows(source_PN)
@@ -248,10 +251,11 @@ class Sorted(Dispatcher):
             def home(y_1MD, count_1E):
                 return to_tokens(y_1MD[0], count_1E[0], way.axis, slots, rows, self._ragged)[None]
 
-            y_PND = checkpoint_name(on_each_part(home, (y_PND, count_PE)), "exchanged")
-        gate_PTK = decision.gate_GTK.astype(y_PND.dtype).reshape(home_PTK.shape)
+            y_PND = on_each_part(home, (y_PND, count_PE), part_axis=parts.axis)
+            y_PND = checkpoint_name(y_PND, "exchanged")
+        gate_PTK = parts.split(decision.gate_GTK.astype(y_PND.dtype))
         y_PTD = combine_rows(y_PND[None], gate_PTK, source_PN[:, None], home_PTK)
-        return y_PTD.reshape(*decision.expert_GTK.shape[:2], -1)
+        return parts.join(y_PTD, groups)
 
     @property
     def _ragged(self) -> bool:
@@ -274,21 +278,23 @@ def _expert_axis(decision: TokenChoice) -> _ExpertAxis | None:
     return _ExpertAxis(axis, held[axis])
 
 
-def _sorted_addresses(decision: TokenChoice) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _sorted_addresses(
+    decision: TokenChoice, parts: Parts
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """source_PN: which assignment t*K+k lies in a row; home_PTK: its row; -1 for none; count_PE.
 
-    P parts of the mesh's batch, each with its groups' tokens in a row. Assignments lie by expert,
-    then in their order; those that are not kept come last and count for nobody.
+    P parts, each with its tokens in a row. Assignments lie by expert, then in their order; those
+    that are not kept come last and count for nobody.
     """
-    groups, tokens, k = decision.expert_GTK.shape
-    parts, experts = batch_parts(groups), decision.num_experts
-    kept_GTK = jnp.where(decision.keep_GTK, decision.expert_GTK, experts)
-    source_PN, home_PN, edge_PX = _sorted_into(kept_GTK.reshape(parts, -1), experts)
+    experts = decision.num_experts
+    kept_PTK = parts.split(jnp.where(decision.keep_GTK, decision.expert_GTK, experts))
+    expert_PN = kept_PTK.reshape(parts.count, -1)
+    source_PN, home_PN, edge_PX = _sorted_into(expert_PN, experts, parts)
     count_PE = jnp.diff(edge_PX, axis=1).astype(jnp.int32)
     row_1N = jnp.arange(source_PN.shape[1])[None]
     source_PN = jnp.where(row_1N < edge_PX[:, -1:], source_PN, -1)
-    home_PTK = home_PN.reshape(parts, groups * tokens // parts, k)
-    return source_PN, jnp.where(decision.keep_GTK.reshape(home_PTK.shape), home_PTK, -1), count_PE
+    home_PTK = home_PN.reshape(kept_PTK.shape)
+    return source_PN, jnp.where(kept_PTK < experts, home_PTK, -1), count_PE
 
 
 def _with_spare_rows(source_PN):
@@ -297,13 +303,15 @@ def _with_spare_rows(source_PN):
     return jnp.pad(source_PN, more, constant_values=-1)
 
 
-def _sorted_into(bin_PN: jax.Array, bins: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _sorted_into(
+    bin_PN: jax.Array, bins: int, parts: Parts
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """source_PN, home_PN: what a stable sort by bin puts in each place, and its inverse.
 
     edge_PX (P, bins + 1): where each bin begins, the last one's end behind it. A bin_PN of `bins`
     is nobody's and comes last.
     """
-    bin_PN = constrain(bin_PN, "batch", None)
+    bin_PN = constrain(bin_PN, parts.axis, None)
     place_PN = jnp.broadcast_to(jnp.arange(bin_PN.shape[1], dtype=jnp.int32), bin_PN.shape)
     sorted_PN, source_PN = jax.lax.sort((bin_PN, place_PN), dimension=1, num_keys=1)
     edge_PX = jax.vmap(lambda s: jnp.searchsorted(s, jnp.arange(bins + 1)))(sorted_PN)

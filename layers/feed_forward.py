@@ -9,7 +9,7 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from layers.constrain import on_each_part
+from layers.constrain import is_cut, on_each_part
 from layers.grouped import SortedRows, grouped_feed_forward
 from layers.linear import linear
 from routing.parameters import parameter, truncated_normal
@@ -109,13 +109,16 @@ class Experts(nnx.Module):
         if isinstance(x_EGND, SortedRows):
             return self._sorted(x_EGND)
         shape, dtype = x_EGND.shape, x_EGND.dtype
-        x_END = x_EGND.reshape(shape[0], -1, shape[-1])  # as in layers.linear: one row axis
+        # One row axis, as in layers.linear, unless a mesh cuts both of them.
+        rows = shape[1:3] if is_cut("slot") else (-1,)
+        x_END = x_EGND.reshape(shape[0], *rows, shape[-1])
         hidden = hidden_units(self.activation)(
-            *(jnp.einsum("end,edf->enf", x_END, up[...].astype(dtype)) for up in self._ups)
+            *(jnp.einsum("e...d,edf->e...f", x_END, up[...].astype(dtype)) for up in self._ups)
         )
         if key_G is not None and dropout > 0:
-            hidden = hidden * kept_units(key_G, shape, hidden.shape[-1], dropout).astype(dtype)
-        y_END = jnp.einsum("enf,efd->end", hidden, self.down_EFD[...].astype(dtype))
+            kept_ENF = kept_units(key_G, shape, hidden.shape[-1], dropout)
+            hidden = hidden * kept_ENF.reshape(hidden.shape).astype(dtype)
+        y_END = jnp.einsum("e...f,efd->e...d", hidden, self.down_EFD[...].astype(dtype))
         return y_END.reshape(shape)
 
     @property
@@ -134,7 +137,8 @@ class Experts(nnx.Module):
 
         held = "expert" if rows.own_experts else None
         axes = (*((held, None, "mlp") for _ in self._ups), (held, "mlp", None))
-        return on_each_part(one_part, (rows.rows_PND, rows.count_PE), weights, axes)
+        split = (rows.rows_PND, rows.count_PE)
+        return on_each_part(one_part, split, weights, axes, rows.part_axis)
 
     def merged(self, x_GTD: jax.Array, decision: ExpertMerge) -> jax.Array:
         """(G, T, D): every segment through the mean of all experts that its weights make."""

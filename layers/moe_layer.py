@@ -161,7 +161,7 @@ class MoELayer(nnx.Module):
             cheap_GTN = gates_GTE(chosen)[..., self.num_experts :]
             y_GTD = y_GTD + self.cheap(x_GTD, cheap_GTN)
             kept_E = jnp.concatenate([kept_E, output.stats.count_E[self.num_experts :]])
-        y_BTD = constrain(y_GTD, "batch", None, None).reshape(x_BTD.shape)
+        y_BTD = constrain(y_GTD, "batch", "length", None).reshape(x_BTD.shape)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 y_BTD = y_BTD + self.shared(x_GTD.reshape(x_BTD.shape))

@@ -28,6 +28,7 @@ class Model:
     module: Transformer
     objective: Objective
     costs: flops.Costs
+    sequence_length: int
 
     @property
     def moe_layer(self):
@@ -85,7 +86,7 @@ def assemble(
     except ValueError as error:
         raise UserError(_first_line(error)) from error
     costs = flops.costs(module, shapes[0], per_token, sequence_length)
-    return Model(graph, (shapes[0], shapes[1]), module, objective, costs)
+    return Model(graph, (shapes[0], shapes[1]), module, objective, costs, sequence_length)
 
 
 def _first_line(error: Exception) -> str:
@@ -113,7 +114,8 @@ def program(model: Model, optimizer, mesh: Mesh, *, steps, seed, accumulate, bat
     """The jitted step of a run.
 
     Raises:
-        UserError: a batch that doesn't divide over micro-batches, groups or the mesh.
+        UserError: a batch that doesn't divide over micro-batches, groups or the mesh; sequences
+            that don't.
     """
     per_group = min(model.sequences_per_group, batch_size)
     if accumulate < 1 or batch_size % (accumulate * per_group):
@@ -124,6 +126,7 @@ def program(model: Model, optimizer, mesh: Mesh, *, steps, seed, accumulate, bat
     num_experts = model.moe_layer.num_experts if model.moe_layer else None
     try:
         sharding.check_batch(mesh, batch_size // (accumulate * per_group), num_experts)
+        sharding.check_length(mesh, model.sequence_length, per_group)
     except ValueError as error:
         raise UserError(str(error)) from error
     axes = {name: model.graph.axes[name] for name in model.shapes[0]}

@@ -214,7 +214,7 @@ class Transformer(nnx.Module):
             x_BTD = x_BTD + self.learned(tokens.position_BT) * (1 / 0.02)
         elif self.positions == "sinusoidal":
             x_BTD = x_BTD + sinusoidal(tokens.position_BT, self.d_model)
-        x_BTD = constrain(x_BTD.astype(dtype), "batch", None, None)
+        x_BTD = constrain(x_BTD.astype(dtype), "batch", "length", None)
         outputs, depths, done = [], [], 0
         for stack in self.stacks:
             per_unit = sum(b.is_moe for b in stack.unit.blocks)

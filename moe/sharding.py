@@ -1,6 +1,7 @@
 """Where arrays live: one table from logical axes to mesh axes, and the mesh.
 
-Mesh axes: data (replicas), fsdp (parameters cut along the model width), expert, tensor.
+Mesh axes: data (replicas), fsdp (parameters cut along the model width), expert, tensor, sequence
+(long sequences cut into pieces: only keys and values, and what routers count, are put together).
 """
 
 from collections.abc import Sequence
@@ -12,12 +13,15 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 
 # Logical axis -> mesh axes. "embed" cuts parameters only: activations name no axis for the width.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
+    "length": ("sequence",),
+    "part": ("data", "fsdp", "expert", "sequence"),  # pieces of batch and length
     "expert_group": ("data", "fsdp"),
+    "slot": ("sequence",),
     "expert": ("expert",),
     "embed": ("fsdp",),
     "mlp": ("tensor",),
@@ -37,6 +41,7 @@ class MeshShape:
     fsdp: int = 1
     expert: int = 1
     tensor: int = 1
+    sequence: int = 1
 
     def build(self, devices: Sequence | None = None) -> Mesh:
         """The mesh over all devices.
@@ -102,4 +107,19 @@ def check_batch(mesh: Mesh, groups: int, num_experts: int | None) -> None:
         raise ValueError(
             f"MoELayer.num_experts={num_experts} doesn't divide over MeshShape.expert="
             f"{mesh.shape['expert']}; choose a multiple"
+        )
+
+
+def check_length(mesh: Mesh, length: int, per_group: int) -> None:
+    """Raise ValueError where a sequence, or a group of several, can't be cut over the mesh."""
+    cut = mesh.shape["sequence"]
+    if length % cut:
+        raise ValueError(
+            f"train.sequence_length={length} doesn't divide over MeshShape.sequence={cut}; choose "
+            "a multiple"
+        )
+    if cut > 1 and per_group > 1:
+        raise ValueError(
+            f"MeshShape.sequence={cut} cuts groups along their tokens, which takes groups of one "
+            f"sequence; set MoELayer.sequences_per_group = 1 (it is {per_group})"
         )

@@ -117,7 +117,7 @@ class Setting:
     """What a tiny model is built and trained with."""
 
     name: str
-    mesh: tuple[int, int, int, int] = (1, 1, 1, 1)
+    mesh: tuple[int, ...] = (1,)
     dispatcher: Dispatcher = DISPATCHERS[1]
     accumulate: int = 1
     remat: str = "none"
@@ -245,16 +245,22 @@ def test_micro_batches_change_nothing(name, ragged):
     assert (np.abs(losses["balance"] - losses["group"]) > 1e-3).all(), "scopes have to differ"
 
 
+# Sizes of the axes data, fsdp, expert, tensor and sequence.
 MESHES = [
     Setting("sigmoid_bias", (8, 1, 1, 1)),
     Setting("sigmoid_bias", (1, 2, 2, 2), OneHotEinsum()),
-    Setting("switch", (1, 1, 8, 1)),
-    Setting("sigmoid_bias", (2, 4, 1, 1), Sorted()),
-    Setting("switch", (8, 1, 1, 1), Sorted()),
-    Setting("switch", (1, 2, 2, 2), Sorted()),
     Setting("sigmoid_bias", (2, 1, 4, 1), Sorted(buffer=0.5)),
+    Setting("sigmoid_bias", (2, 4, 1, 1), Sorted()),
+    Setting("switch", (1, 1, 8, 1)),
+    Setting("switch", (1, 2, 2, 2), Sorted()),
+    Setting("switch", (2, 1, 2, 1, 2), Sorted()),
+    Setting("switch", (1, 1, 2, 2, 2)),
     Setting("expert_choice", (1, 8, 1, 1)),
-    Setting("soft_moe", (1, 2, 2, 2)),
+    Setting("expert_choice", (1, 2, 2, 1, 2)),
+    Setting("soft_moe", (4, 1, 1, 1, 2)),
+    Setting("base", (2, 2, 2, 1)),
+    Setting("hash", (4, 1, 2, 1), Sorted()),
+    Setting("hash", (2, 2, 1, 1, 2), OneHotEinsum()),
 ]
 
 

@@ -28,10 +28,11 @@ EXPERTS, D, F, V, ROWS, LENGTH = 8, 16, 32, 13, 16, 12
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ({}, (8, 1, 1, 1)),
-        ({"expert": 4}, (2, 1, 4, 1)),
-        ({"data": 1, "fsdp": -1}, (1, 8, 1, 1)),
-        ({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, (1, 2, 2, 2)),
+        ({}, (8, 1, 1, 1, 1)),
+        ({"expert": 4}, (2, 1, 4, 1, 1)),
+        ({"data": 1, "fsdp": -1}, (1, 8, 1, 1, 1)),
+        ({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, (1, 2, 2, 2, 1)),
+        ({"sequence": 4}, (2, 1, 1, 1, 4)),
     ],
     ids=str,
 )
@@ -71,6 +72,16 @@ def test_groups_and_experts_have_to_divide():
         sharding.check_batch(mesh, 12, 8)
     with pytest.raises(ValueError, match=r"num_experts=6 doesn't divide over MeshShape.expert=4"):
         sharding.check_batch(mesh, 16, 6)
+
+
+def test_sequences_have_to_divide():
+    mesh = sharding.MeshShape(sequence=4).build()
+    sharding.check_length(mesh, 12, 1)
+    with pytest.raises(ValueError, match=r"sequence_length=10 doesn't divide over .*sequence=4"):
+        sharding.check_length(mesh, 10, 1)
+    with pytest.raises(ValueError, match=r"MoELayer.sequences_per_group = 1 \(it is 2\)"):
+        sharding.check_length(mesh, 12, 2)
+    sharding.check_length(sharding.MeshShape().build(), 13, 4)
 
 
 def test_specs():
@@ -170,6 +181,16 @@ def test_expert_parallel_is_two_all_to_alls(sizes, gradient, dispatcher):
     counts = re.findall(rf"= s32\[{sizes['expert']},{EXPERTS}\]\S* all-gather\(", text)
     assert found["all-gather"] == len(counts) == isinstance(dispatcher, Sorted), found
     assert not found["collective-permute"] and not found["reduce-scatter"], found
+
+
+def test_of_a_cut_sequence_only_keys_and_values_are_put_together():
+    """Beside integers, which routers and masks count with, and the output that this test asks for."""
+    text = compiled_text(Sorted(), data=2, sequence=4)
+    gathered = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather\(", text)
+    floats = sorted(shape for kind, shape in gathered if kind == "f32")
+    rows = ROWS // 2  # of the data axis
+    whole = f"{rows},{LENGTH},{D}"
+    assert floats == sorted([whole, whole, f"{rows},{LENGTH},2,{D // 2}"]), gathered
 
 
 def test_what_a_buffer_has_no_room_for_is_dropped_or_goes_a_second_way():
