@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+from pathlib import Path
 import re
 
 import jax
@@ -184,7 +185,7 @@ def test_expert_parallel_is_two_all_to_alls(sizes, gradient, dispatcher):
 
 
 def test_of_a_cut_sequence_only_keys_and_values_are_put_together():
-    """Beside integers, which routers and masks count with, and the output that this test asks for."""
+    """Beside integers, which routers and masks count with, and the output that is asked for."""
     text = compiled_text(Sorted(), data=2, sequence=4)
     gathered = re.findall(r"= (\w+)\[([\d,]+)\]\S* all-gather\(", text)
     floats = sorted(shape for kind, shape in gathered if kind == "f32")
@@ -262,6 +263,14 @@ def test_experts_live_where_the_mesh_says():
     copies = [np.asarray(s.data) for s in after.router_state.popitem()[1].addressable_shards]
     for copy in copies[1:]:
         np.testing.assert_array_equal(copy, copies[0])
+
+
+def test_the_documents_table_of_rules_is_the_real_one():
+    text = (Path(__file__).parents[1] / "docs" / "sharding.md").read_text()
+    table = text.split("## The table of rules")[1].split("![")[0]
+    rows = re.findall(r"^\| `(\w+)` \| ([\w, ]*?) \|", table, re.M)
+    told = {name: tuple(axes.replace(",", " ").split()) for name, axes in rows}
+    assert told == sharding.RULES
 
 
 def test_every_parameter_names_its_axes():
