@@ -115,20 +115,36 @@ def on_each_part(
 
     The leading axis of every array of `split` and of the results counts the parts (`parts_of`,
     whose axis is `part_axis`); each call sees one of them. Of each array of `whole`, a call sees
-    the piece that its logical `axes` give to the device. Where several devices work on one part,
-    with different pieces, their results add up.
+    the piece that its logical `axes` give to the device, with "embed" put together. Where several
+    devices work on one part, with different pieces, their results add up.
     """
     rule = _rule.get()
     if rule is None:
         return function(*split, *whole)
     placed = rule((part_axis,), split[0].shape[:1])
     cut = jax.sharding.PartitionSpec(placed.spec[0])
-    pieces = [rule(named, a.shape).spec for named, a in zip(axes, whole, strict=True)]
+    own = set(_names(placed.spec[0]))
+    pieces, gathers = [], []
+    for named, a in zip(axes, whole, strict=True):
+        spec = list(rule(named, a.shape).spec)
+        # Put together by every device itself, so that gradients are summed into pieces; only
+        # where devices with different pieces work on different parts.
+        at = [n for n, axis in enumerate(named) if axis == "embed" and spec[n]]
+        apart = [n for n in at if own.issuperset(_names(spec[n]))]
+        gathers.append([(n, _names(spec[n])) for n in apart])
+        pieces.append([None if n in at and n not in apart else s for n, s in enumerate(spec)])
+    pieces = [jax.sharding.PartitionSpec(*spec) for spec in pieces]
     specs = (*(cut for _ in split), *pieces)
     varies = [{name for part in spec for name in _names(part)} for spec in specs]
     everywhere = set().union(*varies)
 
     def local(*arrays):
+        arrays = list(arrays)
+        for number, gather in enumerate(gathers, start=len(split)):
+            for dimension, names in gather:
+                arrays[number] = jax.lax.all_gather(
+                    arrays[number], names, axis=dimension, tiled=True
+                )
         # Every device has gradients of its own for what several of them hold; their sum counts.
         arrays = [
             jax.lax.pcast(a, tuple(everywhere - held), to="varying") if everywhere - held else a

@@ -136,7 +136,7 @@ class Experts(nnx.Module):
             return y_ND[None]
 
         held = "expert" if rows.own_experts else None
-        axes = (*((held, None, "mlp") for _ in self._ups), (held, "mlp", None))
+        axes = (*((held, "embed", "mlp") for _ in self._ups), (held, "mlp", "embed"))
         split = (rows.rows_PND, rows.count_PE)
         return on_each_part(one_part, split, weights, axes, rows.part_axis)
 

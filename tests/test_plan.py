@@ -46,7 +46,9 @@ def test_without_the_tpu_compiler_it_says_what_it_knows(runs, tmp_path, capsys, 
     out = capsys.readouterr().out
     found = json.loads(path.read_text())
     held = found["bytes_per_chip"]
-    assert found["chips"] == 8 and found["mesh"] == dict(data=4, fsdp=2, expert=1, tensor=1)
+    assert found["chips"] == 8 and found["mesh"] == dict(
+        data=4, fsdp=2, expert=1, tensor=1, sequence=1
+    )
     assert 2 * found["parameters_total"] <= held["parameters"] < 4 * found["parameters_total"]
     assert held["optimizer"] == pytest.approx(2 * held["parameters"], abs=16)
     if found["compiled"] is None:
@@ -62,7 +64,7 @@ def test_a_mistake_in_the_config_is_one_line(runs, capfd):
     assert error.count("\n") == 1 and "train.batch_size" in error
 
 
-SIZES = (2, 1, 4, 1)  # data, fsdp, expert, tensor
+SIZES = (2, 1, 4, 1, 1)  # data, fsdp, expert, tensor, sequence
 
 
 @pytest.mark.parametrize(
