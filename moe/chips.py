@@ -16,6 +16,7 @@ class Chip:
     memory_bandwidth: float
     interconnect: float
     dimensions: int  # of the torus
+    devices: int = 1  # as which JAX sees it, each with its share of all this
 
 
 GIB = 2**30
@@ -24,21 +25,44 @@ CHIPS = {
     "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, 2),
     "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, 3),
     "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9, 2),
+    "tpu7x": Chip(2307e12, 192 * GIB, 7380e9, 1200e9, 3, devices=2),
 }
 
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice: such as v5p:8x8x16."""
+    """A slice, such as v5p:8x8x16, or several that are alike, such as 2*v5p:8x8x16."""
 
     name: str
     chip: Chip
-    chips: int
+    chips: int  # of all slices
+    slices: int = 1
+
+    @property
+    def slice_name(self) -> str:
+        """Of one of the slices."""
+        return self.name.split("*")[-1]
+
+    @property
+    def devices(self) -> int:
+        return self.chips * self.chip.devices
+
+    @property
+    def memory(self) -> float:
+        """Bytes of one device."""
+        return self.share(self.chip.memory)
+
+    def share(self, of_chip: float) -> float:
+        """What one device has of what a chip has."""
+        return of_chip / self.chip.devices
 
     @classmethod
     def read(cls, name: str) -> "Topology":
-        """From KIND:AxBxC; ValueError for what is no slice."""
-        kind, _, shape = name.partition(":")
+        """From KIND:AxBxC, or N*KIND:AxBxC; ValueError for what is no slice."""
+        number, _, one = name.rpartition("*")
+        if number and not re.fullmatch(r"[1-9]\d*", number):
+            raise ValueError(f"--topology={name}: several slices are written as 2*v5p:4x4x4")
+        kind, _, shape = one.partition(":")
         if kind not in CHIPS:
             hint = nearest(kind, CHIPS) or f"; one of {', '.join(CHIPS)}"
             raise ValueError(f"--topology={name}: no TPU is called {kind!r}{hint}")
@@ -47,4 +71,5 @@ class Topology:
         if not re.fullmatch(r"\d+(x\d+)*", shape) or len(parts) != chip.dimensions:
             example = "x".join(["4"] * chip.dimensions)
             raise ValueError(f"--topology={name}: {kind} has slices such as {kind}:{example}")
-        return cls(name, chip, math.prod(map(int, parts)))
+        slices = int(number or 1)
+        return cls(name, chip, slices * math.prod(map(int, parts)), slices)

@@ -1,17 +1,18 @@
 """What a config needs on a TPU slice: bytes by their kind, and the real compiler's answer."""
 
 from collections.abc import Iterator
+import dataclasses
 import math
-import re
 import time
 from typing import Any
 
 import gin
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 
-from moe import assemble
+from moe import assemble, hlo
 from moe.batch import Batch
 from moe.chips import Topology
 from moe.errors import UserError
@@ -21,19 +22,71 @@ from moe.optimizer import AdamW
 from moe.sharding import MESH_AXES, MeshShape
 from moe.step import Program
 
-COLLECTIVES = (
-    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
-    "collective-permute",
-)
-BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1, "f64": 8}
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """A config's training step for a slice, not compiled; `reason` says why it can't be."""
+
+    model: assemble.Model
+    program: Program
+    mesh: Mesh
+    batch: Batch
+    tokens: int
+    reason: str | None
 
 
 def plan(topology: Topology, vocab_size: int, say) -> Iterator[dict[str, Any]]:
     """What is known so far, first without the compiler, then with it; reads gin's `train`.
 
+    Where the step does not fit, `change` is the first of `changes` with which it does.
+
     Raises:
         UserError: a config that can't be, on this slice.
     """
+    built = build(topology, vocab_size)
+    costs = built.model.costs
+    found = {
+        "topology": topology.name,
+        "chips": topology.chips,
+        "mesh": {axis: built.mesh.shape[axis] for axis in MESH_AXES},
+        "parameters_total": costs.parameters_total,
+        "parameters_active": costs.parameters_active,
+        "tokens_per_step": built.tokens,
+        "flops_per_step": built.tokens * costs.flops_per_token,
+        "bytes_per_chip": bytes_per_chip(built.program),
+        "memory_per_chip": topology.memory,
+        "compiled": None,
+        "reason": built.reason,
+    }
+    ideal = found["flops_per_step"] / (topology.chips * topology.chip.flops)
+    found["seconds_of_products_at_peak"] = ideal
+    yield found
+    if built.reason is not None:
+        return
+    say("compiling the training step for this slice")
+    found["compiled"] = compiled(built)
+    if found["compiled"]["fits"]:
+        yield found | {"roofline": roofline(found, topology)}
+        return
+    yield found
+    if sum(found["bytes_per_chip"].values()) > topology.memory:
+        return  # no batch is small enough
+    for change in changes():
+        say(f"it does not fit; compiling with {', '.join(change)}")
+        with gin.unlock_config():
+            gin.parse_config(list(change))
+        try:
+            found["compiled"] = compiled(build(topology, vocab_size))
+        except UserError:  # a batch that doesn't divide so far
+            continue
+        if found["compiled"]["fits"]:
+            found["change"] = list(change)
+            yield found | {"roofline": roofline(found, topology)}
+            return
+
+
+def build(topology: Topology, vocab_size: int) -> Built:
+    """The step that gin's `train` stands for; UserError for one that can't be."""
     settings = gin.get_bindings("train")
     size = {"batch_size": settings.get("batch_size", 32)}
     length = settings.get("sequence_length", 256)
@@ -59,26 +112,37 @@ def plan(topology: Topology, vocab_size: int, say) -> Iterator[dict[str, Any]]:
         accumulate=settings.get("accumulate", 1),
         **size,
     )
-    tokens = size["batch_size"] * length
-    found = {
-        "topology": topology.name,
-        "chips": topology.chips,
-        "mesh": {axis: mesh.shape[axis] for axis in MESH_AXES},
-        "parameters_total": model.costs.parameters_total,
-        "parameters_active": model.costs.parameters_active,
-        "tokens_per_step": tokens,
-        "flops_per_step": tokens * model.costs.flops_per_token,
-        "bytes_per_chip": bytes_per_chip(program),
-        "memory_per_chip": topology.chip.memory,
-        "compiled": None,
-        "reason": reason,
+    batch = batch_of(program, size, length)
+    return Built(model, program, mesh, batch, size["batch_size"] * length, reason)
+
+
+def changes() -> Iterator[tuple[str, ...]]:
+    """Settings that need less memory, what costs least time first."""
+    often = gin.get_bindings("train").get("accumulate", 1)
+    more = [f"train.accumulate = {often * n}" for n in (2, 4, 8)]
+    yield from ((line,) for line in more)
+    if gin.get_bindings("Transformer").get("remat", "none") != "full":
+        full = "Transformer.remat = 'full'"
+        yield from ((line, full) for line in (f"train.accumulate = {often}", *more))
+
+
+def roofline(found: dict[str, Any], topology: Topology) -> dict[str, float]:
+    """Seconds of a step by what one chip can do, and the utilisation that they allow.
+
+    products: the model's own, without what is recomputed. memory: at least this, everything that
+    is kept written and read once. interconnect: all links of a chip at their speed at once.
+    """
+    chip, compiled = topology.chip, found["compiled"]
+    products = found["seconds_of_products_at_peak"]
+    touched = 2 * (compiled["arguments"] + compiled["temporaries"])
+    memory = touched / topology.share(chip.memory_bandwidth)
+    sent = sum(row["moved"] for row in compiled["collectives"])
+    interconnect = sent / topology.share(chip.interconnect)
+    parts = {"products": products, "memory": memory, "interconnect": interconnect}
+    return parts | {
+        "utilisation_if_all_overlaps": products / max(parts.values()),
+        "utilisation_if_nothing_overlaps": products / sum(parts.values()),
     }
-    ideal = found["flops_per_step"] / (topology.chips * topology.chip.flops)
-    found["seconds_of_products_at_peak"] = ideal
-    yield found
-    if reason is None:
-        say("compiling the training step for this slice")
-        yield found | {"compiled": compiled(program, mesh, batch_of(program, size, length))}
 
 
 def tpu_devices(topology: Topology) -> tuple[list, str | None]:
@@ -86,10 +150,13 @@ def tpu_devices(topology: Topology) -> tuple[list, str | None]:
     from jax.experimental import topologies
 
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
+        more = {} if topology.slices == 1 else {"num_slices": topology.slices}
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.slice_name, **more
+        )
     except Exception as error:  # whatever a missing or refusing libtpu makes JAX raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return [jax.devices()[0]] * topology.chips, first
+        return [jax.devices()[0]] * topology.devices, first
     return list(described.devices), None
 
 
@@ -127,14 +194,15 @@ def batch_of(program: Program, size: dict[str, int], length: int) -> Batch:
     )
 
 
-def compiled(program: Program, mesh, batch: Batch) -> dict[str, Any]:
+def compiled(built: Built) -> dict[str, Any]:
     """What the compiler says of the whole training step: bytes per chip, and collectives.
 
     A program that doesn't fit is refused: its message is the answer.
     """
     started = time.monotonic()
+    program, sizes = built.program, tuple(built.mesh.devices.shape)
     try:
-        executable = program.step.lower(program.abstract_state, batch).compile()
+        executable = program.step.lower(program.abstract_state, built.batch).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -149,54 +217,5 @@ def compiled(program: Program, mesh, batch: Batch) -> dict[str, Any]:
         "arguments": arguments,
         "temporaries": temporaries,
         "total": arguments + temporaries + code + new,
-        "collectives": collectives(executable.as_text(), tuple(mesh.devices.shape)),
+        "collectives": hlo.by_kind(hlo.collectives(executable.as_text(), MESH_AXES, sizes)),
     }
-
-
-def collectives(text: str, mesh_sizes: tuple[int, ...]) -> list[dict[str, Any]]:
-    """By kind and mesh axes: how often they stand in the program, and the bytes of their results.
-
-    What stands in a loop over layers or micro-batches counts once.
-    """
-    found: dict[tuple[str, str], list[int]] = {}
-    pattern = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\((.*)")
-    for line in text.splitlines():
-        if match := pattern.search(line):
-            shapes, kind, rest = match.groups()
-            where = found.setdefault((kind, axes_of(rest, mesh_sizes)), [0, 0])
-            where[0] += 1
-            where[1] += result_bytes(shapes)
-    return [
-        {"kind": kind, "axes": axes, "count": count, "bytes": size}
-        for (kind, axes), (count, size) in sorted(found.items())
-    ]
-
-
-def result_bytes(shapes: str) -> int:
-    """Of the largest array among a result's, such as (f32[8,16]{1,0}, f32[64,16]{1,0})."""
-    sizes = [
-        BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
-        for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-    ]
-    return max(sizes, default=0)
-
-
-def axes_of(attributes: str, mesh_sizes: tuple[int, ...]) -> str:
-    """The mesh axes over which the devices of the first group differ, such as "fsdp+expert"."""
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
-    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
-    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes)
-    if listed:
-        group = [int(n) for n in listed[1].split(",")]
-    elif iota:
-        shape, dims = ([int(n) for n in part.split(",")] for part in iota.groups()[:2])
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        ids = ids.transpose([int(n) for n in iota[3].split(",")]) if iota[3] else ids
-        group = ids.reshape(shape)[0].tolist()
-    elif pairs:
-        group = [int(n) for n in pairs.groups()]
-    else:  # no groups are one of all devices
-        group = list(range(math.prod(mesh_sizes)))
-    places = np.stack(np.unravel_index(group, mesh_sizes))
-    names = [axis for axis, row in zip(MESH_AXES, places, strict=True) if len(set(row)) > 1]
-    return "+".join(names) or "none"

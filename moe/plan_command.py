@@ -26,6 +26,7 @@ def run(flags) -> int:
         words = [str(path), topology.name, str(flags.vocab_size)]
         words += [*flags.gin_file, "--", *flags.gin_bindings]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+        environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several plans at a time
         done = subprocess.run(
             [sys.executable, "-m", "moe.plan_worker", *words],
             env=environment,
@@ -57,12 +58,13 @@ def report(found: dict[str, Any]) -> str:
     """What a person reads."""
     mesh = ", ".join(f"{axis}={size}" for axis, size in found["mesh"].items() if size > 1)
     held, room = found["bytes_per_chip"], found["memory_per_chip"]
+    state = sum(held.values())
     lines = [
         f"{found['topology']}: {found['chips']:,} chips; mesh {mesh or 'of one'}",
         f"parameters   {found['parameters_total']:,} total, {found['parameters_active']:,} active",
         f"a step       {found['tokens_per_step']:,} tokens, {found['flops_per_step']:.3g} FLOPs; "
         f"{1e3 * found['seconds_of_products_at_peak']:,.1f} ms at every chip's peak",
-        "per chip     "
+        "per device   "
         + ", ".join(
             f"{name.replace('_', ' ')} {size / GIB:.2f} GiB" for name, size in held.items()
         ),
@@ -75,16 +77,35 @@ def report(found: dict[str, Any]) -> str:
         return "\n".join(lines)
     if not compiled["fits"]:
         lines.append(f"does not fit: {compiled['refused']}")
-        lines.append("  try more micro-batches (train.accumulate) or Transformer.remat = 'full'")
+        if state > room:
+            lines.append(
+                f"  the state alone takes {state / GIB:.1f} of {room / GIB:.0f} GiB: it needs more "
+                "chips, or larger fsdp, expert or tensor axes"
+            )
+        else:
+            lines.append("  nor with more micro-batches and everything recomputed: more chips")
         return "\n".join(lines)
     lines += [
         f"compiled     in {compiled['seconds']:.0f} s: arguments "
         f"{compiled['arguments'] / GIB:.2f} GiB, temporaries {compiled['temporaries'] / GIB:.2f} "
-        "GiB per chip",
-        "collectives in the program (once for each loop over layers):",
+        "GiB per device",
+        "collectives of a step, by the mesh axes they cross, and what a device sends:",
     ]
     for row in compiled["collectives"]:
-        size = f"{row['bytes'] / 2**20:10,.1f} MiB"
-        lines.append(f"  {row['count']:3} x {row['kind']:20} {row['axes']:22} {size}")
-    lines.append(f"fits: {compiled['total'] / GIB:.1f} of {room / GIB:.0f} GiB per chip")
+        size = f"{row['moved'] / 2**20:10,.1f} MiB"
+        lines.append(f"  {row['times']:5} x {row['kind']:20} {row['axes']:22} {size}")
+    line = found["roofline"]
+    lines += [
+        f"roofline     products {1e3 * line['products']:,.1f} ms, memory at least "
+        f"{1e3 * line['memory']:,.1f} ms, interconnect {1e3 * line['interconnect']:,.1f} ms",
+        f"utilisation  at most {line['utilisation_if_all_overlaps']:.2f} where all of it overlaps, "
+        f"{line['utilisation_if_nothing_overlaps']:.2f} where nothing does",
+    ]
+    fits = f"{compiled['total'] / GIB:.1f} of {room / GIB:.0f} GiB per device"
+    if change := found.get("change"):
+        lines.append("does not fit as it is; the cheapest change with which it does:")
+        lines += [f'  --gin_bindings="{setting}"' for setting in change]
+        lines.append(f"then it takes {fits}")
+    else:
+        lines.append(f"fits: {fits}")
     return "\n".join(lines)

@@ -63,8 +63,22 @@ class MeshShape:
         sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
         # Auto axes: the compiler partitions what our constraints leave open.
         auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
+        slices = len({getattr(device, "slice_index", None) for device in devices})
+        if sizes[0] % slices:
+            raise ValueError(
+                f"MeshShape({said}): the devices are {slices} slices, whose slow network only the "
+                f"data axis may cross; make MeshShape.data a multiple of {slices}"
+            )
         # An axis may take part of a dimension of a TPU's torus: 8 of 4 x 4 x 4, say.
-        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        if slices == 1:
+            placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        else:
+            placed = mesh_utils.create_hybrid_device_mesh(
+                [sizes[0] // slices, *sizes[1:]],
+                [slices, *(1 for _ in sizes[1:])],
+                devices,
+                allow_split_physical_axes=True,
+            )
         return Mesh(placed, MESH_AXES, axis_types=auto)
 
 

@@ -7,7 +7,8 @@ from tiny import Runs
 
 from moe import cli
 from moe.chips import Topology
-from moe.plan import axes_of, collectives, result_bytes
+from moe.hlo import axes_of, by_kind, collectives, group_of, result_bytes
+from moe.sharding import MESH_AXES
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,10 @@ def runs(tmp_path_factory):
 
 def test_a_slice_has_the_product_of_its_sides():
     assert Topology.read("v5p:4x4x8").chips == 128
-    assert Topology.read("v6e:16x16").chip.memory == 32 * 2**30
+    assert Topology.read("v6e:16x16").memory == 32 * 2**30
+    several = Topology.read("2*tpu7x:4x4x4")
+    assert (several.slices, several.chips, several.devices) == (2, 128, 256)
+    assert several.slice_name == "tpu7x:4x4x4" and several.memory == 96 * 2**30
 
 
 @pytest.mark.parametrize(
@@ -27,6 +31,7 @@ def test_a_slice_has_the_product_of_its_sides():
         ("v5e:2x2x2", "v5e has slices such as v5e:4x4"),
         ("v4:4x4", "v4 has slices such as v4:4x4x4"),
         ("v4", "v4 has slices such as"),
+        ("x*v4:2x2x2", "several slices are written as 2*v5p:4x4x4"),
     ],
 )
 def test_a_slice_that_cannot_be_is_told(name, expected, capsys):
@@ -76,21 +81,40 @@ SIZES = (2, 1, 4, 1, 1)  # data, fsdp, expert, tensor, sequence
         ("replica_groups=[4,2]<=[2,4]T(1,0), channel_id=1", "data"),
         ("replica_groups={}, to_apply=%add", "data+expert"),
         ("source_target_pairs={{0,1},{1,2}}", "expert"),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}", "expert"),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}", "data+expert"),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(1)2}", "data"),
     ],
 )
 def test_the_axes_of_a_collective_are_those_its_devices_differ_in(attributes, axes):
-    assert axes_of(attributes, SIZES) == axes
+    assert axes_of(group_of(attributes, SIZES), MESH_AXES, SIZES) == axes
 
 
-def test_collectives_are_counted_by_kind_and_axes():
+def test_collectives_are_counted_by_kind_and_axes_as_often_as_they_run():
+    """Of 8 devices, 2 in data and 4 in expert; a loop of three layers, as XLA writes it."""
     text = """
-      %a = f32[8,16]{1,0} all-to-all(%x), replica_groups={{0,1,2,3},{4,5,6,7}}
-      %b = (bf16[4]{0}, bf16[16]{0}) all-gather-start(%y), replica_groups={{0,4}}
-      %c = bf16[16]{0} all-gather-done(%b)
-      %d = f32[8,16]{1,0} all-to-all(%a), replica_groups={{0,1,2,3},{4,5,6,7}}
-    """
-    assert collectives(text, SIZES) == [
-        {"kind": "all-gather", "axes": "data", "count": 1, "bytes": 32},
-        {"kind": "all-to-all", "axes": "expert", "count": 2, "bytes": 2 * 8 * 16 * 4},
+%body (p: f32[8,16]) -> f32[8,16] {
+  %a = f32[8,16]{1,0} all-to-all(%x), replica_groups={{0,1,2,3},{4,5,6,7}}
+}
+%condition (p: f32[8,16]) -> pred[] {
+  %limit = s32[]{:T(128)} constant(3)
+  ROOT %less = pred[] compare(%n, %limit), direction=LT
+}
+ENTRY %main (p: f32[8,16]) -> f32[8,16] {
+  %loop = f32[8,16]{1,0} while(%start), condition=%condition, body=%body
+  %b = (bf16[4]{0}, bf16[16]{0}) all-gather-start(%y), replica_groups={{0,4}}
+  %c = bf16[16]{0} all-gather-done(%b)
+  %d = (f32[2,16]{1,0}, f32[2,16]{1,0}) all-to-all(%a), replica_groups={{0,1,2,3},{4,5,6,7}}
+  %e = f32[8]{0} all-reduce(%a), replica_groups=[1,8]<=[8]
+}
+
+"""
+    assert by_kind(collectives(text, MESH_AXES, SIZES)) == [
+        {"kind": "all-gather", "axes": "data", "count": 1, "times": 1, "moved": 32 / 2},
+        {"kind": "all-reduce", "axes": "data+expert", "count": 1, "times": 1, "moved": 56.0},
+        {
+            **{"kind": "all-to-all", "axes": "expert", "count": 2, "times": 4},
+            "moved": 3 * 512 * 3 / 4 + 256 * 3 / 4,
+        },
     ]
     assert result_bytes("(pred[], f32[2,3]{1,0})") == 24

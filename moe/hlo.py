@@ -1,0 +1,163 @@
+"""Reading a compiled program's text: which collectives it runs, how often, over which mesh axes."""
+
+from dataclasses import dataclass
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+COLLECTIVES = (
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
+    "collective-permute",
+)
+BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1, "f64": 8}
+_LINE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\((.*)")
+_HEAD = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
+_WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply|branch_computations)=\{?((?:%?[\w.-]+(?:, )?)+)")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective of the program.
+
+    bytes: of its result on one device; times: how often a step runs it; devices: of a group;
+    axes: the mesh axes in which those differ, such as "fsdp+expert".
+    """
+
+    kind: str
+    axes: str
+    devices: int
+    bytes: int
+    times: int
+
+    @property
+    def moved(self) -> float:
+        """Bytes that one device sends in a step, by the best known way of doing it."""
+        n = max(self.devices, 1)
+        share = {
+            "all-reduce": 2 * (n - 1) / n,
+            "reduce-scatter": n - 1,
+            "collective-permute": 1,
+        }.get(self.kind, (n - 1) / n)
+        return self.times * self.bytes * share
+
+
+def collectives(text: str, axis_names: tuple[str, ...], sizes: tuple[int, ...]) -> list[Collective]:
+    """Every collective of a compiled program, for a mesh of these axes."""
+    bodies = computations(text)
+    times = runs(bodies)
+    found = []
+    for name, lines in bodies.items():
+        for line in lines:
+            if match := _LINE.search(line):
+                shapes, kind, rest = match.groups()
+                group = group_of(rest, sizes)
+                axes = axes_of(group, axis_names, sizes)
+                size = result_bytes(shapes, whole=kind == "all-to-all")
+                found.append(Collective(kind, axes, len(group), size, times.get(name, 1)))
+    return found
+
+
+def by_kind(found: list[Collective]) -> list[dict[str, Any]]:
+    """Those of one kind over the same axes together: how many there are, runs, bytes moved."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for one in found:
+        start = {"kind": one.kind, "axes": one.axes, "count": 0, "times": 0, "moved": 0.0}
+        row = rows.setdefault((one.kind, one.axes), start)
+        row["count"] += 1
+        row["times"] += one.times
+        row["moved"] += one.moved
+    return [rows[key] for key in sorted(rows)]
+
+
+def computations(text: str) -> dict[str, list[str]]:
+    """The program's functions by name, with their lines; the one that is run is ENTRY."""
+    found: dict[str, list[str]] = {}
+    inside = None
+    for line in text.splitlines():
+        if not line.startswith(" ") and (match := _HEAD.match(line)):
+            inside = found.setdefault("ENTRY" if match[1] else match[2], [])
+        elif line.startswith("}"):
+            inside = None
+        elif inside is not None:
+            inside.append(line)
+    return found
+
+
+def runs(bodies: dict[str, list[str]]) -> dict[str, int]:
+    """How often each function runs in one run of the program; a loop of unknown length once."""
+    calls: dict[str, list[tuple[str, int]]] = {name: [] for name in bodies}
+    for name, lines in bodies.items():
+        for line in lines:
+            if match := _WHILE.search(line):
+                calls[name].append((match[2], trips(bodies.get(match[1], []))))
+            elif match := _CALLED.search(line):
+                calls[name] += [(called.strip(" %"), 1) for called in match[1].split(",")]
+    times: dict[str, int] = {}
+
+    def visit(name: str, often: int) -> None:
+        times[name] = times.get(name, 0) + often
+        for called, loops in calls.get(name, []):
+            visit(called, often * loops)
+
+    visit("ENTRY", 1)
+    return times
+
+
+def trips(condition: list[str]) -> int:
+    """Of a loop that counts up to the one constant of its condition; 1 for any other."""
+    limits = {match[1] for line in condition if (match := re.search(r" constant\((\d+)\)", line))}
+    return int(limits.pop()) if len(limits) == 1 else 1
+
+
+def result_bytes(shapes: str, *, whole: bool = False) -> int:
+    """Of the largest array among a result's, such as (f32[8,16]{1,0}, f32[64,16]{1,0}), or all."""
+    sizes = [
+        BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
+        for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+    ]
+    return sum(sizes) if whole else max(sizes, default=0)
+
+
+def group_of(attributes: str, sizes: tuple[int, ...]) -> list[int]:
+    """The devices of the first group of a collective, by any of the ways XLA writes them."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return [int(n) for n in listed[1].split(",")]
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if iota:
+        shape, dims = ([int(n) for n in part.split(",")] for part in iota.groups()[:2])
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        ids = ids.transpose([int(n) for n in iota[3].split(",")]) if iota[3] else ids
+        return ids.reshape(shape)[0].tolist()
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+    if named:
+        return _group_of_axes(*named.groups())
+    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
+        return [int(n) for n in pairs.groups()]
+    return list(range(math.prod(sizes)))  # no groups are one of all devices
+
+
+def _group_of_axes(mesh: str, chosen: str) -> list[int]:
+    """Of mesh['a'=2,'b'=4] {'b'}; 'b':(2)2 is the part of b with 2 before it, of size 2."""
+    axes = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)]
+    ids = np.arange(math.prod(size for _, size in axes)).reshape([size for _, size in axes])
+    picked = {
+        name: (int(before or 1), int(size) if size else None)
+        for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen)
+    }
+    index: list[Any] = []
+    for name, size in axes:
+        before, part = picked.get(name, (1, 1))
+        part = size if part is None else part
+        step = size // before // part  # devices that lie between two neighbours of the group
+        index.append(slice(0, part * step, step))
+    return ids[tuple(index)].ravel().tolist()
+
+
+def axes_of(group: list[int], names: tuple[str, ...], sizes: tuple[int, ...]) -> str:
+    """The mesh axes in which a group's devices differ; "none" of one device."""
+    places = np.stack(np.unravel_index(group, sizes))
+    differ = [name for name, row in zip(names, places, strict=True) if len(set(row)) > 1]
+    return "+".join(differ) or "none"
