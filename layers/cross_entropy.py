@@ -8,28 +8,39 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from layers.constrain import is_cut, is_placed
+from layers.constrain import is_cut, is_placed, on_each_part, platform
 
-BLOCK_LOGITS = 2**21  # what fits a CPU's cache
+# Logits at a time: what fits a CPU's cache; elsewhere what keeps the products large.
+BLOCK_LOGITS = 2**21
+ACCELERATOR_BLOCK_LOGITS = 2**27
 
 
 def cross_entropy_sum(weight_DV, hidden_BTD, target_BT, scored_BT) -> jax.Array:
     """Nats summed over scored tokens, float32.
 
     Equivalent to: -log_softmax(hidden @ weight)[target], summed where scored. The gradient is
-    computed with the loss, block by block along T, while the block's logits are in cache. On
-    several devices there is one block: a loop would reduce the weight's gradient every time.
+    computed with the loss, block by block along T, while the block's logits are in cache. Of
+    several devices each does this for its own rows, and the weight's gradients add up at the end;
+    where the vocabulary or T is cut there is one block.
     """
-    blocks = _blocks(target_BT.shape, weight_DV.shape[1])
     weight_DV = weight_DV.astype(hidden_BTD.dtype)
-    return _blockwise(weight_DV, hidden_BTD, jnp.asarray(target_BT), jnp.asarray(scored_BT), blocks)
+    arrays = (hidden_BTD, jnp.asarray(target_BT), jnp.asarray(scored_BT))
+    if is_placed() and (is_cut("vocab") or is_cut("length")):
+        return _blockwise(weight_DV, *arrays, 1)
+
+    def own_rows(hidden_BTD, target_BT, scored_BT, weight_DV):
+        blocks = _blocks(target_BT.shape, weight_DV.shape[1])
+        return _blockwise(weight_DV, hidden_BTD, target_BT, scored_BT, blocks)[None]
+
+    return on_each_part(own_rows, arrays, (weight_DV,), (("embed", "vocab"),)).sum()
 
 
 def cross_entropy_of_each(weight_DV, hidden_BTD, target_BT) -> jax.Array:
     """Nats of every token, float32 (B, T), without a gradient: what a policy is rewarded by."""
     weight_DV, hidden_BTD = jax.lax.stop_gradient((weight_DV, hidden_BTD))
     weight_DV = weight_DV.astype(hidden_BTD.dtype)
-    (batch, tokens), blocks = target_BT.shape, _blocks(target_BT.shape, weight_DV.shape[1])
+    batch, tokens = target_BT.shape
+    blocks = 1 if is_placed() else _blocks(target_BT.shape, weight_DV.shape[1])
 
     def one(block):
         return _block(weight_DV, *block)[2]
@@ -42,7 +53,8 @@ def cross_entropy_of_each(weight_DV, hidden_BTD, target_BT) -> jax.Array:
 def _blocks(shape: tuple[int, int], vocabulary: int) -> int:
     """How many equal blocks along T keep a block's logits in cache."""
     batch, tokens = shape
-    wanted = 1 if is_placed() else max(1, batch * tokens * vocabulary // BLOCK_LOGITS)
+    limit = BLOCK_LOGITS if platform() == "cpu" else ACCELERATOR_BLOCK_LOGITS
+    wanted = max(1, batch * tokens * vocabulary // limit)
     return next(n for n in range(min(wanted, tokens), 0, -1) if tokens % n == 0)
 
 
@@ -52,7 +64,7 @@ def _blockwise(weight_DV, hidden_BTD, target_BT, scored_BT, blocks: int):
         return total + _block(weight_DV, *block)[0], None
 
     split = _split((hidden_BTD, target_BT, scored_BT), blocks)
-    return jax.lax.scan(add, jnp.float32(0), split)[0]
+    return jax.lax.scan(add, _zeros((), hidden_BTD), split)[0]
 
 
 def _block(weight_DV, hidden_ND, target_N, scored_N):
@@ -82,7 +94,7 @@ def _forward(weight_DV, hidden_BTD, target_BT, scored_BT, blocks: int):
         dweight_DV = dweight_DV + step_DV.astype(jnp.float32)
         return (total + loss, dweight_DV), small_NV @ weight_DV.T
 
-    start = (jnp.float32(0), jnp.zeros(weight_DV.shape, jnp.float32))
+    start = (_zeros((), hidden_BTD), _zeros(weight_DV.shape, hidden_BTD))
     split = _split((hidden_BTD, target_BT, scored_BT), blocks)
     (total, dweight_DV), dhidden = jax.lax.scan(add, start, split)
     batch, _, width = hidden_BTD.shape
@@ -97,6 +109,11 @@ def _backward(blocks, saved, dtotal):
 
 
 _blockwise.defvjp(_forward, _backward)
+
+
+def _zeros(shape, like):
+    """float32 zeros that differ between devices where `like` does."""
+    return jnp.zeros_like(like, shape=shape, dtype=jnp.float32)
 
 
 def _split(arrays, blocks: int):
