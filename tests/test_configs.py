@@ -24,6 +24,10 @@ Transformer.d_model = 64
 Transformer.num_layers = 2
 train.batch_size = 4
 train.sequence_length = 64
+Transformer.moe_layers = None
+MeshShape.data = -1
+MeshShape.fsdp = 1
+MeshShape.expert = 1
 """
 SMALLER_MODEL = """
 Transformer.num_layers = 2
