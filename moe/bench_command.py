@@ -7,6 +7,7 @@ from pathlib import Path
 from moe.errors import UserError, nearest
 
 SUITES = ("routers", "layer")
+DTYPES = ("float32", "bfloat16")
 
 
 def run(flags) -> int:
@@ -36,14 +37,17 @@ def layer(flags) -> Iterator[dict]:
     """A line for every case, routing and dispatcher; then the means over the cases."""
     from moe import bench_layer, hardware
 
+    if flags.dtype not in DTYPES:
+        raise UserError(f"--dtype={flags.dtype}: one of {', '.join(DTYPES)}")
     try:
         cases = tuple(map(bench_layer.Case.read, flags.case)) or bench_layer.CASES
     except ValueError as error:
         raise UserError(str(error)) from error
-    print(f"{hardware.describe_device()}; float32; medians of {bench_layer.ROUNDS} paired rounds")
+    device = hardware.describe_device()
+    print(f"{device}; {flags.dtype}; medians of {bench_layer.ROUNDS} paired rounds")
     print("forward and step in ms (times the dense layer's), and the share of the roofline")
     rows = []
-    for row in bench_layer.layers(cases):
+    for row in bench_layer.layers(cases, flags.dtype):
         forward, step = (
             f"{row[f'milliseconds_{what}']:9.1f} ({row[f'ratio_to_dense_{what}']:.2f})"
             for what in ("forward", "step")

@@ -48,14 +48,15 @@ class Case:
     def __str__(self) -> str:
         return f"T={self.tokens} D={self.width} F={self.hidden} E={self.experts} K={self.k}"
 
-    def least_seconds(self, peak: float, bandwidth: float, *, step: bool) -> float:
+    def least_seconds(self, peak: float, bandwidth: float, size: int, *, step: bool) -> float:
         """The roofline: products at the matmul peak, or every byte moved once, what takes longer.
 
         A step reads the weights twice and writes their gradients; three times a forward's FLOPs.
+        size: bytes of a number.
         """
         rows, weights = self.tokens * self.k, 3 * self.experts * self.width * self.hidden
         flops = 2 * rows * 3 * self.width * self.hidden
-        bytes_moved = 4 * (weights + 2 * rows * self.width)
+        bytes_moved = size * (weights + 2 * rows * self.width)
         times = 3 if step else 1
         return times * max(flops / peak, bytes_moved / bandwidth)
 
@@ -84,7 +85,7 @@ def copy_bandwidth() -> float:
     return 2 * x.nbytes / (1e-3 * median_ms(copy, x))
 
 
-def layers(cases: tuple[Case, ...]) -> Iterator[dict]:
+def layers(cases: tuple[Case, ...], dtype: str = "float32") -> Iterator[dict]:
     """A row for each case, routing and dispatcher.
 
     Every round times the dense layer on K*T tokens and all ways in turn, each after a call that
@@ -92,21 +93,22 @@ def layers(cases: tuple[Case, ...]) -> Iterator[dict]:
     counts for both.
     """
     keep_freed_memory()
-    peak, bandwidth = hardware.matmul_peak(), copy_bandwidth()
+    peak, bandwidth = hardware.matmul_peak(dtype), copy_bandwidth()
     for case in cases:
-        yield from _rows(case, peak, bandwidth)
+        yield from _rows(case, peak, bandwidth, dtype)
 
 
-def _rows(case: Case, peak: float, bandwidth: float) -> Iterator[dict]:
+def _rows(case: Case, peak: float, bandwidth: float, dtype: str) -> Iterator[dict]:
     random = np.random.default_rng(0)
-    x_TD = random.standard_normal((case.tokens, case.width)).astype(np.float32)
+    x_TD = random.standard_normal((case.tokens, case.width)).astype(dtype)
     programs = {("dense", "dense"): _dense(case, x_TD)}
     for routing, ways in WAYS.items():
         make = functools.partial(ROUTERS[routing], k=case.k)
         for name, dispatcher, capacity in ways:
             programs[routing, name] = _sparse(case, x_TD, make, dispatcher, capacity)
     has_torch = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
-    if has_torch and case.experts <= 64:  # of more experts its backward pass takes 16 s
+    on_cpu = dtype == "float32" and jax.default_backend() == "cpu"
+    if has_torch and on_cpu and case.experts <= 64:  # of more experts its backward pass takes 16 s
         from moe import bench_torch
 
         for name in bench_torch.WAYS:
@@ -121,7 +123,7 @@ def _rows(case: Case, peak: float, bandwidth: float) -> Iterator[dict]:
         times = np.asarray(found)
         ratios = np.median(times / dense, axis=0)
         forward, step = np.median(times, axis=0)
-        least = case.least_seconds(peak, bandwidth, step=True)
+        least = case.least_seconds(peak, bandwidth, x_TD.dtype.itemsize, step=True)
         yield {
             "case": str(case),
             "routing": routing,

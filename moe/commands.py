@@ -122,6 +122,7 @@ BENCH = Command(
         Flag("width", int, "N", "routers: width of the model (default: 512)", 512, low=1),
         Flag("experts", int, "N", "routers: experts (default: 64)", 64, low=8),
         Flag("case", list, "T,D,F,E,K", "layer: sizes to measure (repeatable; default: four)"),
+        Flag("dtype", str, "TYPE", "layer: float32 or bfloat16 (default: float32)", "float32"),
         JSON,
     ),
     positional="suite",

@@ -211,11 +211,13 @@ def compiled(built: Built) -> dict[str, Any]:
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     code = memory.generated_code_size_in_bytes
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    whole = arguments + temporaries + code + new
     return {
         "fits": True,
         "seconds": time.monotonic() - started,
         "arguments": arguments,
         "temporaries": temporaries,
-        "total": arguments + temporaries + code + new,
+        # The most at any one time: temporaries reuse arguments that are read no more.
+        "total": memory.peak_memory_in_bytes or whole,
         "collectives": hlo.by_kind(hlo.collectives(executable.as_text(), MESH_AXES, sizes)),
     }

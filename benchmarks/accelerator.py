@@ -1,0 +1,118 @@
+"""One device: layers beside dense ones, and the utilisation of whole training steps.
+
+    python benchmarks/accelerator.py --folder=benchmarks/results
+
+Writes DEVICE.json there. Layers by `moe bench layer` in bfloat16; steps of OLMoE's shape with few
+layers, on random tokens, for every dispatcher that fits. --small takes sizes for a laptop's CPU.
+"""
+
+import argparse
+import functools
+import json
+from pathlib import Path
+import re
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from layers.dispatch import Dispatcher, SlotGather, Sorted
+from layers.moe_layer import MoELayer
+from moe import assemble, bench_layer, hardware
+from moe.batch import Batch
+from moe.model import Transformer
+from moe.objective import NextToken
+from moe.optimizer import AdamW
+from moe.sharding import MeshShape
+from moe.step import to_devices
+from routing import Capacity, TopK
+
+CASES = ("8192,2048,1024,64,8", "8192,4096,14336,8,2")
+SMALL_CASES = ("512,64,128,8,2",)
+STEPS = 10
+
+
+def step_seconds(dispatcher: Dispatcher, capacity: Capacity, *, small: bool) -> dict:
+    """Median seconds of a training step, and the share of the matmul peak that its FLOPs need."""
+    width, layers, experts, hidden = (64, 2, 8, 64) if small else (2048, 4, 64, 1024)
+    vocab, batch, length = (256, 4, 64) if small else (50304, 8, 2048)
+    moe = functools.partial(
+        MoELayer,
+        router=functools.partial(TopK, k=2 if small else 8),
+        num_experts=experts,
+        d_ff=hidden,
+        capacity=capacity,
+        dispatcher=dispatcher,
+    )
+    make = functools.partial(
+        Transformer,
+        d_model=width,
+        num_layers=layers,
+        moe=moe,
+        compute_dtype="bfloat16",
+        remat="dots_with_batch",
+        tie_embeddings=False,
+    )
+    size = {"batch_size": batch, "sequence_length": length}
+    model = assemble.assemble(make, NextToken(), token_vocabulary=vocab, **size)
+    mesh = MeshShape().build(jax.devices()[:1])
+    settings = {"steps": 100, "seed": 0, "accumulate": 1}
+    program = assemble.program(model, AdamW(), mesh, batch_size=batch, **settings)
+    token_BT = np.random.default_rng(0).integers(0, vocab, (batch, length + 1)).astype(np.int32)
+    rows = Batch(
+        token_BT=token_BT[:, :-1],
+        target_BT=token_BT[:, 1:],
+        segment_BT=np.ones((batch, length), np.int32),
+        position_BT=np.tile(np.arange(length, dtype=np.int32), (batch, 1)),
+        scored_BT=np.ones((batch, length), bool),
+        index_B=np.arange(batch, dtype=np.int32),
+    )
+    rows = to_devices(rows, program.batch_sharding, batch)
+    state, seconds = program.init(0), []
+    for _ in range(STEPS + 2):
+        start = time.perf_counter()
+        state, measured = program.step(state, rows)
+        jax.block_until_ready((state.params, measured.loss))
+        seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds[2:])
+    flops = model.costs.flops_per_token * batch * length
+    return {"seconds": median, "flops": flops, "parameters": model.costs.parameters_total}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", required=True)
+    parser.add_argument("--small", action="store_true")
+    given = parser.parse_args()
+    device = hardware.describe_device()
+    peak = hardware.matmul_peak("bfloat16")
+    record = {"device": device, "jax": jax.__version__, "matmul_peak_flops": peak, "layers": []}
+    name = re.sub(r"[^a-z0-9]+", "_", jax.devices()[0].device_kind.lower()).strip("_")
+    path = Path(given.folder) / f"{name}.json"
+
+    def save():
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    print(f"{device}: {peak / 1e12:.3g} TFLOP/s of bfloat16 products")
+    cases = tuple(map(bench_layer.Case.read, SMALL_CASES if given.small else CASES))
+    for row in bench_layer.layers(cases, "bfloat16"):
+        print(row, flush=True)
+        record["layers"].append(row)
+        save()
+    record["ratios"] = bench_layer.summary(record["layers"])
+    ways = {
+        "Sorted": (Sorted(), Capacity(None)),
+        "SlotGather": (SlotGather(), Capacity(1.25)),
+    }
+    for way, (dispatcher, capacity) in ways.items():
+        found = step_seconds(dispatcher, capacity, small=given.small)
+        found["utilisation"] = found["flops"] / found["seconds"] / peak
+        print(f"a step with {way}: {found}", flush=True)
+        record.setdefault("steps", {})[way] = found
+        save()
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

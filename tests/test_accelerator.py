@@ -1,0 +1,96 @@
+"""On a GPU or TPU: its kernels give what the CPU gives, and a model trains. Skipped elsewhere.
+
+JAX_PLATFORMS=cuda,cpu python -m pytest -m accelerator
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layers.constrain import placing
+from layers.dispatch import OneHotEinsum, SlotGather, Sorted
+from layers.moe_layer import MoELayer
+from moe import assemble, functional, sharding
+from moe.bench_routers import batch
+from moe.model import Transformer
+from moe.objective import NextToken
+from moe.optimizer import AdamW
+from routing import Capacity, TopK, initialize
+
+pytestmark = [
+    pytest.mark.accelerator,
+    pytest.mark.skipif(jax.default_backend() == "cpu", reason="no accelerator"),
+]
+T, D, E, F, V = 512, 128, 8, 256, 64
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dispatcher",
+    [OneHotEinsum(), SlotGather(), Sorted("ragged_dot"), Sorted("loop")],
+    ids=str,
+)
+def test_kernels_give_what_the_cpu_gives(dispatcher, dtype):
+    """Output and gradients of a layer, against float32 on the CPU, nothing dropped."""
+    make = functools.partial(TopK, k=2)
+    layer = MoELayer(D, V, make, E, F, capacity=Capacity(None), dispatcher=dispatcher)
+    graph, params, state = functional.split(initialize(layer, 0))
+    tokens = batch(T)
+    x_BTD = np.random.default_rng(0).standard_normal((1, T, D)).astype(np.float32)
+
+    def total(params, x_BTD):
+        y_BTD = graph.join(params, state)(x_BTD, tokens)[0]
+        return jnp.sum(y_BTD.astype(jnp.float32) * x_BTD), y_BTD
+
+    def found(device, dtype):
+        args = jax.device_put((params, x_BTD.astype(dtype)), device)
+        with jax.default_device(device), jax.default_matmul_precision("highest"):
+            (_, y), grads = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(*args)
+        return jax.device_get((y, grads))
+
+    cpu = jax.devices("cpu")[0]
+    expected, real = found(cpu, "float32"), found(jax.devices()[0], dtype)
+    limit = 1e-4 if dtype == "float32" else 3e-2
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(real), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.linalg.norm(a - b) <= limit * np.linalg.norm(a)
+
+
+def test_a_model_learns():
+    """The loss of one batch falls by half in thirty steps, in bfloat16 with sorted experts."""
+    moe = functools.partial(
+        MoELayer, router=functools.partial(TopK, k=2), num_experts=E, d_ff=F, dispatcher=Sorted()
+    )
+    make = functools.partial(
+        Transformer, d_model=D, num_layers=2, num_heads=2, moe=moe, compute_dtype="bfloat16"
+    )
+    size = {"batch_size": 8, "sequence_length": 128}
+    model = assemble.assemble(make, NextToken(), token_vocabulary=V, **size)
+    mesh = sharding.MeshShape().build(jax.devices()[:1])
+    program = assemble.program(
+        model, AdamW(learning_rate=1e-2), mesh, steps=30, seed=0, accumulate=1, batch_size=8
+    )
+    state, losses = program.init(0), []
+    rows = batch_of(8, 128)
+    with placing(None):
+        for _ in range(30):
+            state, measured = program.step(state, rows)
+            losses.append(float(measured.loss))
+    assert losses[-1] < losses[0] / 2, losses
+
+
+def batch_of(rows: int, length: int):
+    from moe.batch import Batch
+
+    token_BT = np.random.default_rng(0).integers(0, V, (rows, length + 1)).astype(np.int32)
+    return Batch(
+        token_BT=token_BT[:, :-1],
+        target_BT=token_BT[:, 1:],
+        segment_BT=np.ones((rows, length), np.int32),
+        position_BT=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        scored_BT=np.ones((rows, length), bool),
+        index_B=np.arange(rows, dtype=np.int32),
+    )
