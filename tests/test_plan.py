@@ -5,9 +5,11 @@ import json
 import pytest
 from tiny import Runs
 
-from moe import cli
+from moe import cli, gin_files
 from moe.chips import Topology
 from moe.hlo import axes_of, by_kind, collectives, group_of, result_bytes
+from moe.plan import changes, roofline
+from moe.plan_command import report
 from moe.sharding import MESH_AXES
 
 
@@ -88,6 +90,53 @@ SIZES = (2, 1, 4, 1, 1)  # data, fsdp, expert, tensor, sequence
 )
 def test_the_axes_of_a_collective_are_those_its_devices_differ_in(attributes, axes):
     assert axes_of(group_of(attributes, SIZES), MESH_AXES, SIZES) == axes
+
+
+def test_the_roofline_and_the_report_by_hand():
+    """A chip of v5e: 197 TFLOP/s, 819 GB/s of memory, 200 GB/s of interconnect, 16 GiB."""
+    found = {
+        "topology": "v5e:2x2",
+        "chips": 4,
+        "mesh": {"data": 4},
+        "parameters_total": 10,
+        "parameters_active": 10,
+        "tokens_per_step": 8,
+        "flops_per_step": 4 * 197e12,
+        "seconds_of_products_at_peak": 1.0,
+        "bytes_per_chip": {"parameters": 2**30, "optimizer": 2**31},
+        "memory_per_chip": 16 * 2**30,
+        "compiled": {
+            "fits": True,
+            "seconds": 3.0,
+            "arguments": 4.095e11,
+            "temporaries": 4.095e11,
+            "total": 8 * 2**30,
+            "collectives": [
+                {"kind": "all-reduce", "axes": "data", "count": 1, "times": 2, "moved": 1e11}
+            ],
+        },
+    }
+    line = roofline(found, Topology.read("v5e:2x2"))
+    assert line["memory"] == pytest.approx(2.0) and line["interconnect"] == pytest.approx(0.5)
+    assert line["utilisation_if_all_overlaps"] == pytest.approx(1 / 2)
+    assert line["utilisation_if_nothing_overlaps"] == pytest.approx(1 / 3.5)
+    told = report(found | {"roofline": line})
+    assert "fits: 8.0 of 16 GiB" in told and "2 x all-reduce" in told
+    told = report(found | {"roofline": line, "change": ["train.accumulate = 2"]})
+    assert 'with which it does:\n  --gin_bindings="train.accumulate = 2"' in told
+    refused = {"compiled": {"fits": False, "refused": "RESOURCE_EXHAUSTED: 20G of 16G"}}
+    assert "nor with more micro-batches" in report(found | refused)
+    held = {"bytes_per_chip": {"parameters": 17 * 2**30}}
+    assert "the state alone takes 17.0 of 16 GiB" in report(found | refused | held)
+
+
+def test_changes_take_what_costs_least_time_first():
+    gin_files.load([], ["train.accumulate = 2", "Transformer.remat = 'dots'"])
+    found = list(changes())
+    assert found[0] == ("train.accumulate = 4",)
+    assert found[3] == ("train.accumulate = 2", "Transformer.remat = 'full'")
+    gin_files.load([], ["Transformer.remat = 'full'"])
+    assert [len(change) for change in changes()] == [1, 1, 1]
 
 
 def test_collectives_are_counted_by_kind_and_axes_as_often_as_they_run():
