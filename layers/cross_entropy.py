@@ -4,6 +4,7 @@ B batch, T tokens, D model width, V vocabulary, N tokens of a block.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,8 @@ def cross_entropy_sum(weight_DV, hidden_BTD, target_BT, scored_BT) -> jax.Array:
 
     def own_rows(hidden_BTD, target_BT, scored_BT, weight_DV):
         blocks = _blocks(target_BT.shape, weight_DV.shape[1])
-        return _blockwise(weight_DV, hidden_BTD, target_BT, scored_BT, blocks)[None]
+        nats: Any = _blockwise(weight_DV, hidden_BTD, target_BT, scored_BT, blocks)
+        return nats[None]
 
     return on_each_part(own_rows, arrays, (weight_DV,), (("embed", "vocab"),)).sum()
 
