@@ -58,7 +58,7 @@ def same_measurements(one: Path, other: Path):
 )
 def test_processes_train_what_one_trains(runs, tmp_path, count, devices, mesh):
     """With experts that live in different processes, and rows that travel between them."""
-    steps = ("train.steps = 3", "MoELayer.dispatcher = @Sorted()")
+    steps = ("train.steps = 3", "Transformer.num_layers = 1", "MoELayer.dispatcher = @Sorted()")
     alone = runs.done("alone", *steps)
     run = tmp_path / "run"
     given = [f"--gin_file={runs.config}", f"--workdir={run}"]
