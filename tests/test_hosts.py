@@ -35,9 +35,14 @@ def together(count: int, devices: int, *given: str) -> list[subprocess.Completed
         subprocess.Popen([*command, f"--process={i}"], env=environment, **pipes)
         for i in range(count)
     ]
+    try:
+        said = [process.communicate(timeout=240)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
     return [
-        subprocess.CompletedProcess(p.args, p.wait(), p.communicate(timeout=240)[0])
-        for p in running
+        subprocess.CompletedProcess(process.args, process.returncode, text)
+        for process, text in zip(running, said, strict=True)
     ]
 
 
