@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import contextlib
+import signal
 import time
 from typing import Any
 
@@ -197,7 +198,9 @@ def train(
         saves.wait()
         if stopped or step == stop_at != steps:
             display.say(f"stopped after step {step} of {steps}; the same command goes on")
-            return {"interrupted": True, "signal": interrupted.signal, "step": step}
+            # Of another process's signal it is only known that there was one.
+            number = interrupted.signal or (signal.SIGTERM if stopped else None)
+            return {"interrupted": True, "signal": number, "step": step}
 
         # The results: all held-out documents, what compressors reach on them, samples, a picture.
         display.say(f"evaluating on {all_held_out.num_documents} held-out documents")
