@@ -20,7 +20,7 @@ import numpy as np
 from layers.dispatch import Dispatcher, SlotGather, Sorted
 from layers.moe_layer import MoELayer
 from moe import assemble, bench_layer, hardware
-from moe.batch import Batch
+from moe.batches import train_batch
 from moe.model import Transformer
 from moe.objective import NextToken
 from moe.optimizer import AdamW
@@ -59,15 +59,8 @@ def step_seconds(dispatcher: Dispatcher, capacity: Capacity, *, small: bool) -> 
     mesh = MeshShape().build(jax.devices()[:1])
     settings = {"steps": 100, "seed": 0, "accumulate": 1}
     program = assemble.program(model, AdamW(), mesh, batch_size=batch, **settings)
-    token_BT = np.random.default_rng(0).integers(0, vocab, (batch, length + 1)).astype(np.int32)
-    rows = Batch(
-        token_BT=token_BT[:, :-1],
-        target_BT=token_BT[:, 1:],
-        segment_BT=np.ones((batch, length), np.int32),
-        position_BT=np.tile(np.arange(length, dtype=np.int32), (batch, 1)),
-        scored_BT=np.ones((batch, length), bool),
-        index_B=np.arange(batch, dtype=np.int32),
-    )
+    window_BW = np.random.default_rng(0).integers(0, vocab, (batch, length + 1), np.int32)
+    rows = train_batch(window_BW, np.arange(batch, dtype=np.int32))
     rows = to_devices(rows, program.batch_sharding, batch)
     state, seconds = program.init(0), []
     for _ in range(STEPS + 2):

@@ -26,7 +26,7 @@ def cross_entropy_sum(weight_DV, hidden_BTD, target_BT, scored_BT) -> jax.Array:
     """
     weight_DV = weight_DV.astype(hidden_BTD.dtype)
     arrays = (hidden_BTD, jnp.asarray(target_BT), jnp.asarray(scored_BT))
-    if is_placed() and (is_cut("vocab") or is_cut("length")):
+    if is_cut("vocab") or is_cut("length"):
         return _blockwise(weight_DV, *arrays, 1)
 
     def own_rows(hidden_BTD, target_BT, scored_BT, weight_DV):

@@ -147,16 +147,16 @@ class MoELayer(nnx.Module):
         fits = self.capacity.keeps_all(inputs.train) and not mover.needs_slots
         if isinstance(decision, TokenChoice) and isinstance(self.experts, Experts) and not fits:
             decision = self.capacity.fit(decision, inputs, self.router.num_experts)
-        kept = decision = _save_by_name(decision)
-        decision, overflow = mover.admit(decision)
-        if overflow is None:
-            kept = decision
+        decision = _save_by_name(decision)
+        admitted, overflow = mover.admit(decision)
+        if overflow is None:  # what was not admitted is dropped
+            decision = admitted
         # Padding is zero here, so NaN in it reaches neither the experts nor their gradients.
         x_GTD = inputs.x_GTD.astype(x_BTD.dtype)
-        y_GTD, own = self._experts(x_GTD, decision, inputs, mover)
+        y_GTD, own = self._experts(x_GTD, admitted, inputs, mover)
         if overflow is not None:
             y_GTD = y_GTD + self._second_way(x_GTD, overflow, inputs)
-        kept_E = choices_GE(kept).sum(0)
+        kept_E = choices_GE(decision).sum(0)
         if self.cheap is not None:
             cheap_GTN = gates_GTE(chosen)[..., self.num_experts :]
             y_GTD = y_GTD + self.cheap(x_GTD, cheap_GTN)
@@ -166,7 +166,7 @@ class MoELayer(nnx.Module):
             with jax.named_scope("shared_experts"):
                 y_BTD = y_BTD + self.shared(x_GTD.reshape(x_BTD.shape))
         stats = dataclasses.replace(output.stats, kept_E=kept_E, own=output.stats.own | own)
-        return y_BTD, dataclasses.replace(output, decision=kept, stats=stats)
+        return y_BTD, dataclasses.replace(output, decision=decision, stats=stats)
 
     def _second_way(self, x_GTD, overflow: Overflow, inputs) -> jax.Array:
         """What the experts make of the assignments that the first exchange had no room for."""

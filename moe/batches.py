@@ -43,7 +43,7 @@ class TrainBatches:
         index_B = np.arange(self._batch_size, dtype=np.int32)[rows or slice(None)]
         first = i * self._batch_size
         window_BW = np.stack([np.asarray(self._windows[first + int(row)]) for row in index_B])
-        return _train_batch(window_BW.astype(np.int32), index_B, self._document_id)
+        return train_batch(window_BW.astype(np.int32), index_B, self._document_id)
 
     def batches(
         self, start: int = 0, rows: slice | None = None, depth: int = 4
@@ -70,8 +70,8 @@ class TrainBatches:
         return int(hash_position(f"epoch {epoch}", self._seed) * self._length)
 
 
-def _train_batch(
-    window_BW: np.ndarray, index_B: np.ndarray, document_id: int | None
+def train_batch(
+    window_BW: np.ndarray, index_B: np.ndarray, document_id: int | None = None
 ) -> "moe.batch.Batch":
     """Inputs and targets of windows of W = T + 1 tokens; no document_id: one segment a row."""
     from moe.batch import Batch

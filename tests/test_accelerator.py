@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.constrain import placing
 from layers.dispatch import OneHotEinsum, SlotGather, Sorted
 from layers.moe_layer import MoELayer
 from moe import assemble, functional, sharding
+from moe.batches import train_batch
 from moe.bench_routers import batch
 from moe.model import Transformer
 from moe.objective import NextToken
@@ -74,23 +74,9 @@ def test_a_model_learns():
         model, AdamW(learning_rate=1e-2), mesh, steps=30, seed=0, accumulate=1, batch_size=8
     )
     state, losses = program.init(0), []
-    rows = batch_of(8, 128)
-    with placing(None):
-        for _ in range(30):
-            state, measured = program.step(state, rows)
-            losses.append(float(measured.loss))
+    window_BW = np.random.default_rng(0).integers(0, V, (8, 129), np.int32)
+    rows = train_batch(window_BW, np.arange(8, dtype=np.int32))
+    for _ in range(30):
+        state, measured = program.step(state, rows)
+        losses.append(float(measured.loss))
     assert losses[-1] < losses[0] / 2, losses
-
-
-def batch_of(rows: int, length: int):
-    from moe.batch import Batch
-
-    token_BT = np.random.default_rng(0).integers(0, V, (rows, length + 1)).astype(np.int32)
-    return Batch(
-        token_BT=token_BT[:, :-1],
-        target_BT=token_BT[:, 1:],
-        segment_BT=np.ones((rows, length), np.int32),
-        position_BT=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-        scored_BT=np.ones((rows, length), bool),
-        index_B=np.arange(rows, dtype=np.int32),
-    )

@@ -1,19 +1,15 @@
 """What a user may get wrong: one clear line, status 2, no traceback, and nothing lost."""
 
 import fcntl
-import os
 from pathlib import Path
 import subprocess
 import sys
 import time
 
 import pytest
-from tiny import Runs, arrays, quick
+from tiny import Runs, arrays, environment, quick
 
-import moe
-from moe import cli, quick_compile
-
-ROOT = Path(moe.__file__).resolve().parents[1]
+from moe import cli
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +167,8 @@ def test_a_folder_without_a_run(runs, capsys):
 
 def child(*arguments: str, code: str = "from moe.cli import main; sys.exit(main(sys.argv[1:]))"):
     """The program in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment["XLA_FLAGS"] = " ".join(quick_compile.flags(devices=1))
     command = [sys.executable, "-c", f"import sys; {code}", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
 
 
 def test_all_wrong_names_are_told_at_once_and_soon(runs, tmp_path):

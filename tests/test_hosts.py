@@ -1,6 +1,5 @@
 """Several real processes (gloo): what they train together is what one of them trains alone."""
 
-import os
 from pathlib import Path
 import socket
 import subprocess
@@ -10,10 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
-from moe import hosts, quick_compile
+from moe import hosts
 from moe.errors import UserError
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +23,11 @@ def together(count: int, devices: int, *given: str) -> list[subprocess.Completed
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment["XLA_FLAGS"] = " ".join(quick_compile.flags(devices=devices))
     command = [sys.executable, "-m", "moe", "train", *given]
     command += [f"--processes={count}", f"--coordinator=127.0.0.1:{port}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     running = [
-        subprocess.Popen([*command, f"--process={i}"], env=environment, **pipes)
+        subprocess.Popen([*command, f"--process={i}"], env=tiny.environment(devices), **pipes)
         for i in range(count)
     ]
     try:

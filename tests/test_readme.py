@@ -13,8 +13,7 @@ import subprocess
 import sys
 
 import pytest
-
-from moe import quick_compile
+from tiny import environment
 
 ROOT = Path(__file__).parents[1]
 MAKE = shutil.which("make")
@@ -60,11 +59,9 @@ def shell(tmp_path):
         'for extra in $(grep -oP "(?<=\\[)\\w+" <<< "$*"); do\n'
         f'  grep -qx "$extra" <<< "{extras}" || {{ echo "no extra $extra"; exit 1; }}\ndone',
     )
-    environment = {
-        **os.environ,
+    own = {
+        **environment(),
         "PATH": f"{bin_}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": " ".join(quick_compile.flags(devices=1)),
         "MAKEFLAGS": "",
     }
     work = tmp_path / "work"
@@ -72,7 +69,7 @@ def shell(tmp_path):
 
     def run(block: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["bash", "-e", "-c", block], cwd=work, env=environment, capture_output=True, text=True
+            ["bash", "-e", "-c", block], cwd=work, env=own, capture_output=True, text=True
         )
 
     return run

@@ -17,7 +17,7 @@ from layers.dispatch import OneHotEinsum, SlotGather, Sorted
 from layers.grouped import spare_rows
 from layers.moe_layer import MoELayer
 from moe import functional, sharding, step
-from moe.batch import Batch
+from moe.batches import train_batch
 from moe.model import Transformer
 from moe.objective import NextToken, step_key, tokens_of
 from routing import BiasBalancer, TopK
@@ -123,15 +123,8 @@ def one_layer(dispatcher):
 
 
 def batch_of(rows=ROWS):
-    token_BT = np.random.default_rng(0).integers(0, V, (rows, LENGTH + 1)).astype(np.int32)
-    return Batch(
-        token_BT=token_BT[:, :-1],
-        target_BT=token_BT[:, 1:],
-        segment_BT=np.ones((rows, LENGTH), np.int32),
-        position_BT=np.tile(np.arange(LENGTH, dtype=np.int32), (rows, 1)),
-        scored_BT=np.ones((rows, LENGTH), bool),
-        index_B=np.arange(rows, dtype=np.int32),
-    )
+    window_BW = np.random.default_rng(0).integers(0, V, (rows, LENGTH + 1)).astype(np.int32)
+    return train_batch(window_BW, np.arange(rows, dtype=np.int32))
 
 
 def compiled_text(dispatcher, *, gradient=False, **sizes):

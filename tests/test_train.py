@@ -1,7 +1,6 @@
 """A run from the command line: what it writes, that it repeats, and how it ends."""
 
 import json
-import os
 from pathlib import Path
 import signal
 import subprocess
@@ -11,13 +10,11 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import Runs, arrays, lines, measured
+from tiny import Runs, arrays, environment, lines, measured
 
-import moe
-from moe import evaluate, quick_compile
+from moe import evaluate
 from moe.gin_read import bindings_of
 
-ROOT = Path(moe.__file__).resolve().parents[1]
 SUMMARY = """
     val_bits_per_byte val_loss train_seconds tokens_per_second parameters_total parameters_active
     flops_per_token utilisation effective_utilisation peak_memory_bytes baselines corpus
@@ -183,11 +180,9 @@ def test_the_time_may_be_limited(runs, capsys):
 def test_sigterm_saves_and_leaves_a_run_that_goes_on(runs, tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
     given = ["train", f"--gin_file={runs.config}", workdir, "--gin_bindings=train.steps = 1000000"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    environment["XLA_FLAGS"] = " ".join(quick_compile.flags(devices=1))
     child = subprocess.Popen(
         [sys.executable, "-m", "moe", *given],
-        env=environment,
+        env=environment(),
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -2,14 +2,18 @@
 
 import contextlib
 import json
+import os
 from pathlib import Path
 import random
 
 import jax
 import pytest
 
-from moe import cli, hardware
+import moe
+from moe import cli, hardware, quick_compile
 from moe.sharding import MeshShape
+
+ROOT = Path(moe.__file__).resolve().parents[1]
 
 BASE = """
 train.data = @TextData()
@@ -30,6 +34,12 @@ train.sequence_length = 32
 train.log_every = 1
 train.prompts = ()
 """
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    """For a process of the program: this one, so many virtual devices, quick to compile."""
+    flags = " ".join(quick_compile.flags(devices=devices))
+    return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
 
 
 def corpus(folder: Path, documents: int = 30) -> Path:
