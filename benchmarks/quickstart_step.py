@@ -11,17 +11,12 @@ import argparse
 import json
 from pathlib import Path
 import statistics
-import time
-from typing import Any
 
-import gin
 import jax
+from steps import CompiledStep
 
-from moe import assemble, gin_files, hardware
+from moe import hardware
 from moe.allocator import keep_freed_memory
-from moe.objective import NextToken
-from moe.sharding import MeshShape
-from moe.step import to_devices
 
 SHIPPED = "as shipped"
 ROWS = {
@@ -34,47 +29,17 @@ ROWS = {
     "Muon": ("train.optimizer = @Muon()",),
     "dense": ("Transformer.moe = None", "FeedForward.d_ff = 512"),
 }
+FILES = ("quickstart.gin",)
 ROUNDS, STEPS = 5, 3
 
 
-class Row:
-    """A compiled step and the seconds that it took."""
-
-    def __init__(self, bindings: tuple[str, ...]):
-        gin_files.load(["quickstart.gin"], bindings)
-        run = gin.get_bindings("train")
-        text = run["data"].prepare()
-        batch, length = run["batch_size"], run["sequence_length"]
-        size = {"batch_size": batch, "sequence_length": length}
-        model = assemble.assemble(
-            run["model"], NextToken(), token_vocabulary=text.tokenizer.vocab_size, **size
-        )
-        self.flops = model.costs.flops_per_token * batch * length
-        settings: dict[str, Any] = {"steps": run["steps"], "seed": 0, "accumulate": 1}
-        program = assemble.program(
-            model, run["optimizer"], MeshShape().build(), batch_size=batch, **settings
-        )
-        self.step, self.state = program.step, program.init(0)
-        rows = text.train_batches(batch, length, 0).batch(0)
-        self.batch = to_devices(rows, program.batch_sharding, batch)
-        self.seconds: list[float] = []
-        self.run(1)
-        self.seconds.clear()  # the first step compiled
-
-    def run(self, steps: int) -> None:
-        for _ in range(steps):
-            start = time.perf_counter()
-            self.state, measured = self.step(self.state, self.batch)
-            jax.block_until_ready((self.state.params, measured.loss))
-            self.seconds.append(time.perf_counter() - start)
-
-    def result(self, peak: float) -> dict[str, float]:
-        median = statistics.median(self.seconds)
-        return {
-            "milliseconds_median": 1e3 * median,
-            "milliseconds_least": 1e3 * min(self.seconds),
-            "utilisation": self.flops / median / peak,
-        }
+def result(row: CompiledStep, peak: float) -> dict[str, float]:
+    median = statistics.median(row.seconds)
+    return {
+        "milliseconds_median": 1e3 * median,
+        "milliseconds_least": 1e3 * min(row.seconds),
+        "utilisation": row.flops / median / peak,
+    }
 
 
 def main():
@@ -82,23 +47,23 @@ def main():
     parser.add_argument("--json", required=True)
     path = Path(parser.parse_args().json)
     peaks = [hardware.matmul_peak()]
-    before = Row(ROWS[SHIPPED])
+    before = CompiledStep(FILES, ROWS[SHIPPED])
     before.run(ROUNDS * STEPS)
     keep_freed_memory()
-    rows = {name: Row(bindings) for name, bindings in ROWS.items()}
+    rows = {name: CompiledStep(FILES, bindings) for name, bindings in ROWS.items()}
     for _ in range(ROUNDS):
         peaks.append(hardware.matmul_peak())
         for row in rows.values():
             row.run(STEPS)
     peak = statistics.median(peaks)
-    results = {"as shipped, default allocator": before.result(peak)}
-    results |= {name: row.result(peak) for name, row in rows.items()}
+    results = {"as shipped, default allocator": result(before, peak)}
+    results |= {name: result(row, peak) for name, row in rows.items()}
     head = {"device": hardware.describe_device(), "jax": jax.__version__, "matmul_peak_flops": peak}
     path.write_text(json.dumps({**head, "rows": results}, indent=2) + "\n", encoding="utf-8")
-    for name, result in results.items():
+    for name, found in results.items():
         print(
-            f"{name:<32} {result['milliseconds_median']:6.0f} ms  "
-            f"utilisation {result['utilisation']:.2f}"
+            f"{name:<32} {found['milliseconds_median']:6.0f} ms  "
+            f"utilisation {found['utilisation']:.2f}"
         )
 
 

@@ -68,21 +68,28 @@ BATCH = 16  # sequences a step
 EXPORT = Path(__file__).parents[1] / "scripts" / "export_embeddings.py"
 
 
+def settings_of(router: str, embeddings: Path) -> tuple[list[str], list[str]]:
+    """Files and bindings of a run with a router; embeddings: of the baseline, for clusters."""
+    bindings = [*QUICKSTART, f"train.batch_size = {BATCH}"]
+    if router in ("hash_clustered", "hash_dispersed"):
+        table = f"{router.split('_')[1].title()}Table"
+        bindings += [f"{table}.embeddings = '{embeddings.absolute()}'"]
+    if router == "hash_future":
+        bindings += ["Transformer.allow_leaks = True"]
+    return ["quickstart.gin", f"routers/{router}.gin"], bindings
+
+
 def one(router: str, seed: int, place: Place, *, steps: int, small: bool) -> dict:
     """What a run and two evaluations of it say."""
     workdir = place.folder / f"{router}-{seed}"
-    bindings = [*QUICKSTART, f"train.seed = {seed}", f"train.steps = {steps}"]
-    bindings += [f"train.batch_size = {BATCH}"]
-    embeddings = (place.folder / f"embeddings-{seed}.npy").absolute()
-    if router in ("hash_clustered", "hash_dispersed"):
-        bindings += [f"{router.split('_')[1].title()}Table.embeddings = '{embeddings}'"]
-    if router == "hash_future":
-        bindings += ["Transformer.allow_leaks = True"]
+    embeddings = place.folder / f"embeddings-{seed}.npy"
+    files, bindings = settings_of(router, embeddings)
+    bindings += [f"train.seed = {seed}", f"train.steps = {steps}"]
     if small:
         bindings += SMALL
         bindings += [] if router == "peer" else ["MoELayer.num_experts = 16"]
-    files = [f"--gin_file={name}" for name in ("quickstart.gin", f"routers/{router}.gin")]
-    summary = place.moe("train", *files, f"--workdir={workdir}", bindings=bindings)
+    given = [f"--gin_file={name}" for name in files]
+    summary = place.moe("train", *given, f"--workdir={workdir}", bindings=bindings)
     settings = ("eval.batch_size = 32", 'eval.rule = "training"')
     rule = place.moe("eval", f"--workdir={workdir}", bindings=settings)
     if router == "top_k":  # the baseline whose embeddings clustered hashing starts from

@@ -312,12 +312,25 @@ def _sorted_into(
     is nobody's and comes last.
     """
     bin_PN = constrain(bin_PN, parts.axis, None)
-    place_PN = jnp.broadcast_to(jnp.arange(bin_PN.shape[1], dtype=jnp.int32), bin_PN.shape)
-    sorted_PN, source_PN = jax.lax.sort((bin_PN, place_PN), dimension=1, num_keys=1)
+    rows = bin_PN.shape[1]
+    place_PN = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), bin_PN.shape)
+    if (bins + 1) * rows < 2**31:  # bin and place in one number sort in a quarter of the time
+        bin_PN = bin_PN.astype(jnp.int32)
+        key_PN = jax.lax.sort(bin_PN * rows + place_PN, dimension=1, is_stable=False)
+        sorted_PN, source_PN = key_PN // rows, key_PN % rows
+    else:
+        sorted_PN, source_PN = jax.lax.sort((bin_PN, place_PN), dimension=1, num_keys=1)
     edge_PX = jax.vmap(lambda s: jnp.searchsorted(s, jnp.arange(bins + 1)))(sorted_PN)
-    # Sorting the sources gives every assignment its row, as writing the rows there would.
-    _, home_PN = jax.lax.sort((source_PN, place_PN), dimension=1, num_keys=1)
+    home_PN = jax.vmap(_inverse)(source_PN, place_PN)
     return source_PN, home_PN, edge_PX
+
+
+def _inverse(source_N: jax.Array, place_N: jax.Array) -> jax.Array:
+    """Where a permutation puts each place; place_N: 0, 1, 2, ..."""
+    if platform() == "cpu":
+        settings = {"unique_indices": True, "mode": "promise_in_bounds"}
+        return jnp.zeros_like(place_N).at[source_N].set(place_N, **settings)
+    return jax.lax.sort((source_N, place_N), num_keys=1)[1]  # where writing one by one is slow
 
 
 def _addresses(decision: TokenChoice) -> tuple[jax.Array, jax.Array]:

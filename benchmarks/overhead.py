@@ -1,0 +1,80 @@
+"""What a router's own work costs a training step: its time over that of round robin.
+
+    python benchmarks/overhead.py --json=benchmarks/results/overhead.json
+
+The quickstart's step at the batch of benchmarks/routers.py, once with the router and once with
+`Balanced` in its place, all else as the router's file has it: as many experts per token, the same
+capacity, dispatcher and experts. Both take turns, and the ratio is the median over the turns. What
+is no choice of experts by tokens (soft slots, product keys, merged experts) is set against the
+`balanced` row itself, so that its ratio is of the whole layer. Rows that stand in the file are not
+repeated.
+"""
+
+import argparse
+import json
+from pathlib import Path
+import statistics
+from typing import Any
+
+import jax
+from routers import ROUTERS, settings_of
+from steps import CompiledStep
+
+from moe import hardware
+from moe.allocator import keep_freed_memory
+
+ROUNDS, STEPS = 7, 2
+# Other experts than a choice of tokens can use.
+OTHER_EXPERTS = ("peer", "lory", "soft_moe_causal", "soft_choice", "multi_hash")
+CHOICES = {  # experts per token of the file, where they are not 2
+    **dict.fromkeys(("switch", "mode_staged", "mode_integrated", "base", "sinkhorn"), 1),
+    **dict.fromkeys(("sampled_reinforce", "sampled_gumbel"), 1),
+    **dict.fromkeys((name for name in ROUTERS if name.startswith("hash_")), 1),
+    **dict.fromkeys(("noisy_top_k", "hierarchical", "strictly_balanced"), 4),
+    **dict.fromkeys(("dselect_k", "remoe", "all_experts"), 8),  # of any number, up to all
+}
+
+
+def pair(router: str, embeddings: Path) -> dict[str, float]:
+    """Seconds of a step with the router and with round robin, and their ratio."""
+    files, bindings = settings_of(router, embeddings)
+    k = CHOICES.get(router, 2)
+    twin_files, twin_bindings = files, bindings
+    if router in OTHER_EXPERTS:
+        twin_files, twin_bindings = settings_of("balanced", embeddings)
+    twin_bindings = [*twin_bindings, "MoELayer.router = @Balanced", f"Balanced.k = {k}"]
+    own, twin = CompiledStep(files, bindings), CompiledStep(twin_files, twin_bindings)
+    for _ in range(ROUNDS):
+        own.run(STEPS)
+        twin.run(STEPS)
+    ratios = [a / b for a, b in zip(own.seconds, twin.seconds, strict=True)]
+    return {
+        "milliseconds": round(1e3 * statistics.median(own.seconds), 2),
+        "milliseconds_balanced": round(1e3 * statistics.median(twin.seconds), 2),
+        "over_balanced": round(statistics.median(ratios), 4),
+        "choices_of_balanced": k,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--routers", nargs="*", default=ROUTERS)
+    parser.add_argument("--embeddings", type=Path, default="embeddings.npy", help="of the baseline")
+    given = parser.parse_args()
+    keep_freed_memory()
+    head: dict[str, Any] = {"device": hardware.describe_device(), "jax": jax.__version__}
+    rows = json.loads(given.json.read_text())["rows"] if given.json.exists() else {}
+    for router in given.routers:
+        if router in rows:
+            continue
+        rows[router] = pair(router, given.embeddings)
+        print(f"{router:<24} {rows[router]}", flush=True)
+        text = json.dumps(head | {"rows": rows}, indent=2) + "\n"
+        given.json.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
