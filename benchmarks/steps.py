@@ -6,7 +6,7 @@ import time
 import gin
 import jax
 
-from moe import assemble, gin_files
+from moe import assemble, gin_files, metrics
 from moe.objective import NextToken
 from moe.sharding import MeshShape
 from moe.step import to_devices
@@ -29,7 +29,8 @@ class CompiledStep:
             sequence_length=length,
         )
         self.costs = model.costs
-        self.flops = model.costs.flops_per_token * batch * length
+        self.tokens = batch * length
+        self.flops = model.costs.flops_per_token * self.tokens
         program = assemble.program(
             model,
             run["optimizer"],
@@ -50,6 +51,11 @@ class CompiledStep:
         """So many steps, each waited for."""
         for _ in range(steps):
             start = time.perf_counter()
-            self.state, measured = self.step(self.state, self.batch)
-            jax.block_until_ready((self.state.params, measured.loss))
+            self.state, self.measured = self.step(self.state, self.batch)
+            jax.block_until_ready((self.state.params, self.measured.loss))
             self.seconds.append(time.perf_counter() - start)
+
+    def kept_per_token(self) -> float:
+        """Assignments of the last step that reached an expert, per token and layer."""
+        routing = metrics.Routing.of(jax.device_get(self.measured.routers))
+        return routing.kept_per_token(self.costs.num_experts)

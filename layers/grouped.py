@@ -57,8 +57,8 @@ def grouped_feed_forward(
     kernel: "loop", or "ragged_dot" where the compiler has a fast one (TPU, GPU).
     """
     if kernel == "ragged_dot":
-        hidden = activate(*(lax.ragged_dot(x_ND, up_EDF, count_E) for up_EDF in ups))
-        y_ND = lax.ragged_dot(hidden, down_EFD, count_E)
+        before = _named([lax.ragged_dot(x_ND, up_EDF, count_E) for up_EDF in ups])
+        (y_ND,) = _named([lax.ragged_dot(activate(*before), down_EFD, count_E)])
         real_N1 = (jnp.arange(len(x_ND)) < count_E.sum())[:, None]
         return jnp.where(real_N1, y_ND, 0)
     return _loop(x_ND, ups, down_EFD, count_E, activate)
@@ -83,8 +83,13 @@ def _loop_forward(x_ND, ups, down_EFD, count_E, activate, save: bool = True):
     hidden = (len(x_ND), down_EFD.shape[1])
     empty = zeros(x_ND.shape), [zeros(hidden) for _ in ups if save]
     y_ND, before = _over_experts(body, empty, count_E, len(x_ND))
-    before = [checkpoint_name(a, "expert_hidden") for a in before]
+    y_ND, *before = _named([y_ND, *before])
     return y_ND, (x_ND, ups, down_EFD, count_E, before)
+
+
+def _named(products):
+    """By the name under which rematerialisation keeps what experts' matmuls gave."""
+    return [checkpoint_name(a, "expert_products") for a in products]
 
 
 def _loop_backward(activate, saved, dy_ND):

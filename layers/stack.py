@@ -31,7 +31,7 @@ def rematerialised(body: Callable, remat: str) -> Callable:
         return body
     # Products inside sorted experts' loops are out of a policy's sight; they are saved by name.
     names = (
-        ("routing", "expert_hidden", "exchanged") if remat == "dots_with_batch" else ("routing",)
+        ("routing", "expert_products", "exchanged") if remat == "dots_with_batch" else ("routing",)
     )
     keep_routing = jax.checkpoint_policies.save_only_these_names(*names)
     policy = jax.checkpoint_policies.save_from_both_policies(_SAVEABLE[remat], keep_routing)

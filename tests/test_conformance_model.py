@@ -54,6 +54,17 @@ def test_rematerialised_is_the_same(name, remat):
     same_tree(compiled(name, remat=remat)(*args), compiled(name)(*args))
 
 
+@pytest.mark.parametrize("remat, again", [("dots_with_batch", False), ("full", True)])
+def test_what_sorted_experts_multiplied_is_kept_or_computed_again(remat, again):
+    args = (layer_of("switch")[1], draw(0, B, T, D), tokens(), draw(1, B, T, D))
+
+    def products(remat):
+        run = compiled("switch", Sorted(kernel="loop"), remat=remat)
+        return run.lower(*args).as_text().count("dot_general")
+
+    assert (products(remat) > products("none")) == again
+
+
 @pytest.mark.parametrize("name", ["sigmoid_bias", "expert_choice", "soft_moe", "lory"])
 def test_compiled_is_interpreted(name):
     graph, params, state = layer_of(name)
