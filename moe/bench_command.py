@@ -45,7 +45,8 @@ def layer(flags) -> Iterator[dict]:
         raise UserError(str(error)) from error
     device = hardware.describe_device()
     print(f"{device}; {flags.dtype}; medians of {bench_layer.ROUNDS} paired rounds")
-    print("forward and step in ms (times the dense layer's), and the share of the roofline")
+    print("forward and step in ms (times the dense layer's), the share of the roofline, and what a")
+    print("step holds over the dense activations and the experts' weights")
     rows = []
     for row in bench_layer.layers(cases, flags.dtype):
         forward, step = (
@@ -53,7 +54,9 @@ def layer(flags) -> Iterator[dict]:
             for what in ("forward", "step")
         )
         where = f"{row['case']:34} {row['routing']:9} {row['dispatcher']:24}"
-        print(f"  {where} {forward} {step} {row['roofline_fraction']:5.2f}", flush=True)
+        memory = f"{row['memory_ratio']:5.2f}" if "memory_ratio" in row else ""
+        line = f"  {where} {forward} {step} {row['roofline_fraction']:5.2f} {memory}"
+        print(line.rstrip(), flush=True)
         rows.append(row)
         yield row
     for name, mean in bench_layer.summary(rows).items():

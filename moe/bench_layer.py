@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import importlib.util
 import statistics
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,14 @@ class Case:
         return times * max(flops / peak, bytes_moved / bandwidth)
 
 
+class Calls(NamedTuple):
+    """What is timed, without arguments, and the bytes that a step holds at its fullest."""
+
+    forward: Callable
+    step: Callable
+    bytes: int | None = None
+
+
 CASES = (
     Case(4096, 256, 1024, 16, 2),
     Case(4096, 256, 512, 64, 4),
@@ -90,7 +99,8 @@ def layers(cases: tuple[Case, ...], dtype: str = "float32") -> Iterator[dict]:
 
     Every round times the dense layer on K*T tokens and all ways in turn, each after a call that
     is not counted; ratios are medians over the rounds' own, so that a slow moment of the machine
-    counts for both.
+    counts for both. memory_ratio: what a step holds at its fullest, by the compiler, over what the
+    dense one does beside its weights plus the experts' weights and their gradients.
     """
     keep_freed_memory()
     peak, bandwidth = hardware.matmul_peak(dtype), copy_bandwidth()
@@ -112,18 +122,23 @@ def _rows(case: Case, peak: float, bandwidth: float, dtype: str) -> Iterator[dic
         from moe import bench_torch
 
         for name in bench_torch.WAYS:
-            programs["balanced", f"transformers {name}"] = bench_torch.mixtral(case, x_TD, name)
+            calls = Calls(*bench_torch.mixtral(case, x_TD, name))
+            programs["balanced", f"transformers {name}"] = calls
+    # The dense layer holds its weights and their gradients once, the sparse one E times.
+    weights = 2 * 3 * case.width * case.hidden * x_TD.dtype.itemsize
+    room = (programs["dense", "dense"].bytes or 0) + (case.experts - 1) * weights
     seconds = {key: [] for key in programs}
     for _ in range(ROUNDS):
         for key, calls in programs.items():
             # The first call of each takes the memory that the one before it left behind.
-            seconds[key].append([(timed(call), timed(call))[1] for call in calls])
+            seconds[key].append([(timed(call), timed(call))[1] for call in calls[:2]])
     dense = np.asarray(seconds.pop(("dense", "dense")))
     for (routing, dispatcher), found in seconds.items():
         times = np.asarray(found)
         ratios = np.median(times / dense, axis=0)
         forward, step = np.median(times, axis=0)
         least = case.least_seconds(peak, bandwidth, x_TD.dtype.itemsize, step=True)
+        held = programs[routing, dispatcher].bytes
         yield {
             "case": str(case),
             "routing": routing,
@@ -133,11 +148,11 @@ def _rows(case: Case, peak: float, bandwidth: float, dtype: str) -> Iterator[dic
             "ratio_to_dense_forward": round(float(ratios[0]), 4),
             "ratio_to_dense_step": round(float(ratios[1]), 4),
             "roofline_fraction": round(least / step, 4),
-        }
+        } | ({} if held is None else {"memory_ratio": round(held / room, 4)})
 
 
-def _dense(case: Case, x_TD: np.ndarray):
-    """Forward pass and step of one feed-forward on K * T tokens, as calls without arguments."""
+def _dense(case: Case, x_TD: np.ndarray) -> Calls:
+    """Forward pass and step of one feed-forward on K * T tokens."""
     graph, params, state = functional.split(initialize(FeedForward(case.width, case.hidden), 0))
     x_ND = jnp.asarray(np.tile(x_TD, (case.k, 1)))
 
@@ -147,7 +162,7 @@ def _dense(case: Case, x_TD: np.ndarray):
     return _calls(total, params, x_ND)
 
 
-def _sparse(case: Case, x_TD, make: Callable[[Sizes], Router], dispatcher, capacity):
+def _sparse(case: Case, x_TD, make: Callable[[Sizes], Router], dispatcher, capacity) -> Calls:
     """The same of an MoE layer."""
     settings = {"capacity": capacity, "dispatcher": dispatcher}
     layer = MoELayer(case.width, VOCABULARY, make, case.experts, case.hidden, **settings)
@@ -160,9 +175,16 @@ def _sparse(case: Case, x_TD, make: Callable[[Sizes], Router], dispatcher, capac
     return _calls(total, params, jnp.asarray(x_TD)[None])
 
 
-def _calls(total, *args) -> tuple[Callable, Callable]:
-    forward, step = jax.jit(total), jax.jit(jax.grad(total, (0, 1)))
-    return functools.partial(forward, *args), functools.partial(step, *args)
+def _calls(total, *args) -> Calls:
+    functions = (total, jax.grad(total, (0, 1)))
+    forward, step = (jax.jit(function).lower(*args).compile() for function in functions)
+    memory = step.memory_analysis()
+    if memory is None:  # not every platform's compiler tells
+        held = None
+    else:
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        held += memory.temp_size_in_bytes
+    return Calls(functools.partial(forward, *args), functools.partial(step, *args), held)
 
 
 def summary(rows: list[dict]) -> dict[str, float]:

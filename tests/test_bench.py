@@ -30,6 +30,7 @@ def test_a_layer_is_measured_in_every_way(tmp_path, capsys):
     for row in rows:
         assert row["case"] == "T=64 D=16 F=16 E=4 K=2"
         assert min(value for value in row.values() if isinstance(value, float)) > 0
+        assert ("memory_ratio" in row) != row["dispatcher"].startswith("transformers")
     assert "best dispatcher, zipf, step:" in capsys.readouterr().out
 
 
