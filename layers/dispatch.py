@@ -322,6 +322,10 @@ def _sorted_into(
         sorted_PN, source_PN = jax.lax.sort((bin_PN, place_PN), dimension=1, num_keys=1)
     edge_PX = jax.vmap(lambda s: jnp.searchsorted(s, jnp.arange(bins + 1)))(sorted_PN)
     home_PN = jax.vmap(_inverse)(source_PN, place_PN)
+    # Rematerialisation keeps these, as it keeps the decision.
+    source_PN, home_PN, edge_PX = (
+        checkpoint_name(a, "routing") for a in (source_PN, home_PN, edge_PX)
+    )
     return source_PN, home_PN, edge_PX
 
 

@@ -54,15 +54,18 @@ def test_rematerialised_is_the_same(name, remat):
     same_tree(compiled(name, remat=remat)(*args), compiled(name)(*args))
 
 
-@pytest.mark.parametrize("remat, again", [("dots_with_batch", False), ("full", True)])
-def test_what_sorted_experts_multiplied_is_kept_or_computed_again(remat, again):
+def test_rematerialisation_sorts_once_and_computes_again_only_what_it_should():
     args = (layer_of("switch")[1], draw(0, B, T, D), tokens(), draw(1, B, T, D))
 
-    def products(remat):
+    def count(remat, operation):
         run = compiled("switch", Sorted(kernel="loop"), remat=remat)
-        return run.lower(*args).as_text().count("dot_general")
+        return run.lower(*args).as_text().count(operation)
 
-    assert (products(remat) > products("none")) == again
+    for operation in ("stablehlo.sort", "dot_general"):
+        plain = count("none", operation)
+        assert count("dots_with_batch", operation) == plain > 0
+    assert count("full", "stablehlo.sort") == count("none", "stablehlo.sort")
+    assert count("full", "dot_general") > plain
 
 
 @pytest.mark.parametrize("name", ["sigmoid_bias", "expert_choice", "soft_moe", "lory"])
