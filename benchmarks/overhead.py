@@ -23,7 +23,7 @@ from steps import CompiledStep
 from moe import hardware
 from moe.allocator import keep_freed_memory
 
-ROUNDS, STEPS = 7, 2
+ROUNDS, STEPS = 6, 1
 # Other experts than a choice of tokens can use.
 OTHER_EXPERTS = ("peer", "lory", "soft_moe_causal", "soft_choice", "multi_hash")
 CHOICES = {  # experts per token of the file, where they are not 2

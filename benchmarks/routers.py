@@ -6,12 +6,13 @@ Each run is `moe train` with one file of configs/routers/, half the quickstart's
 that the table takes hours and not a day. `bits per byte` is of all held-out documents, every router
 by its evaluation rule. `training rule` is the same text with the router deciding as in training;
 what it is better by than the evaluation rule is what the router saw of the future (or what noise
-and dropping cost it, where it is worse).
+and dropping cost it, where it is worse). The step's time is from benchmarks/overhead.py.
 
 A whole table takes hours: runs that stand in the JSON file are not repeated, so that the same
 command goes on where it stopped. --small trains at half the quickstart's width with 16 experts.
 """
 
+import json
 from pathlib import Path
 import shutil
 import statistics
@@ -65,6 +66,7 @@ ROUTERS = (
     "peer",
 )
 BATCH = 16  # sequences a step
+OVERHEAD = Path(__file__).parent / "results" / "overhead.json"  # by benchmarks/overhead.py
 EXPORT = Path(__file__).parents[1] / "scripts" / "export_embeddings.py"
 
 
@@ -112,8 +114,9 @@ def table(runs: list[dict], *, steps: int, small: bool) -> str:
     routers = by_case(runs)
     header = (
         *("router", "bits per byte", "training rule better by", "max/mean load", "dropped"),
-        *("kept per token", "parameters", "seeds"),
+        *("kept per token", "parameters", "step over round robin's", "seeds"),
     )
+    times = json.loads(OVERHEAD.read_text())["rows"] if OVERHEAD.exists() else {}
     body = []
     for router, own in routers.items():
         mean = {
@@ -129,6 +132,7 @@ def table(runs: list[dict], *, steps: int, small: bool) -> str:
             f"{mean['dropped']:.1%}",
             f"{mean['experts_per_token']:.2f}",
             f"{mean['parameters_total']:,.0f}",
+            f"{times[router]['over_balanced']:.2f}" if router in times else "",
             len(own),
         )
         body.append((statistics.mean(bits), line))

@@ -85,6 +85,10 @@ def measure(
         finally:
             free.put(place)
 
+    def write():
+        path.write_text(json.dumps(settings | {"runs": runs}, indent=2) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(table(runs, **settings) + "\n", encoding="utf-8")
+
     failed = 0
     with concurrent.futures.ThreadPoolExecutor(given.workers) as pool:
         left = [pool.submit(work, *pair) for pair in wanted if pair not in done]
@@ -97,9 +101,9 @@ def measure(
                 continue
             runs.append(run)
             runs.sort(key=lambda run: (run["seed"], order.get(run["case"], len(order))))
-            path.write_text(json.dumps(settings | {"runs": runs}, indent=2) + "\n")
-            path.with_suffix(".md").write_text(table(runs, **settings) + "\n", encoding="utf-8")
+            write()
             print(f"{len(runs)} of {len(wanted)}: {run}", flush=True)
+    write()  # a new table, where all runs stood there
     print(table(runs, **settings))
     if failed:
         raise SystemExit(f"{failed} runs failed")
