@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 SETTINGS := setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-oracles check clean
+.PHONY: help quickstart test test-oracles test-thorough check clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
 
 quickstart: $(VENV)/installed  ## install, and train a small model into WORKDIR
 	$(BIN)/moe train --gin_file=quickstart.gin --workdir=$(WORKDIR)
@@ -20,6 +20,9 @@ test: $(VENV)/installed-test  ## run the tests, or some: PYTEST_ARGS="-k routing
 
 test-oracles: $(VENV)/installed-oracle  ## compare with transformers (torch) and POT, which it installs
 	$(BIN)/python -m pytest -m oracle
+
+test-thorough: $(VENV)/installed-test  ## six kinds of routers on every mesh, some eight minutes
+	$(BIN)/python -m pytest -n 2 -m thorough
 
 check: $(VENV)/installed-dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -284,6 +284,22 @@ def test_eight_devices_are_one(setting):
     same_tree(run_steps(setting), one_device(setting.name))
 
 
+SHAPES = sorted({setting.mesh for setting in MESHES} | {(4, 1, 1, 2), (1, 1, 4, 2)})
+KINDS = ("sigmoid_bias", "switch", "expert_choice", "base", "soft_moe", "hash")
+THOROUGH = [
+    Setting(name, mesh, DISPATCHERS[(i + j) % len(DISPATCHERS)])
+    for i, name in enumerate(KINDS)
+    for j, mesh in enumerate(SHAPES)
+]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("setting", THOROUGH, ids=lambda s: f"{s.name}-{s.mesh}-{s.dispatcher}")
+def test_every_kind_of_router_on_every_mesh(setting):
+    """As `test_eight_devices_are_one`, which takes one router for each mesh."""
+    same_tree(run_steps(setting), one_device(setting.name))
+
+
 # Options of a router that is there already, which a mesh can't tell from it.
 ALIKE = {
     *("top1", "top2_of_selected", "sigmoid", "hash_previous", "hash_bigram", "hash_position"),
