@@ -24,8 +24,8 @@ from moe import hardware
 from moe.allocator import keep_freed_memory
 
 ROUNDS, STEPS = 6, 1
-# Other experts than a choice of tokens can use.
-OTHER_EXPERTS = ("peer", "lory", "soft_moe_causal", "soft_choice", "multi_hash")
+# What round robin can't use: other experts, or means in place of the unchosen.
+OTHER_EXPERTS = ("peer", "lory", "soft_moe_causal", "soft_choice", "multi_hash", "default_moe")
 CHOICES = {  # experts per token of the file, where they are not 2
     **dict.fromkeys(("switch", "mode_staged", "mode_integrated", "base", "sinkhorn"), 1),
     **dict.fromkeys(("sampled_reinforce", "sampled_gumbel"), 1),
