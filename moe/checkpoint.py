@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 import sys
 from typing import Any
+import warnings
 
 import jax
 
@@ -15,6 +16,7 @@ from moe.errors import UserError
 from moe.step import TrainState
 
 Say = Callable[[str], None]
+_NEVER_READ = "coroutine '_read_array_index_and_device_put' was never awaited"
 
 
 class Checkpoints:
@@ -31,7 +33,7 @@ class Checkpoints:
         from orbax.checkpoint.checkpoint_managers import preservation_policy as keeping
 
         self.folder = folder.absolute()
-        _hush_cancelled_writers()
+        _hush_cancelled_tasks()
         absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax raises is told once, by us
         best = keeping.BestN(
             get_metric_fn=lambda m: m["val_loss"],
@@ -169,21 +171,29 @@ def opened(folder: Path, keep: int = 2, read_only: bool = False) -> Iterator[Che
         checkpoints.close()
 
 
-def _hush_cancelled_writers() -> None:
-    """A save that fails is told once, by us: its other files' cancelled writers say nothing.
+def _hush_cancelled_tasks() -> None:
+    """What fails is told once, by us: the cancelled writers and readers of other files say nothing.
 
-    TensorStore would print an exception for each (its event loop is gone), and asyncio what nobody
-    fetched from Orbax's tasks, pages of it, at times in the midst of our own line.
+    TensorStore would print an exception for each writer (its event loop is gone), Orbax one for
+    each reader that is given up, whenever that is collected, and asyncio what nobody fetched from
+    their tasks: pages of it, at times in the midst of our own line.
     """
     before = sys.unraisablehook
-    if getattr(before, "hushes_cancelled_writers", False):
+    if getattr(before, "hushes_cancelled_tasks", False):
         return
 
     def hook(unraisable):
         error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        writer = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        reader = isinstance(getattr(error, "__cause__", None), GeneratorExit)
+        reader = reader and "reading array index" in str(error)
+        if not (writer or reader or _NEVER_READ in str(error)):
             before(unraisable)
 
-    hook.hushes_cancelled_writers = True  # pyright: ignore[reportFunctionMemberAccess]
+    hook.hushes_cancelled_tasks = True  # pyright: ignore[reportFunctionMemberAccess]
     sys.unraisablehook = hook
-    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+    warnings.filterwarnings("ignore", _NEVER_READ)
+    theirs = ("orbax", "OCDBT")
+    logging.getLogger("asyncio").addFilter(
+        lambda record: not any(name in record.getMessage() for name in theirs)
+    )

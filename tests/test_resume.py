@@ -1,9 +1,11 @@
 """A run that stops and goes on is the run that never stopped; damaged checkpoints are skipped."""
 
 import dataclasses
+import gc
 import json
 from pathlib import Path
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -17,9 +19,6 @@ from moe.objective import NextToken
 from moe.optimizer import Adafactor, AdamW
 from moe.sharding import MeshShape
 from moe.step import to_devices
-
-# A restore that fails leaves coroutines behind that nobody awaits.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 STATEFUL = (
     "train.optimizer = @Muon()",
@@ -121,6 +120,30 @@ def test_where_no_checkpoint_can_be_read_it_says_so_and_keeps_them(runs, whole, 
     assert (run / "metrics.jsonl").read_text() == metrics
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == sorted(steps)
     assert runs(run.name, *STATEFUL) == 2  # and again: it never starts from the first step
+
+
+def test_a_reader_that_orbax_gives_up_says_nothing_whenever_it_is_collected(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(unraisable.exc_value))
+    with checkpoint.opened(tmp_path):
+        pass
+
+    class Never:
+        def __await__(self):
+            yield
+
+    async def reader(message):
+        try:
+            await Never()
+        except BaseException as error:
+            raise Exception(message) from error
+
+    for message in ("Encountered error while reading array index: (slice(0, 2, 1),)", "another's"):
+        given_up = reader(message)
+        given_up.send(None)
+        del given_up
+        gc.collect()
+    assert [str(error) for error in told] == ["another's"]
 
 
 def programs(mesh: MeshShape, optimizer):
