@@ -3,14 +3,18 @@
 G groups, T tokens, D model width, E experts, N cheap experts, M of them constant.
 """
 
+import dataclasses
+from fractions import Fraction
+
 from flax import nnx
 import gin
 import jax
 import jax.numpy as jnp
 
 from routing.balancers import Memory
+from routing.capacity import Capacity
 from routing.parameters import parameter, router_state, truncated_normal, zeros
-from routing.records import RouterStats
+from routing.records import RouterInputs, RouterStats, TokenChoice
 
 
 @gin.configurable
@@ -18,27 +22,79 @@ class ZeroCopyConstant(nnx.Module):
     """MoE++ (Jin et al. 2024): zero gives 0, copy gives x, constant a mixture of x and a vector.
 
     The router chooses among the experts and these, which follow them, as if all were alike. A
-    constant expert gives a_1 x + a_2 v, (a_1, a_2) = softmax(W x) (eq. 4-5). The paper's residual
-    from the logits of the layer before, its weighting of the balance loss and its renormalisation
-    after a zero are not part of it.
+    constant expert gives a_1 x + a_2 v, (a_1, a_2) = softmax(W x) (eq. 4-5). Capacity is divided
+    so that an expert takes `share` of what a cheap one may take (eq. 8); `BalanceLoss.cheap`
+    weights the balance loss alike (eq. 7), and `TopK.residual` is the router's residual (eq. 6).
 
     Args:
         d_model: D.
         zero, copy, constant: how many of each.
+        share: tau in the paper; 1 treats all alike.
+        renormalise: the gates of a token that chose a zero sum to 1 without it, as in the
+            authors' code and not in the paper.
     """
 
-    def __init__(self, d_model: int, zero: int = 1, copy: int = 1, constant: int = 2):
+    def __init__(
+        self,
+        d_model: int,
+        zero: int = 1,
+        copy: int = 1,
+        constant: int = 2,
+        share: float = 0.75,
+        renormalise: bool = False,
+    ):
         if min(zero, copy, constant) < 0 or zero + copy + constant == 0:
             raise ValueError(
                 f"ZeroCopyConstant.zero={zero}, copy={copy}, constant={constant}: none may be "
                 "negative and one has to be above 0"
             )
+        if not 0 < share <= 1:
+            raise ValueError(f"ZeroCopyConstant.share={share} must be above 0 and at most 1")
+        self.share, self.renormalise = Fraction(share).limit_denominator(10_000), renormalise
         self.zero, self.copy, self.constant = zero, copy, constant
         self.count = zero + copy + constant
         shape, axes = (d_model, constant, 2), ("embed", None, None)
         self.mix_DMX = parameter(shape, axes, truncated_normal()) if constant else None
         shape, axes = (constant, d_model), (None, "embed")
         self.vector_MD = parameter(shape, axes, zeros) if constant else None
+
+    def split(self, decision: TokenChoice, experts: int) -> tuple[TokenChoice, TokenChoice]:
+        """The assignments to the experts, and those to the cheap ones, numbered from 0."""
+        zero_GTK = decision.expert_GTK - experts
+        zero_GTK = (0 <= zero_GTK) & (zero_GTK < self.zero)
+        if self.renormalise:
+            gate_GTK = jnp.where(zero_GTK | ~decision.keep_GTK, 0, decision.gate_GTK)
+            sum_GT1 = gate_GTK.sum(-1, keepdims=True)
+            gate_GTK = gate_GTK / jnp.where(sum_GT1 > 0, sum_GT1, 1)
+            has_zero_GT1 = (zero_GTK & decision.keep_GTK).any(-1, keepdims=True)
+            gate_GTK = jnp.where(has_zero_GT1, gate_GTK, decision.gate_GTK)
+            decision = dataclasses.replace(decision, gate_GTK=gate_GTK)
+
+        def part(is_its_GTK, first, count):
+            return dataclasses.replace(
+                decision,
+                expert_GTK=jnp.where(is_its_GTK, decision.expert_GTK - first, 0),
+                keep_GTK=decision.keep_GTK & is_its_GTK,
+                num_experts=count,
+            )
+
+        cheap_GTK = decision.expert_GTK >= experts
+        return part(~cheap_GTK, 0, experts), part(cheap_GTK, experts, self.count)
+
+    def fit(
+        self, cheap: TokenChoice, capacity: Capacity, inputs: RouterInputs, experts: int
+    ) -> TokenChoice:
+        """What the cheap ones take. Nothing on its way to a zero is dropped: it gives nothing."""
+        if capacity.keeps_all(inputs.train):
+            return cheap
+        kept = capacity.fit(cheap, inputs, self.share * experts + self.count)
+        return dataclasses.replace(
+            kept, keep_GTK=kept.keep_GTK | (cheap.keep_GTK & (cheap.expert_GTK < self.zero))
+        )
+
+    def choices(self, experts: int) -> Fraction:
+        """Among how many experts the assignments are divided, a cheap one counting 1 / share."""
+        return experts + self.count / self.share
 
     def __call__(self, x_GTD: jax.Array, weight_GTN: jax.Array) -> jax.Array:
         """(G, T, D): the weighted sum of what they give."""

@@ -36,6 +36,12 @@ class DepthBlock(nnx.Module):
                 f"Transformer.depth_router makes a {type(depth_router).__name__}; it has to be "
                 "MixtureOfDepths"
             )
+        if block.router is not None and block.router.reads_logits_before:
+            raise ValueError(
+                f"{type(block.router).__name__} reads the logits of the sparse layer before "
+                "(TopK.residual), which tokens that pass by a Mixture-of-Depths don't have; leave "
+                "it at False"
+            )
         if getattr(getattr(block, "attention", None), "window", None) is not None:
             raise ValueError(
                 "Attention.window counts tokens that go through, not positions, inside a "

@@ -122,9 +122,7 @@ class MoELayer(nnx.Module):
             )
         if (segmented or default_vectors) and not self.eval_dispatcher.needs_slots:
             self.eval_dispatcher = self.dispatcher
-        check_fit(
-            self.router, sequences_per_group, neurons, segmented, cheap_experts, default_vectors
-        )
+        check_fit(self.router, sequences_per_group, neurons, segmented, self.cheap, default_vectors)
         if neurons is not None:
             self.experts = neurons(num_experts, d_model, out_scale=out_scale)
         else:
@@ -139,14 +137,16 @@ class MoELayer(nnx.Module):
         """The layer's output (B, T, D) and what its router said."""
         inputs = self._group(x_BTD, tokens)
         output = self.router(inputs)
-        chosen = decision = output.decision
-        assert decision is not None and chosen is not None  # only whole models leave it out
+        decision, cheap, among = output.decision, None, None
+        assert decision is not None  # only whole models leave it out
         if self.cheap is not None:
-            decision = self._without_cheap(decision)
+            decision, cheap = self.cheap.split(self._each_token_chose(decision), self.num_experts)
+            cheap = self.cheap.fit(cheap, self.capacity, inputs, self.num_experts)
+            among = self.cheap.choices(self.num_experts)
         mover = self.dispatcher if inputs.train else self.eval_dispatcher
         fits = self.capacity.keeps_all(inputs.train) and not mover.needs_slots
         if isinstance(decision, TokenChoice) and isinstance(self.experts, Experts) and not fits:
-            decision = self.capacity.fit(decision, inputs, self.router.num_experts)
+            decision = self.capacity.fit(decision, inputs, among)
         decision = _save_by_name(decision)
         admitted, overflow = mover.admit(decision)
         if overflow is None:  # what was not admitted is dropped
@@ -157,10 +157,9 @@ class MoELayer(nnx.Module):
         if overflow is not None:
             y_GTD = y_GTD + self._second_way(x_GTD, overflow, inputs)
         kept_E = choices_GE(decision).sum(0)
-        if self.cheap is not None:
-            cheap_GTN = gates_GTE(chosen)[..., self.num_experts :]
-            y_GTD = y_GTD + self.cheap(x_GTD, cheap_GTN)
-            kept_E = jnp.concatenate([kept_E, output.stats.count_E[self.num_experts :]])
+        if self.cheap is not None and cheap is not None:
+            y_GTD = y_GTD + self.cheap(x_GTD, gates_GTE(cheap))
+            kept_E = jnp.concatenate([kept_E, choices_GE(cheap).sum(0)])
         y_BTD = constrain(y_GTD, "batch", "length", None).reshape(x_BTD.shape)
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
@@ -176,20 +175,14 @@ class MoELayer(nnx.Module):
 
         return jax.lax.cond(overflow.decision.keep_GTK.any(), compute, jnp.zeros_like, x_GTD)
 
-    def _without_cheap(self, decision) -> TokenChoice:
-        """The decision with the assignments to experts that cost something alone."""
+    def _each_token_chose(self, decision) -> TokenChoice:
+        """The decision, if it is of the kind that cheap experts need."""
         if not isinstance(decision, TokenChoice):
             raise ValueError(
                 "MoELayer.cheap_experts need a router that chooses for each token, as TopK and "
                 f"Switch do; {type(self.router).__name__} decides by {type(decision).__name__}"
             )
-        real_GTK = decision.expert_GTK < self.num_experts
-        return dataclasses.replace(
-            decision,
-            expert_GTK=jnp.where(real_GTK, decision.expert_GTK, 0),
-            keep_GTK=decision.keep_GTK & real_GTK,
-            num_experts=self.num_experts,
-        )
+        return decision
 
     def _experts(
         self, x_GTD, decision, inputs, mover: Dispatcher
@@ -242,6 +235,10 @@ class MoELayer(nnx.Module):
         shape = (batch // per_group, per_group * length)
         valid_GT = (tokens.segment_BT > 0).reshape(shape)
         x_GTD = x_BTD.reshape(*shape, width).astype(jnp.float32)
+        before_GTE = None
+        if self.router.reads_logits_before and tokens.logits_BTE is not None:
+            before_GTE = tokens.logits_BTE.reshape(*shape, self.router.num_experts)
+            before_GTE = jnp.where(valid_GT[..., None], before_GTE, 0)
         return RouterInputs(
             x_GTD=jnp.where(valid_GT[..., None], x_GTD, 0),
             valid_GT=valid_GT,
@@ -251,6 +248,7 @@ class MoELayer(nnx.Module):
             key=tokens.key,
             train=tokens.train,
             step=tokens.step,
+            logits_before_GTE=before_GTE,
         )
 
 
@@ -272,6 +270,13 @@ def check_fit(router: Router, per_group, neurons, segmented, cheap, defaults) ->
         )
     if segmented and not isinstance(router, MultiHash):
         raise ValueError(f"MoELayer.segmented is for MultiHash, whose gates are 1, not for {name}")
+    for loss in router.losses:
+        own, there = getattr(loss, "cheap", 0), cheap.count if cheap else 0
+        if own and own != there:
+            raise ValueError(
+                f"BalanceLoss.cheap={own}, but MoELayer.cheap_experts has {there} of them "
+                "(zero + copy + constant of ZeroCopyConstant: 4 unless set)"
+            )
     if defaults and (neurons or segmented or cheap):
         raise ValueError(
             "MoELayer.default_vectors stand beside plain experts: leave neurons, segmented and "

@@ -4,6 +4,7 @@ L layers, B batch, T tokens, D model width.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 from typing import Literal
 
 from flax import nnx
@@ -45,15 +46,16 @@ class Unit(nnx.Module):
         self.blocks = nnx.List(blocks)
 
     def __call__(self, x_BTD, tokens: Tokens, first_layer, steps):
-        """x after the blocks, and what the routers of experts and those of depth said."""
+        """x after the blocks, the last router's logits, and what experts' and depth's said."""
         outputs, depths = [], []
         for j, block in enumerate(self.blocks):
             step = steps[len(outputs)] if steps and block.is_moe else None
             x_BTD, output, *depth = block(x_BTD, tokens.for_layer(first_layer + j, step))
             if output is not None:
-                outputs.append(output)
+                tokens = tokens.after(output)
+                outputs.append(dataclasses.replace(output, logits_GTE=None))
             depths += depth
-        return x_BTD, (outputs, depths)
+        return (x_BTD, tokens.logits_BTE), (outputs, depths)
 
 
 class Stack(nnx.Module):
@@ -92,21 +94,25 @@ class Stack(nnx.Module):
         return variable.replace(value, layers=layers)
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens, steps: list[WholeStep] | None):
-        """x after all layers; the outputs of the experts' routers, and of depth's, over layers.
+        """x after all layers, and the last router's logits where the next one reads them; the
+        outputs of the experts' routers, and of depth's, over layers.
 
         steps: for each sparse block of the unit, whole-step statistics stacked over repeats.
         """
         graphdef, state = nnx.split(self.unit)
 
-        def body(x_BTD, slices):
+        def body(carry, slices):
+            x_BTD, logits_BTE = carry
             state, first_layer, steps = slices
-            return nnx.merge(graphdef, state)(x_BTD, tokens, first_layer, steps)
+            here = dataclasses.replace(tokens, logits_BTE=logits_BTE)
+            return nnx.merge(graphdef, state)(x_BTD, here, first_layer, steps)
 
         body = rematerialised(body, self.remat)
         first = self.first_layer + self.length * jnp.arange(self.repeats)
         unroll = 1 if self.scan else self.repeats
-        x_BTD, (outputs, depths) = jax.lax.scan(body, x_BTD, (state, first, steps), unroll=unroll)
-        return x_BTD, in_layer_order(outputs), in_layer_order(depths)
+        start = (x_BTD, tokens.logits_BTE)
+        carry, (outputs, depths) = jax.lax.scan(body, start, (state, first, steps), unroll=unroll)
+        return *carry, in_layer_order(outputs), in_layer_order(depths)
 
     def update_router_state(self, stats_per_block) -> None:
         """Every memory's update, layer by layer, from statistics stacked over repeats."""

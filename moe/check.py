@@ -60,7 +60,7 @@ class Bench:
         graph = self.graph(dispatcher)
 
         def forward(params, x_BTD, tokens):
-            return graph.join(params, self.state)(x_BTD, tokens)
+            return run_layer(graph.join(params, self.state), x_BTD, tokens)
 
         def loss(both, tokens, weight_BTD):
             y_BTD, output = rematerialised(forward, remat)(*both, tokens)
@@ -77,11 +77,20 @@ class Bench:
     @functools.cached_property
     def evaluate(self):
         graph = self.graph(SlotGather())
-        return jax.jit(lambda x_BTD, tokens: graph.join(self.params, self.state)(x_BTD, tokens))
+        layer = functools.partial(graph.join, self.params, self.state)
+        return jax.jit(lambda x_BTD, tokens: run_layer(layer(), x_BTD, tokens))
 
     @functools.cached_property
     def plain(self):
         return self.train()
+
+
+def run_layer(layer: MoELayer, x_BTD: jax.Array, tokens: Tokens):
+    """The layer, with logits of a layer before it that each token's own x makes up."""
+    if layer.router.reads_logits_before:
+        to_DE = draw(11, x_BTD.shape[-1], layer.router.num_experts)
+        tokens = dataclasses.replace(tokens, logits_BTE=x_BTD.astype(jnp.float32) @ to_DE)
+    return layer(x_BTD, tokens)
 
 
 def check(make: Callable[[Sizes], Router], num_experts: int = 4) -> Iterator[Verdict]:
@@ -243,7 +252,7 @@ def precision(bench: Bench) -> Iterator[Verdict]:
     x_BTD: jax.ShapeDtypeStruct = jax.ShapeDtypeStruct((B, T, D), jnp.bfloat16)
 
     def run(x_BTD):
-        return graph.join(bench.params, bench.state)(x_BTD, tokens(True))[1]
+        return run_layer(graph.join(bench.params, bench.state), x_BTD, tokens(True))[1]
 
     kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(jax.eval_shape(run, x_BTD))}
     wrong = sorted(kinds - {"float32", "int32", "bool"})

@@ -4,6 +4,7 @@ B batch, T tokens, D model width, V vocabulary, L sparse layers, H heads.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 
 from flax import nnx
@@ -215,16 +216,27 @@ class Transformer(nnx.Module):
         elif self.positions == "sinusoidal":
             x_BTD = x_BTD + sinusoidal(tokens.position_BT, self.d_model)
         x_BTD = constrain(x_BTD.astype(dtype), "batch", "length", None)
+        tokens = self._before_the_first(tokens)
         outputs, depths, done = [], [], 0
         for stack in self.stacks:
             per_unit = sum(b.is_moe for b in stack.unit.blocks)
             steps = per_block(step, done, per_unit, stack.repeats)
-            x_BTD, output, depth = stack(x_BTD, tokens, steps)
+            x_BTD, logits_BTE, output, depth = stack(x_BTD, tokens, steps)
+            tokens = dataclasses.replace(tokens, logits_BTE=logits_BTE)
             done += per_unit * stack.repeats
             outputs += [] if output is None else [output]
             depths += [] if depth is None else [depth]
         hidden_BTD = self.final_norm(x_BTD)  # pyright: ignore[reportCallIssue]
         return ModelOutput(hidden_BTD, over_layers(outputs), over_layers(depths))
+
+    def _before_the_first(self, tokens: Tokens) -> Tokens:
+        """The tokens with logits of zero, where routers read those of the sparse layer before."""
+        for layer in self.moe_layers_of_units():
+            if layer.router.reads_logits_before:
+                shape = (*tokens.token_BT.shape, layer.router.num_experts)
+                logits_BTE = constrain(jnp.zeros(shape), "batch", "length", None)
+                return dataclasses.replace(tokens, logits_BTE=logits_BTE)
+        return tokens
 
     def head(self) -> jax.Array:
         """(D, V) float32: what hidden states are multiplied with."""

@@ -16,14 +16,15 @@ import numpy as np
 from routing.records import RouterInputs, TokenChoice
 
 
-def slots_per_expert(tokens, *, k: int, num_experts: int, factor: float, multiple: int = 1):
+def slots_per_expert(
+    tokens, *, k: int, num_experts: int | Fraction, factor: float, multiple: int = 1
+):
     """C = ceil(factor * k * tokens / experts), then up to a multiple; exact integer arithmetic.
 
     `tokens` may be a Python int or an int64 NumPy array.
     """
-    exact = Fraction(factor).limit_denominator(10_000)
-    top, bottom = exact.numerator * k, exact.denominator * num_experts
-    slots = -(-tokens * top // bottom)
+    exact = Fraction(factor).limit_denominator(10_000) * k / num_experts
+    slots = -(-tokens * exact.numerator // exact.denominator)
     return -(-slots // multiple) * multiple
 
 
@@ -92,11 +93,11 @@ class Capacity:
         return (self.factor if train else self.eval_factor) is None
 
     def fit(
-        self, decision: TokenChoice, inputs: RouterInputs, choices: int | None = None
+        self, decision: TokenChoice, inputs: RouterInputs, choices: int | Fraction | None = None
     ) -> TokenChoice:
         """The decision with a slot for every assignment that fits; the rest has keep False.
 
-        choices: what the router chose among, where that is more than the decision's experts.
+        choices: among how many such experts the assignments are divided, where these are not all.
         """
         factor = self.factor if inputs.train else self.eval_factor
         _, tokens, k = decision.expert_GTK.shape

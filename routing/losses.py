@@ -55,12 +55,15 @@ class BalanceLoss(RouterLoss):
     over each group, then averaged with its number of tokens (DeepSeek-V3, eq. 17-20).
     choices "first": f counts only each token's first choice (GShard, algorithm 1).
     devices: E is taken as so many equal parts in a row, one a device (DeepSeekMoE, eq. 15-17).
+    cheap: so many of the last experts cost nothing, and count `cheap_weight` times (MoE++, eq. 7).
     """
 
     coefficient: float = 0.01
     scope: Literal["global", "group", "sequence"] = "global"
     choices: Literal["all", "first"] = "all"
     devices: int | None = None
+    cheap: int = 0
+    cheap_weight: float = 0.75
     name: str = "balance"
 
     def __post_init__(self):
@@ -70,6 +73,13 @@ class BalanceLoss(RouterLoss):
             raise ValueError(f"BalanceLoss.devices={self.devices} must be at least 1, or None")
         if self.choices not in ("all", "first"):
             raise ValueError(f"BalanceLoss.choices={self.choices!r}: all or first")
+        if self.cheap < 0 or not 0 < self.cheap_weight <= 1:
+            raise ValueError(
+                f"BalanceLoss.cheap={self.cheap}, cheap_weight={self.cheap_weight}: a number of "
+                "experts, and a weight above 0 and at most 1"
+            )
+        if self.cheap and self.devices is not None:
+            raise ValueError("BalanceLoss.cheap and devices exclude each other")
 
     def tally(self, routing, inputs):
         first = self.choices == "first" and self.scope == "global"
@@ -82,24 +92,35 @@ class BalanceLoss(RouterLoss):
             counted = stats if inputs.step is None else inputs.step.stats
             count_E = counted.own[first] if self.choices == "first" else counted.count_E
             score_E = of_the_step(stats, inputs, lambda stats: stats.score_sum_E)
-            return _balance(self._by_device(count_E), self._by_device(score_E))
+            return self._balance(count_E, score_E)
         valid_GT1 = inputs.valid_GT[..., None]
         score_GE = jnp.where(valid_GT1, score_GTE, 0).sum(1)
         first = self.choices == "first"
         count_GE = first_choices_GE(routing) if first else choices_GE(routing.decision)
-        loss_G = jax.vmap(_balance)(self._by_device(count_GE), self._by_device(score_GE))
+        loss_G = jax.vmap(self._balance)(count_GE, score_GE)
         tokens_G = inputs.valid_GT.sum(1)
         return jnp.sum(loss_G * tokens_G) / jnp.maximum(tokens_G.sum(), 1)
 
-    def _by_device(self, sum_xE):
+    def _balance(self, count_E, score_sum_E):
+        """E * sum_e w_e (share of the choices) * (share of the score); zero without a token."""
+        count_E, score_sum_E = self._by_device(count_E), self._by_device(score_sum_E)
+        share_E = count_E / jnp.maximum(count_E.sum(), 1)
+        # Scores sum to 1 over the experts, so their sum is the number of tokens.
+        tokens = jax.lax.stop_gradient(score_sum_E.sum())
+        mean_E = score_sum_E / jnp.where(tokens > 0, tokens, 1.0)
+        experts = count_E.shape[0]
+        is_cheap_E = jnp.arange(experts) >= experts - self.cheap
+        return experts * jnp.sum(jnp.where(is_cheap_E, self.cheap_weight, 1) * share_E * mean_E)
+
+    def _by_device(self, sum_E):
         """Sums of the experts that share a device, where the loss is on devices."""
         if self.devices is None:
-            return sum_xE
-        if sum_xE.shape[-1] % self.devices:
+            return sum_E
+        if sum_E.shape[0] % self.devices:
             raise ValueError(
-                f"BalanceLoss.devices={self.devices} does not divide the {sum_xE.shape[-1]} experts"
+                f"BalanceLoss.devices={self.devices} does not divide the {sum_E.shape[0]} experts"
             )
-        return sum_xE.reshape(*sum_xE.shape[:-1], self.devices, -1).sum(-1)
+        return sum_E.reshape(self.devices, -1).sum(-1)
 
 
 def of_the_step(stats: RouterStats, inputs: RouterInputs, read) -> jax.Array:
@@ -130,15 +151,6 @@ def first_choices_GE(routing: Routing) -> jax.Array:
         keep_GTK=jnp.take_along_axis(decision.keep_GTK, best_GT1, -1),
     )
     return choices_GE(first)
-
-
-def _balance(count_E, score_sum_E):
-    """E * sum_e (share of the choices) * (share of the score); zero where there is no token."""
-    share_E = count_E / jnp.maximum(count_E.sum(), 1)
-    # Scores sum to 1 over the experts, so their sum is the number of tokens.
-    tokens = jax.lax.stop_gradient(score_sum_E.sum())
-    mean_E = score_sum_E / jnp.where(tokens > 0, tokens, 1.0)
-    return count_E.shape[0] * jnp.sum(share_E * mean_E)
 
 
 @gin.configurable

@@ -100,6 +100,8 @@ class RouterInputs(nnx.Pytree):
 
     index_G numbers the groups of the whole optimizer step, so that random draws depend on neither
     the mesh nor the number of micro-batches; key already names seed, step and layer.
+    logits_before_GTE are the router's logits in the sparse layer before, zero in the first, where
+    the router `reads_logits_before`.
     """
 
     x_GTD: Float[Array, "G T D"] = nnx.data()
@@ -110,6 +112,7 @@ class RouterInputs(nnx.Pytree):
     key: Key[Array, ""] = nnx.data()
     train: bool = nnx.static()
     step: WholeStep | None = nnx.data(default=None)
+    logits_before_GTE: Float[Array, "G T E"] | None = nnx.data(default=None)
 
     def keys_G(self, purpose: int) -> Key[Array, " G"]:
         """One key per group for one purpose (jitter, sampling, ...)."""
@@ -208,6 +211,7 @@ class RouterOutput(nnx.Pytree):
     """A decision, its losses (unscaled, by name), their scaled sum, and its statistics.
 
     For a whole model everything is stacked over its sparse layers; a step keeps no decision.
+    logits_GTE are on their way to the next sparse layer, where the router `reads_logits_before`.
     """
 
     decision: Decision | None = nnx.data()
@@ -215,6 +219,7 @@ class RouterOutput(nnx.Pytree):
     penalty: Float[Array, "*L"] = nnx.data()
     stats: RouterStats = nnx.data()
     policy: Policy | None = nnx.data(default=None)
+    logits_GTE: Float[Array, "G T E"] | None = nnx.data(default=None)
 
 
 def gates_GTE(decision: Decision) -> Float[Array, "G T E"]:

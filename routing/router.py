@@ -57,6 +57,8 @@ class Router(nnx.Module):
     losses: tuple[RouterLoss, ...]
     # Whether `route` itself reads the statistics of the whole step, which micro-batches then need.
     reads_the_step: bool = False
+    # Whether `route` reads the logits of the sparse layer before: `inputs.logits_before_GTE`.
+    reads_logits_before: bool = False
     # Names and weights of the losses that the objective completes, for routers with a policy.
     completed: tuple[tuple[str, float], ...] = ()
 
@@ -76,7 +78,8 @@ class Router(nnx.Module):
             penalty = sum(
                 (loss.coefficient * losses[loss.name] for loss in self.losses), jnp.float32(0)
             )
-        return RouterOutput(routing.decision, losses, penalty, stats, routing.policy)
+        logits_GTE = routing.logits_GTE if self.reads_logits_before else None
+        return RouterOutput(routing.decision, losses, penalty, stats, routing.policy, logits_GTE)
 
     @property
     def needs_the_whole_step(self) -> bool:

@@ -40,6 +40,8 @@ class TopK(Router):
         orthogonal: the weights start with orthonormal columns (SIMBAL, Guo et al. 2025), for
             which `TermLoss("orthogonality")` keeps them (the sum of |W^T W - I|).
         keep_rest: the decision carries the gates of unchosen experts too, for `DefaultVectors`.
+        residual: a linear map of the logits of the sparse layer before is added to the logits
+            (MoE++, Jin et al. 2024, eq. 6).
         losses: values such as `BalanceLoss()`; balance and z where None.
 
     Raises:
@@ -63,6 +65,7 @@ class TopK(Router):
         groups_per_token: int = 1,
         orthogonal: bool = False,
         keep_rest: bool = False,
+        residual: bool = False,
         losses: Sequence[RouterLoss] | None = None,
     ):
         check_k("TopK", k, sizes)
@@ -87,10 +90,15 @@ class TopK(Router):
         shape = (sizes.d_model, sizes.num_experts)
         init = parameters.orthogonal() if orthogonal else truncated_normal(init_scale)
         self.weight_DE = parameter(shape, ("embed", None), init)
+        self.reads_logits_before = residual
+        shape = (sizes.num_experts, sizes.num_experts)
+        self.residual_EE = parameter(shape, (None, None), truncated_normal()) if residual else None
         self.balancer = balancer(sizes.num_experts) if balancer else None
 
     def route(self, inputs: RouterInputs) -> Routing:
         logits_GTE = jnp.einsum("gtd,de->gte", inputs.x_GTD, self.weight_DE[...])
+        if self.residual_EE is not None and inputs.logits_before_GTE is not None:
+            logits_GTE = logits_GTE + inputs.logits_before_GTE @ self.residual_EE[...]
         if self.gates == "sigmoid":
             raw_GTE, log_GTE = jax.nn.sigmoid(logits_GTE), jax.nn.log_sigmoid(logits_GTE)
             score_GTE = jax.nn.softmax(log_GTE)  # sigmoids over their sum, however small

@@ -20,6 +20,7 @@ from layers.segmented_experts import SegmentedExperts
 from layers.stack import rematerialised
 from layers.tokens import Tokens
 from moe import functional
+from moe.check import run_layer
 from routing import (
     BASE,
     SMEAR,
@@ -105,7 +106,14 @@ ROUTERS = {
     "quantile": row(
         TopK, k=2, balancer=QuantileBalancer, losses=LOSSES, state=("balancer.bias_E",)
     ),
-    "moe_plus_plus": row(TopK, k=2, losses=LOSSES, layer={"cheap_experts": ZeroCopyConstant}),
+    "moe_plus_plus": row(
+        TopK,
+        k=2,
+        residual=True,
+        losses=(BalanceLoss(cheap=4), *LOSSES[1:]),
+        learned=("weight_DE", "residual_EE"),
+        layer={"cheap_experts": ZeroCopyConstant},
+    ),
     "default_moe": row(
         TopK,
         k=2,
@@ -217,7 +225,7 @@ def compiled(name, dispatcher=SlotGather(), capacity=Capacity(), remat="none"):
     graph, _, state = layer_of(name, dispatcher, capacity)
 
     def forward(params, x_BTD, tokens):
-        return graph.join(params, state)(x_BTD, tokens)
+        return run_layer(graph.join(params, state), x_BTD, tokens)
 
     def loss(both, tokens, weight_BTD, penalty):
         y_BTD, output = rematerialised(forward, remat)(*both, tokens)
@@ -236,7 +244,7 @@ def compiled(name, dispatcher=SlotGather(), capacity=Capacity(), remat="none"):
 @functools.cache
 def evaluated(name, capacity=Capacity()):
     graph, params, state = layer_of(name, SlotGather(), capacity)
-    return jax.jit(lambda x_BTD, tokens: graph.join(params, state)(x_BTD, tokens))
+    return jax.jit(lambda x_BTD, tokens: run_layer(graph.join(params, state), x_BTD, tokens))
 
 
 def router_of(name):

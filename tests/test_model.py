@@ -18,6 +18,7 @@ from layers.tokens import Tokens
 from moe import functional
 from moe.model import Transformer, runs_of_layers, sparse_layers
 from routing import (
+    BalanceLoss,
     Capacity,
     ExpertChoiceRouter,
     Hash,
@@ -321,6 +322,30 @@ def test_a_decoder_refuses_a_router_that_sees_the_future(router):
         (
             {"moe": moe(default_vectors=DefaultVectors, cheap_experts=ZeroCopyConstant)},
             "leave neurons, segmented and cheap_experts out",
+        ),
+        (
+            {
+                "moe": moe(
+                    functools.partial(TopK, losses=(BalanceLoss(cheap=3),)),
+                    cheap_experts=ZeroCopyConstant,
+                )
+            },
+            "BalanceLoss.cheap=3, but MoELayer.cheap_experts has 4 of them",
+        ),
+        (
+            {"moe": moe(functools.partial(TopK, losses=(BalanceLoss(cheap=4),)))},
+            "BalanceLoss.cheap=4, but MoELayer.cheap_experts has 0 of them",
+        ),
+        (
+            {"moe": moe(cheap_experts=functools.partial(ZeroCopyConstant, share=0.0))},
+            "ZeroCopyConstant.share=0.0 must be above 0 and at most 1",
+        ),
+        (
+            {
+                "moe": moe(functools.partial(TopK, residual=True)),
+                "depth_router": MixtureOfDepths,
+            },
+            "TopK reads the logits of the sparse layer before",
         ),
         ({"depth_router": Switch}, "makes a Switch; it has to be MixtureOfDepths"),
         (
