@@ -1,13 +1,16 @@
 """Multi-head attention with grouped keys and values.
 
-B batch, T tokens, D model width, H query heads, N key-value heads, K width of a head.
+B batch, T tokens, D model width, H query heads, N key-value heads, K width of a head; Q queries
+and S keys of a part of a sequence.
 """
 
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 from flax import nnx
 import gin
 import jax
+import jax.numpy as jnp
 
 from layers.constrain import constrain, is_cut
 from layers.linear import linear
@@ -32,6 +35,10 @@ class Attention(nnx.Module):
         rotary: `Rotary()` where None.
         out_scale: variance scale of the output weights.
         implementation: as in `jax.nn.dot_product_attention`; None lets JAX choose.
+        chunk: so many queries at a time where a sequence is longer, against the keys that they may
+            see, so that no scores of T x T are held (and a causal half of them never computed);
+            the backward pass computes a chunk's scores again. Not with "cudnn", which never holds
+            them, nor along a cut sequence. None for all at once.
     """
 
     def __init__(
@@ -47,6 +54,7 @@ class Attention(nnx.Module):
         rotary: Rotary | None = None,
         out_scale: float = 1.0,
         implementation: Literal["xla", "cudnn"] | None = None,
+        chunk: int | None = 1024,
     ):
         kv_heads = num_kv_heads or num_heads
         if head_width is None and d_model % num_heads:
@@ -61,10 +69,12 @@ class Attention(nnx.Module):
             )
         if window is not None and window < 1:
             raise ValueError(f"Attention.window={window} must be at least 1, or None")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"Attention.chunk={chunk} must be at least 1, or None")
         width = head_width or d_model // num_heads
         if positions == "rotary" and width % 2:
             raise ValueError(f"rotary positions need an even head width, not {width}")
-        self.positions, self.causal, self.window = positions, causal, window
+        self.positions, self.causal, self.window, self.chunk = positions, causal, window, chunk
         self.rotary = Rotary() if rotary is None else rotary
         self.implementation: Literal["xla", "cudnn"] | None = implementation
         init = truncated_normal()
@@ -91,18 +101,49 @@ class Attention(nnx.Module):
             query_BTHK = constrain(query_BTHK, "batch", "length", "heads", None)
             key_BTNK = constrain(key_BTNK, "batch", None, "kv_heads", None)
             value_BTNK = constrain(value_BTNK, "batch", None, "kv_heads", None)
-        bias_BHTT = None
-        if self.positions == "alibi":
-            bias_BHTT = alibi(position_BT, query_BTHK.shape[2]).astype(dtype)
-        side = None if self.window is None else self.window - 1
-        mixed_BTHK = jax.nn.dot_product_attention(
-            query_BTHK,
-            key_BTNK,
-            value_BTNK,
-            bias=bias_BHTT,
-            mask=(segment_BT[:, None, :, None] == segment_BT[:, None, None, :]),
-            is_causal=self.causal,
-            local_window_size=None if side is None else (side, 0 if self.causal else side),
-            implementation=self.implementation,
-        )
+        length, chunk = x_BTD.shape[1], self.chunk
+        if chunk is None or self.implementation == "cudnn" or is_cut("length"):
+            chunk = length
+        parts = []
+        for first in range(0, length, chunk):
+            queries = slice(first, min(first + chunk, length))
+            mix = functools.partial(self._mix, queries=queries, keys=self._seen(queries, length))
+            mix = mix if length <= chunk else jax.checkpoint(mix)
+            parts.append(mix(query_BTHK, key_BTNK, value_BTNK, position_BT, segment_BT))
+        mixed_BTHK = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
         return linear(mixed_BTHK, self.out_HKD[...], contracted=2)
+
+    def _seen(self, queries: slice, length: int) -> slice:
+        """The keys that any of these queries may see."""
+        side = length if self.window is None else self.window - 1
+        after = 0 if self.causal else side
+        return slice(max(0, queries.start - side), min(length, queries.stop + after))
+
+    def _mix(self, query_BTHK, key_BTNK, value_BTNK, position_BT, segment_BT, queries, keys):
+        """The values that some queries see, weighted (B, queries, H, K)."""
+        bias_BHQS = None
+        if self.positions == "alibi":
+            heads = query_BTHK.shape[2]
+            bias_BHQS = alibi(position_BT[:, queries], position_BT[:, keys], heads)
+            bias_BHQS = bias_BHQS.astype(query_BTHK.dtype)
+        mask_BQS = segment_BT[:, queries, None] == segment_BT[:, None, keys]
+        side = None if self.window is None else self.window - 1
+        rule: dict[str, Any] = {"is_causal": self.causal}
+        if side is not None:
+            rule["local_window_size"] = (side, 0 if self.causal else side)
+        if queries != keys:  # JAX's own rules count queries and keys from the same token
+            rule, key_S = {}, jnp.arange(keys.start, keys.stop)
+            before_QS = jnp.arange(queries.start, queries.stop)[:, None] - key_S[None]
+            if self.causal:
+                mask_BQS &= before_QS[None] >= 0
+            if side is not None:
+                mask_BQS &= jnp.abs(before_QS)[None] <= side
+        return jax.nn.dot_product_attention(
+            query_BTHK[:, queries],
+            key_BTNK[:, keys],
+            value_BTNK[:, keys],
+            bias=bias_BHQS,
+            mask=mask_BQS[:, None],
+            implementation=self.implementation,
+            **rule,
+        )

@@ -43,10 +43,10 @@ def alibi_slopes(heads: int) -> np.ndarray:
     return np.concatenate([slopes, between]).astype(np.float32)
 
 
-def alibi(position_BT: jax.Array, heads: int) -> jax.Array:
-    """Bias (B, H, T, T): minus slope times the distance between query and key."""
-    distance_BTT = jnp.abs(position_BT[:, :, None] - position_BT[:, None, :]).astype(jnp.float32)
-    return -jnp.asarray(alibi_slopes(heads))[None, :, None, None] * distance_BTT[:, None]
+def alibi(query_BQ: jax.Array, key_BS: jax.Array, heads: int) -> jax.Array:
+    """Bias (B, H, Q, S) of positions: minus slope times the distance of query and key."""
+    distance_BQS = jnp.abs(query_BQ[:, :, None] - key_BS[:, None, :]).astype(jnp.float32)
+    return -jnp.asarray(alibi_slopes(heads))[None, :, None, None] * distance_BQS[:, None]
 
 
 def sinusoidal(position_BT: jax.Array, width: int) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import functools
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,7 +104,7 @@ def test_alibi_slopes(heads, slopes):
 
 
 def test_alibi_is_minus_slope_times_distance():
-    bias_BHTT = np.asarray(alibi(PLACES, 8))
+    bias_BHTT = np.asarray(alibi(PLACES, PLACES, 8))
     distance_TT = np.abs(np.arange(T)[:, None] - np.arange(T)[None])
     close(bias_BHTT[1, 2], -(2.0**-3) * distance_TT)
 
@@ -164,6 +165,46 @@ def test_attention_is_the_slow_loop(options):
     close(layer(put(x_BTD), PLACES, ONE_DOCUMENT), slow_attention(layer, x_BTD), atol=1e-5)
 
 
+@pytest.mark.parametrize("positions", ["rotary", "alibi"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("chunk", [2, 4])
+def test_chunks_of_queries_are_all_queries(positions, causal, window, chunk):
+    """Forward and both gradients, with several documents; the last chunk is shorter."""
+    options = {"positions": positions, "causal": causal, "window": window, "num_kv_heads": 2}
+    found = []
+    for size in (None, chunk):
+        layer = attention(chunk=size, **options)
+
+        graph, state = nnx.split(layer)
+
+        def mixed(state, x_BTD, graph=graph):
+            y_BTD = nnx.merge(graph, state)(x_BTD, INSIDE, DOCUMENTS)
+            return jnp.sum(jnp.sin(y_BTD)), y_BTD
+
+        grad = jax.jit(jax.value_and_grad(mixed, (0, 1), has_aux=True))
+        found.append(grad(state, put(draw(B, T, D))))
+    for one, other in zip(*map(jax.tree.leaves, found), strict=True):
+        close(one, other, atol=2e-5)
+
+
+def test_chunks_hold_no_square_of_the_length():
+    """Nor compute it: of 4 chunks of 16 of 64 tokens, a causal one sees 10 of 16 squares."""
+    x_BTD, places = jnp.ones((1, 64, D)), jnp.arange(64)[None]
+
+    def text(chunk):
+        layer = attention(chunk=chunk)
+        graph, state = nnx.split(layer)
+
+        def loss(state):
+            return nnx.merge(graph, state)(x_BTD, places, places * 0 + 1).sum()
+
+        return jax.jit(jax.grad(loss)).lower(state).as_text()
+
+    assert "x64x64x" in text(None)
+    assert "x64x64x" not in text(16) and "x16x64x" in text(16)
+
+
 def test_grouped_heads_are_repeated_heads():
     """Query heads 0 and 1 read key-value head 0, 2 and 3 read 1."""
     few, all_heads, x_BTD = attention(num_kv_heads=2), attention(), draw(B, T, D)
@@ -214,7 +255,7 @@ def test_alibi_adds_its_bias():
     # With keys of zero the weights are the softmax of the bias alone.
     layer.key_DNK.set_value(jnp.zeros_like(layer.key_DNK[...]))
     value = np.einsum("btd,dhk->bthk", x_BTD, np.asarray(layer.value_DNK[...]))
-    bias_HTT = np.asarray(alibi(PLACES, H))[0]
+    bias_HTT = np.asarray(alibi(PLACES, PLACES, H))[0]
     weight_HTT = np.where(np.tri(T, dtype=bool), np.exp(bias_HTT), 0)
     weight_HTT /= weight_HTT.sum(-1, keepdims=True)
     mixed = np.einsum("hts,bshk->bthk", weight_HTT, value)
@@ -244,6 +285,7 @@ def test_qk_norm_bounds_the_scores():
         ({"num_heads": 3}, "d_model=16 does not divide by num_heads=3; choose a multiple"),
         ({"num_kv_heads": 3}, "num_heads=4 does not divide by num_kv_heads=3"),
         ({"window": 0}, "Attention.window=0 must be at least 1"),
+        ({"chunk": 0}, "Attention.chunk=0 must be at least 1"),
         ({"head_width": 5}, "even head width, not 5"),
     ],
 )
