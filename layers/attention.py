@@ -88,7 +88,6 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, position_BT: jax.Array, segment_BT: jax.Array):
         """(B, T, D). Attention never crosses from one segment into another."""
-        dtype = x_BTD.dtype
         query_BTHK = linear(x_BTD, self.query_DHK[...])
         key_BTNK = linear(x_BTD, self.key_DNK[...])
         value_BTNK = linear(x_BTD, self.value_DNK[...])
