@@ -12,9 +12,12 @@ COLLECTIVES = (
     "collective-permute",
 )
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1, "f64": 8}
-_LINE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\((.*)")
+_LINE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\((.*)")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
+_EXCHANGE = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (.*?) (?:ragged-)?all-to-all(-start)?\(")
+_DONE = re.compile(r" (?:ragged-)?all-to-all-done\(%?([\w.-]+)\)")
+_PRODUCT = re.compile(r"dot_general|ragged[_-]dot")
 _CALLED = re.compile(r"(?:calls|to_apply|branch_computations)=\{?((?:%?[\w.-]+(?:, )?)+)")
 
 
@@ -52,10 +55,14 @@ def collectives(text: str, axis_names: tuple[str, ...], sizes: tuple[int, ...]) 
     for name, lines in bodies.items():
         for line in lines:
             if match := _LINE.search(line):
-                shapes, kind, rest = match.groups()
+                shapes, kind, start, rest = match.groups()
                 group = group_of(rest, sizes)
                 axes = axes_of(group, axis_names, sizes)
+                if start:  # beside its result, what it tells whether it is done
+                    shapes = shapes.replace("u32[]", "")
                 size = result_bytes(shapes, whole=kind == "all-to-all")
+                if start and kind == "all-to-all":  # and beside what it gets, what it sends
+                    size //= 2
                 found.append(Collective(kind, axes, len(group), size, times.get(name, 1)))
     return found
 
@@ -70,6 +77,43 @@ def by_kind(found: list[Collective]) -> list[dict[str, Any]]:
         row["times"] += one.times
         row["moved"] += one.moved
     return [rows[key] for key in sorted(rows)]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """An all-to-all of rows: the names of the products that run while it is under way."""
+
+    name: str
+    products: tuple[str, ...]
+
+
+def exchanges(text: str) -> list[Exchange]:
+    """Every all-to-all of floating-point numbers, in a compiled program's own order.
+
+    One that the program waits for has no products.
+    """
+    found = []
+    for lines in computations(text).values():
+        started: dict[str, int] = {}
+        for number, line in enumerate(lines):
+            if match := _EXCHANGE.match(line):
+                name, shapes, start = match.groups()
+                started[name] = number
+                if not start and re.search(r"(?:bf16|f16|f32)\[", shapes):
+                    found.append(Exchange(name_of(line), ()))
+            elif (done := _DONE.search(line)) and done[1] in started:
+                first = started[done[1]]
+                if re.search(r"(?:bf16|f16|f32)\[", lines[first]):
+                    between = (name_of(line) for line in lines[first + 1 : number])
+                    products = tuple(name for name in between if _PRODUCT.search(name))
+                    found.append(Exchange(name_of(lines[first]), products))
+    return found
+
+
+def name_of(line: str) -> str:
+    """What an instruction stands for in the model's source: op_name, or nothing."""
+    match = re.search(r'op_name="([^"]*)"', line)
+    return match[1] if match else ""
 
 
 def computations(text: str) -> dict[str, list[str]]:

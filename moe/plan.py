@@ -212,6 +212,7 @@ def compiled(built: Built) -> dict[str, Any]:
     code = memory.generated_code_size_in_bytes
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     whole = arguments + temporaries + code + new
+    text = executable.as_text()
     return {
         "fits": True,
         "seconds": time.monotonic() - started,
@@ -219,5 +220,13 @@ def compiled(built: Built) -> dict[str, Any]:
         "temporaries": temporaries,
         # The most at any one time: temporaries reuse arguments that are read no more.
         "total": memory.peak_memory_in_bytes or whole,
-        "collectives": hlo.by_kind(hlo.collectives(executable.as_text(), MESH_AXES, sizes)),
+        "collectives": hlo.by_kind(hlo.collectives(text, MESH_AXES, sizes)),
+        "exchanges": [
+            {
+                "name": exchange.name,
+                "products_beside": len(exchange.products),
+                "of_shared_experts": sum("shared_experts" in name for name in exchange.products),
+            }
+            for exchange in hlo.exchanges(text)
+        ],
     }

@@ -94,6 +94,13 @@ def report(found: dict[str, Any]) -> str:
     for row in compiled["collectives"]:
         size = f"{row['moved'] / 2**20:10,.1f} MiB"
         lines.append(f"  {row['times']:5} x {row['kind']:20} {row['axes']:22} {size}")
+    if exchanges := compiled["exchanges"]:
+        beside = sum(exchange["products_beside"] > 0 for exchange in exchanges)
+        shared = sum(exchange["of_shared_experts"] > 0 for exchange in exchanges)
+        lines.append(
+            f"exchanges    of rows and experts: {len(exchanges)} in the program, {beside} of them "
+            f"while products run, {shared} while shared experts do"
+        )
     line = found["roofline"]
     lines += [
         f"roofline     products {1e3 * line['products']:,.1f} ms, memory at least "

@@ -20,6 +20,12 @@ from moe.batch import Batch
 from moe.functional import Arrays, Graph, first_values, split
 from routing import RouterOutput, WholeStep
 
+# Without these the TPU's compiler runs nothing beside rows that travel to their experts.
+BESIDE_EXCHANGES = {
+    "xla_tpu_enable_async_all_to_all": "true",
+    "xla_tpu_enable_async_ragged_all_to_all": "true",
+}
+
 
 @nnx.dataclass
 class TrainState(nnx.Pytree):
@@ -166,6 +172,8 @@ class Step:
         places = place_state(self.graph, shapes, self.mesh)
         by_batch = NamedSharding(self.mesh, PartitionSpec(sharding.RULES["batch"]))
         everywhere = NamedSharding(self.mesh, PartitionSpec())
+        exchanges = self.mesh.shape["expert"] > 1
+        is_tpu = self.mesh.devices.flat[0].platform == "tpu"
         return Program(
             init=jax.jit(self.init, out_shardings=places),
             step=jax.jit(
@@ -173,6 +181,7 @@ class Step:
                 in_shardings=(places, by_batch),
                 out_shardings=(places, everywhere),
                 donate_argnums=0,
+                compiler_options=BESIDE_EXCHANGES if exchanges and is_tpu else None,
             ),
             gradients=jax.jit(self.gradients, in_shardings=(places, by_batch)),
             abstract_state=jax.tree.map(

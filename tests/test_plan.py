@@ -7,7 +7,7 @@ from tiny import Runs
 
 from moe import cli, gin_files
 from moe.chips import Topology
-from moe.hlo import axes_of, by_kind, collectives, group_of, result_bytes
+from moe.hlo import axes_of, by_kind, collectives, exchanges, group_of, result_bytes
 from moe.plan import changes, roofline
 from moe.plan_command import report
 from moe.sharding import MESH_AXES
@@ -114,6 +114,11 @@ def test_the_roofline_and_the_report_by_hand():
             "collectives": [
                 {"kind": "all-reduce", "axes": "data", "count": 1, "times": 2, "moved": 1e11}
             ],
+            "exchanges": [
+                {"name": "there", "products_beside": 0, "of_shared_experts": 0},
+                {"name": "home", "products_beside": 3, "of_shared_experts": 2},
+                {"name": "back", "products_beside": 1, "of_shared_experts": 0},
+            ],
         },
     }
     line = roofline(found, Topology.read("v5e:2x2"))
@@ -122,6 +127,7 @@ def test_the_roofline_and_the_report_by_hand():
     assert line["utilisation_if_nothing_overlaps"] == pytest.approx(1 / 3.5)
     told = report(found | {"roofline": line})
     assert "fits: 8.0 of 16 GiB" in told and "2 x all-reduce" in told
+    assert "3 in the program, 2 of them while products run, 1 while shared experts do" in told
     told = report(found | {"roofline": line, "change": ["train.accumulate = 2"]})
     assert 'with which it does:\n  --gin_bindings="train.accumulate = 2"' in told
     refused = {"compiled": {"fits": False, "refused": "RESOURCE_EXHAUSTED: 20G of 16G"}}
@@ -167,3 +173,44 @@ ENTRY %main (p: f32[8,16]) -> f32[8,16] {
         },
     ]
     assert result_bytes("(pred[], f32[2,3]{1,0})") == 24
+
+
+SCHEDULE = """HloModule step, is_scheduled=true
+
+%body (p: (bf16[64,8])) -> (bf16[64,8]) {
+  %r-start = ((bf16[32,8]{1,0}, bf16[64,8]{1,0}, s32[8]{0}), bf16[64,8]{1,0}, \
+      u32[]{:S(2)}) ragged-all-to-all-start(%a, %b, %c), replica_groups={{0,1}}, \
+      metadata={op_name="dispatch/ragged_all_to_all"}
+  %fusion.1 = bf16[8,4]{1,0} fusion(%d), kind=kOutput, \
+      metadata={op_name="shared_experts/dot_general"}
+  %fusion.2 = bf16[8,4]{1,0} fusion(%d), kind=kLoop, metadata={op_name="TopK/reduce_sum"}
+  %r-done = bf16[64,8]{1,0} ragged-all-to-all-done(%r-start), \
+      metadata={op_name="dispatch/ragged_all_to_all"}
+  %ragged-dot-none.2 = bf16[64,8]{1,0} custom-call(%r-done), \
+      metadata={op_name="ragged-dot-none"}
+  %all-to-all-start.1 = ((bf16[2,32,8]{2,1,0}), bf16[2,32,8]{2,1,0}, u32[]{:S(2)}, \
+      u32[]{:S(2)}) all-to-all-start(%e), replica_groups={{0,1}}, \
+      metadata={op_name="combine/all_to_all"}
+  %ragged-dot-none.3 = bf16[64,8]{1,0} custom-call(%r-done), \
+      metadata={op_name="ragged-dot-none"}
+  %fusion.3 = bf16[8,4]{1,0} fusion(%d), kind=kOutput, \
+      metadata={op_name="attention/dot_general"}
+  %all-to-all-done.1 = bf16[2,32,8]{2,1,0} all-to-all-done(%all-to-all-start.1)
+  %all_to_all.4 = s32[2,8]{1,0} all-to-all(%f), replica_groups={{0,1}}, \
+      metadata={op_name="counts/all_to_all"}
+  ROOT %all_to_all.5 = bf16[2,8]{1,0} all-to-all(%f), replica_groups={{0,1}}, \
+      metadata={op_name="waits/all_to_all"}
+}
+"""
+
+
+def test_what_runs_beside_an_exchange():
+    """Between its start and its end, in the program's order; integers are no exchange of rows."""
+    assert [(one.name, one.products) for one in exchanges(SCHEDULE)] == [
+        ("dispatch/ragged_all_to_all", ("shared_experts/dot_general",)),
+        ("combine/all_to_all", ("ragged-dot-none", "attention/dot_general")),
+        ("waits/all_to_all", ()),
+    ]
+    found = {(one.kind, one.bytes) for one in collectives(SCHEDULE, ("expert",), (2,))}
+    sizes = {("ragged-all-to-all", 64 * 8 * 2), ("all-to-all", 2 * 32 * 8 * 2)}
+    assert found == sizes | {("all-to-all", 2 * 8 * 4), ("all-to-all", 2 * 8 * 2)}
