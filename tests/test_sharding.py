@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from pathlib import Path
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -289,3 +290,9 @@ def test_micro_batches_are_whole_groups_and_spread_over_the_devices():
     assert index_AB[0].tolist() == [0, 1, 8, 9]  # groups 0 and 4 of eight
     rows = dataclasses.replace(batch, token_BT=batch.token_BT)
     np.testing.assert_array_equal(micro.token_BT[0, 2], rows.token_BT[8])
+
+
+def test_a_kernel_that_is_not_installed_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    with pytest.raises(ValueError, match=r"pip install 'moe-routing\[tokamax\]'"):
+        Sorted("tokamax")
