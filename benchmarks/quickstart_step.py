@@ -13,7 +13,7 @@ from pathlib import Path
 import statistics
 
 import jax
-from steps import CompiledStep
+from steps import CompiledStep, in_turns
 
 from moe import hardware
 from moe.allocator import keep_freed_memory
@@ -46,16 +46,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", required=True)
     path = Path(parser.parse_args().json)
-    peaks = [hardware.matmul_peak()]
     before = CompiledStep(FILES, ROWS[SHIPPED])
     before.run(ROUNDS * STEPS)
     keep_freed_memory()
     rows = {name: CompiledStep(FILES, bindings) for name, bindings in ROWS.items()}
-    for _ in range(ROUNDS):
-        peaks.append(hardware.matmul_peak())
-        for row in rows.values():
-            row.run(STEPS)
-    peak = statistics.median(peaks)
+    peak = in_turns(rows.values(), ROUNDS, STEPS)
     results = {"as shipped, default allocator": result(before, peak)}
     results |= {name: result(row, peak) for name, row in rows.items()}
     head = {"device": hardware.describe_device(), "jax": jax.__version__, "matmul_peak_flops": peak}

@@ -14,7 +14,7 @@ from pathlib import Path
 import statistics
 
 import jax
-from steps import CompiledStep
+from steps import CompiledStep, in_turns
 
 from moe import hardware, metrics
 from moe.allocator import keep_freed_memory
@@ -35,12 +35,7 @@ def main():
     given = parser.parse_args()
     keep_freed_memory()
     rows = {name: CompiledStep([given.gin_file], bindings) for name, bindings in WAYS.items()}
-    peaks = []
-    for _ in range(ROUNDS):
-        peaks.append(hardware.matmul_peak())
-        for row in rows.values():
-            row.run(STEPS)
-    peak = statistics.median(peaks)
+    peak = in_turns(rows.values(), ROUNDS, STEPS)
     found = {"device": hardware.describe_device(), "jax": jax.__version__, "config": given.gin_file}
     found |= {"matmul_peak_flops": peak, "rows": []}
     for name, row in rows.items():

@@ -1,12 +1,13 @@
 """What benchmarks of single steps share: a configuration's training step, compiled and timed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+import statistics
 import time
 
 import gin
 import jax
 
-from moe import assemble, gin_files, metrics
+from moe import assemble, gin_files, hardware, metrics
 from moe.objective import NextToken
 from moe.sharding import MeshShape
 from moe.step import to_devices
@@ -59,3 +60,13 @@ class CompiledStep:
         """Assignments of the last step that reached an expert, per token and layer."""
         routing = metrics.Routing.of(jax.device_get(self.measured.routers))
         return routing.kept_per_token(self.costs.num_experts)
+
+
+def in_turns(rows: Iterable[CompiledStep], rounds: int, steps: int) -> float:
+    """So many steps of each row in every round; the median of a matmul's FLOP/s between them."""
+    peaks = []
+    for _ in range(rounds):
+        peaks.append(hardware.matmul_peak())
+        for row in rows:
+            row.run(steps)
+    return statistics.median(peaks)

@@ -36,9 +36,9 @@ class Attention(nnx.Module):
         out_scale: variance scale of the output weights.
         implementation: as in `jax.nn.dot_product_attention`; None lets JAX choose.
         chunk: so many queries at a time where a sequence is longer, against the keys that they may
-            see, so that no scores of T x T are held (and a causal half of them never computed);
-            the backward pass computes a chunk's scores again. Not with "cudnn", which never holds
-            them, nor along a cut sequence. None for all at once.
+            see, so that no scores of T x T are held, and few computed that the mask takes out
+            again; the backward pass computes a chunk's scores a second time. Not with "cudnn",
+            which never holds them, nor along a cut sequence. None for all at once.
     """
 
     def __init__(

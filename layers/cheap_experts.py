@@ -48,8 +48,8 @@ class ZeroCopyConstant(nnx.Module):
                 f"ZeroCopyConstant.zero={zero}, copy={copy}, constant={constant}: none may be "
                 "negative and one has to be above 0"
             )
-        if not 0 < share <= 1:
-            raise ValueError(f"ZeroCopyConstant.share={share} must be above 0 and at most 1")
+        if not 1e-3 <= share <= 1:
+            raise ValueError(f"ZeroCopyConstant.share={share} must lie between 0.001 and 1")
         self.share, self.renormalise = Fraction(share).limit_denominator(10_000), renormalise
         self.zero, self.copy, self.constant = zero, copy, constant
         self.count = zero + copy + constant

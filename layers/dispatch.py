@@ -147,7 +147,7 @@ class Sorted(Dispatcher):
     Attributes:
         kernel: what multiplies the rows with their experts' weights: "loop" over blocks (CPU),
             "ragged_dot" (one operation of the compiler: TPU, GPU), "tokamax" (that package's
-            kernels: TPU, GPU), "auto" for the first of these that the platform has.
+            kernels, on one TPU or GPU), "auto" for the first of these that the platform has.
         exchange: the all-to-all: "padded" to equal parts, "ragged" (moves what there is; TPU, GPU),
             "auto" for the platform's.
         buffer: a device has room for this many times the rows that come to it in the mean, the same

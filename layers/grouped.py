@@ -14,6 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from layers.constrain import is_placed, platform
+
 # Rows of an expert are worked on 512 at a time, and what is left in one smallest block that holds
 # it. Two sizes an octave: a sixth of the last block is empty on average.
 BLOCKS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -71,11 +73,16 @@ def _tokamax() -> Callable[..., jax.Array]:
     from absl import flags
     import tokamax  # pyright: ignore[reportMissingImports]
 
-    if (
-        not flags.FLAGS.is_parsed()
-    ):  # it would read this program's command line for flags of its own
+    if is_placed():
+        raise ValueError(
+            "Sorted.kernel='tokamax' is for one device: its kernels don't say how their results "
+            "vary over a mesh; take 'auto' on several"
+        )
+    # Or it would look for flags of its own in this program's command line.
+    if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-    return tokamax.ragged_dot
+    kernels = "xla" if platform() == "cpu" else ("mosaic", "triton")
+    return functools.partial(tokamax.ragged_dot, implementation=kernels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -58,11 +58,9 @@ def collectives(text: str, axis_names: tuple[str, ...], sizes: tuple[int, ...]) 
                 shapes, kind, start, rest = match.groups()
                 group = group_of(rest, sizes)
                 axes = axes_of(group, axis_names, sizes)
-                if start:  # beside its result, what it tells whether it is done
-                    shapes = shapes.replace("u32[]", "")
+                if start and shapes.startswith("(("):  # ((what it sends), what it gets, flags)
+                    shapes = shapes.partition("), ")[2].replace("u32[]", "")
                 size = result_bytes(shapes, whole=kind == "all-to-all")
-                if start and kind == "all-to-all":  # and beside what it gets, what it sends
-                    size //= 2
                 found.append(Collective(kind, axes, len(group), size, times.get(name, 1)))
     return found
 

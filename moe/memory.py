@@ -1,9 +1,10 @@
 """What a training step holds on one device, by counting: an estimate where no compiler is at hand.
 
-t tokens of a device, D model width, F hidden width, K experts per token.
+D model width, F hidden width.
 """
 
 from collections.abc import Iterator
+import dataclasses
 import math
 from typing import Any
 
@@ -17,7 +18,7 @@ from layers.depths import blocks_of
 from layers.dispatch import Sorted
 from layers.feed_forward import GATED
 from layers.moe_layer import MoELayer
-from layers.stack import Stack, rematerialised
+from layers.stack import Stack, moe_layers, rematerialised
 from layers.tokens import Tokens
 from moe import sharding
 from moe.assemble import Model
@@ -30,23 +31,31 @@ SCORE_BYTES = 10  # of an attention score: float32 twice, and once in the comput
 def step_bytes(
     model: Model, program: Program, mesh: dict[str, int], sequences: int, accumulate: int
 ) -> dict[str, int]:
-    """Bytes by kind on one device at the fullest moment of a step, which is some layer's backward.
+    """Bytes by kind on one device at the fullest moment of a step.
 
-    A program keeps, beside its state: the gradients (twice with several micro-batches), the
-    parameters in the compute type, and what each layer saves for its backward pass (exact, from
-    the shapes of its residuals). One layer at a time holds its weights put together from fsdp's
-    parts, with their gradients, and what its own backward pass works with.
+    A program keeps, beside its state, the parameters in the compute type and what each layer saves
+    for its backward pass (its residuals, traced on one device's tokens); then the gradients (twice
+    with several micro-batches). One layer at a time has its weights put together from fsdp's parts,
+    and what its own backward pass works with. Or the head is the fullest moment.
+
+    Only the state where a tensor or sequence axis cuts what a layer works with. Not counted: what
+    mixes tokens into soft slots, and rows from other devices that a remat policy keeps.
 
     sequences: of a micro-batch, on all devices.
     """
     module, state = model.module, program.abstract_state
     dtype = DTYPES[module.compute_dtype]
-    held = {name: _on_one(leaf) for name, leaf in state.params.items()}
-    parameters = sum(held.values())
-    optimizer = sum(map(_on_one, jax.tree.leaves(state.opt_state)))
+    parameters = sum(map(_on_one, state.params.values()))
+    found = {
+        "parameters": parameters,
+        "optimizer": sum(map(_on_one, jax.tree.leaves(state.opt_state))),
+        "router_state": sum(map(_on_one, jax.tree.leaves(state.router_state))),
+    }
+    if mesh["tensor"] > 1 or mesh["sequence"] > 1:
+        return found
     small = jnp.dtype(dtype).itemsize
     shards = math.prod(mesh[axis] for axis in sharding.RULES["batch"])
-    shape = (sequences // shards, model.sequence_length // mesh["sequence"])
+    shape = (sequences // shards, model.sequence_length)
     saved = sum(
         stack.repeats * _saved(stack, shape, module.d_model, dtype) for stack in module.stacks
     )
@@ -56,14 +65,15 @@ def step_bytes(
         for i, stack in enumerate(module.stacks)
     )
     logits = min(ACCELERATOR_BLOCK_LOGITS, math.prod(shape) * module.vocab_size)
-    head = SCORE_BYTES * logits + module.vocab_size * module.d_model * (small + 4)
-    found = {
-        "parameters": parameters,
-        "optimizer": optimizer + sum(map(_on_one, jax.tree.leaves(state.router_state))),
-        "gradients": parameters * (1 if accumulate == 1 else 2),
+    moments = (
+        {"gradients": parameters * (1 if accumulate == 1 else 2), "one_layer": layer},
+        # Before there is any gradient: logits, and the head with its own.
+        {"head": 4 * logits + module.vocab_size * module.d_model * (small + 4)},
+    )
+    found |= {
         "parameters_in_compute_type": parameters * small // 4 if small < 4 else 0,
         "saved_for_backward": saved,
-        "one_layer": max(layer, head),
+        **max(moments, key=lambda moment: sum(moment.values())),
     }
     return found | {"total": sum(found.values())}
 
@@ -83,8 +93,11 @@ def _saved(stack: Stack, shape: tuple[int, int], width: int, dtype) -> int:
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), state)
 
     def forward(state, x_BTD, tokens):
-        (x_BTD, _), _ = nnx.merge(graphdef, state)(x_BTD, tokens, 0, None)
-        return x_BTD
+        unit = nnx.merge(graphdef, state)
+        for layer in moe_layers(unit.blocks):
+            if isinstance(layer.dispatcher, Sorted) and layer.dispatcher.kernel == "auto":
+                layer.dispatcher = dataclasses.replace(layer.dispatcher, kernel="ragged_dot")
+        return unit(x_BTD, tokens, 0, None)[0][0]
 
     forward = rematerialised(forward, stack.remat)
 
@@ -111,52 +124,51 @@ def _tokens(shape: tuple[int, int]) -> Tokens:
 
 
 def _gathered(params, prefix: str, mesh: dict[str, int], small: int) -> int:
-    """Weights of a stack whole along fsdp, in the compute type, with gradients in float32."""
-    if mesh["fsdp"] == 1:
-        return 0
+    """A stack's weights, put together from fsdp's parts, in the compute type.
+
+    Their gradients are added up in parts, as they come.
+    """
     count = 0
     for name, leaf in params.items():
-        if name.startswith(prefix):
-            cut = {axis for part in leaf.sharding.spec if part for axis in part}
-            whole = mesh["fsdp"] if "fsdp" in cut else 1
-            count += math.prod(leaf.sharding.shard_shape(leaf.shape)) * whole
-    return count * (small + 4)
+        if name.startswith(prefix) and "fsdp" in jax.tree.leaves(tuple(leaf.sharding.spec)):
+            count += math.prod(leaf.sharding.shard_shape(leaf.shape)) * mesh["fsdp"]
+    return count * small
 
 
 def _working(block: Block, model: Model, mesh, shape: tuple[int, int], small: int) -> int:
     """What a block's backward pass works with, attention or feed-forward, whichever is more."""
     attention, sequences = block.attention, shape[0]
-    heads = attention.query_DHK.shape[-2] // mesh["tensor"]
     queries = min(shape[1], attention.chunk or shape[1])
-    scores = SCORE_BYTES * sequences * heads * queries * model.sequence_length
+    scores = SCORE_BYTES * sequences * attention.query_DHK.shape[-2] * queries * shape[1]
     return max(scores, small * sum(_rows(block.feed_forward, model, mesh, math.prod(shape))))
 
 
 def _rows(layer, model: Model, mesh, tokens: int) -> Iterator[int]:
-    """Numbers at work in a feed-forward: six times every row, and every hidden unit twice.
+    """How many numbers a feed-forward works with: rows of width D and of hidden width F.
 
-    Rows: what goes in and comes out, their gradients, and a copy of each on its way. Hidden
-    units: before and after the activation, and the gradients.
+    Of a row at its expert: what goes in and comes out and their gradients; on its way: a copy of
+    it and of its gradient. Of hidden units: before and after the activation, and the gradients.
     """
     width = model.module.d_model
     if not isinstance(layer, MoELayer):
-        hidden = layer.up_DF.shape[-1] // mesh["tensor"]
-        yield tokens * (6 * width + _arrays(layer.activation) * hidden)
+        yield tokens * (4 * width + _arrays(layer.activation) * layer.up_DF.shape[-1])
         return
     if layer.shared is not None:
         yield from _rows(layer.shared, model, mesh, tokens)
-    rows = round(tokens * model.costs.experts_per_token)
+    sent = round(tokens * model.costs.experts_per_token)
     if isinstance(layer.dispatcher, Sorted):
-        devices = mesh["expert"]
-        rows = devices * layer.dispatcher.most_rows(rows, devices)
+        devices, dispatcher = mesh["expert"], layer.dispatcher
+        came = devices * dispatcher.most_rows(sent, devices)
+        if dispatcher.buffer is not None and dispatcher.overflow == "exact" and devices > 1:
+            came += devices * sent  # the second way has room for all
     elif layer.capacity.factor is None:
-        rows = tokens * layer.num_experts
+        came = tokens * layer.num_experts
     else:
-        rows = round(rows * layer.capacity.factor)
-    experts = layer.experts
-    hidden = getattr(experts, "up_EDF", None)
-    hidden = 0 if hidden is None else hidden.shape[-1] // mesh["tensor"]
-    yield rows * (6 * width + _arrays(getattr(experts, "activation", "relu")) * hidden)
+        came = round(sent * layer.capacity.factor)
+    up = getattr(layer.experts, "up_EDF", None)
+    hidden = 0 if up is None else up.shape[-1]
+    arrays = _arrays(getattr(layer.experts, "activation", "relu"))
+    yield 2 * sent * width + came * (4 * width + arrays * hidden)
 
 
 def _arrays(activation: str) -> int:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 import dataclasses
-import math
 import time
 from typing import Any
 
@@ -12,13 +11,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from moe import assemble, hlo
+from moe import assemble, hlo, memory
 from moe.batch import Batch
 from moe.chips import Topology
 from moe.errors import UserError
 from moe.model import Transformer
 from moe.objective import NextToken
 from moe.optimizer import AdamW
+from moe.plan_report import of_state
 from moe.sharding import MESH_AXES, MeshShape
 from moe.step import Program
 
@@ -32,6 +32,7 @@ class Built:
     mesh: Mesh
     batch: Batch
     tokens: int
+    accumulate: int
     reason: str | None
 
 
@@ -53,7 +54,7 @@ def plan(topology: Topology, vocab_size: int, say) -> Iterator[dict[str, Any]]:
         "parameters_active": costs.parameters_active,
         "tokens_per_step": built.tokens,
         "flops_per_step": built.tokens * costs.flops_per_token,
-        "bytes_per_chip": bytes_per_chip(built.program),
+        "bytes_per_chip": counted(built),
         "memory_per_chip": topology.memory,
         "compiled": None,
         "reason": built.reason,
@@ -69,18 +70,19 @@ def plan(topology: Topology, vocab_size: int, say) -> Iterator[dict[str, Any]]:
         yield found | {"roofline": roofline(found, topology)}
         return
     yield found
-    if sum(found["bytes_per_chip"].values()) > topology.memory:
+    if of_state(found["bytes_per_chip"]) > topology.memory:
         return  # no batch is small enough
     for change in changes():
         say(f"it does not fit; compiling with {', '.join(change)}")
         with gin.unlock_config():
             gin.parse_config(list(change))
         try:
-            found["compiled"] = compiled(build(topology, vocab_size))
+            changed = build(topology, vocab_size)
         except UserError:  # a batch that doesn't divide so far
             continue
+        found["compiled"] = compiled(changed)
         if found["compiled"]["fits"]:
-            found["change"] = list(change)
+            found |= {"change": list(change), "bytes_per_chip": counted(changed)}
             yield found | {"roofline": roofline(found, topology)}
             return
 
@@ -88,7 +90,7 @@ def plan(topology: Topology, vocab_size: int, say) -> Iterator[dict[str, Any]]:
 def build(topology: Topology, vocab_size: int) -> Built:
     """The step that gin's `train` stands for; UserError for one that can't be."""
     settings = gin.get_bindings("train")
-    size = {"batch_size": settings.get("batch_size", 32)}
+    size, accumulate = {"batch_size": settings.get("batch_size", 32)}, settings.get("accumulate", 1)
     length = settings.get("sequence_length", 256)
     model = assemble.assemble(
         settings.get("model") or Transformer,
@@ -109,11 +111,18 @@ def build(topology: Topology, vocab_size: int) -> Built:
         mesh,
         steps=settings.get("steps", 1000),
         seed=0,
-        accumulate=settings.get("accumulate", 1),
+        accumulate=accumulate,
         **size,
     )
-    batch = batch_of(program, size, length)
-    return Built(model, program, mesh, batch, size["batch_size"] * length, reason)
+    batch, tokens = batch_of(program, size, length), size["batch_size"] * length
+    return Built(model, program, mesh, batch, tokens, accumulate, reason)
+
+
+def counted(built: Built) -> dict[str, int]:
+    """Bytes of a step by kind, on one device."""
+    sequences = len(built.batch.index_B) // built.accumulate
+    mesh = dict(built.mesh.shape)
+    return memory.step_bytes(built.model, built.program, mesh, sequences, built.accumulate)
 
 
 def changes() -> Iterator[tuple[str, ...]]:
@@ -160,23 +169,6 @@ def tpu_devices(topology: Topology) -> tuple[list, str | None]:
     return list(described.devices), None
 
 
-def bytes_per_chip(program: Program) -> dict[str, int]:
-    """Of the state that a step reads and writes, by kind, on the fullest chip."""
-    state = program.abstract_state
-
-    def held(tree) -> int:
-        return sum(
-            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf in jax.tree.leaves(tree)
-        )
-
-    return {
-        "parameters": held(state.params),
-        "optimizer": held(state.opt_state),
-        "router_state": held(state.router_state),
-    }
-
-
 def batch_of(program: Program, size: dict[str, int], length: int) -> Batch:
     """The shapes of a batch."""
     shape, rows = (size["batch_size"], length), (size["batch_size"],)
@@ -207,10 +199,10 @@ def compiled(built: Built) -> dict[str, Any]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return {"fits": False, "refused": str(error).strip().splitlines()[0]}
-    memory = executable.memory_analysis()
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    code = memory.generated_code_size_in_bytes
-    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    analysis = executable.memory_analysis()
+    arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    code = analysis.generated_code_size_in_bytes
+    new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     whole = arguments + temporaries + code + new
     text = executable.as_text()
     return {
@@ -219,7 +211,7 @@ def compiled(built: Built) -> dict[str, Any]:
         "arguments": arguments,
         "temporaries": temporaries,
         # The most at any one time: temporaries reuse arguments that are read no more.
-        "total": memory.peak_memory_in_bytes or whole,
+        "total": analysis.peak_memory_in_bytes or whole,
         "collectives": hlo.by_kind(hlo.collectives(text, MESH_AXES, sizes)),
         "exchanges": [
             {

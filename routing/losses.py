@@ -55,7 +55,8 @@ class BalanceLoss(RouterLoss):
     over each group, then averaged with its number of tokens (DeepSeek-V3, eq. 17-20).
     choices "first": f counts only each token's first choice (GShard, algorithm 1).
     devices: E is taken as so many equal parts in a row, one a device (DeepSeekMoE, eq. 15-17).
-    cheap: so many of the last experts cost nothing, and count `cheap_weight` times (MoE++, eq. 7).
+    cheap: so many of the last experts cost nothing, and count `cheap_weight` times (MoE++, eq. 7:
+    tau, as `ZeroCopyConstant.share`), so that perfect balance is below 1.
     """
 
     coefficient: float = 0.01

@@ -1,6 +1,7 @@
 """Norms, positions, attention, feed-forwards and blocks, by their properties and by hand."""
 
 import functools
+import re
 
 from flax import nnx
 import jax
@@ -189,11 +190,11 @@ def test_chunks_of_queries_are_all_queries(positions, causal, window, chunk):
 
 
 def test_chunks_hold_no_square_of_the_length():
-    """Nor compute it: of 4 chunks of 16 of 64 tokens, a causal one sees 10 of 16 squares."""
+    """Nor compute it: 4 chunks of 16 tokens see 16, 32, 48 and 64; in a window of 8, 16 and 23."""
     x_BTD, places = jnp.ones((1, 64, D)), jnp.arange(64)[None]
 
-    def text(chunk):
-        layer = attention(chunk=chunk)
+    def text(chunk, window=None):
+        layer = attention(chunk=chunk, window=window)
         graph, state = nnx.split(layer)
 
         def loss(state):
@@ -201,8 +202,15 @@ def test_chunks_hold_no_square_of_the_length():
 
         return jax.jit(jax.grad(loss)).lower(state).as_text()
 
-    assert "x64x64x" in text(None)
-    assert "x64x64x" not in text(16) and "x16x64x" in text(16)
+    def scores(text):
+        """The shapes of float32 (1, H, queries, keys) in a program."""
+        found = re.findall(rf"tensor<1x{H}x(\d+)x(\d+)xf32>", text)
+        pairs = {(int(queries), int(keys)) for queries, keys in found}
+        return {pair for pair in pairs if min(pair) > D // H}
+
+    assert scores(text(None)) == {(64, 64)}
+    assert scores(text(16)) == {(16, 16), (16, 32), (16, 48), (16, 64)}
+    assert scores(text(16, window=8)) == {(16, 16), (16, 23)}
 
 
 def test_grouped_heads_are_repeated_heads():

@@ -338,7 +338,7 @@ def test_a_decoder_refuses_a_router_that_sees_the_future(router):
         ),
         (
             {"moe": moe(cheap_experts=functools.partial(ZeroCopyConstant, share=0.0))},
-            "ZeroCopyConstant.share=0.0 must be above 0 and at most 1",
+            "ZeroCopyConstant.share=0.0 must lie between 0.001 and 1",
         ),
         (
             {

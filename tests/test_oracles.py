@@ -15,9 +15,11 @@ from rows import D as WIDTH
 from rows import T as TOKENS
 from rows import V, compiled, draw, same_tree, tokens, values_of
 
+from layers.constrain import placing
 from layers.dispatch import Sorted
+from layers.grouped import grouped_feed_forward
 from layers.moe_layer import MoELayer
-from moe import functional, gin_files
+from moe import functional, gin_files, sharding
 from routing import Capacity
 from routing.sinkhorn import transport_plan
 
@@ -179,3 +181,11 @@ def test_tokamax_multiplies_as_the_loop_does(name):
         for kernel in ("loop", "tokamax")
     ]
     same_tree(found[1], found[0])
+
+
+def test_tokamax_is_refused_on_a_mesh():
+    rule = sharding.rule(sharding.MeshShape().build())
+    rows_ND, up_EDF, down_EFD = jnp.ones((8, 4)), jnp.ones((2, 4, 3)), jnp.ones((2, 3, 4))
+    with placing(rule), pytest.raises(ValueError, match="is for one device"):
+        counts = jnp.array([4, 4])
+        grouped_feed_forward(rows_ND, (up_EDF,), down_EFD, counts, jax.nn.relu, "tokamax")
