@@ -12,6 +12,7 @@ import pytest
 
 from layers.cheap_experts import ZeroCopyConstant
 from layers.moe_layer import MoELayer
+from layers.neuron_experts import NeuronExperts
 from moe.check import draw, tokens
 from moe.model import Transformer
 from routing import BalanceLoss, Capacity, Sizes, TokenChoice, TopK, initialize
@@ -66,21 +67,32 @@ def test_logits_pass_through_all_layers_of_a_model(sparse):
 
 
 def test_capacity_is_divided_by_shares():
-    """Equation 8 with tau = 1/2, 2 experts, 3 cheap ones, 16 tokens: 2 and 4 slots."""
-    cheap = functools.partial(ZeroCopyConstant, zero=1, copy=1, constant=1, share=0.5)
+    """Equation 8 with tau = 1/4, 2 experts, 3 cheap ones, 16 tokens: 8/7 and 32/7, rounded up."""
+    cheap = functools.partial(ZeroCopyConstant, zero=1, copy=1, constant=1, share=0.25)
     router = functools.partial(TopK, k=1, losses=())
     capacity = Capacity(1.0)
     layer = initialize(MoELayer(D, V, router, 2, 8, capacity=capacity, cheap_experts=cheap), 1)
     to_DE = np.zeros((D, 5), np.float32)
     to_DE[np.arange(5), np.arange(5)] = 9.0
     layer.router.weight_DE.set_value(jnp.asarray(to_DE))
-    for expert, kept in enumerate([2, 2, 16, 4, 4]):  # nothing is dropped on the way to zero
+    for expert, kept in enumerate([2, 2, 16, 5, 5]):  # nothing is dropped on the way to zero
         x_BTD = jnp.zeros((1, 16, D)).at[..., expert].set(1.0)
         _, output = layer(x_BTD, tokens(True, shape=(1, 16)))
         assert output.stats.count_E[expert] == 16
         np.testing.assert_array_equal(output.stats.kept_E, kept * np.eye(5, dtype=int)[expert])
         y_BTD = layer(x_BTD, tokens(False, shape=(1, 16)))[0]
         assert (np.asarray(y_BTD) != 0).any(-1).sum() == (0 if expert == 2 else 16)
+
+
+def test_beside_neurons_nothing_is_dropped():
+    """Their layer has no capacity, and so its cheap experts have none."""
+    router = functools.partial(TopK, k=1, losses=())
+    cheap = functools.partial(ZeroCopyConstant, zero=0, constant=0)
+    settings = {"neurons": NeuronExperts, "cheap_experts": cheap, "capacity": Capacity(0.5)}
+    layer = initialize(MoELayer(D, V, router, 2, **settings), 1)
+    layer.router.weight_DE.set_value(jnp.zeros((D, 3)).at[0, 2].set(9.0))
+    _, output = layer(jnp.zeros((1, 16, D)).at[..., 0].set(1.0), tokens(True, shape=(1, 16)))
+    np.testing.assert_array_equal(output.stats.kept_E, [0, 0, 16])
 
 
 def test_gates_without_a_zero():
