@@ -26,7 +26,7 @@ def by_counting(held: dict[str, int]) -> str:
     """What a step holds beside its state, where that can be counted."""
     if "total" not in held:
         return "by counting  only the state, on a mesh with a tensor or sequence axis"
-    rest = told(held, held.keys() - {*STATE, "total"})
+    rest = told(held, {name for name, size in held.items() if size} - {*STATE, "total"})
     return f"by counting  {held['total'] / GIB:.1f} GiB: that, and {rest}"
 
 
