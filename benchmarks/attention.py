@@ -10,7 +10,6 @@ import argparse
 import json
 from pathlib import Path
 import statistics
-import time
 
 from flax import nnx
 import jax
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from layers.attention import Attention
 from moe import hardware
 from moe.allocator import keep_freed_memory
+from moe.bench_routers import timed
 from routing import initialize
 
 TOKENS, WIDTH, HEADS = 4096, 256, 4
@@ -51,10 +51,8 @@ def main():
         seconds = {chunk: [] for chunk in chunks}
         for _ in range(ROUNDS):
             for chunk, (run, arguments) in runs.items():
-                jax.block_until_ready(run(*arguments))
-                start = time.perf_counter()
-                jax.block_until_ready(run(*arguments))
-                seconds[chunk].append(time.perf_counter() - start)
+                timed(run, *arguments)
+                seconds[chunk].append(timed(run, *arguments))
         for chunk, (run, _) in runs.items():
             row = {
                 "length": length,

@@ -127,9 +127,8 @@ class Attention(nnx.Module):
             bias_BHQS = bias_BHQS.astype(query_BTHK.dtype)
         mask_BQS = segment_BT[:, queries, None] == segment_BT[:, None, keys]
         side = None if self.window is None else self.window - 1
-        rule: dict[str, Any] = {"is_causal": self.causal}
-        if side is not None:
-            rule["local_window_size"] = (side, 0 if self.causal else side)
+        window = None if side is None else (side, 0 if self.causal else side)
+        rule: dict[str, Any] = {"is_causal": self.causal, "local_window_size": window}
         if queries != keys:  # JAX's own rules count queries and keys from the same token
             rule, key_S = {}, jnp.arange(keys.start, keys.stop)
             before_QS = jnp.arange(queries.start, queries.stop)[:, None] - key_S[None]

@@ -96,18 +96,17 @@ def _first_line(error: Exception) -> str:
 
 def _experts_per_token(graph: Graph, shapes, shape: tuple[int, int]) -> float:
     """From the shapes of a decision, without running anything."""
-    integers: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
-    index_B: Any = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
-    tokens = Tokens(
-        token_BT=integers,
-        segment_BT=integers,
-        position_BT=integers,
-        index_B=index_B,
-        key=jax.eval_shape(lambda: jax.random.key(0)),
-        train=True,
-    )
+    tokens = abstract_tokens(shape)
     out = jax.eval_shape(lambda p, s, t: graph.join(p, s)(t), *shapes, tokens)
     return flops.experts_per_token(out.routers.decision if out.routers is not None else None)
+
+
+def abstract_tokens(shape: tuple[int, int]) -> Tokens:
+    """The shapes of (B, T) tokens in training."""
+    integers: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
+    index_B: Any = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return Tokens(integers, integers, integers, index_B, key, train=True)
 
 
 def program(model: Model, optimizer, mesh: Mesh, *, steps, seed, accumulate, batch_size):

@@ -17,6 +17,7 @@ _HEAD = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 _EXCHANGE = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (.*?) (?:ragged-)?all-to-all(-start)?\(")
 _DONE = re.compile(r" (?:ragged-)?all-to-all-done\(%?([\w.-]+)\)")
+_FLOATS = re.compile(r"(?:bf16|f16|f32)\[")
 _PRODUCT = re.compile(r"dot_general|ragged[_-]dot")
 _CALLED = re.compile(r"(?:calls|to_apply|branch_computations)=\{?((?:%?[\w.-]+(?:, )?)+)")
 
@@ -94,17 +95,16 @@ def exchanges(text: str) -> list[Exchange]:
     for lines in computations(text).values():
         started: dict[str, int] = {}
         for number, line in enumerate(lines):
-            if match := _EXCHANGE.match(line):
-                name, shapes, start = match.groups()
-                started[name] = number
-                if not start and re.search(r"(?:bf16|f16|f32)\[", shapes):
+            if (match := _EXCHANGE.match(line)) and _FLOATS.search(match[2]):
+                if match[3]:
+                    started[match[1]] = number
+                else:
                     found.append(Exchange(name_of(line), ()))
             elif (done := _DONE.search(line)) and done[1] in started:
                 first = started[done[1]]
-                if re.search(r"(?:bf16|f16|f32)\[", lines[first]):
-                    between = (name_of(line) for line in lines[first + 1 : number])
-                    products = tuple(name for name in between if _PRODUCT.search(name))
-                    found.append(Exchange(name_of(lines[first]), products))
+                between = (name_of(line) for line in lines[first + 1 : number])
+                products = tuple(name for name in between if _PRODUCT.search(name))
+                found.append(Exchange(name_of(lines[first]), products))
     return found
 
 

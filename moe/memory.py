@@ -3,7 +3,7 @@
 D model width, F hidden width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import dataclasses
 import math
 from typing import Any
@@ -19,18 +19,15 @@ from layers.dispatch import Sorted
 from layers.feed_forward import GATED
 from layers.moe_layer import MoELayer
 from layers.stack import Stack, moe_layers, rematerialised
-from layers.tokens import Tokens
 from moe import sharding
-from moe.assemble import Model
+from moe.assemble import Model, abstract_tokens
 from moe.model import DTYPES
 from moe.step import Program
 
 SCORE_BYTES = 10  # of an attention score: float32 twice, and once in the compute type
 
 
-def step_bytes(
-    model: Model, program: Program, mesh: dict[str, int], sequences: int, accumulate: int
-) -> dict[str, int]:
+def step_bytes(model: Model, program: Program, sequences: int, accumulate: int) -> dict[str, int]:
     """Bytes by kind on one device at the fullest moment of a step.
 
     A program keeps, beside its state, the parameters in the compute type and what each layer saves
@@ -44,7 +41,7 @@ def step_bytes(
     sequences: of a micro-batch, on all devices.
     """
     module, state = model.module, program.abstract_state
-    dtype = DTYPES[module.compute_dtype]
+    mesh, dtype = program.batch_sharding.mesh.shape, DTYPES[module.compute_dtype]
     parameters = sum(map(_on_one, state.params.values()))
     found = {
         "parameters": parameters,
@@ -61,7 +58,7 @@ def step_bytes(
     )
     layer = max(
         _gathered(state.params, f"stacks.{i}.", mesh, small) // stack.repeats
-        + max(_working(block, model, mesh, shape, small) for block in _blocks(stack))
+        + max(_working(block, model, mesh, shape, small) for block in blocks_of(stack.unit.blocks))
         for i, stack in enumerate(module.stacks)
     )
     logits = min(ACCELERATOR_BLOCK_LOGITS, math.prod(shape) * module.vocab_size)
@@ -83,10 +80,6 @@ def _on_one(leaf) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def _blocks(stack: Stack) -> list[Block]:
-    return blocks_of(stack.unit.blocks)
-
-
 def _saved(stack: Stack, shape: tuple[int, int], width: int, dtype) -> int:
     """What one unit keeps between its forward and its backward pass."""
     graphdef, state = nnx.split(stack.unit)
@@ -105,7 +98,7 @@ def _saved(stack: Stack, shape: tuple[int, int], width: int, dtype) -> int:
         return jax.vjp(lambda state, x_BTD: forward(state, x_BTD, tokens), state, x_BTD)[1]
 
     x_BTD: Any = jax.ShapeDtypeStruct((*shape, width), dtype)
-    kept = jax.tree.leaves(jax.eval_shape(residuals, one, x_BTD, _tokens(shape)))
+    kept = jax.tree.leaves(jax.eval_shape(residuals, one, x_BTD, abstract_tokens(shape)))
     weights = [leaf.shape for leaf in jax.tree.leaves(one)]
     total = 0
     for leaf in kept:
@@ -116,14 +109,7 @@ def _saved(stack: Stack, shape: tuple[int, int], width: int, dtype) -> int:
     return total
 
 
-def _tokens(shape: tuple[int, int]) -> Tokens:
-    integers: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
-    index_B: Any = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return Tokens(integers, integers, integers, index_B, key, train=True)
-
-
-def _gathered(params, prefix: str, mesh: dict[str, int], small: int) -> int:
+def _gathered(params, prefix: str, mesh: Mapping[str, int], small: int) -> int:
     """A stack's weights, put together from fsdp's parts, in the compute type.
 
     Their gradients are added up in parts, as they come.

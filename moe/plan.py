@@ -121,8 +121,7 @@ def build(topology: Topology, vocab_size: int) -> Built:
 def counted(built: Built) -> dict[str, int]:
     """Bytes of a step by kind, on one device."""
     sequences = len(built.batch.index_B) // built.accumulate
-    mesh = dict(built.mesh.shape)
-    return memory.step_bytes(built.model, built.program, mesh, sequences, built.accumulate)
+    return memory.step_bytes(built.model, built.program, sequences, built.accumulate)
 
 
 def changes() -> Iterator[tuple[str, ...]]:

@@ -62,22 +62,7 @@ def report(found: dict[str, Any]) -> str:
         else:
             lines.append("  nor with more micro-batches and everything recomputed: more chips")
         return "\n".join(lines)
-    lines += [
-        f"compiled     in {compiled['seconds']:.0f} s: arguments "
-        f"{compiled['arguments'] / GIB:.2f} GiB, temporaries {compiled['temporaries'] / GIB:.2f} "
-        "GiB per device",
-        "collectives of a step, by the mesh axes they cross, and what a device sends:",
-    ]
-    for row in compiled["collectives"]:
-        size = f"{row['moved'] / 2**20:10,.1f} MiB"
-        lines.append(f"  {row['times']:5} x {row['kind']:20} {row['axes']:22} {size}")
-    if exchanges := compiled["exchanges"]:
-        beside = sum(exchange["products_beside"] > 0 for exchange in exchanges)
-        shared = sum(exchange["of_shared_experts"] > 0 for exchange in exchanges)
-        lines.append(
-            f"exchanges    of rows and experts: {len(exchanges)} in the program, {beside} of them "
-            f"while products run, {shared} while shared experts do"
-        )
+    lines += of_program(compiled)
     line = found["roofline"]
     lines += [
         f"roofline     products {1e3 * line['products']:,.1f} ms, memory at least "
@@ -93,3 +78,24 @@ def report(found: dict[str, Any]) -> str:
     else:
         lines.append(f"fits: {fits}")
     return "\n".join(lines)
+
+
+def of_program(compiled: dict[str, Any]) -> list[str]:
+    """What the compiler made of the step: its size, and what travels."""
+    lines = [
+        f"compiled     in {compiled['seconds']:.0f} s: arguments "
+        f"{compiled['arguments'] / GIB:.2f} GiB, temporaries {compiled['temporaries'] / GIB:.2f} "
+        "GiB per device",
+        "collectives of a step, by the mesh axes they cross, and what a device sends:",
+    ]
+    for row in compiled["collectives"]:
+        size = f"{row['moved'] / 2**20:10,.1f} MiB"
+        lines.append(f"  {row['times']:5} x {row['kind']:20} {row['axes']:22} {size}")
+    if exchanges := compiled["exchanges"]:
+        beside = sum(exchange["products_beside"] > 0 for exchange in exchanges)
+        shared = sum(exchange["of_shared_experts"] > 0 for exchange in exchanges)
+        lines.append(
+            f"exchanges    of rows and experts: {len(exchanges)} in the program, {beside} of them "
+            f"while products run, {shared} while shared experts do"
+        )
+    return lines

@@ -241,7 +241,7 @@ def counted(mesh=None, accumulate=1, **settings):
     program = assemble.program(
         model, AdamW(), mesh, steps=1, seed=0, accumulate=accumulate, batch_size=8
     )
-    return step_bytes(model, program, dict(mesh.shape), 8 // accumulate, accumulate)
+    return step_bytes(model, program, 8 // accumulate, accumulate)
 
 
 def test_bytes_of_a_step_are_counted():
