@@ -10,7 +10,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep what XLA frees, instead of asking the kernel for new pages every step.
 
     Worth a third of a feed-forward's gradient (benchmarks/results/linear.json). One arena, since
-    the others hold no block above 64 MiB. Without glibc, or on accelerators, this changes nothing.
+    the others hold no block above 64 MiB: it has to come before JAX's first use of a device, whose
+    threads would have arenas of their own. Without glibc, or on accelerators, it changes nothing.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -4,6 +4,7 @@ T tokens in one group, D model width, F hidden width of an expert, E experts, K 
 """
 
 from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -18,7 +19,6 @@ from layers.dispatch import Dispatcher, SlotGather, Sorted
 from layers.feed_forward import FeedForward
 from layers.moe_layer import MoELayer
 from moe import functional, hardware
-from moe.allocator import keep_freed_memory
 from moe.bench_routers import VOCABULARY, batch, median_ms, timed
 from routing import Balanced, Capacity, Router, Sizes, Zipf, initialize
 
@@ -111,13 +111,15 @@ def layers(cases: tuple[Case, ...], dtype: str = "float32") -> Iterator[dict]:
     counts for both. memory_ratio: what a step holds at its fullest, by the compiler, over what the
     dense one does beside its weights plus the experts' weights and their gradients.
     """
-    keep_freed_memory()
     peak, bandwidth = hardware.matmul_peak(dtype), copy_bandwidth()
     for case in cases:
-        yield from _rows(case, peak, bandwidth, dtype)
+        with contextlib.ExitStack() as others:
+            yield from _rows(case, peak, bandwidth, dtype, others)
 
 
-def _rows(case: Case, peak: float, bandwidth: float, dtype: str) -> Iterator[dict]:
+def _rows(
+    case: Case, peak: float, bandwidth: float, dtype: str, others: contextlib.ExitStack
+) -> Iterator[dict]:
     random = np.random.default_rng(0)
     x_TD = random.standard_normal((case.tokens, case.width)).astype(dtype)
     programs = {("dense", "dense"): _dense(case, x_TD)}
@@ -131,8 +133,8 @@ def _rows(case: Case, peak: float, bandwidth: float, dtype: str) -> Iterator[dic
         from moe import bench_torch
 
         for name in bench_torch.WAYS:
-            calls = Calls(*bench_torch.mixtral(case, x_TD, name))
-            programs["balanced", f"transformers {name}"] = calls
+            calls = others.enter_context(bench_torch.mixtral(case, x_TD, name))
+            programs["balanced", name] = Calls(*calls)
     # The dense layer holds its weights and their gradients once, the sparse one E times.
     weights = 2 * 3 * case.width * case.hidden * x_TD.dtype.itemsize
     room = (programs["dense", "dense"].bytes or 0) + (case.experts - 1) * weights

@@ -15,7 +15,6 @@ import numpy as np
 from layers.moe_layer import MoELayer
 from layers.tokens import Tokens
 from moe import functional
-from moe.allocator import keep_freed_memory
 from routing import (
     BASE,
     Balanced,
@@ -86,7 +85,6 @@ def routers(tokens: int, width: int, experts: int) -> Iterator[dict]:
     statistics, and the gradient of a weighted sum of its gates. `fraction_of_layer` is of the step
     (forward and backward) of a layer with two experts per token, round robin.
     """
-    keep_freed_memory()
     shape = {"tokens": tokens, "width": width, "experts": experts}
     x_TD = np.random.default_rng(0).standard_normal((tokens, width)).astype(np.float32)
     layer_ms, forward_ms = layer(x_TD, experts)

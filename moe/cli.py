@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from absl import flags as absl_flags
 
 import moe
+from moe.allocator import keep_freed_memory
 from moe.commands import COMMANDS, Command, Flag
 from moe.errors import UserError, nearest
 
@@ -59,6 +60,7 @@ def _run(argv: list[str]) -> int:
         print(usage(command))
         return 0
     flags = parse(command, argv[1:])
+    keep_freed_memory()
     return importlib.import_module(command.module).run(flags)
 
 
