@@ -44,7 +44,7 @@ def layer(flags) -> Iterator[dict]:
     except ValueError as error:
         raise UserError(str(error)) from error
     device = hardware.describe_device()
-    print(f"{device}; {flags.dtype}; medians of {bench_layer.ROUNDS} paired rounds")
+    print(f"{device}; {flags.dtype}; medians of {bench_layer.ROUNDS} paired calls")
     print("forward and step in ms (times the dense layer's), the share of the roofline, and what a")
     print("step holds over the dense activations and the experts' weights")
     rows = []
@@ -53,11 +53,11 @@ def layer(flags) -> Iterator[dict]:
             f"{row[f'milliseconds_{what}']:9.1f} ({row[f'ratio_to_dense_{what}']:.2f})"
             for what in ("forward", "step")
         )
-        where = f"{row['case']:34} {row['routing']:9} {row['dispatcher']:24}"
+        where = f"{row['case']:34} {row['routing']:9} {row['dispatcher']:36}"
         memory = f"{row['memory_ratio']:5.2f}" if "memory_ratio" in row else ""
         line = f"  {where} {forward} {step} {row['roofline_fraction']:5.2f} {memory}"
         print(line.rstrip(), flush=True)
         rows.append(row)
         yield row
     for name, mean in bench_layer.summary(rows).items():
-        print(f"  best dispatcher, {name}: {mean:.2f} times dense (geometric mean)")
+        print(f"  geometric mean, {name}: {mean:.2f}")

@@ -3,11 +3,12 @@
 T tokens in one group, D model width, F hidden width of an expert, E experts, K experts per token.
 """
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 import dataclasses
 import functools
 import importlib.util
+import resource
 import statistics
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from moe import functional, hardware
 from moe.bench_routers import VOCABULARY, batch, median_ms, timed
 from routing import Balanced, Capacity, Router, Sizes, Zipf, initialize
 
-ROUNDS = 5
+ROUNDS, MOST_CALLS = 5, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,60 +107,81 @@ def copy_bandwidth() -> float:
 def layers(cases: tuple[Case, ...], dtype: str = "float32") -> Iterator[dict]:
     """A row for each case, routing and dispatcher.
 
-    Every round times the dense layer on K*T tokens and all ways in turn, each after a call that
-    is not counted; ratios are medians over the rounds' own, so that a slow moment of the machine
-    counts for both. memory_ratio: what a step holds at its fullest, by the compiler, over what the
-    dense one does beside its weights plus the experts' weights and their gradients.
+    Each is timed in turns with the dense layer on K*T tokens. memory_ratio: what a step holds at
+    its fullest, by the compiler, over what the dense one does beside its weights plus the experts'
+    weights and their gradients.
     """
-    peak, bandwidth = hardware.matmul_peak(dtype), copy_bandwidth()
+    # The best of several: a slow moment of the machine is not its peak.
+    peak = max(hardware.matmul_peak(dtype) for _ in range(5))
+    bandwidth = max(copy_bandwidth() for _ in range(5))
     for case in cases:
-        with contextlib.ExitStack() as others:
-            yield from _rows(case, peak, bandwidth, dtype, others)
+        yield from _rows(case, peak, bandwidth, dtype)
 
 
-def _rows(
-    case: Case, peak: float, bandwidth: float, dtype: str, others: contextlib.ExitStack
-) -> Iterator[dict]:
+def _rows(case: Case, peak: float, bandwidth: float, dtype: str) -> Iterator[dict]:
     random = np.random.default_rng(0)
     x_TD = random.standard_normal((case.tokens, case.width)).astype(dtype)
-    programs = {("dense", "dense"): _dense(case, x_TD)}
+    dense = _dense(case, x_TD)
+    # The dense layer holds its weights and their gradients once, the sparse one E times.
+    weights = 2 * 3 * case.width * case.hidden * x_TD.dtype.itemsize
+    room = (dense.bytes or 0) + (case.experts - 1) * weights
+    least = case.least_seconds(peak, bandwidth, x_TD.dtype.itemsize, step=True)
+    with ExitStack() as stack:
+        programs = [(*names, stack.enter_context(calls)) for *names, calls in _programs(case, x_TD)]
+        pairs = [pair for *_, calls in programs for pair in zip(dense[:2], calls[:2], strict=True)]
+        timings = iter(in_turns(pairs))
+    for routing, name, calls in programs:
+        (forward, forward_ratio), (step, step_ratio) = next(timings), next(timings)
+        yield {
+            "case": str(case),
+            "routing": routing,
+            "dispatcher": name,
+            "milliseconds_forward": round(1e3 * forward, 3),
+            "milliseconds_step": round(1e3 * step, 3),
+            "ratio_to_dense_forward": round(forward_ratio, 4),
+            "ratio_to_dense_step": round(step_ratio, 4),
+            "roofline_fraction": round(least / step, 4),
+        } | ({} if calls.bytes is None else {"memory_ratio": round(calls.bytes / room, 4)})
+
+
+def _programs(case: Case, x_TD: np.ndarray) -> Iterator[tuple[str, str, AbstractContextManager]]:
+    """Routing and name of everything that is timed, and its calls for as long as they are open."""
     for routing in WAYS:
         make = functools.partial(ROUTERS[routing], k=case.k)
         for name, dispatcher, capacity in ways(routing):
-            programs[routing, name] = _sparse(case, x_TD, make, dispatcher, capacity)
+            yield routing, name, nullcontext(_sparse(case, x_TD, make, dispatcher, capacity))
     has_torch = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
-    on_cpu = dtype == "float32" and jax.default_backend() == "cpu"
+    on_cpu = x_TD.dtype == np.float32 and jax.default_backend() == "cpu"
     if has_torch and on_cpu and case.experts <= 64:  # of more experts its backward pass takes 16 s
         from moe import bench_torch
 
         for name in bench_torch.WAYS:
-            calls = others.enter_context(bench_torch.mixtral(case, x_TD, name))
-            programs["balanced", name] = Calls(*calls)
-    # The dense layer holds its weights and their gradients once, the sparse one E times.
-    weights = 2 * 3 * case.width * case.hidden * x_TD.dtype.itemsize
-    room = (programs["dense", "dense"].bytes or 0) + (case.experts - 1) * weights
-    seconds = {key: [] for key in programs}
-    for _ in range(ROUNDS):
-        for key, calls in programs.items():
-            # The first call of each takes the memory that the one before it left behind.
-            seconds[key].append([(timed(call), timed(call))[1] for call in calls[:2]])
-    dense = np.asarray(seconds.pop(("dense", "dense")))
-    for (routing, dispatcher), found in seconds.items():
-        times = np.asarray(found)
-        ratios = np.median(times / dense, axis=0)
-        forward, step = np.median(times, axis=0)
-        least = case.least_seconds(peak, bandwidth, x_TD.dtype.itemsize, step=True)
-        held = programs[routing, dispatcher].bytes
-        yield {
-            "case": str(case),
-            "routing": routing,
-            "dispatcher": dispatcher,
-            "milliseconds_forward": round(1e3 * forward, 3),
-            "milliseconds_step": round(1e3 * step, 3),
-            "ratio_to_dense_forward": round(float(ratios[0]), 4),
-            "ratio_to_dense_step": round(float(ratios[1]), 4),
-            "roofline_fraction": round(least / step, 4),
-        } | ({} if held is None else {"memory_ratio": round(held / room, 4)})
+            yield "balanced", name, bench_torch.mixtral(case, x_TD, name)
+
+
+def in_turns(pairs: list[tuple[Callable, Callable]]) -> list[tuple[float, float]]:
+    """Seconds of each pair's second call, and how many times its first's: medians over the rounds.
+
+    In every round each pair's calls follow one another twice, and only the second time counts: in
+    the first they find the memory that they then keep. A slow moment of the machine counts for both
+    calls of a pair, and a slow minute for few rounds of all pairs.
+    """
+    for pair in pairs:
+        settle(pair)
+    turns = [[[timed(call) for call in 2 * pair][2:] for pair in pairs] for _ in range(ROUNDS)]
+    times = np.array(turns)  # rounds, pairs, 2
+    ratios = np.median(times[:, :, 1] / times[:, :, 0], axis=0)
+    return list(zip(np.median(times[:, :, 1], axis=0).tolist(), ratios.tolist(), strict=True))
+
+
+def settle(calls: Iterable[Callable]) -> None:
+    """Calls them until they need no new memory: the heap is then cut as they need it."""
+    for _ in range(MOST_CALLS):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for call in calls:
+            timed(call)
+        if resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1_000:  # pages
+            return
 
 
 def _dense(case: Case, x_TD: np.ndarray) -> Calls:
@@ -199,15 +221,33 @@ def _calls(total, *args) -> Calls:
 
 
 def summary(rows: list[dict]) -> dict[str, float]:
-    """Geometric means of the ratios over the cases, of the fastest of our dispatchers in each."""
+    """Geometric means over the cases, of the fastest of our dispatchers in each.
+
+    Times the dense layer's; and how many times ours transformers' block takes, in the faster of its
+    ways, where it was timed.
+    """
     found = {}
-    ours = [row for row in rows if not row["dispatcher"].startswith("transformers")]
+    theirs = [row for row in rows if row["dispatcher"].startswith("transformers")]
+    ours = [row for row in rows if row not in theirs]
     for routing in dict.fromkeys(row["routing"] for row in ours):
         for what in ("forward", "step"):
-            name = f"ratio_to_dense_{what}"
-            best: dict[str, float] = {}
-            for row in ours:
-                if row["routing"] == routing:
-                    best[row["case"]] = min(row[name], best.get(row["case"], np.inf))
-            found[f"{routing}, {what}"] = statistics.geometric_mean(best.values())
+            best = _fastest([row for row in ours if row["routing"] == routing], what)
+            name = f"best dispatcher, {routing}, {what}, times dense"
+            found[name] = statistics.geometric_mean(best.values())
+    for name, kept in (("transformers", False), ("transformers with memory kept", True)):
+        for what in ("forward", "step"):
+            other = _fastest([r for r in theirs if r["dispatcher"].endswith("kept") == kept], what)
+            best = _fastest([row for row in ours if row["routing"] == "balanced"], what)
+            if other:
+                ratios = [ratio / best[case] for case, ratio in other.items()]
+                found[f"{name}, {what}, times ours"] = statistics.geometric_mean(ratios)
     return found
+
+
+def _fastest(rows: list[dict], what: str) -> dict[str, float]:
+    """The smallest ratio to dense for each case."""
+    name = f"ratio_to_dense_{what}"
+    return {
+        case: min(row[name] for row in rows if row["case"] == case)
+        for case in dict.fromkeys(row["case"] for row in rows)
+    }

@@ -15,6 +15,7 @@ import warnings
 import numpy as np
 
 from moe.allocator import keep_freed_memory
+from moe.bench_layer import Calls, Case
 
 # How it runs its experts, and whether its process keeps freed memory as ours does: torch itself
 # leaves the C library's settings as they are.
@@ -30,21 +31,22 @@ x: Any
 
 
 @contextlib.contextmanager
-def mixtral(case, x_TD: np.ndarray, way: str) -> Iterator[tuple[Callable, Callable]]:
-    """Forward pass and step (gradients to weights and x) of the block, without arguments.
+def mixtral(case: Case, x_TD: np.ndarray, way: str) -> Iterator[Calls]:
+    """Forward pass and step (gradients to weights and x) of the block, for as long as it is open.
 
-    They are over when they return, and are gone with the context.
+    They are over when they return.
     """
     start = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, start, _build, (case, x_TD, *WAYS[way])) as process:
-        yield functools.partial(_call, process, _forward), functools.partial(_call, process, _step)
+        run = functools.partial(_call, process)
+        yield Calls(functools.partial(run, _forward), functools.partial(run, _step))
 
 
 def _call(process: ProcessPoolExecutor, function: Callable) -> None:
     process.submit(function).result()
 
 
-def _build(case, x_TD: np.ndarray, experts: str, keep: bool) -> None:
+def _build(case: Case, x_TD: np.ndarray, experts: str, keep: bool) -> None:
     global block, x
     if keep:
         keep_freed_memory()

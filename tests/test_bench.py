@@ -31,7 +31,28 @@ def test_a_layer_is_measured_in_every_way(tmp_path, capsys):
         assert row["case"] == "T=64 D=16 F=16 E=4 K=2"
         assert min(value for value in row.values() if isinstance(value, float)) > 0
         assert ("memory_ratio" in row) != row["dispatcher"].startswith("transformers")
-    assert "best dispatcher, zipf, step:" in capsys.readouterr().out
+    assert "best dispatcher, zipf, step, times dense:" in capsys.readouterr().out
+
+
+def test_means_are_of_the_fastest_of_each_case():
+    def row(case, dispatcher, ratio, routing="balanced"):
+        names = ("ratio_to_dense_forward", "ratio_to_dense_step")
+        return {"case": case, "routing": routing, "dispatcher": dispatcher} | dict.fromkeys(
+            names, ratio
+        )
+
+    rows = [
+        row("a", "SlotGather", 2.0),
+        row("a", "Sorted", 1.0),
+        row("a", "transformers eager", 9.0),
+        row("a", "transformers grouped_mm", 2.0),
+        row("a", "transformers grouped_mm, memory kept", 1.5),
+        row("b", "Sorted", 4.0),
+    ]
+    found = bench_layer.summary(rows)
+    assert found["best dispatcher, balanced, step, times dense"] == pytest.approx(2.0)
+    assert found["transformers, step, times ours"] == pytest.approx(2.0)
+    assert found["transformers with memory kept, forward, times ours"] == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize("case", ["64,16,16,4", "64,16,x,4,2", "64,16,16,4,5", "64,16,16,0,1"])
