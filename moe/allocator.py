@@ -18,7 +18,7 @@ def keep_freed_memory() -> None:
     except (OSError, AttributeError):
         return
     mallopt(ARENA_MAX, 1)
-    # Larger ones go back when freed: kept, their holes doubled a process for a tenth of speed.
+    # Larger blocks go back when freed: kept, they leave holes as large in the heap.
     mallopt(MMAP_THRESHOLD, 2**30)
     mallopt(TRIM_THRESHOLD, -1)  # never
     mallopt(TOP_PAD, 2**28)
