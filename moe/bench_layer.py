@@ -129,7 +129,7 @@ def _rows(case: Case, peak: float, bandwidth: float, dtype: str) -> Iterator[dic
     with ExitStack() as stack:
         programs = [(*names, stack.enter_context(calls)) for *names, calls in _programs(case, x_TD)]
         pairs = [pair for *_, calls in programs for pair in zip(dense[:2], calls[:2], strict=True)]
-        timings = iter(in_turns(pairs))
+        timings = iter(paired(pairs))
     for routing, name, calls in programs:
         (forward, forward_ratio), (step, step_ratio) = next(timings), next(timings)
         yield {
@@ -159,7 +159,7 @@ def _programs(case: Case, x_TD: np.ndarray) -> Iterator[tuple[str, str, Abstract
             yield "balanced", name, bench_torch.mixtral(case, x_TD, name)
 
 
-def in_turns(pairs: list[tuple[Callable, Callable]]) -> list[tuple[float, float]]:
+def paired(pairs: list[tuple[Callable, Callable]]) -> list[tuple[float, float]]:
     """Seconds of each pair's second call, and how many times its first's: medians over the rounds.
 
     In every round each pair's calls follow one another twice, and only the second time counts: in

@@ -35,11 +35,9 @@ def test_a_layer_is_measured_in_every_way(tmp_path, capsys):
 
 
 def test_means_are_of_the_fastest_of_each_case():
-    def row(case, dispatcher, ratio, routing="balanced"):
-        names = ("ratio_to_dense_forward", "ratio_to_dense_step")
-        return {"case": case, "routing": routing, "dispatcher": dispatcher} | dict.fromkeys(
-            names, ratio
-        )
+    def row(case, dispatcher, ratio):
+        names = {"case": case, "routing": "balanced", "dispatcher": dispatcher}
+        return names | {"ratio_to_dense_forward": ratio, "ratio_to_dense_step": ratio}
 
     rows = [
         row("a", "SlotGather", 2.0),
