@@ -23,7 +23,7 @@ from moe import functional, hardware
 from moe.bench_routers import VOCABULARY, batch, median_ms, timed
 from routing import Balanced, Capacity, Router, Sizes, Zipf, initialize
 
-ROUNDS, MOST_CALLS = 5, 8
+ROUNDS, MOST_CALLS = 7, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,17 @@ class Calls(NamedTuple):
     forward: Callable
     step: Callable
     bytes: int | None = None
+
+
+class Timing(NamedTuple):
+    """Of the second call of a pair: its median seconds, and how many times the first's it takes.
+
+    ratio: the median over the rounds. fastest: the fastest call of each over all rounds.
+    """
+
+    seconds: float
+    ratio: float
+    fastest: float
 
 
 CASES = (
@@ -131,16 +142,18 @@ def _rows(case: Case, peak: float, bandwidth: float, dtype: str) -> Iterator[dic
         pairs = [pair for *_, calls in programs for pair in zip(dense[:2], calls[:2], strict=True)]
         timings = iter(paired(pairs))
     for routing, name, calls in programs:
-        (forward, forward_ratio), (step, step_ratio) = next(timings), next(timings)
+        forward, step = next(timings), next(timings)
         yield {
             "case": str(case),
             "routing": routing,
             "dispatcher": name,
-            "milliseconds_forward": round(1e3 * forward, 3),
-            "milliseconds_step": round(1e3 * step, 3),
-            "ratio_to_dense_forward": round(forward_ratio, 4),
-            "ratio_to_dense_step": round(step_ratio, 4),
-            "roofline_fraction": round(least / step, 4),
+            "milliseconds_forward": round(1e3 * forward.seconds, 3),
+            "milliseconds_step": round(1e3 * step.seconds, 3),
+            "ratio_to_dense_forward": round(forward.ratio, 4),
+            "ratio_to_dense_step": round(step.ratio, 4),
+            "fastest_to_dense_forward": round(forward.fastest, 4),
+            "fastest_to_dense_step": round(step.fastest, 4),
+            "roofline_fraction": round(least / step.seconds, 4),
         } | ({} if calls.bytes is None else {"memory_ratio": round(calls.bytes / room, 4)})
 
 
@@ -159,8 +172,8 @@ def _programs(case: Case, x_TD: np.ndarray) -> Iterator[tuple[str, str, Abstract
             yield "balanced", name, bench_torch.mixtral(case, x_TD, name)
 
 
-def paired(pairs: list[tuple[Callable, Callable]]) -> list[tuple[float, float]]:
-    """Seconds of each pair's second call, and how many times its first's: medians over the rounds.
+def paired(pairs: list[tuple[Callable, Callable]]) -> list[Timing]:
+    """How long each pair's second call takes beside its first.
 
     In every round each pair's calls follow one another twice, and only the second time counts: in
     the first they find the memory that they then keep. A slow moment of the machine counts for both
@@ -171,7 +184,9 @@ def paired(pairs: list[tuple[Callable, Callable]]) -> list[tuple[float, float]]:
     turns = [[[timed(call) for call in 2 * pair][2:] for pair in pairs] for _ in range(ROUNDS)]
     times = np.array(turns)  # rounds, pairs, 2
     ratios = np.median(times[:, :, 1] / times[:, :, 0], axis=0)
-    return list(zip(np.median(times[:, :, 1], axis=0).tolist(), ratios.tolist(), strict=True))
+    fastest = times.min(axis=0)
+    columns = (np.median(times[:, :, 1], axis=0), ratios, fastest[:, 1] / fastest[:, 0])
+    return [Timing(*row) for row in np.stack(columns, axis=1).tolist()]
 
 
 def settle(calls: Iterable[Callable]) -> None:
@@ -221,32 +236,34 @@ def _calls(total, *args) -> Calls:
 
 
 def summary(rows: list[dict]) -> dict[str, float]:
-    """Geometric means over the cases, of the fastest of our dispatchers in each.
+    """Geometric means over the cases, of the better of our dispatchers in each.
 
-    Times the dense layer's; and how many times ours transformers' block takes, in the faster of its
-    ways, where it was timed.
+    Times the dense layer's, by medians and by the fastest calls; and how many times ours
+    transformers' block takes, in the better of its ways, where it was timed.
     """
     found = {}
     theirs = [row for row in rows if row["dispatcher"].startswith("transformers")]
     ours = [row for row in rows if row not in theirs]
     for routing in dict.fromkeys(row["routing"] for row in ours):
         for what in ("forward", "step"):
-            best = _fastest([row for row in ours if row["routing"] == routing], what)
-            name = f"best dispatcher, {routing}, {what}, times dense"
-            found[name] = statistics.geometric_mean(best.values())
+            own = [row for row in ours if row["routing"] == routing]
+            for kind, note in (("ratio", ""), ("fastest", ", fastest calls")):
+                best = _best(own, f"{kind}_to_dense_{what}")
+                name = f"best dispatcher, {routing}, {what}, times dense{note}"
+                found[name] = statistics.geometric_mean(best.values())
     for name, kept in (("transformers", False), ("transformers with memory kept", True)):
+        others = [row for row in theirs if row["dispatcher"].endswith("kept") == kept]
         for what in ("forward", "step"):
-            other = _fastest([r for r in theirs if r["dispatcher"].endswith("kept") == kept], what)
-            best = _fastest([row for row in ours if row["routing"] == "balanced"], what)
+            other = _best(others, f"ratio_to_dense_{what}")
+            best = _best([r for r in ours if r["routing"] == "balanced"], f"ratio_to_dense_{what}")
             if other:
                 ratios = [ratio / best[case] for case, ratio in other.items()]
                 found[f"{name}, {what}, times ours"] = statistics.geometric_mean(ratios)
     return found
 
 
-def _fastest(rows: list[dict], what: str) -> dict[str, float]:
-    """The smallest ratio to dense for each case."""
-    name = f"ratio_to_dense_{what}"
+def _best(rows: list[dict], name: str) -> dict[str, float]:
+    """The smallest of that name for each case."""
     return {
         case: min(row[name] for row in rows if row["case"] == case)
         for case in dict.fromkeys(row["case"] for row in rows)

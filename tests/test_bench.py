@@ -37,7 +37,9 @@ def test_a_layer_is_measured_in_every_way(tmp_path, capsys):
 def test_means_are_of_the_fastest_of_each_case():
     def row(case, dispatcher, ratio):
         names = {"case": case, "routing": "balanced", "dispatcher": dispatcher}
-        return names | {"ratio_to_dense_forward": ratio, "ratio_to_dense_step": ratio}
+        ratios = {f"ratio_to_dense_{what}": ratio for what in ("forward", "step")}
+        fastest = {f"fastest_to_dense_{what}": ratio / 2 for what in ("forward", "step")}
+        return names | ratios | fastest
 
     rows = [
         row("a", "SlotGather", 2.0),
@@ -49,8 +51,23 @@ def test_means_are_of_the_fastest_of_each_case():
     ]
     found = bench_layer.summary(rows)
     assert found["best dispatcher, balanced, step, times dense"] == pytest.approx(2.0)
+    fastest = found["best dispatcher, balanced, step, times dense, fastest calls"]
+    assert fastest == pytest.approx(1.0)
     assert found["transformers, step, times ours"] == pytest.approx(2.0)
     assert found["transformers with memory kept, forward, times ours"] == pytest.approx(1.5)
+
+
+def test_pairs_are_told_by_medians_and_by_the_fastest_calls(monkeypatch):
+    # Of each round's four calls (first, second, first, second) the last two count.
+    counted = {"first": [2.0, 4.0, 1.0], "second": [4.0, 4.0, 4.0]}
+    calls = {
+        name: iter([t for time in times for t in (9.0, time)]) for name, times in counted.items()
+    }
+    monkeypatch.setattr(bench_layer, "ROUNDS", 3)
+    monkeypatch.setattr(bench_layer, "settle", lambda pair: None)
+    monkeypatch.setattr(bench_layer, "timed", lambda call: next(calls[call]))
+    # Ratios of 2, 1 and 4; the fastest are 1 and 4 seconds.
+    assert bench_layer.paired([("first", "second")]) == [bench_layer.Timing(4.0, 2.0, 4.0)]
 
 
 @pytest.mark.parametrize("case", ["64,16,16,4", "64,16,x,4,2", "64,16,16,4,5", "64,16,16,0,1"])
