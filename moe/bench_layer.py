@@ -236,29 +236,34 @@ def _calls(total, *args) -> Calls:
 
 
 def summary(rows: list[dict]) -> dict[str, float]:
-    """Geometric means over the cases, of the better of our dispatchers in each.
+    """Geometric means over the cases, by medians and by the fastest calls.
 
-    Times the dense layer's, by medians and by the fastest calls; and how many times ours
+    Of the better of our dispatchers in each: times the dense layer's; and how many times ours
     transformers' block takes, in the better of its ways, where it was timed.
     """
-    found = {}
     theirs = [row for row in rows if row["dispatcher"].startswith("transformers")]
-    ours = [row for row in rows if row not in theirs]
-    for routing in dict.fromkeys(row["routing"] for row in ours):
+    kept = [row for row in theirs if row["dispatcher"].endswith("kept")]
+    others = {
+        "transformers": [row for row in theirs if row not in kept],
+        "transformers with memory kept": kept,
+    }
+    ours: dict[str, list[dict]] = {}
+    for row in rows:
+        if row not in theirs:
+            ours.setdefault(row["routing"], []).append(row)
+    found = {}
+    for kind, note in (("ratio", ""), ("fastest", ", fastest calls")):
         for what in ("forward", "step"):
-            own = [row for row in ours if row["routing"] == routing]
-            for kind, note in (("ratio", ""), ("fastest", ", fastest calls")):
-                best = _best(own, f"{kind}_to_dense_{what}")
-                name = f"best dispatcher, {routing}, {what}, times dense{note}"
-                found[name] = statistics.geometric_mean(best.values())
-    for name, kept in (("transformers", False), ("transformers with memory kept", True)):
-        others = [row for row in theirs if row["dispatcher"].endswith("kept") == kept]
-        for what in ("forward", "step"):
-            other = _best(others, f"ratio_to_dense_{what}")
-            best = _best([r for r in ours if r["routing"] == "balanced"], f"ratio_to_dense_{what}")
-            if other:
-                ratios = [ratio / best[case] for case, ratio in other.items()]
-                found[f"{name}, {what}, times ours"] = statistics.geometric_mean(ratios)
+            name = f"{kind}_to_dense_{what}"
+            best = {routing: _best(own, name) for routing, own in ours.items()}
+            for routing, cases in best.items():
+                mean = statistics.geometric_mean(cases.values())
+                found[f"best dispatcher, {routing}, {what}, times dense{note}"] = mean
+            for who, other in others.items():
+                if other:
+                    times = [v / best["balanced"][case] for case, v in _best(other, name).items()]
+                    mean = statistics.geometric_mean(times)
+                    found[f"{who}, {what}, times ours{note}"] = mean
     return found
 
 

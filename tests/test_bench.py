@@ -53,6 +53,7 @@ def test_means_are_of_the_fastest_of_each_case():
     assert found["best dispatcher, balanced, step, times dense"] == pytest.approx(2.0)
     fastest = found["best dispatcher, balanced, step, times dense, fastest calls"]
     assert fastest == pytest.approx(1.0)
+    assert found["transformers, step, times ours, fastest calls"] == pytest.approx(2.0)
     assert found["transformers, step, times ours"] == pytest.approx(2.0)
     assert found["transformers with memory kept, forward, times ours"] == pytest.approx(1.5)
 
