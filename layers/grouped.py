@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, Int
 from layers.constrain import is_placed, platform
 
 # Rows of an expert are worked on 512 at a time, and what is left in one smallest block that holds
-# it: a sixth of that is empty on average, a tenth above 128. Every size is a loop to compile.
-BLOCKS = (16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+# it: a tenth of that is empty on average. Every size is a loop to compile.
+BLOCKS = (*(n * base for base in (4, 8, 16, 32, 64) for n in (4, 5, 6, 7)), 512)
+FEW_ROWS = 64  # so many are the right operand where the other one is a weight read as it lies
 KERNELS = ("auto", "loop", "ragged_dot", "tokamax")
 
 
@@ -122,9 +123,7 @@ def _loop_backward(activate, saved, dy_ND):
         x_SD, dy_SD = (jnp.where(row_S[:, None], _rows(a, start, size), 0) for a in (x_ND, dy_ND))
         hidden_SF, pull = jax.vjp(activate, *(_rows(a, start, size) for a in before))
         dbefore = pull(dy_SD @ _one(down_EFD, expert).T)
-        dx_SD = sum(
-            d_SF @ _one(up_EDF, expert).T for d_SF, up_EDF in zip(dbefore, ups, strict=True)
-        )
+        dx_SD = _through(zip(dbefore, ups, strict=True), expert)
         dups = [
             _add(dup_EDF, expert, x_SD, d_SF, first)
             for dup_EDF, d_SF in zip(dups, dbefore, strict=True)
@@ -178,6 +177,16 @@ def _over_experts(body, carry, count_E, rows: int):
         return blocks(largest, start, count, full, False, carry)
 
     return lax.fori_loop(0, len(count_E), one_expert, carry)
+
+
+def _through(gradients, expert):
+    """dx_SD: the sum of d_SF @ up[expert].T over pairs of d_SF and up_EDF."""
+    pairs = [(d_SF, _one(up_EDF, expert)) for d_SF, up_EDF in gradients]
+    if len(pairs[0][0]) > FEW_ROWS:
+        return sum(d_SF @ up_DF.T for d_SF, up_DF in pairs)
+    # A library copies the right operand into the order that it multiplies in: here that is the
+    # rows, not the weights. Without the barrier the compiler would turn the product round again.
+    return lax.optimization_barrier(sum(up_DF @ d_SF.T for d_SF, up_DF in pairs)).T
 
 
 def _rows(a_ND, start, size):
