@@ -123,7 +123,7 @@ def _loop_backward(activate, saved, dy_ND):
         x_SD, dy_SD = (jnp.where(row_S[:, None], _rows(a, start, size), 0) for a in (x_ND, dy_ND))
         hidden_SF, pull = jax.vjp(activate, *(_rows(a, start, size) for a in before))
         dbefore = pull(dy_SD @ _one(down_EFD, expert).T)
-        dx_SD = _through(zip(dbefore, ups, strict=True), expert)
+        dx_SD = _input_gradient(zip(dbefore, ups, strict=True), expert)
         dups = [
             _add(dup_EDF, expert, x_SD, d_SF, first)
             for dup_EDF, d_SF in zip(dups, dbefore, strict=True)
@@ -179,7 +179,7 @@ def _over_experts(body, carry, count_E, rows: int):
     return lax.fori_loop(0, len(count_E), one_expert, carry)
 
 
-def _through(gradients, expert):
+def _input_gradient(gradients, expert):
     """dx_SD: the sum of d_SF @ up[expert].T over pairs of d_SF and up_EDF."""
     pairs = [(d_SF, _one(up_EDF, expert)) for d_SF, up_EDF in gradients]
     if len(pairs[0][0]) > FEW_ROWS:
