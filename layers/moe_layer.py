@@ -109,17 +109,8 @@ class MoELayer(nnx.Module):
             raise ValueError(
                 "MoELayer.expert_dropout is for feed-forwards, not neurons or segments"
             )
-        needing = {
-            "expert_dropout": expert_dropout,
-            "segmented": segmented,
-            "default_vectors": default_vectors,
-        }
-        needing = [name for name, value in needing.items() if value]
-        if needing and not self.dispatcher.needs_slots:
-            raise ValueError(
-                f"MoELayer.dispatcher = @{type(self.dispatcher).__name__}() has no slots for "
-                f"MoELayer.{needing[0]}; use @SlotGather() with it"
-            )
+        if not self.dispatcher.needs_slots:
+            check_no_slots(self.dispatcher, expert_dropout, segmented, default_vectors)
         if (segmented or default_vectors) and not self.eval_dispatcher.needs_slots:
             self.eval_dispatcher = self.dispatcher
         check_fit(self.router, sequences_per_group, neurons, segmented, self.cheap, default_vectors)
@@ -251,6 +242,21 @@ class MoELayer(nnx.Module):
             step=tokens.step,
             logits_before_GTE=before_GTE,
         )
+
+
+def check_no_slots(dispatcher: Dispatcher, expert_dropout, segmented, default_vectors) -> None:
+    """Raise ValueError where something is asked for that needs slots."""
+    needing = {
+        "expert_dropout": expert_dropout,
+        "segmented": segmented,
+        "default_vectors": default_vectors,
+    }
+    for name, value in needing.items():
+        if value:
+            raise ValueError(
+                f"MoELayer.dispatcher = @{type(dispatcher).__name__}() has no slots for "
+                f"MoELayer.{name}; use @SlotGather() with it"
+            )
 
 
 def check_fit(router: Router, per_group, neurons, segmented, cheap, defaults) -> None:

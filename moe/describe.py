@@ -44,11 +44,6 @@ def costs_of(built: assemble.Model) -> dict[str, Any]:
     }
 
 
-def corpus_of(text: PreparedData) -> dict[str, Any]:
-    info = text.info
-    return {"name": info.name, "bytes": info.bytes, "sha256": info.sha256}
-
-
 def describe_run(built, text: PreparedData, seed: int, peak: float) -> dict[str, Any]:
     """What run.json holds: everything needed to say what this run was."""
     return {
@@ -64,11 +59,17 @@ def describe_run(built, text: PreparedData, seed: int, peak: float) -> dict[str,
     }
 
 
-def summary_of(result: Evaluation) -> dict[str, Any]:
-    """An evaluation, for summary.json."""
+def summary_of(
+    result: Evaluation, built: assemble.Model, text: PreparedData, peak: float
+) -> dict[str, Any]:
+    """What was reached, by what, on which text and machine, for summary.json."""
     return {
         "val_bits_per_byte": result.bits_per_byte,
         "val_loss": result.loss,
         "val_documents": result.documents,
         "val_bytes": result.bytes,
+        **costs_of(built),
+        "corpus": {name: getattr(text.info, name) for name in ("name", "bytes", "sha256")},
+        "matmul_peak_flops": peak,
+        "peak_memory_bytes": hardware.peak_memory_bytes(),
     }

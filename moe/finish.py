@@ -11,6 +11,33 @@ from moe.text_data import PreparedData
 PICTURE_BYTES = 60_000
 
 
+def write_pages(
+    folder: RunFolder,
+    built: Model,
+    values: tuple[Arrays, Arrays],
+    text: PreparedData,
+    prompts: tuple[str, ...],
+    baselines: dict[str, float],
+    shape: tuple[int, int],
+    seed: int,
+) -> list[str]:
+    """samples.txt, where the model can continue a text, and picture.png, where it has experts.
+
+    values: parameters and router state. shape: sequences per batch and their length.
+
+    Returns:
+        The samples.
+    """
+    samples = []
+    if built.objective.causal and not built.module.leak:
+        samples = write_samples(folder, built, values, text, prompts, shape[1], seed)
+    if built.moe_layer is not None:
+        batches = text.validation_batches(*shape, max_bytes=PICTURE_BYTES)
+        table = token_table(built, *values, text.tokenizer, batches)
+        picture(folder.path, folder.picture, table, baselines)
+    return samples
+
+
 def write_samples(
     folder: RunFolder,
     built: Model,
@@ -38,18 +65,3 @@ def write_samples(
         )
     folder.samples.write_text(("\n" + "-" * 80 + "\n").join(made) + "\n", encoding="utf-8")
     return made
-
-
-def write_picture(
-    folder: RunFolder,
-    built: Model,
-    values: tuple[Arrays, Arrays],
-    text: PreparedData,
-    baselines: dict[str, float],
-    batch_size: int,
-    sequence_length: int,
-) -> None:
-    """picture.png: loss, loads, and the tokens that each expert works on."""
-    batches = text.validation_batches(batch_size, sequence_length, max_bytes=PICTURE_BYTES)
-    table = token_table(built, *values, text.tokenizer, batches)
-    picture(folder.path, folder.picture, table, baselines)

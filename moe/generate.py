@@ -4,6 +4,7 @@ B samples, T tokens of context, V vocabulary.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -77,25 +78,7 @@ def generate(
     start = [tokenizer.document_id, *tokenizer.encode_batch([prompt])[0]]
     text_BN = np.tile(np.asarray(start, np.int32), (count, 1))
     prompt_length = len(start)
-
-    @jax.jit
-    def next_token(params, router_state, window_BT, length, key):
-        module = model.graph.join(params, router_state)
-        place_BT = jnp.broadcast_to(jnp.arange(context, dtype=jnp.int32)[None], window_BT.shape)
-        out = module(
-            Tokens(
-                token_BT=window_BT,
-                segment_BT=(place_BT < length).astype(jnp.int32),
-                position_BT=place_BT,
-                index_B=jnp.arange(count, dtype=jnp.int32),
-                key=jax.random.key(0),
-                train=False,
-            )
-        )
-        last_B1D = jax.lax.dynamic_slice_in_dim(out.hidden_BTD, length - 1, 1, axis=1)
-        logits_BV = module.logits(last_B1D)[:, 0]
-        return sampling.pick(logits_BV, key)
-
+    next_token = jax.jit(functools.partial(_next_token, model, sampling))
     key = jax.random.key(seed)
     for i in range(tokens):
         window_BN = text_BN[:, -context:]
@@ -109,6 +92,25 @@ def generate(
         if ended_B.all():
             break
     return [tokenizer.decode(_until_end(row_N[1:], tokenizer.document_id)) for row_N in text_BN]
+
+
+def _next_token(model: Model, sampling: Sampling, params, router_state, window_BT, length, key):
+    """int32 (B,): what follows the first `length` tokens of each window."""
+    module = model.graph.join(params, router_state)
+    count, context = window_BT.shape
+    place_BT = jnp.broadcast_to(jnp.arange(context, dtype=jnp.int32)[None], window_BT.shape)
+    out = module(
+        Tokens(
+            token_BT=window_BT,
+            segment_BT=(place_BT < length).astype(jnp.int32),
+            position_BT=place_BT,
+            index_B=jnp.arange(count, dtype=jnp.int32),
+            key=jax.random.key(0),
+            train=False,
+        )
+    )
+    last_B1D = jax.lax.dynamic_slice_in_dim(out.hidden_BTD, length - 1, 1, axis=1)
+    return sampling.pick(module.logits(last_B1D)[:, 0], key)
 
 
 def _until_end(row_N: np.ndarray, document_id: int) -> list[int]:

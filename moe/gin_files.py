@@ -5,7 +5,7 @@ names the settings that a run would ignore. gin's registry has no public reader,
 and gin_check read the private `_REGISTRY`, `_CONFIG` and `_OPERATIVE_CONFIG` of gin 0.5.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 import importlib
 import math
 import os
@@ -198,8 +198,8 @@ def unused(later: Collection[str] = ()) -> list[str]:
     )
 
 
-def refuse_ignored(later: Collection[str] = ()) -> list[str]:
-    """UserError for settings of the command line that `unused` finds; the names of the others.
+def refuse_ignored(say: Callable[[str], None], later: Collection[str] = ()) -> None:
+    """UserError for settings of the command line that `unused` finds; says the names of others.
 
     Files may hold settings that another file has put out of use, as when a router is swapped.
     """
@@ -210,7 +210,8 @@ def refuse_ignored(later: Collection[str] = ()) -> list[str]:
             f"this run would ignore {', '.join(wrong)}: nothing that it builds reads "
             f"{'them' if len(wrong) > 1 else 'it'}; take it out, or set what does"
         )
-    return ignored
+    if ignored:
+        say(f"settings that this run does not use: {', '.join(ignored)}")
 
 
 def _text(value: object) -> str | None:

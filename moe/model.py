@@ -3,7 +3,7 @@
 B batch, T tokens, D model width, V vocabulary, L sparse layers, H heads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import functools
 
@@ -50,7 +50,7 @@ class ModelOutput(nnx.Pytree):
     depths: RouterOutput | None = nnx.data(default=None)
 
 
-def runs_of_layers(kinds: Sequence) -> list[tuple[tuple, int]]:
+def runs_of_layers(kinds: Iterable) -> list[tuple[tuple, int]]:
     """(pattern, repeats) pairs that spell out the layers: the fewest traced blocks first.
 
     [0,1,0,1] is one run of (0,1) twice; [0,1,1,1] is (0) once, then (1) three times.
@@ -66,6 +66,28 @@ def runs_of_layers(kinds: Sequence) -> list[tuple[tuple, int]]:
         else:
             runs.append(((kind,), 1))
     return runs
+
+
+def stacks_of(kinds: Iterable[tuple], make_block, remat: Remat, scan: bool) -> list[Stack]:
+    """The layers, each made by make_block(*kind)."""
+    stacks, first = [], 0
+    for pattern, repeats in runs_of_layers(kinds):
+
+        def make_blocks(pattern=pattern):
+            return [make_block(*kind) for kind in pattern]
+
+        stacks.append(Stack(make_blocks, repeats, first, remat, scan))
+        first += len(pattern) * repeats
+    return stacks
+
+
+def learned_positions(positions, max_length: int | None, d_model: int) -> LearnedPositions | None:
+    """Where positions are learned; raise ValueError where it is not said how many."""
+    if positions != "learned":
+        return None
+    if max_length is None:
+        raise ValueError("learned positions need Transformer.max_length")
+    return LearnedPositions(max_length, d_model)
 
 
 @gin.configurable
@@ -132,25 +154,17 @@ class Transformer(nnx.Module):
         is_deep = sparse_layers(num_layers, depth_router is not None, depth_every, None, "depth")
         self.is_moe, self.positions, self.compute_dtype = is_moe, positions, compute_dtype
         self.embedding_VD = parameter((vocab_size, d_model), ("vocab", "embed"), normal(0.02))
-        learned = None
-        if positions == "learned":
-            if max_length is None:
-                raise ValueError("learned positions need Transformer.max_length")
-            learned = LearnedPositions(max_length, d_model)
-        self.learned = learned  # once: Flax takes an attribute that was None for static
-        out_scale = 0.5 / num_layers
+        self.learned = learned_positions(positions, max_length, d_model)
+        scale = 0.5 / num_layers
         make_attention = functools.partial(
             attention,
             num_heads=num_heads or max(1, d_model // 64),
             positions=positions,
             causal=causal,
-            out_scale=out_scale,
+            out_scale=scale,
         )
-        make_dense = functools.partial(feed_forward, out_scale=out_scale)
-        make_moe = moe and functools.partial(
-            moe, vocab_size=vocab_size, text=text, out_scale=out_scale
-        )
-        stacks, first = [], 0
+        make_dense = functools.partial(feed_forward, out_scale=scale)
+        make_moe = moe and functools.partial(moe, vocab_size=vocab_size, text=text, out_scale=scale)
         sizes = Sizes(d_model, 1, vocab_size, text)
 
         def make_block(sparse, deep):
@@ -158,19 +172,11 @@ class Transformer(nnx.Module):
             made = block(d_model, make_attention, kind, norm=norm)
             return DepthBlock(made, depth_router(sizes)) if depth_router and deep else made
 
-        for pattern, repeats in runs_of_layers(tuple(zip(is_moe, is_deep, strict=True))):
-
-            def make_blocks(pattern=pattern):
-                return [make_block(*kind) for kind in pattern]
-
-            stacks.append(Stack(make_blocks, repeats, first, remat, scan))
-            first += len(pattern) * repeats
-        self.stacks = nnx.List(stacks)
+        kinds = zip(is_moe, is_deep, strict=True)
+        self.stacks = nnx.List(stacks_of(kinds, make_block, remat, scan))
         self.final_norm = norm(d_model)
-        head_DV = None
-        if not tie_embeddings:
-            head_DV = parameter((d_model, vocab_size), ("embed", "vocab"), truncated_normal())
-        self.head_DV = head_DV
+        head = (d_model, vocab_size), ("embed", "vocab"), truncated_normal()
+        self.head_DV = None if tie_embeddings else parameter(*head)
         self.leak = self._leak() if causal else None
         if self.leak and not allow_leaks:
             raise ValueError(self.leak)

@@ -11,6 +11,7 @@ from moe.assemble import Model
 from moe.checkpoint import Checkpoints
 from moe.clock import Clock
 from moe.errors import UserError
+from moe.evaluate import Evaluation
 from moe.logs import Logs
 from moe.step import StepMetrics
 
@@ -19,12 +20,14 @@ class TrainingDiverged(UserError):
     """The loss, its gradient or an update is no longer a number."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Recorder:
-    """Reads the metrics of finished steps; `logs` is None in all but the first process.
+    """Reads the metrics of steps, each when the next is under way, so that no device waits for it.
+
+    logs: None in all but the first process.
 
     rate_N: the learning rate of every step. Not a JAX function: it would be queued behind the step
-    that runs, and the log would wait for it.
+        that runs, and the log would wait for it.
     """
 
     built: Model
@@ -35,14 +38,22 @@ class Recorder:
     rate_N: np.ndarray
     bytes_per_token: float
     log_every: int
-    steps: int
+    _waiting: tuple[int, StepMetrics] | None = dataclasses.field(default=None, init=False)
 
     def step(self, step: int, measured: StepMetrics) -> None:
-        """Check a step, and show and log it when its turn has come.
+        """Read the step before this one, which waits; raise as `read` does."""
+        self.read()
+        self._waiting = step, measured
+
+    def read(self) -> None:
+        """Check the step that waits, if one does, and show and log it when its turn has come.
 
         Raises:
             TrainingDiverged: something is not finite; names the last good checkpoint.
         """
+        if self._waiting is None:
+            return
+        (step, measured), self._waiting = self._waiting, None
         measured = jax.device_get(measured)
         seconds = self.clock.tick()
         with self.clock.logging():
@@ -50,7 +61,7 @@ class Recorder:
             slow = None if seconds is None else self.clock.pace.slow(seconds)
             if slow:
                 self.display.say(f"step {step} {slow}")
-            if step % self.log_every == 0 or step == self.steps:
+            if step % self.log_every == 0 or step == len(self.rate_N):
                 self._log(step, measured)
 
     def _log(self, step: int, measured: StepMetrics) -> None:
@@ -78,11 +89,11 @@ class Recorder:
             scalars |= {f"depth/{name}": float(v.mean()) for name, v in measured.depths.items()}
         return scalars
 
-    def held_out(self, step: int, loss: float, bits_per_byte: float) -> None:
+    def held_out(self, step: int, part: Evaluation) -> None:
         """An evaluation between two steps."""
-        self.display.say(f"step {step} held out: {bits_per_byte:.3f} bits per byte")
+        self.display.say(f"step {step} held out: {part.bits_per_byte:.3f} bits per byte")
         if self.logs is not None:
-            self.logs.scalars(step, {"val/loss": loss, "val/bpb": bits_per_byte})
+            self.logs.scalars(step, {"val/loss": part.loss, "val/bpb": part.bits_per_byte})
 
 
 def require_finite(step: int, measured: StepMetrics, saves: Checkpoints) -> None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 import contextlib
+import functools
+import math
 import signal
 import time
 from typing import Any
@@ -13,9 +15,9 @@ import numpy as np
 from moe import assemble, baselines, checkpoint, evaluate, gin_files, hardware, hosts, progress
 from moe.allocator import keep_freed_memory
 from moe.clock import Clock
-from moe.describe import corpus_of, costs_of, describe, describe_run, summary_of
+from moe.describe import describe, describe_run, summary_of
 from moe.errors import UserError
-from moe.finish import write_picture, write_samples
+from moe.finish import write_pages
 from moe.logs import Logs
 from moe.model import Transformer
 from moe.objective import NextToken, Objective
@@ -115,14 +117,11 @@ def train(
             accumulate=accumulate,
             batch_size=batch_size,
         )
-        train_batches = text.train_batches(batch_size, sequence_length, seed)
-        all_held_out = text.validation_batches(batch_size, sequence_length, eval_stride)
-        some_held_out = text.validation_batches(
-            batch_size, sequence_length, eval_stride, eval_bytes
-        )
-        ignored = gin_files.refuse_ignored(later=("eval",))
-        if ignored:
-            say(f"settings that this run does not use: {', '.join(ignored)}")
+        shape = batch_size, sequence_length
+        train_batches = text.train_batches(*shape, seed)
+        held_out = functools.partial(text.validation_batches, *shape, eval_stride)
+        all_held_out, some_held_out = held_out(), held_out(eval_bytes)
+        gin_files.refuse_ignored(say, later=("eval",))
         config = gin_files.operative()
         folder.refuse_another_run(config, text.fingerprint())
         done = folder.complete(steps, max_seconds)
@@ -142,13 +141,12 @@ def train(
         if not quiet:
             folder.begin(config, describe_run(built, text, seed, peak), text.tokenizer, first)
 
-        # The loop. Step n + 1 is dispatched before the metrics of step n are read, so that the
-        # device never waits for the host.
+        # The loop. Step n + 1 is dispatched before `record` reads the metrics of step n, so that
+        # the device never waits for the host.
         logs = None if quiet else stack.enter_context(contextlib.closing(Logs(folder)))
         display = stack.enter_context(progress.Display(steps, first, quiet))
         interrupted = stack.enter_context(catching_signals())
-        before = restored[1].get("clock") if restored else None
-        clock = Clock(peak, built, batch_size * sequence_length, before)
+        clock = Clock(peak, built, math.prod(shape), restored and restored[1].get("clock"))
         record = Recorder(
             built=built,
             clock=clock,
@@ -158,36 +156,31 @@ def train(
             rate_N=np.asarray(jax.vmap(optimizer.rate(steps))(np.arange(steps))),
             bytes_per_token=text.info.bytes_per_token,
             log_every=log_every,
-            steps=steps,
         )
         eval_step = evaluate.evaluation_step(built, device_mesh)
         extra = {"data": text.fingerprint(), "batch_size": batch_size, "seed": seed}
         batches = train_batches.batches(first, hosts.rows(program.batch_sharding, batch_size))
-        step, saved, pending = first, first if restored else None, None
+        step, saved = first, first if restored else None
         stopped, late = hosts.any_says(bool(interrupted), clock.over(max_seconds))
         while step < steps and step != stop_at and not stopped and not late:
             batch = to_devices(next(batches), program.batch_sharding, batch_size)
             state, measured = program.step(state, batch)
             step += 1
-            if pending is not None:
-                record.step(*pending)
-            pending = (step, measured)
+            record.step(step, measured)
             evaluating = bool(eval_every) and step % eval_every == 0 and step < steps
             if evaluating or (save_every and step % save_every == 0):
-                record.step(*pending)  # so that nothing broken is saved
-                pending, val_loss = None, None
+                record.read()  # so that nothing broken is saved
+                part = None
                 if evaluating:
                     part = evaluate.evaluate(eval_step, state, some_held_out, device_mesh)
-                    record.held_out(step, part.loss, part.bits_per_byte)
-                    val_loss = part.loss
-                saves.save(state, extra | {"clock": clock.total}, val_loss)
+                    record.held_out(step, part)
+                saves.save(state, extra | {"clock": clock.total}, part and part.loss)
                 saved = step
                 clock.restart()
             # Several processes ask each other only when they wait for a step anyway.
             if step % log_every == 0 or jax.process_count() == 1:
                 stopped, late = hosts.any_says(bool(interrupted), clock.over(max_seconds))
-        if pending is not None:
-            record.step(*pending)
+        record.read()
         batches.close()
         if step < steps and late:
             display.say(f"train.max_seconds={max_seconds:g} is over at step {step} of {steps}")
@@ -211,15 +204,10 @@ def train(
         if values is None:
             display.say("no samples and no picture: the parameters are too large for one host")
         elif not quiet:
-            if objective.causal and not built.module.leak:
-                samples = write_samples(folder, built, values, text, prompts, sequence_length, seed)
-            if built.moe_layer is not None:
-                lines = marks | {"held out": result.bits_per_byte}
-                write_picture(folder, built, values, text, lines, batch_size, sequence_length)
-        summary = {"step": step, **summary_of(result), "baselines": marks, **clock.summary()}
-        summary |= {**costs_of(built), "corpus": corpus_of(text), "matmul_peak_flops": peak}
-        summary["peak_memory_bytes"] = hardware.peak_memory_bytes()
-        summary["wall_seconds"] = time.monotonic() - started
+            lines = marks | {"held out": result.bits_per_byte}
+            samples = write_pages(folder, built, values, text, prompts, lines, shape, seed)
+        summary = {"step": step, **summary_of(result, built, text, peak), "baselines": marks}
+        summary |= clock.summary() | {"wall_seconds": time.monotonic() - started}
         if not quiet:
             folder.write_json(folder.summary, summary)
         return summary | {"samples": samples}
