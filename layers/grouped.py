@@ -19,7 +19,8 @@ from layers.constrain import is_placed, platform
 # Rows of an expert are worked on 512 at a time, and what is left in one smallest block that holds
 # it: a tenth of that is empty on average. Every size is a loop to compile.
 BLOCKS = (*(n * base for base in (4, 8, 16, 32, 64) for n in (4, 5, 6, 7)), 512)
-FEW_ROWS = 64  # so many are the right operand where the other one is a weight read as it lies
+# In blocks of at most so many rows, the backward pass multiplies weights by rows, not the reverse.
+FEW_ROWS = 64
 KERNELS = ("auto", "loop", "ragged_dot", "tokamax")
 
 
@@ -123,7 +124,7 @@ def _loop_backward(activate, saved, dy_ND):
         x_SD, dy_SD = (jnp.where(row_S[:, None], _rows(a, start, size), 0) for a in (x_ND, dy_ND))
         hidden_SF, pull = jax.vjp(activate, *(_rows(a, start, size) for a in before))
         dbefore = pull(dy_SD @ _one(down_EFD, expert).T)
-        dx_SD = _input_gradient(zip(dbefore, ups, strict=True), expert)
+        dx_SD = _input_gradient(dbefore, ups, expert)
         dups = [
             _add(dup_EDF, expert, x_SD, d_SF, first)
             for dup_EDF, d_SF in zip(dups, dbefore, strict=True)
@@ -179,10 +180,10 @@ def _over_experts(body, carry, count_E, rows: int):
     return lax.fori_loop(0, len(count_E), one_expert, carry)
 
 
-def _input_gradient(gradients, expert):
-    """dx_SD: the sum of d_SF @ up[expert].T over pairs of d_SF and up_EDF."""
-    pairs = [(d_SF, _one(up_EDF, expert)) for d_SF, up_EDF in gradients]
-    if len(pairs[0][0]) > FEW_ROWS:
+def _input_gradient(dbefore, ups, expert):
+    """dx_SD: the sum of d_SF @ up_DF.T over the ups and their gradients."""
+    pairs = [(d_SF, _one(up_EDF, expert)) for d_SF, up_EDF in zip(dbefore, ups, strict=True)]
+    if len(dbefore[0]) > FEW_ROWS:
         return sum(d_SF @ up_DF.T for d_SF, up_DF in pairs)
     # A library copies the right operand into the order that it multiplies in: here that is the
     # rows, not the weights. Without the barrier the compiler would turn the product round again.

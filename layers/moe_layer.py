@@ -109,8 +109,7 @@ class MoELayer(nnx.Module):
             raise ValueError(
                 "MoELayer.expert_dropout is for feed-forwards, not neurons or segments"
             )
-        if not self.dispatcher.needs_slots:
-            check_no_slots(self.dispatcher, expert_dropout, segmented, default_vectors)
+        check_slots(self.dispatcher, expert_dropout, segmented, default_vectors)
         if (segmented or default_vectors) and not self.eval_dispatcher.needs_slots:
             self.eval_dispatcher = self.dispatcher
         check_fit(self.router, sequences_per_group, neurons, segmented, self.cheap, default_vectors)
@@ -244,15 +243,15 @@ class MoELayer(nnx.Module):
         )
 
 
-def check_no_slots(dispatcher: Dispatcher, expert_dropout, segmented, default_vectors) -> None:
-    """Raise ValueError where something is asked for that needs slots."""
+def check_slots(dispatcher: Dispatcher, expert_dropout, segmented, default_vectors) -> None:
+    """Raise ValueError where something needs slots and the dispatcher has none."""
     needing = {
         "expert_dropout": expert_dropout,
         "segmented": segmented,
         "default_vectors": default_vectors,
     }
     for name, value in needing.items():
-        if value:
+        if value and not dispatcher.needs_slots:
             raise ValueError(
                 f"MoELayer.dispatcher = @{type(dispatcher).__name__}() has no slots for "
                 f"MoELayer.{name}; use @SlotGather() with it"

@@ -25,7 +25,6 @@ class Recorder:
     """Reads the metrics of steps, each when the next is under way, so that no device waits for it.
 
     logs: None in all but the first process.
-
     rate_N: the learning rate of every step. Not a JAX function: it would be queued behind the step
         that runs, and the log would wait for it.
     """
