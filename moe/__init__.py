@@ -1,10 +1,12 @@
 """Mixture-of-experts transformers: training, evaluation and fair comparison of routers."""
 
 import importlib.util
+import os
 from pathlib import Path
 import sys
 
 __version__ = "0.1.0"
+GOOGLE = "0x1ae0"  # the PCI vendor of TPUs
 
 
 def _folder_of(name: str) -> Path | None:
@@ -32,4 +34,18 @@ def _check_neighbours() -> None:
             )
 
 
+def _leave_out_an_absent_tpu() -> None:
+    """With libtpu installed and no TPU, JAX would look for one and complain in five lines.
+
+    `moe plan` needs libtpu's compiler on any machine. Where JAX has plugins for GPUs it looks for
+    those as well, and nothing is set.
+    """
+    if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("jax_plugins"):
+        return
+    vendors = [path.read_text().strip() for path in Path("/sys/bus/pci/devices").glob("*/vendor")]
+    if importlib.util.find_spec("libtpu") and GOOGLE not in vendors:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
 _check_neighbours()
+_leave_out_an_absent_tpu()

@@ -35,7 +35,7 @@ def routers(flags) -> Iterator[dict]:
 
 def layer(flags) -> Iterator[dict]:
     """A line for every case, routing and dispatcher; then the means over the cases."""
-    from moe import bench_layer, hardware
+    from moe import bench_layer, hardware, progress
 
     if flags.dtype not in DTYPES:
         raise UserError(f"--dtype={flags.dtype}: one of {', '.join(DTYPES)}")
@@ -48,7 +48,7 @@ def layer(flags) -> Iterator[dict]:
     print("forward and step in ms (times the dense layer's), the share of the roofline, and what a")
     print("step holds over the dense activations and the experts' weights")
     rows = []
-    for row in bench_layer.layers(cases, flags.dtype):
+    for row in progress.told(lambda say: bench_layer.layers(cases, flags.dtype, say)):
         forward, step = (
             f"{row[f'milliseconds_{what}']:9.1f} ({row[f'ratio_to_dense_{what}']:.2f})"
             for what in ("forward", "step")

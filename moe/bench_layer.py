@@ -24,6 +24,7 @@ from moe.bench_routers import VOCABULARY, batch, median_ms, timed
 from routing import Balanced, Capacity, Router, Sizes, Zipf, initialize
 
 ROUNDS, MOST_CALLS = 7, 8
+Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,21 +116,29 @@ def copy_bandwidth() -> float:
     return 2 * x.nbytes / (1e-3 * median_ms(copy, x))
 
 
-def layers(cases: tuple[Case, ...], dtype: str = "float32") -> Iterator[dict]:
-    """A row for each case, routing and dispatcher.
+def layers(
+    cases: tuple[Case, ...], dtype: str = "float32", say: Say = lambda line: None
+) -> Iterator[dict]:
+    """A row for each case, routing and dispatcher; `say` tells what is under way.
 
     Each is timed in turns with the dense layer on K*T tokens. memory_ratio: what a step holds at
     its fullest, by the compiler, over what the dense one does beside its weights plus the experts'
     weights and their gradients.
     """
+    say("measuring the peaks of matmul and copy")
     # The best of several: a slow moment of the machine is not its peak.
     peak = max(hardware.matmul_peak(dtype) for _ in range(5))
     bandwidth = max(copy_bandwidth() for _ in range(5))
-    for case in cases:
-        yield from _rows(case, peak, bandwidth, dtype)
+    for number, case in enumerate(cases, start=1):
+
+        def of_case(what, where=f"case {number} of {len(cases)} ({case})"):
+            say(f"{where}: {what}")
+
+        yield from _rows(case, peak, bandwidth, dtype, of_case)
 
 
-def _rows(case: Case, peak: float, bandwidth: float, dtype: str) -> Iterator[dict]:
+def _rows(case: Case, peak: float, bandwidth: float, dtype: str, say: Say) -> Iterator[dict]:
+    say("compiling")
     random = np.random.default_rng(0)
     x_TD = random.standard_normal((case.tokens, case.width)).astype(dtype)
     dense = _dense(case, x_TD)
@@ -140,7 +149,7 @@ def _rows(case: Case, peak: float, bandwidth: float, dtype: str) -> Iterator[dic
     with ExitStack() as stack:
         programs = [(*names, stack.enter_context(calls)) for *names, calls in _programs(case, x_TD)]
         pairs = [pair for *_, calls in programs for pair in zip(dense[:2], calls[:2], strict=True)]
-        timings = iter(paired(pairs))
+        timings = iter(paired(pairs, say))
     for routing, name, calls in programs:
         forward, step = next(timings), next(timings)
         yield {
@@ -172,7 +181,7 @@ def _programs(case: Case, x_TD: np.ndarray) -> Iterator[tuple[str, str, Abstract
             yield "balanced", name, bench_torch.mixtral(case, x_TD, name)
 
 
-def paired(pairs: list[tuple[Callable, Callable]]) -> list[Timing]:
+def paired(pairs: list[tuple[Callable, Callable]], say: Say = lambda line: None) -> list[Timing]:
     """How long each pair's second call takes beside its first.
 
     In every round each pair's calls follow one another twice, and only the second time counts: in
@@ -181,7 +190,10 @@ def paired(pairs: list[tuple[Callable, Callable]]) -> list[Timing]:
     """
     for pair in pairs:
         settle(pair)
-    turns = [[[timed(call) for call in 2 * pair][2:] for pair in pairs] for _ in range(ROUNDS)]
+    turns = []
+    for number in range(1, ROUNDS + 1):
+        say(f"timing {len(pairs)} pairs, round {number} of {ROUNDS}")
+        turns.append([[timed(call) for call in 2 * pair][2:] for pair in pairs])
     times = np.array(turns)  # rounds, pairs, 2
     ratios = np.median(times[:, :, 1] / times[:, :, 0], axis=0)
     fastest = times.min(axis=0)

@@ -58,8 +58,9 @@ class Topology:
 
     @classmethod
     def read(cls, name: str) -> "Topology":
-        """From KIND:AxBxC, or N*KIND:AxBxC; ValueError for what is no slice."""
+        """From KIND:AxBxC, N*KIND:AxBxC or KIND-N; ValueError for what is no slice."""
         number, _, one = name.rpartition("*")
+        one = shape_of_accelerator(one)
         if number and not re.fullmatch(r"[1-9]\d*", number):
             raise ValueError(f"--topology={name}: several slices are written as 2*v5p:4x4x4")
         kind, _, shape = one.partition(":")
@@ -72,4 +73,31 @@ class Topology:
             example = "x".join(["4"] * chip.dimensions)
             raise ValueError(f"--topology={name}: {kind} has slices such as {kind}:{example}")
         slices = int(number or 1)
+        name = f"{number}*{one}" if number else one
         return cls(name, chip, slices * math.prod(map(int, parts)), slices)
+
+
+def shape_of_accelerator(name: str) -> str:
+    """KIND:AxB of Google Cloud's accelerator type KIND-N; any other name as it is.
+
+    N counts chips (v5e, v6e) or cores, two a chip (v4, v5p, tpu7x). The slice is the most nearly
+    cubic one, whose sides are powers of two: v5e-8 is v5e:2x4, v5p-64 is v5p:2x4x4.
+    """
+    match = re.fullmatch(r"(v5litepod|\w+)-(\d+)", name)
+    if match is None:
+        return name
+    kind, number = match[1].replace("v5litepod", "v5e"), int(match[2])
+    if kind not in CHIPS:
+        return f"{kind}:"  # whose refusal names the kinds there are
+    dimensions = CHIPS[kind].dimensions
+    chips, rest = divmod(number, dimensions - 1)  # of three dimensions are those named by cores
+    if rest or chips < 1 or chips & (chips - 1):
+        return f"{kind}:"
+    sides = [1] * dimensions
+    if dimensions == 3 and chips >= 4:  # a board: the smallest slice of these
+        sides, chips = [1, 2, 2], chips // 4
+    while chips > 1:
+        sides, chips = sorted([2 * min(sides), *sorted(sides)[1:]]), chips // 2
+    if sides == [1, 2, 2]:
+        sides = [2, 2, 1]
+    return f"{kind}:{'x'.join(map(str, sides))}"

@@ -135,10 +135,11 @@ PLAN = Command(
     module="moe.plan_command",
     example="moe plan --gin_file=quickstart.gin --topology=v5e:2x2",
     flags=(
-        Flag("topology", str, "KIND:AxB", "such as v5p:4x4x8 or v6e:16x16", required=True),
+        Flag("topology", str, "KIND:AxB", "such as v5p:4x4x8, v6e:16x16 or v5e-8", required=True),
         GIN_FILE,
         GIN_BINDINGS,
         Flag("vocab_size", int, "N", "token ids (default: 50304)", 50_304, low=2),
+        Flag("tries", int, "N", "changes to compile if it doesn't fit (default: 3)", 3, low=0),
         JSON,
     ),
 )

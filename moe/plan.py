@@ -36,10 +36,11 @@ class Built:
     reason: str | None
 
 
-def plan(topology: Topology, vocab_size: int, say) -> Iterator[dict[str, Any]]:
+def plan(topology: Topology, vocab_size: int, tries: int, say) -> Iterator[dict[str, Any]]:
     """What is known so far, first without the compiler, then with it; reads gin's `train`.
 
-    Where the step does not fit, `change` is the first of `changes` with which it does.
+    Where the step does not fit, `changes` that may fit by counting are compiled, at most so many
+    `tries`; `change` is the first with which it does.
 
     Raises:
         UserError: a config that can't be, on this slice.
@@ -72,19 +73,28 @@ def plan(topology: Topology, vocab_size: int, say) -> Iterator[dict[str, Any]]:
     yield found
     if of_state(found["bytes_per_chip"]) > topology.memory:
         return  # no batch is small enough
+    tried = untried = 0
     for change in changes():
-        say(f"it does not fit; compiling with {', '.join(change)}")
         with gin.unlock_config():
             gin.parse_config(list(change))
         try:
             changed = build(topology, vocab_size)
         except UserError:  # a batch that doesn't divide so far
             continue
+        # Counting is within a tenth of the compiler: what is far too much is not compiled.
+        if (held := counted(changed)).get("total", 0) > 1.1 * topology.memory:
+            continue
+        if tried == tries:
+            untried += 1
+            continue
+        tried += 1
+        say(f"it does not fit; compiling with {', '.join(change)} (try {tried} of {tries} at most)")
         found["compiled"] = compiled(changed)
         if found["compiled"]["fits"]:
-            found |= {"change": list(change), "bytes_per_chip": counted(changed)}
+            found |= {"change": list(change), "bytes_per_chip": held}
             yield found | {"roofline": roofline(found, topology)}
             return
+    yield found | {"tries": tried, "untried": untried}
 
 
 def build(topology: Topology, vocab_size: int) -> Built:

@@ -10,7 +10,7 @@ import tempfile
 
 from moe.chips import Topology
 from moe.errors import UserError
-from moe.plan_report import report
+from moe.plan_report import compiled_report
 
 
 def run(flags) -> int:
@@ -23,7 +23,7 @@ def run(flags) -> int:
         path = Path(folder) / "plan.json"
         # In a process and environment of its own: the compiler may end it, and JAX with libtpu
         # would look for a TPU.
-        words = [str(path), topology.name, str(flags.vocab_size)]
+        words = [str(path), topology.name, str(flags.vocab_size), str(flags.tries)]
         words += [*flags.gin_file, "--", *flags.gin_bindings]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
         environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several plans at a time
@@ -40,10 +40,10 @@ def run(flags) -> int:
     if not found:
         raise UserError(f"the plan could not be made: {last}")
     if done.returncode:
-        found["reason"] = f"the compiler stopped: {last}"
+        found["reason"] = f"the compiler stopped by an error of its own: {last[:300]}"
     if flags.json:
         Path(flags.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(report(found))
+    print(compiled_report(found))
     return 0
 
 

@@ -7,20 +7,27 @@ import sys
 from moe import gin_files
 from moe.chips import Topology
 from moe.errors import UserError
+from moe.plan_report import counted_report
 
 
 def say(line: str) -> None:
     print(line, flush=True)
 
 
-def main(path: str, topology: str, vocab_size: str, *words: str) -> int:
-    """words: config files, "--", settings. Every new finding replaces what stands in the file."""
+def main(path: str, topology: str, vocab_size: str, tries: str, *words: str) -> int:
+    """words: config files, "--", settings. Every new finding replaces what stands in the file.
+
+    What can be counted is printed at once; the compiler's answer is left to the caller.
+    """
     from moe.plan import plan
 
     cut = words.index("--")
     try:
         gin_files.load(list(words[:cut]), list(words[cut + 1 :]))
-        for found in plan(Topology.read(topology), int(vocab_size), say):
+        findings = plan(Topology.read(topology), int(vocab_size), int(tries), say)
+        for number, found in enumerate(findings):
+            if number == 0:
+                say(counted_report(found))
             Path(path).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     except UserError as error:
         Path(path).write_text(json.dumps({"error": str(error)}) + "\n", encoding="utf-8")

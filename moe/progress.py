@@ -1,14 +1,16 @@
 """What a person sees while a run goes on: a bar in a terminal, a line now and then in a file."""
 
+from collections.abc import Callable, Iterable, Iterator
 import statistics
 import sys
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 LINE_EVERY_SECONDS = 10
+T = TypeVar("T")
 
 
 class Display:
@@ -70,6 +72,26 @@ def line(scalars: dict[str, float], word: str) -> str:
             f"drop {scalars['load/dropped']:.1%}",
         ]
     return " ".join([*parts, word])
+
+
+def told(make: Callable[[Callable[[str], None]], Iterable[T]]) -> Iterator[T]:
+    """The items of make(say), which take long: what is under way stands below them in a terminal.
+
+    In a file a line stands for each phase, without its rounds.
+    """
+    console, last = Console(file=sys.stdout, highlight=False, soft_wrap=True), ""
+    with console.status("") as status:
+
+        def say(line: str) -> None:
+            nonlocal last
+            phase = line.partition(", round ")[0]
+            if console.is_terminal:
+                status.update(line)
+            elif phase != last:
+                console.print(f"  ... {phase}", markup=False)
+            last = phase
+
+        yield from make(say)
 
 
 class Pace:

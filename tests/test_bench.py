@@ -31,7 +31,11 @@ def test_a_layer_is_measured_in_every_way(tmp_path, capsys):
         assert row["case"] == "T=64 D=16 F=16 E=4 K=2"
         assert min(value for value in row.values() if isinstance(value, float)) > 0
         assert ("memory_ratio" in row) != row["dispatcher"].startswith("transformers")
-    assert "best dispatcher, zipf, step, times dense:" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "best dispatcher, zipf, step, times dense:" in out
+    phases = [line for line in out.splitlines() if line.startswith("  ... ")]
+    assert phases[0] == "  ... measuring the peaks of matmul and copy"
+    assert phases[1] == "  ... case 1 of 1 (T=64 D=16 F=16 E=4 K=2): compiling" and len(phases) == 3
 
 
 def test_means_are_of_the_fastest_of_each_case():

@@ -42,6 +42,20 @@ def test_the_house_imports_from_another_folder(tmp_path):
     assert done.stdout.strip() == moe.__version__
 
 
+def test_jax_looks_for_no_tpu_where_only_its_compiler_is_installed(tmp_path, monkeypatch):
+    """libtpu without a TPU, as the extra `plan` leaves a laptop."""
+    (tmp_path / "libtpu.py").touch()
+    code = "import moe, os; print(os.environ.get('JAX_PLATFORMS'))"
+
+    def platforms(folder):
+        return python(code, folder).stdout.strip()
+
+    monkeypatch.delenv("JAX_PLATFORMS")
+    assert (platforms(ROOT.parent), platforms(tmp_path)) == ("None", "cpu")
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    assert platforms(tmp_path) == "tpu"
+
+
 @pytest.mark.parametrize("name", ("layers", "routing"))
 @pytest.mark.parametrize("kind", ("folder", "package", "module"))
 def test_what_shadows_a_package_is_named(name, kind, tmp_path):

@@ -20,7 +20,7 @@ from moe.model import Transformer
 from moe.objective import NextToken
 from moe.optimizer import AdamW
 from moe.plan import changes, roofline
-from moe.plan_report import report
+from moe.plan_report import compiled_report, counted_report, idle_hint
 from moe.sharding import MESH_AXES, MeshShape
 from routing import TopK
 
@@ -35,6 +35,14 @@ def test_a_slice_has_the_product_of_its_sides():
     assert Topology.read("v6e:16x16").memory == 32 * 2**30
     several = Topology.read("2*tpu7x:4x4x4")
     assert (several.slices, several.chips, several.devices) == (2, 128, 256)
+    types = {
+        "v5e-8": "v5e:2x4",
+        "v5litepod-16": "v5e:4x4",
+        "v5p-64": "v5p:2x4x4",
+        "v4-8": "v4:2x2x1",
+    }
+    assert {name: Topology.read(name).name for name in types} == types
+    assert Topology.read("2*v6e-256").name == "2*v6e:16x16"
     assert several.slice_name == "tpu7x:4x4x4" and several.memory == 96 * 2**30
 
 
@@ -45,6 +53,8 @@ def test_a_slice_has_the_product_of_its_sides():
         ("v5e:2x2x2", "v5e has slices such as v5e:4x4"),
         ("v4:4x4", "v4 has slices such as v4:4x4x4"),
         ("v4", "v4 has slices such as"),
+        ("v5e-12", "v5e has slices such as v5e:4x4"),
+        ("v9-8", "no TPU is called 'v9'"),
         ("x*v4:2x2x2", "several slices are written as 2*v5p:4x4x4"),
     ],
 )
@@ -54,7 +64,7 @@ def test_a_slice_that_cannot_be_is_told(name, expected, capsys):
     assert error.count("\n") == 1 and expected in error
 
 
-def test_without_the_tpu_compiler_it_says_what_it_knows(runs, tmp_path, capsys, monkeypatch):
+def test_without_the_tpu_compiler_it_says_what_it_knows(runs, tmp_path, capfd, monkeypatch):
     """Eight chips, parameters cut in two by fsdp; AdamW has two moments of each."""
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     path = tmp_path / "plan.json"
@@ -62,7 +72,7 @@ def test_without_the_tpu_compiler_it_says_what_it_knows(runs, tmp_path, capsys, 
     words = [f"--gin_file={runs.config}", "--topology=v5e:2x4", f"--json={path}"]
     words += [f"--gin_bindings={setting}" for setting in settings]
     assert cli.main(["plan", "--vocab_size=64", *words]) == 0
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     found = json.loads(path.read_text())
     held = found["bytes_per_chip"]
     assert found["chips"] == 8 and found["mesh"] == dict(
@@ -141,15 +151,33 @@ def test_the_roofline_and_the_report_by_hand():
     assert line["memory"] == pytest.approx(2.0) and line["interconnect"] == pytest.approx(0.5)
     assert line["utilisation_if_all_overlaps"] == pytest.approx(1 / 2)
     assert line["utilisation_if_nothing_overlaps"] == pytest.approx(1 / 3.5)
-    told = report(found | {"roofline": line})
+    assert counted_report(found).endswith("fits by counting: 4.5 of 16 GiB per device")
+    told = compiled_report(found | {"roofline": line})
+    assert "chips wait" not in told
     assert "fits: 8.0 of 16 GiB" in told and "2 x all-reduce" in told
     assert "3 in the program, 2 of them while products run, 1 while shared experts do" in told
-    told = report(found | {"roofline": line, "change": ["train.accumulate = 2"]})
+    told = compiled_report(found | {"roofline": line, "change": ["train.accumulate = 2"]})
     assert 'with which it does:\n  --gin_bindings="train.accumulate = 2"' in told
     refused = {"compiled": {"fits": False, "refused": "RESOURCE_EXHAUSTED: 20G of 16G"}}
-    assert "nor with more micro-batches" in report(found | refused)
+    assert "nor with more micro-batches" in compiled_report(found | refused)
+    bounded = compiled_report(found | refused | {"tries": 3, "untried": 2})
+    assert "3 changes that were tried; 2 more could be: raise --tries" in bounded
     held = {"bytes_per_chip": found["bytes_per_chip"] | {"parameters": 15 * 2**30}}
-    assert "the state alone takes 17.0 of 16 GiB" in report(found | refused | held)
+    assert "the state alone takes 17.0 of 16 GiB" in compiled_report(found | refused | held)
+
+
+def test_a_low_utilisation_says_what_the_chips_wait_for():
+    idle = {
+        "memory": 0.5,
+        "interconnect": 2.0,
+        "products": 0.1,
+        "utilisation_if_all_overlaps": 0.05,
+    }
+    (hint,) = idle_hint({"roofline": idle, "tokens_per_step": 4096, "chips": 8})
+    assert "wait for the interconnect" in hint and "512 tokens a chip" in hint
+    assert "up to 20 times as large (train.batch_size)" in hint
+    busy = idle | {"utilisation_if_all_overlaps": 0.5}
+    assert idle_hint({"roofline": busy, "tokens_per_step": 4096, "chips": 8}) == []
 
 
 def test_changes_take_what_costs_least_time_first():
