@@ -6,6 +6,8 @@ import re
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+# After a change: python scripts/set_addresses.py, which writes it into the notebooks.
+REPOSITORY = "moe-routing/moe-routing"
 TEST = [
     "pytest",
     "pytest-xdist",
@@ -35,6 +37,7 @@ setup(
     description="Mixture-of-experts transformers in JAX, with every router behind one interface",
     long_description=readme(),
     long_description_content_type="text/markdown",
+    url=f"https://github.com/{REPOSITORY}",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",

@@ -1,6 +1,8 @@
 """Every notebook runs from top to bottom, at tiny size."""
 
 from pathlib import Path
+import re
+import runpy
 
 import nbclient
 import nbformat
@@ -9,6 +11,7 @@ import pytest
 from moe import quick_compile
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 TINY = [
     "train.steps = 4",
     "train.batch_size = 4",
@@ -39,8 +42,30 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
         if "image/png" in output.get("data", {})
     ]
     assert len(pictures) >= 2
-    if any('"runs/notebook"' in cell.source for cell in notebook.cells):
-        assert (tmp_path / "runs" / "notebook" / "summary.json").exists()
+    folders = workdirs(notebook)
+    assert all((tmp_path / folder / "summary.json").exists() for folder in folders)
+
+
+def workdirs(notebook) -> set[str]:
+    """The folders of the runs that a notebook makes."""
+    return {f for cell in notebook.cells for f in re.findall(r'"(runs/\w+)"', cell.source)}
+
+
+def test_notebooks_of_one_folder_keep_their_runs_apart():
+    found = [workdirs(nbformat.read(path, as_version=4)) for path in NOTEBOOKS]
+    assert len(set.union(*found)) == sum(map(len, found)) >= 3
+
+
+def test_the_address_of_the_repository_stands_in_one_place():
+    """setup.py has it; a script writes it everywhere else."""
+    addresses = runpy.run_path(str(SCRIPTS / "set_addresses.py"))
+    name = addresses["repository"]()
+    for path in NOTEBOOKS:
+        text = path.read_text(encoding="utf-8")
+        assert text.count(name) == 2
+        elsewhere = addresses["with_addresses"](text, "else/where")
+        assert elsewhere.count("else/where") == 2 and name not in elsewhere
+        assert addresses["with_addresses"](elsewhere, name) == text
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
