@@ -46,7 +46,7 @@ def one(way: str, seed: int, place: Place, steps: int) -> dict:
     return {
         "bits_per_byte": summary["val_bits_per_byte"],
         "batch_violation": statistics.mean(row["load/max_over_mean"] for row in late) - 1,
-        "held_out_violation": held_out["max_over_mean_load"] - 1,
+        "held_out_violation": held_out["max_over_mean_load_worst"] - 1,
         "dead_experts": late[-1]["load/dead_experts"],
     }
 

@@ -17,24 +17,30 @@ ACCELERATOR_BLOCK_LOGITS = 2**27
 
 
 def cross_entropy_sum(weight_DV, hidden_BTD, target_BT, scored_BT) -> jax.Array:
-    """Nats summed over scored tokens, float32.
+    """Nats summed over scored tokens, a float32 scalar. See `cross_entropy_sums`."""
+    return cross_entropy_sums(weight_DV, hidden_BTD, target_BT, scored_BT, scored_BT)[0]
 
-    Equivalent to: -log_softmax(hidden @ weight)[target], summed where scored. The gradient is
+
+def cross_entropy_sums(weight_DV, hidden_BTD, target_BT, scored_BT, counted_BT) -> jax.Array:
+    """Nats summed over scored tokens, and over those that are counted too: float32 (2,).
+
+    Equivalent to: -log_softmax(hidden @ weight)[target], summed where scored, and where scored and
+    counted. Gradients flow through the first alone: the second is there to be told. They are
     computed with the loss, block by block along T, while the block's logits are in cache. Of
     several devices each does this for its own rows, and the weight's gradients add up at the end;
     where the vocabulary or T is cut there is one block.
     """
     weight_DV = weight_DV.astype(hidden_BTD.dtype)
-    arrays = (hidden_BTD, jnp.asarray(target_BT), jnp.asarray(scored_BT))
+    arrays = (hidden_BTD, *map(jnp.asarray, (target_BT, scored_BT, counted_BT)))
     if is_cut("vocab") or is_cut("length"):
         return _blockwise(weight_DV, *arrays, 1)
 
-    def own_rows(hidden_BTD, target_BT, scored_BT, weight_DV):
+    def own_rows(hidden_BTD, target_BT, scored_BT, counted_BT, weight_DV):
         blocks = _blocks(target_BT.shape, weight_DV.shape[1])
-        nats: Any = _blockwise(weight_DV, hidden_BTD, target_BT, scored_BT, blocks)
-        return nats[None]
+        nats_2: Any = _blockwise(weight_DV, hidden_BTD, target_BT, scored_BT, counted_BT, blocks)
+        return nats_2[None]
 
-    return on_each_part(own_rows, arrays, (weight_DV,), (("embed", "vocab"),)).sum()
+    return on_each_part(own_rows, arrays, (weight_DV,), (("embed", "vocab"),)).sum(0)
 
 
 def cross_entropy_of_each(weight_DV, hidden_BTD, target_BT) -> jax.Array:
@@ -45,7 +51,7 @@ def cross_entropy_of_each(weight_DV, hidden_BTD, target_BT) -> jax.Array:
     blocks = 1 if is_placed() else _blocks(target_BT.shape, weight_DV.shape[1])
 
     def one(block):
-        return _block(weight_DV, *block)[2]
+        return _block(weight_DV, *block)[1]
 
     everything = jnp.ones(target_BT.shape, bool)
     nats = jax.lax.map(one, _split((hidden_BTD, jnp.asarray(target_BT), everything), blocks))
@@ -60,17 +66,23 @@ def _blocks(shape: tuple[int, int], vocabulary: int) -> int:
     return next(n for n in range(min(wanted, tokens), 0, -1) if tokens % n == 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blockwise(weight_DV, hidden_BTD, target_BT, scored_BT, blocks: int):
-    def add(total, block):
-        return total + _block(weight_DV, *block)[0], None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _blockwise(weight_DV, hidden_BTD, target_BT, scored_BT, counted_BT, blocks: int):
+    def add(total_2, block):
+        *block, counted_N = block
+        return total_2 + _both(_block(weight_DV, *block)[1], counted_N), None
 
-    split = _split((hidden_BTD, target_BT, scored_BT), blocks)
-    return jax.lax.scan(add, _zeros((), hidden_BTD), split)[0]
+    split = _split((hidden_BTD, target_BT, scored_BT, counted_BT), blocks)
+    return jax.lax.scan(add, _zeros((2,), hidden_BTD), split)[0]
+
+
+def _both(loss_N, counted_N):
+    """The sum of all losses, and of those that are counted (2,)."""
+    return jnp.stack([loss_N.sum(), jnp.where(counted_N, loss_N, 0).sum()])
 
 
 def _block(weight_DV, hidden_ND, target_N, scored_N):
-    """The block's loss, its gradient by the logits (N, V), each token's loss (N,); float32.
+    """The gradient of the block's loss by the logits (N, V), each token's loss (N,); float32.
 
     N stands for two axes, B and T, where a mesh cuts both.
     """
@@ -83,31 +95,32 @@ def _block(weight_DV, hidden_ND, target_N, scored_N):
     loss_N = (jnp.log(sum_N1) + top_N1)[..., 0] - picked_N
     dlogits_NV = jnp.where(scored_N[..., None], exp_NV / sum_N1 - target_NV, 0)
     loss_N = jnp.where(scored_N, loss_N, 0)
-    return loss_N.sum(), dlogits_NV, loss_N
+    return dlogits_NV, loss_N
 
 
-def _forward(weight_DV, hidden_BTD, target_BT, scored_BT, blocks: int):
+def _forward(weight_DV, hidden_BTD, target_BT, scored_BT, counted_BT, blocks: int):
     def add(carry, block):
-        total, dweight_DV = carry
-        loss, dlogits_NV, _ = _block(weight_DV, *block)
+        total_2, dweight_DV = carry
+        *block, counted_N = block
+        dlogits_NV, loss_N = _block(weight_DV, *block)
         small_NV = dlogits_NV.astype(weight_DV.dtype)
         axes = tuple(range(small_NV.ndim - 1))
         step_DV = jnp.tensordot(block[0], small_NV, (axes, axes))
         dweight_DV = dweight_DV + step_DV.astype(jnp.float32)
-        return (total + loss, dweight_DV), small_NV @ weight_DV.T
+        return (total_2 + _both(loss_N, counted_N), dweight_DV), small_NV @ weight_DV.T
 
-    start = (_zeros((), hidden_BTD), _zeros(weight_DV.shape, hidden_BTD))
-    split = _split((hidden_BTD, target_BT, scored_BT), blocks)
-    (total, dweight_DV), dhidden = jax.lax.scan(add, start, split)
+    start = (_zeros((2,), hidden_BTD), _zeros(weight_DV.shape, hidden_BTD))
+    split = _split((hidden_BTD, target_BT, scored_BT, counted_BT), blocks)
+    (total_2, dweight_DV), dhidden = jax.lax.scan(add, start, split)
     batch, _, width = hidden_BTD.shape
     dhidden_BTD = jnp.moveaxis(dhidden.reshape(blocks, batch, -1, width), 0, 1)
-    return total, (dweight_DV.astype(weight_DV.dtype), dhidden_BTD.reshape(hidden_BTD.shape))
+    return total_2, (dweight_DV.astype(weight_DV.dtype), dhidden_BTD.reshape(hidden_BTD.shape))
 
 
-def _backward(blocks, saved, dtotal):
+def _backward(blocks, saved, dtotal_2):
     dweight_DV, dhidden_BTD = saved
-    scale = dtotal.astype(dweight_DV.dtype)
-    return scale * dweight_DV, scale * dhidden_BTD, None, None
+    scale = dtotal_2[0].astype(dweight_DV.dtype)
+    return scale * dweight_DV, scale * dhidden_BTD, None, None, None
 
 
 _blockwise.defvjp(_forward, _backward)

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
+from layers.neuron_experts import NeuronExperts
 from layers.tokens import Tokens
-from moe import flops, functional, sharding, step
+from moe import flops, functional, metrics, sharding, step
 from moe.errors import UserError
 from moe.functional import Arrays, Graph
 from moe.model import Transformer
 from moe.objective import Objective
-from routing import TrainingText
+from routing import Decision, ExpertMerge, SoftSlots, TrainingText
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Model:
     objective: Objective
     costs: flops.Costs
     sequence_length: int
+    num_bytes_V: np.ndarray  # bytes of text that each token gives back
+    kind: str  # how its sparse layers share out their work: a word of `metrics.health`
 
     @property
     def moe_layer(self):
@@ -58,12 +61,14 @@ def assemble(
     objective: Objective,
     *,
     token_vocabulary: int,
+    num_bytes_V: np.ndarray | None = None,
     batch_size: int,
     sequence_length: int,
     training_tokens: np.ndarray | None = None,
 ) -> Model:
     """The model that a configuration describes.
 
+    num_bytes_V: bytes of text that each of the tokenizer's tokens gives back; one where None.
     training_tokens: the training text (N,), for routers that count in it before they start; a
     model whose values are restored needs none.
 
@@ -82,11 +87,29 @@ def assemble(
                 f"sequence_length={sequence_length}"
             )
         shape = (batch_size, sequence_length)
-        per_token = _experts_per_token(graph, shapes, shape)
+        decision = _decision(graph, shapes, shape)
     except ValueError as error:
         raise UserError(_first_line(error)) from error
+    per_token = flops.experts_per_token(decision)
     costs = flops.costs(module, shapes[0], per_token, sequence_length)
-    return Model(graph, (shapes[0], shapes[1]), module, objective, costs, sequence_length)
+    if num_bytes_V is None:
+        num_bytes_V = np.ones(token_vocabulary, np.int32)
+    # The objective's own tokens give nothing back.
+    num_bytes_V = np.pad(num_bytes_V, (0, objective.extra_tokens))
+    shapes = (shapes[0], shapes[1])
+    kind = kind_of(module, decision)
+    return Model(graph, shapes, module, objective, costs, sequence_length, num_bytes_V, kind)
+
+
+def kind_of(module: Transformer, decision: Decision | None) -> str:
+    """How the sparse layers share out their work, by what their routers decide."""
+    if decision is None:
+        return metrics.DENSE
+    if any(isinstance(layer.experts, NeuronExperts) for layer in module.moe_layers_of_units()):
+        return metrics.NEURONS
+    return {SoftSlots: metrics.SOFT, ExpertMerge: metrics.MERGED}.get(
+        type(decision), metrics.CHOICES
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -94,11 +117,11 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def _experts_per_token(graph: Graph, shapes, shape: tuple[int, int]) -> float:
-    """From the shapes of a decision, without running anything."""
+def _decision(graph: Graph, shapes, shape: tuple[int, int]) -> Decision | None:
+    """The shapes of the routers' decision in training, without running anything."""
     tokens = abstract_tokens(shape)
     out = jax.eval_shape(lambda p, s, t: graph.join(p, s)(t), *shapes, tokens)
-    return flops.experts_per_token(out.routers.decision if out.routers is not None else None)
+    return out.routers.decision if out.routers is not None else None
 
 
 def abstract_tokens(shape: tuple[int, int]) -> Tokens:
@@ -135,6 +158,7 @@ def program(model: Model, optimizer, mesh: Mesh, *, steps, seed, accumulate, bat
         model.shapes,
         objective=model.objective,
         optimizer=optimizer.build(axes, steps),
+        num_bytes_V=model.num_bytes_V,
         mesh=mesh,
         seed=seed,
         accumulate=accumulate,

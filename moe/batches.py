@@ -91,16 +91,26 @@ def train_batch(
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """`length` inputs from `start` in the stream, of which the first `context` are not scored."""
+    """`length` inputs from `start`; the first `context` and the last `after` are not scored."""
 
     start: int
     length: int
     context: int
+    after: int = 0
+
+    @property
+    def scored(self) -> int:
+        """How many of its inputs are scored."""
+        return self.length - self.context - self.after
 
 
 @dataclasses.dataclass(frozen=True)
 class ValidationBatches:
-    """A fixed list of batches. `num_bytes` is the text behind all scored tokens together."""
+    """A fixed list of batches, in which no token is scored twice.
+
+    num_bytes: of text in the documents, as far as they are taken. shift: how far behind an input
+    its target lies: 1 for the next token, 0 for the token itself.
+    """
 
     token_N: np.ndarray
     rows: Sequence[Sequence[Piece]]
@@ -108,11 +118,12 @@ class ValidationBatches:
     sequence_length: int
     num_bytes: int
     num_documents: int
+    shift: int = 1
 
     @property
     def num_tokens(self) -> int:
-        """Scored tokens in all batches."""
-        return sum(piece.length - piece.context for row in self.rows for piece in row)
+        """Inputs that are scored, in all batches; of masked tokens only those that are hidden."""
+        return sum(piece.scored for row in self.rows for piece in row)
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
@@ -135,41 +146,71 @@ class ValidationBatches:
             for segment, piece in enumerate(self.rows[row] if row < len(self.rows) else ()):
                 end, stop = at + piece.length, piece.start + piece.length
                 token_BT[b, at:end] = self.token_N[piece.start : stop]
-                target_BT[b, at:end] = self.token_N[piece.start + 1 : stop + 1]
+                target_BT[b, at:end] = self.token_N[piece.start + self.shift : stop + self.shift]
                 segment_BT[b, at:end] = segment + 1
                 position_BT[b, at:end] = np.arange(piece.length)
-                scored_BT[b, at + piece.context : end] = True
+                scored_BT[b, at + piece.context : end - piece.after] = True
                 at = end
         index_B += i * self.batch_size  # so that what is hidden doesn't depend on the batch size
         return Batch(token_BT, target_BT, segment_BT, position_BT, scored_BT, index_B)
 
 
-def choose_documents(num_bytes_M: np.ndarray, max_bytes: int | None) -> np.ndarray:
-    """All documents, or those that fit the limit in a fixed random order; at least one."""
+def choose_spans(
+    token_N: np.ndarray,
+    start_M: np.ndarray,
+    num_bytes_M: np.ndarray,
+    num_bytes_V: np.ndarray,
+    max_bytes: int | None,
+) -> list[tuple[int, int, int]]:
+    """What is taken of the documents with text: (first token, end, bytes), in the stream's order.
+
+    All of them, or in a fixed random order as many as hold max_bytes: the last one is cut where
+    its next token would be too many. But for that cut the text is the same for every tokenizer.
+    """
     texts = np.flatnonzero(num_bytes_M)
     if max_bytes is None:
-        return texts
-    chosen, total = [], 0
-    for document in np.random.default_rng(0).permutation(texts):
-        if total + num_bytes_M[document] <= max_bytes:
-            chosen.append(document)
-            total += num_bytes_M[document]
-    smallest = texts[np.argmin(num_bytes_M[texts])]
-    return np.sort(chosen or [smallest])
+        return [(int(start_M[m]), int(start_M[m + 1]), int(num_bytes_M[m])) for m in texts]
+    chosen, left = [], max_bytes
+    for m in np.random.default_rng(0).permutation(texts):
+        start, end = int(start_M[m]), int(start_M[m + 1])
+        if num_bytes_M[m] <= left:
+            chosen.append((start, end, int(num_bytes_M[m])))
+            left -= int(num_bytes_M[m])
+            continue
+        # Only as many tokens as can fit: every one of text has at least a byte.
+        total_N = np.cumsum(num_bytes_V[token_N[start : min(end, start + left + 1)]])
+        kept = int(np.searchsorted(total_N, left, side="right"))
+        if kept > 1:  # the first one marks the document
+            chosen.append((start, start + kept, int(total_N[kept - 1])))
+        break
+    return sorted(chosen)
 
 
-def pieces_of(
-    start_M: np.ndarray, chosen: np.ndarray, sequence_length: int, stride: int
-) -> list[Piece]:
-    """The windows of each document. Its inputs are all of its tokens but the last."""
-    pieces = []
-    for document in chosen:
-        start, end = int(start_M[document]), int(start_M[document + 1]) - 1
-        pieces.append(Piece(start, min(sequence_length, end - start), context=0))
-        for scored in range(start + sequence_length, end, stride):  # up to here all is scored
-            new = min(stride, end - scored)
-            context = sequence_length - stride
-            pieces.append(Piece(scored - context, context + new, context))
+def pieces_of(start: int, end: int, sequence_length: int, stride: int) -> list[Piece]:
+    """A document's windows for the next token. Its inputs are all of its tokens but the last."""
+    end -= 1
+    pieces = [Piece(start, min(sequence_length, end - start), context=0)]
+    for scored in range(start + sequence_length, end, stride):  # up to here all is scored
+        new = min(stride, end - scored)
+        context = sequence_length - stride
+        pieces.append(Piece(scored - context, context + new, context))
+    return pieces
+
+
+def masked_pieces_of(start: int, end: int, sequence_length: int, stride: int) -> list[Piece]:
+    """A document's windows for masked tokens: all of its tokens, each scored in one window.
+
+    A window scores `stride` tokens in its middle; the first and the last one score to the
+    document's end.
+    """
+    context = (sequence_length - stride) // 2
+    pieces, scored = [], start
+    while scored < end:
+        first = max(start, min(scored - context, end - sequence_length))
+        stop = min(first + sequence_length, end)
+        last = end if stop == end else max(scored, first + context) + stride
+        pieces.append(Piece(first, stop - first, scored - first, stop - last))
+        scored = last
     return pieces
 
 

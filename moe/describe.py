@@ -64,6 +64,7 @@ def summary_of(
 ) -> dict[str, Any]:
     """What was reached, by what, on which text and machine, for summary.json."""
     return {
+        "objective": type(built.objective).__name__,
         "val_bits_per_byte": result.bits_per_byte,
         "val_loss": result.loss,
         "val_documents": result.documents,

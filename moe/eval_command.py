@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import gin
 
@@ -41,7 +42,7 @@ def evaluate_run(
         corpus: all of its documents are scored; the run's own held-out split where None.
         batch_size: sequences at a time; changes the speed alone.
         stride: how far the windows of a long document advance; half the sequence where None.
-        max_bytes: only some whole documents, at most so much text.
+        max_bytes: only so much text: documents in a fixed random order, the last one cut.
         rule: "evaluation", or "training": routers decide as in training, with noise and capacity.
             A router that sees the future in training looks better by that rule than it is.
     """
@@ -59,9 +60,19 @@ def evaluate_run(
     else:
         spec = Fitted(run.tokenizer)
         data = TextData(corpus, spec, validation_corpus=corpus).prepare()
-    batches = data.validation_batches(batch_size, length, stride, max_bytes)
+    causal = run.model.objective.causal
+    batches = data.validation_batches(batch_size, length, stride, max_bytes, causal)
     step = evaluation_step(run.model, run.mesh, training_rule=rule == "training")
     return evaluate(step, run, batches, run.mesh)
+
+
+def depths_of(run: Restored) -> dict[str, Any]:
+    """The router of a Mixture-of-Depths, where there is one."""
+    depth = run.model.module.depth_router
+    if depth is None:
+        return {}
+    name, rule = type(depth).__name__, depth.decoding
+    return {"depth_router": name, "depth_capacity": depth.capacity, "depth_evaluation_rule": rule}
 
 
 def run(flags) -> int:
@@ -77,13 +88,16 @@ def run(flags) -> int:
         "bytes": result.bytes,
         "documents": result.documents,
         "router": None if layer is None else type(layer.router).__name__,
+        **depths_of(restored),
         "rule": gin.get_bindings("eval").get("rule", "evaluation"),
         "evaluation_rule": None if layer is None else layer.router.decoding,
-        "routing": health(result.routing),
+        "routing": health(result.routing, restored.model.kind),
     }
     if result.routing is not None:
-        found["max_over_mean_load"] = float(result.routing.load_L.max())
-        found["dropped"] = float(result.routing.dropped_L.mean())
+        load_L, dropped_L = result.routing.load_L, result.routing.dropped_L
+        found |= {"max_over_mean_load": float(load_L.mean())}
+        found |= {"max_over_mean_load_worst": float(load_L.max())}
+        found |= {"dropped": float(dropped_L.mean()), "dropped_worst": float(dropped_L.max())}
     width = max(map(len, found))
     for name, value in found.items():
         shown = f"{value:.4f}" if isinstance(value, float) else value

@@ -14,6 +14,7 @@ from moe import hosts, sharding
 from moe import objective as objectives
 from moe.assemble import Model
 from moe.batches import ValidationBatches
+from moe.errors import UserError
 from moe.functional import Arrays
 from moe.metrics import Routing, bits_per_byte
 from moe.step import to_devices
@@ -21,7 +22,10 @@ from moe.step import to_devices
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """loss in nats per scored token; for masked tokens, bits per byte of the hidden ones."""
+    """loss in nats per scored token of text; bytes are those that the scored tokens give back.
+
+    Of masked tokens, only the hidden ones are scored.
+    """
 
     loss: float
     bits_per_byte: float
@@ -42,7 +46,8 @@ class Values(Protocol):
 
 
 def evaluation_step(model: Model, mesh: Mesh, *, training_rule: bool = False) -> Callable:
-    """The jitted forward pass of one batch: summed nats, scored tokens, what the routers said.
+    """The jitted forward pass of one batch: nats, tokens and bytes of scored text, summed, and
+    what the routers said.
 
     training_rule: routers decide as in training, with noise and capacity, though nothing learns.
     """
@@ -51,14 +56,14 @@ def evaluation_step(model: Model, mesh: Mesh, *, training_rule: bool = False) ->
     def step(params, router_state, batch):
         key = objectives.step_key(0, objectives.EVALUATION)
         module = graph.join(params, router_state)
-        batch = objectives.prepared(objective, batch, key, module.vocab_size)
+        num_bytes_V = jnp.asarray(model.num_bytes_V)
+        batch = objectives.prepared(objective, batch, key, num_bytes_V)
+        text_BT, num_bytes = objectives.text_of(batch, num_bytes_V)
         with placing(sharding.rule(mesh)):
             out = module(objectives.tokens_of(batch, key, train=training_rule))
-            nats = cross_entropy_sum(
-                module.head(), out.hidden_BTD, batch.target_BT, batch.scored_BT
-            )
+            nats = cross_entropy_sum(module.head(), out.hidden_BTD, batch.target_BT, text_BT)
         routers = out.routers and dataclasses.replace(out.routers, decision=None, policy=None)
-        return nats, batch.scored_BT.sum(), routers
+        return (nats, text_BT.sum(), num_bytes), routers
 
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.jit(step, out_shardings=everywhere)
@@ -75,21 +80,31 @@ def evaluate(
 
     state: whatever holds the parameters and router state: a TrainState, or a restored run.
     `say(done, of)` is called after each batch.
+
+    Raises:
+        UserError: nothing is scored, so that there is nothing to divide by.
     """
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.RULES["batch"]))
     rows = hosts.rows(where, batches.batch_size)
-    nats, scored, routers = 0.0, 0, None
+    nats, scored, num_bytes, routers = 0.0, 0, 0, None
     for i in range(len(batches)):
         batch = to_devices(batches.batch(i, rows), where, batches.batch_size)
-        nats_i, scored_i, routers_i = jax.device_get(step(state.params, state.router_state, batch))
-        nats, scored = nats + float(nats_i), scored + int(scored_i)
+        sums, routers_i = jax.device_get(step(state.params, state.router_state, batch))
+        nats, scored, num_bytes = (
+            nats + float(sums[0]),
+            scored + int(sums[1]),
+            num_bytes + int(sums[2]),
+        )
         routers = routers_i if routers is None else _add(routers, routers_i)
         say(i + 1, len(batches))
-    loss = nats / max(scored, 1)
-    bytes_per_token = batches.num_bytes / batches.num_tokens
+    if not num_bytes:
+        raise UserError(
+            f"nothing was scored in {batches.num_documents} documents: give more text, or allow "
+            "more of it (eval.max_bytes, train.eval_bytes)"
+        )
     routing = Routing.of(routers) if routers is not None else None
-    bpb = bits_per_byte(loss, bytes_per_token)
-    return Evaluation(loss, bpb, scored, batches.num_bytes, batches.num_documents, routing)
+    bpb = bits_per_byte(nats, num_bytes)
+    return Evaluation(nats / scored, bpb, scored, num_bytes, batches.num_documents, routing)
 
 
 def _add(a, b):

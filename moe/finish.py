@@ -32,7 +32,10 @@ def write_pages(
     if built.objective.causal and not built.module.leak:
         samples = write_samples(folder, built, values, text, prompts, shape[1], seed)
     if built.moe_layer is not None:
-        batches = text.validation_batches(*shape, max_bytes=PICTURE_BYTES)
+        causal = built.objective.causal
+        batches = text.validation_batches(*shape, max_bytes=PICTURE_BYTES, causal=causal)
+        if not causal:
+            baselines = {}  # what sees both sides of a token is not to be compared with them
         table = token_table(built, *values, text.tokenizer, batches)
         picture(folder.path, folder.picture, table, baselines)
     return samples

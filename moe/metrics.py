@@ -8,7 +8,9 @@ import numpy as np
 from moe.flops import Costs
 
 MOST_SCALARS = 40
-HEALTH = ("balanced", "skewed", "dropping", "dead", "dense")
+# How a layer's work is shared out: which words can be said of it.
+CHOICES, NEURONS, SOFT, MERGED, DENSE = "choices", "neurons", "soft", "merged", "dense"
+LEAST = 20  # assignments that an expert has in the mean; with fewer, an empty one may be chance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +43,32 @@ class Routing:
 
     @property
     def load_L(self) -> np.ndarray:
-        """Max over mean of what the routers chose: 1 is perfect, E is collapse."""
+        """Max over mean of what the routers chose: 1 is even, E is collapse, 0 no choices."""
         return self.count_LE.max(1) / np.maximum(self.count_LE.mean(1), 1e-9)
 
     @property
     def dropped_L(self) -> np.ndarray:
-        """The share of assignments that found no room."""
-        return 1 - self.kept_LE.sum(1) / np.maximum(self.count_LE.sum(1), 1)
+        """The share of assignments that found no room; 0 in a layer without choices."""
+        chosen_L = self.count_LE.sum(1)
+        return (chosen_L - self.kept_LE.sum(1)) / np.maximum(chosen_L, 1)
 
     @property
     def dead(self) -> int:
-        """Experts, over all layers, with less than a hundredth of the mean load."""
-        return int((self.count_LE < 0.01 * self.count_LE.mean(1, keepdims=True)).sum())
+        """Experts, over all layers, with less than a hundredth of the mean load.
+
+        Only of layers whose experts have `LEAST` assignments in the mean.
+        """
+        mean_L1 = self.count_LE.mean(1, keepdims=True)
+        return int(((self.count_LE < 0.01 * mean_L1) & (mean_L1 >= LEAST)).sum())
+
+    @property
+    def skewed(self) -> bool:
+        """Whether some layer's fullest expert has over twice the mean load, by more than chance.
+
+        Chance: four standard deviations of a count with that mean.
+        """
+        mean_L = self.count_LE.mean(1)
+        return bool((self.count_LE.max(1) > 2 * mean_L + 4 * np.sqrt(mean_L)).any())
 
     def kept_per_token(self, experts: int | None = None) -> float:
         """Mean number of computed experts per token and layer; of the first so many experts."""
@@ -69,19 +85,23 @@ class Routing:
         }
 
 
-def health(routing: Routing | None) -> str:
-    """The worst thing to say of the routing: dead, dropping, skewed, or balanced.
+def health(routing: Routing | None, kind: str = CHOICES) -> str:
+    """One word for the routing: the worst that can be said of any layer (docs/metrics.md).
 
-    dead: an expert gets less than 1 % of the mean load; dropping: a layer drops over 10 %;
-    skewed: a layer's fullest expert has over twice the mean load.
+    kind: CHOICES of experts, by tokens or by experts: dead (an expert with less than 1 % of the
+    mean load), dropping (over 10 % of the assignments found no room), skewed (an expert with over
+    twice the mean load), or balanced; the first and the third only beyond chance. NEURONS, SOFT
+    slots and MERGED experts have no loads to judge: the kind itself.
     """
     if routing is None:
-        return "dense"
+        return DENSE
+    if kind != CHOICES:
+        return kind
     if routing.dead:
         return "dead"
     if routing.dropped_L.max() > 0.1:
         return "dropping"
-    return "skewed" if routing.load_L.max() > 2.0 else "balanced"
+    return "skewed" if routing.skewed else "balanced"
 
 
 def routing_scalars(routing: Routing, coefficients: dict[str, float]) -> dict[str, float]:
@@ -104,9 +124,9 @@ def routing_scalars(routing: Routing, coefficients: dict[str, float]) -> dict[st
     return {name: float(value) for name, value in out.items()}
 
 
-def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """A loss in nats per token as bits per byte of text, so that tokenizers compare."""
-    return nats_per_token / math.log(2) / bytes_per_token
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+    """Summed nats of some tokens as bits per byte of their text, so that tokenizers compare."""
+    return nats / math.log(2) / num_bytes
 
 
 def speed_scalars(

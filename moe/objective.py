@@ -22,7 +22,7 @@ class NextToken:
     causal = True
     extra_tokens = 0
 
-    def prepare(self, batch: Batch, key: jax.Array, vocab_size: int) -> Batch:
+    def prepare(self, batch: Batch, key: jax.Array, num_bytes_V: jax.Array) -> Batch:
         """The batch as it is."""
         return batch
 
@@ -32,7 +32,9 @@ class NextToken:
 class MaskedToken:
     """Predict a share of the tokens that are hidden (Devlin et al. 2019); sees both sides.
 
-    Only hidden tokens are scored, each replaced by one extra token of the vocabulary.
+    Only hidden tokens are scored, each replaced by one extra token of the vocabulary. Hidden are
+    tokens of text, never those that mark documents; in a sequence where the draw hides none, the
+    one with the smallest draw.
     """
 
     rate: float = 0.15
@@ -43,15 +45,21 @@ class MaskedToken:
         if not 0 < self.rate < 1:
             raise ValueError(f"MaskedToken.rate={self.rate} must lie between 0 and 1")
 
-    def prepare(self, batch: Batch, key: jax.Array, vocab_size: int) -> Batch:
-        """The batch with tokens hidden; the draw depends on key and sequence number alone."""
+    def prepare(self, batch: Batch, key: jax.Array, num_bytes_V: jax.Array) -> Batch:
+        """The batch with tokens hidden; the draw depends on key and sequence number alone.
+
+        Only where the batch scores: a window's context is hidden in the window that scores it.
+        """
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(batch.index_B))
         tokens = batch.token_BT.shape[1]
         draw_BT = jax.vmap(lambda key: jax.random.uniform(key, (tokens,)))(keys_B)
-        hidden_BT = (draw_BT < self.rate) & (batch.segment_BT > 0)
+        may_BT = (batch.segment_BT > 0) & batch.scored_BT & (num_bytes_V[batch.token_BT] > 0)
+        draw_BT = jnp.where(may_BT, draw_BT, 2.0)
+        least_B1 = jnp.maximum(draw_BT.min(axis=1, keepdims=True), self.rate)
+        hidden_BT = may_BT & (draw_BT <= least_B1)
         return dataclasses.replace(
             batch,
-            token_BT=jnp.where(hidden_BT, vocab_size - 1, batch.token_BT),
+            token_BT=jnp.where(hidden_BT, len(num_bytes_V) - 1, batch.token_BT),
             target_BT=batch.token_BT,
             scored_BT=hidden_BT,
         )
@@ -83,9 +91,22 @@ def step_key(seed, step) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
-def prepared(objective: Objective, batch: Batch, key: jax.Array, vocab_size: int) -> Batch:
-    """The batch as the objective wants it."""
-    return objective.prepare(batch, jax.random.fold_in(key, _MASKING), vocab_size)
+def prepared(objective: Objective, batch: Batch, key: jax.Array, num_bytes_V: jax.Array) -> Batch:
+    """The batch as the objective wants it.
+
+    num_bytes_V: bytes of text that each token of the model's vocabulary gives back.
+    """
+    return objective.prepare(batch, jax.random.fold_in(key, _MASKING), num_bytes_V)
+
+
+def text_of(batch: Batch, num_bytes_V: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where a prepared batch scores text (B, T), and how many bytes of it: int32.
+
+    One mask for what bits per byte divides: tokens that mark documents are learned, and neither
+    their nats nor any bytes count.
+    """
+    bytes_BT = jnp.where(batch.scored_BT, num_bytes_V[batch.target_BT], 0)
+    return bytes_BT > 0, bytes_BT.sum(dtype=jnp.int32)
 
 
 def tokens_of(batch: Batch, key: jax.Array, *, train: bool) -> Tokens:

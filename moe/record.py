@@ -35,7 +35,6 @@ class Recorder:
     logs: Logs | None
     saves: Checkpoints
     rate_N: np.ndarray
-    bytes_per_token: float
     log_every: int
     _waiting: tuple[int, StepMetrics] | None = dataclasses.field(default=None, init=False)
 
@@ -66,17 +65,18 @@ class Recorder:
     def _log(self, step: int, measured: StepMetrics) -> None:
         routing = metrics.Routing.of(measured.routers) if measured.routers else None
         scalars = self._scalars(step, measured, routing)
-        self.display.update(step, progress.line(scalars, metrics.health(routing)))
+        self.display.update(step, progress.line(scalars, metrics.health(routing, self.built.kind)))
         if self.logs is not None:
             self.logs.scalars(step, scalars)
             if routing is not None:
                 self.logs.routing(routing.arrays(step))
 
     def _scalars(self, step, measured, routing: metrics.Routing | None) -> dict[str, float]:
-        loss = float(measured.loss)
+        nats, num_bytes = float(measured.text_nats), int(measured.text_bytes)
+        told = {"bits_per_byte": metrics.bits_per_byte(nats, num_bytes)} if num_bytes else {}
         scalars = {
-            "loss": loss,
-            "bits_per_byte": metrics.bits_per_byte(loss, self.bytes_per_token),
+            "loss": float(measured.loss),
+            **told,  # a step may score document tokens alone
             "learning_rate": float(self.rate_N[step - 1]),
             **{f"grad_norm/{k}": float(v) for k, v in measured.grad_norms.items()},
             "update_norm": float(measured.update_norm),

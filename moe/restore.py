@@ -53,6 +53,7 @@ def restore_run(
         settings.get("model", Transformer),
         settings["objective"] or NextToken(),
         token_vocabulary=tokenizer.vocab_size,
+        num_bytes_V=tokenizer.num_bytes_V,
         **sizes,
     )
     program = assemble.program(

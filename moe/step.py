@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from layers.constrain import placing
-from layers.cross_entropy import cross_entropy_of_each, cross_entropy_sum
+from layers.cross_entropy import cross_entropy_of_each, cross_entropy_sums
 from moe import hosts, sharding
 from moe import objective as objectives
 from moe.batch import Batch
@@ -41,11 +41,15 @@ class TrainState(nnx.Pytree):
 class StepMetrics(nnx.Pytree):
     """What one step measured; stays on the device until it is read.
 
+    loss: nats per scored token, what is learned. text_nats: of scored tokens of text, summed, and
+    text_bytes the bytes behind just these: what bits per byte is made of.
     depths: what routers of depth lost and, as a share of the tokens, counted, by layer.
     """
 
     loss: Float[Array, ""] = nnx.data()
     scored: Int[Array, ""] = nnx.data()
+    text_nats: Float[Array, ""] = nnx.data()
+    text_bytes: Int[Array, ""] = nnx.data()
     routers: RouterOutput | None = nnx.data()
     grad_norms: dict[str, Array] = nnx.data()
     update_norm: Float[Array, ""] | None = nnx.data(default=None)
@@ -67,6 +71,7 @@ class Program:
 class Step:
     """The pure functions of a run: for a model, an objective, an optimizer and a mesh.
 
+    num_bytes_V: bytes of text that each token gives back.
     whole_step_losses: with more than one micro-batch, run all of them forward first, so that
     losses on the whole step's statistics are exact.
     """
@@ -75,6 +80,7 @@ class Step:
     abstract: tuple[Arrays, Arrays]
     objective: objectives.Objective
     optimizer: optax.GradientTransformation
+    num_bytes_V: np.ndarray
     mesh: Mesh
     seed: int
     accumulate: int = 1
@@ -102,8 +108,8 @@ class Step:
     def gradients(self, state: TrainState, batch: Batch) -> tuple[Arrays, StepMetrics]:
         """Exact gradients of the batch, whatever the number of micro-batches."""
         key = objectives.step_key(self.seed, state.step)
-        vocab_size = self.graph.join(state.params, state.router_state).vocab_size
-        batch = objectives.prepared(self.objective, batch, key, vocab_size)
+        num_bytes_V = jnp.asarray(self.num_bytes_V)
+        batch = objectives.prepared(self.objective, batch, key, num_bytes_V)
         scored = jnp.maximum(batch.scored_BT.sum(), 1)
         valid = jnp.maximum((batch.segment_BT > 0).sum(), 1)
         grad = jax.value_and_grad(self._loss, has_aux=True)
@@ -114,23 +120,30 @@ class Step:
             return grads, measured
 
         if self.accumulate == 1:
-            grads, (loss, routers, depths) = one(batch, None)
+            grads, (loss, text_nats, routers, depths) = one(batch, None)
         else:
             micros = micro_batches(batch, self.accumulate, self.sequences_per_group)
             statistics = None
             if self.whole_step_losses:
                 only = jax.lax.map(lambda micro: self._statistics(state, micro, key), micros)
                 statistics = jax.tree.map(lambda a: a.sum(0), only)
-            grads, (loss, routers, depths) = summed(
+            grads, (loss, text_nats, routers, depths) = summed(
                 lambda micro: one(micro, share_of(statistics, micro, valid)), micros
             )
-        return grads, StepMetrics(loss, scored, routers, grad_norms(grads), depths=depths)
+        text_bytes = objectives.text_of(batch, num_bytes_V)[1]
+        norms = grad_norms(grads)
+        return grads, StepMetrics(
+            loss, scored, text_nats, text_bytes, routers, norms, depths=depths
+        )
 
     def _loss(self, params, state, batch: Batch, key, whole: WholeStep | None, scored, valid):
         """This micro-batch's part of the step's loss, and what it measured."""
         model = self.graph.join(params, state.router_state)
         out = model(objectives.tokens_of(batch, key, train=True), whole)
-        nats = cross_entropy_sum(model.head(), out.hidden_BTD, batch.target_BT, batch.scored_BT)
+        text_BT, _ = objectives.text_of(batch, jnp.asarray(self.num_bytes_V))
+        nats, text_nats = cross_entropy_sums(
+            model.head(), out.hidden_BTD, batch.target_BT, batch.scored_BT, text_BT
+        )
         loss, share = nats / scored, (batch.segment_BT > 0).sum() / valid
         depths, deep = None, 0.0
         if out.depths is not None:
@@ -138,7 +151,7 @@ class Step:
             depths |= {name: value / valid for name, value in out.depths.stats.own.items()}
             deep = share * out.depths.penalty.sum()
         if out.routers is None:
-            return loss + deep, (loss, None, depths)
+            return loss + deep, (loss, text_nats, None, depths)
         losses = {name: share * value for name, value in out.routers.losses.items()}
         penalty_L = share * out.routers.penalty
         if out.routers.policy is not None:
@@ -147,7 +160,7 @@ class Step:
             weights = dict(model.moe_layers_of_units()[0].router.completed)
             penalty_L += sum(weights[name] * value for name, value in completed.items())
         routers = RouterOutput(None, losses, penalty_L, out.routers.stats)
-        return loss + deep + penalty_L.sum(), (loss, routers, depths)
+        return loss + deep + penalty_L.sum(), (loss, text_nats, routers, depths)
 
     def _completed(self, model, out, batch: Batch, scored) -> dict[str, Array]:
         """The losses of routers whose choices are rewarded by each token's likelihood."""

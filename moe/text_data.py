@@ -14,7 +14,14 @@ from typing import Any
 
 import gin
 
-from moe.batches import TrainBatches, ValidationBatches, choose_documents, pack, pieces_of
+from moe.batches import (
+    TrainBatches,
+    ValidationBatches,
+    choose_spans,
+    masked_pieces_of,
+    pack,
+    pieces_of,
+)
 from moe.corpus import Corpus, Part, digest_of, split, whole
 from moe.errors import UserError
 from moe.token_cache import TokenStream, default_cache_dir, token_stream
@@ -80,6 +87,7 @@ class PreparedData:
         sequence_length: int,
         stride: int | None = None,
         max_bytes: int | None = None,
+        causal: bool = True,
     ) -> ValidationBatches:
         """The held-out documents, every token scored once.
 
@@ -87,25 +95,40 @@ class PreparedData:
             stride: by how much the windows of a long document advance; each scored token but the
                 document's first `sequence_length` has at least `sequence_length - stride` tokens
                 before it. The default is half the sequence.
-            max_bytes: score only some whole documents, which hold at most this much text. They
-                are the same ones for every tokenizer, batch size and sequence length.
+            max_bytes: score only so much text: documents in a fixed random order, the last one
+                cut. It is the same text for every batch size and sequence length and, but for
+                where the cut falls, for every tokenizer.
+            causal: targets are the next tokens; else the tokens themselves, for masked ones.
         """
         _check_sizes(batch_size, sequence_length)
         stride = sequence_length // 2 if stride is None else stride
         if not 1 <= stride <= sequence_length:
             raise UserError(f"stride={stride} must lie in 1 to sequence_length={sequence_length}")
-        chosen = choose_documents(self.validation.num_bytes_M, max_bytes)
-        pieces = pieces_of(self.validation.start_M, chosen, sequence_length, stride)
+        if max_bytes is not None and max_bytes < 1:
+            raise UserError(f"max_bytes={max_bytes} must be at least 1, or None for all text")
+        stream = self.validation
+        spans = choose_spans(
+            stream.token_N,
+            stream.start_M,
+            stream.num_bytes_M,
+            self.tokenizer.num_bytes_V,
+            max_bytes,
+        )
+        if not spans:
+            raise UserError(f"max_bytes={max_bytes} is less than the first token of text")
+        make = pieces_of if causal else masked_pieces_of
+        pieces = [p for start, end, _ in spans for p in make(start, end, sequence_length, stride)]
         lengths = [piece.length for piece in pieces]
         alone = [[i] for i in range(len(pieces))]
         rows = pack(lengths, sequence_length) if self.isolate_documents else alone
         return ValidationBatches(
-            token_N=self.validation.token_N,
+            token_N=stream.token_N,
             rows=[[pieces[i] for i in row] for row in rows],
             batch_size=batch_size,
             sequence_length=sequence_length,
-            num_bytes=int(self.validation.num_bytes_M[chosen].sum()),
-            num_documents=len(chosen),
+            num_bytes=sum(num_bytes for *_, num_bytes in spans),
+            num_documents=len(spans),
+            shift=1 if causal else 0,
         )
 
 

@@ -7,13 +7,16 @@ never comes from text: a text that spells it out is encoded like any other.
 
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 from pathlib import Path
+import re
 from typing import Any, Protocol, runtime_checkable
 
 import gin
+import numpy as np
 
 from moe.corpus import nearest_path
 from moe.errors import UserError
@@ -47,6 +50,7 @@ class Tokenizer(Protocol):
     Attributes:
         vocab_size: one more than the largest token id.
         document_id: the token that starts each document; `decode` leaves it out.
+        num_bytes_V: bytes of text that each token gives back, int32; 0 for the document token.
         fingerprint: equal for two tokenizers only if they encode alike.
     """
 
@@ -58,6 +62,9 @@ class Tokenizer(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
+
+    @property
+    def num_bytes_V(self) -> np.ndarray: ...
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
 
@@ -81,6 +88,7 @@ class ByteTokenizer:
     vocab_size = 257
     document_id = 256
     fingerprint = "bytes"
+    num_bytes_V = np.array([1] * 256 + [0], np.int32)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [list(text.encode("utf-8")) for text in texts]
@@ -105,6 +113,32 @@ class SubwordTokenizer:
         self.document_id: int = inner.token_to_id(DOCUMENT_TOKEN)
         self.vocab_size: int = 1 + max(inner.get_vocab(with_added_tokens=True).values())
         self.fingerprint: str = hashlib.sha256(inner.to_str().encode()).hexdigest()
+
+    @functools.cached_property
+    def num_bytes_V(self) -> np.ndarray:
+        """Of a byte-level token one for each of its letters, of others what they decode to.
+
+        Others are decoded behind a letter, since a tokenizer may drop a space at the start.
+        """
+        inner = self._inner
+        content = json.loads(inner.to_str())
+        num_bytes_V = np.zeros(self.vocab_size, np.int32)
+        added = {one["id"] for one in content["added_tokens"]}
+        byte_level = '"type": "ByteLevel"' in json.dumps(content["decoder"])
+        letter = inner.encode("a", add_special_tokens=False).ids[-1:]
+        before = len(inner.decode(letter).encode())
+        for token, i in inner.get_vocab(with_added_tokens=True).items():
+            if i in added:
+                num_bytes_V[i] = len(token.encode())
+            elif byte_level:
+                num_bytes_V[i] = len(token)
+            elif re.fullmatch("<0x[0-9A-F]{2}>", token):
+                num_bytes_V[i] = 1
+            else:
+                both = inner.decode([*letter, i], skip_special_tokens=False)
+                num_bytes_V[i] = len(both.encode()) - before
+        num_bytes_V[self.document_id] = 0
+        return num_bytes_V
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         encodings = self._inner.encode_batch_fast(texts, add_special_tokens=False)

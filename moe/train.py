@@ -104,6 +104,7 @@ def train(
             model,
             objective,
             token_vocabulary=text.tokenizer.vocab_size,
+            num_bytes_V=text.tokenizer.num_bytes_V,
             batch_size=batch_size,
             sequence_length=sequence_length,
             training_tokens=text.train.token_N,
@@ -119,7 +120,9 @@ def train(
         )
         shape = batch_size, sequence_length
         train_batches = text.train_batches(*shape, seed)
-        held_out = functools.partial(text.validation_batches, *shape, eval_stride)
+        held_out = functools.partial(
+            text.validation_batches, *shape, eval_stride, causal=objective.causal
+        )
         all_held_out, some_held_out = held_out(), held_out(eval_bytes)
         gin_files.refuse_ignored(say, later=("eval",))
         config = gin_files.operative()
@@ -154,7 +157,6 @@ def train(
             logs=logs,
             saves=saves,
             rate_N=np.asarray(jax.vmap(optimizer.rate(steps))(np.arange(steps))),
-            bytes_per_token=text.info.bytes_per_token,
             log_every=log_every,
         )
         eval_step = evaluate.evaluation_step(built, device_mesh)

@@ -181,6 +181,7 @@ def program(setting):
         tuple(abstract),
         objective=objective,
         optimizer=optimizer,
+        num_bytes_V=np.ones(graph.join(*abstract).vocab_size, np.int32),
         mesh=shape.build(jax.devices()[: math.prod(setting.mesh)]),
         seed=1,
         accumulate=setting.accumulate,

@@ -12,11 +12,11 @@ from moe.metrics import Routing, bits_per_byte, health, routing_scalars, speed_s
 from moe.progress import Pace, line
 from routing import RouterOutput, RouterStats
 
-EVEN = [[8, 8, 8, 8]]
+EVEN = [[80, 80, 80, 80]]
 
 
-def routing(count, kept=None, tokens=16):
-    """Two choices for each of 16 tokens, one layer for each row."""
+def routing(count, kept=None, tokens=160):
+    """Two choices for each of 160 tokens, one layer for each row."""
     count_LE = jnp.asarray(count, jnp.int32)
     layers = len(count)
     stats = RouterStats(
@@ -33,9 +33,9 @@ def routing(count, kept=None, tokens=16):
 
 WORDS = {
     "balanced": routing(EVEN),
-    "skewed": routing([[20, 4, 4, 4]]),  # 20 / 8 = 2.5 times the mean
-    "dropping": routing(EVEN, kept=[[8, 8, 8, 4]]),  # 4 of 32 dropped
-    "dead": routing([[16, 16, 0, 0]], kept=[[8, 8, 0, 0]]),
+    "skewed": routing([[200, 40, 40, 40]]),  # 200 / 80 = 2.5 times the mean
+    "dropping": routing(EVEN, kept=[[80, 80, 80, 40]]),  # 40 of 320 dropped
+    "dead": routing([[160, 160, 0, 0]], kept=[[80, 80, 0, 0]]),
     "dense": None,
 }
 
@@ -46,12 +46,32 @@ def test_the_word_is_the_worst_that_can_be_said(word):
 
 
 def test_one_bad_layer_among_good_ones_is_told():
-    assert health(routing([*EVEN, *EVEN, [20, 4, 4, 4]])) == "skewed"
-    assert health(routing([*EVEN, [31, 1, 0, 0]])) == "dead"
-    assert health(routing(EVEN * 2, kept=[*EVEN, [8, 8, 8, 4]])) == "dropping"
+    assert health(routing([*EVEN, *EVEN, [200, 40, 40, 40]])) == "skewed"
+    assert health(routing([*EVEN, [310, 10, 0, 0]])) == "dead"
+    assert health(routing(EVEN * 2, kept=[*EVEN, [80, 80, 80, 40]])) == "dropping"
     # on the border: twice the mean, a tenth dropped, are still fine
-    assert health(routing([[16, 8, 4, 4]])) == "balanced"
-    assert health(routing([[10, 10, 10, 10]], kept=[[9, 9, 9, 9]])) == "balanced"
+    assert health(routing([[160, 80, 40, 40]])) == "balanced"
+    assert health(routing([[100] * 4], kept=[[90] * 4])) == "balanced"
+
+
+def test_chance_is_not_taken_for_a_dead_or_a_crowded_expert():
+    """Poisson counts with a mean of 2: a seventh of them is zero, the largest is four means."""
+    count_E = np.random.default_rng(0).poisson(2.0, 1024)
+    assert (count_E == 0).sum() > 100 and count_E.max() > 4 * count_E.mean()
+    chance = routing([count_E.tolist()])
+    assert chance.dead == 0
+    assert health(routing([[3, 1, 0, 0]], tokens=2)) == "balanced"
+
+
+@pytest.mark.parametrize("kind", ["neurons", "soft", "merged"])
+def test_what_has_no_loads_to_judge_is_told_by_its_kind(kind):
+    assert health(WORDS["dead"], kind) == kind
+
+
+def test_a_layer_without_choices_drops_nothing():
+    found = routing([[0, 0, 0, 0], [200, 40, 40, 40]])
+    np.testing.assert_array_equal(found.dropped_L, [0, 0])
+    np.testing.assert_allclose(found.load_L, [0, 2.5])
 
 
 def test_losses_are_told_scaled_and_unscaled():
@@ -65,7 +85,7 @@ def test_losses_are_told_scaled_and_unscaled():
 
 
 def test_shares_are_of_what_the_router_chose():
-    found = routing([[20, 4, 4, 4], [8, 8, 8, 8]], kept=[[10, 4, 4, 4], [8, 8, 8, 8]])
+    found = routing([[20, 4, 4, 4], [8] * 4], kept=[[10, 4, 4, 4], [8] * 4], tokens=16)
     np.testing.assert_allclose(found.load_L, [2.5, 1])
     np.testing.assert_allclose(found.dropped_L, [10 / 32, 0])
     assert found.kept_per_token() == (22 + 32) / 32
@@ -76,9 +96,9 @@ def test_shares_are_of_what_the_router_chose():
 
 
 def test_bits_per_byte():
-    # A uniform guess over 256 bytes costs 8 bits; over 4 bytes of one token, 2.
-    assert bits_per_byte(math.log(256), 1.0) == pytest.approx(8)
-    assert bits_per_byte(math.log(256), 4.0) == pytest.approx(2)
+    # A uniform guess over 256 bytes costs 8 bits; over tokens of 4 bytes, 2.
+    assert bits_per_byte(10 * math.log(256), 10) == pytest.approx(8)
+    assert bits_per_byte(10 * math.log(256), 40) == pytest.approx(2)
 
 
 def test_utilisation_counts_chosen_and_effective_utilisation_kept_work():
@@ -107,7 +127,8 @@ def test_the_line_holds_what_is_worth_knowing():
         "bits_per_byte": 1.9349,
         "speed/tokens_per_second": 12345.4,
         "load/max_over_mean_worst": 1.214,
-        "load/dropped": 0.003,
+        "load/dropped": 0.001,
+        "load/dropped_worst": 0.003,
     }
     expected = "loss 3.205 bpb 1.935 12,345 tok/s load 1.21 drop 0.3% balanced"
     assert line(scalars, "balanced") == expected
