@@ -65,6 +65,7 @@ class MoELayer(nnx.Module):
             the whole batch where that is smaller.
         out_scale: variance scale of the output weights.
         text: the training text, for routers that count in it before they start.
+        sparse_layers: of the model, for router losses that are averaged over them.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class MoELayer(nnx.Module):
         sequences_per_group: int = 1,
         out_scale: float = 1.0,
         text: TrainingText | None = None,
+        sparse_layers: int = 1,
     ):
         if num_experts < 1:
             raise ValueError(f"MoELayer.num_experts={num_experts} must be at least 1")
@@ -105,6 +107,7 @@ class MoELayer(nnx.Module):
         choices = num_experts + (self.cheap.count if self.cheap else 0)
         self.num_experts = num_experts
         self.router = router(Sizes(d_model, choices, vocab_size, text))
+        self.router.sparse_layers = sparse_layers
         if expert_dropout and (neurons or segmented):
             raise ValueError(
                 "MoELayer.expert_dropout is for feed-forwards, not neurons or segments"
@@ -240,6 +243,8 @@ class MoELayer(nnx.Module):
             train=tokens.train,
             step=tokens.step,
             logits_before_GTE=before_GTE,
+            segment_GT=tokens.segment_BT.reshape(shape),
+            sequences=per_group,
         )
 
 

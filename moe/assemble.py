@@ -48,7 +48,7 @@ class Model:
         told = {}
         if self.moe_layer is not None:
             router = self.moe_layer.router
-            told = {loss.name: loss.coefficient for loss in router.losses}
+            told = {loss.name: router.weight_of(loss) for loss in router.losses}
             told |= dict(router.completed)
         if self.module.depth_router is not None:
             depth = self.module.depth_router

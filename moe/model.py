@@ -164,7 +164,8 @@ class Transformer(nnx.Module):
             out_scale=scale,
         )
         make_dense = functools.partial(feed_forward, out_scale=scale)
-        make_moe = moe and functools.partial(moe, vocab_size=vocab_size, text=text, out_scale=scale)
+        given = {"vocab_size": vocab_size, "text": text, "out_scale": scale}
+        make_moe = moe and functools.partial(moe, **given, sparse_layers=sum(is_moe))
         sizes = Sizes(d_model, 1, vocab_size, text)
 
         def make_block(sparse, deep):

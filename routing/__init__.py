@@ -1,5 +1,6 @@
 """Who goes where: routing algorithms. They decide and never move data."""
 
+from routing.balance_losses import BalanceLoss, ImportanceLoss, LoadLoss
 from routing.balancers import Balancer, BiasBalancer, Memory, QuantileBalancer
 from routing.base import BASE
 from routing.capacity import Capacity, slots_per_expert
@@ -10,15 +11,7 @@ from routing.expert_choice import ExpertChoiceRouter
 from routing.gshard import GShard
 from routing.hash import Hash
 from routing.hierarchical import Hierarchical, HierarchicalLoadLoss
-from routing.losses import (
-    BalanceLoss,
-    EntropyLoss,
-    ImportanceLoss,
-    LoadLoss,
-    RouterLoss,
-    TermLoss,
-    ZLoss,
-)
+from routing.losses import EntropyLoss, RouterLoss, TermLoss, ZLoss
 from routing.merging import SMEAR, Lory
 from routing.multi_hash import MultiHash
 from routing.noisy_top_k import NoisyTopK

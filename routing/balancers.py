@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from routing.parameters import router_state, zeros
 from routing.records import RouterStats
-from routing.router import largest
+from routing.selection import largest
 
 
 class Memory(nnx.Module):

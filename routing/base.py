@@ -14,7 +14,8 @@ from routing.auction import balanced_assignment
 from routing.losses import RouterLoss
 from routing.parameters import orthogonal, parameter
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
-from routing.router import Router, pick
+from routing.router import Router
+from routing.selection import pick
 
 
 @gin.configurable

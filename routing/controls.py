@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from routing.losses import RouterLoss
 from routing.parameters import parameter, router_state, truncated_normal
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
-from routing.router import Router, check_k, largest, pick
+from routing.router import Router, check_k
+from routing.selection import largest, pick
 
 
 @gin.configurable

@@ -25,7 +25,8 @@ from routing.records import (
     Sizes,
     TokenChoice,
 )
-from routing.router import Router, pick
+from routing.router import Router
+from routing.selection import pick
 
 
 @gin.configurable("ExpertChoice", module="routing")  # pyright: ignore[reportCallIssue]

@@ -10,10 +10,12 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from routing.losses import BalanceLoss, RouterLoss
+from routing.balance_losses import BalanceLoss
+from routing.losses import RouterLoss
 from routing.parameters import parameter, truncated_normal
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
-from routing.router import Router, pick
+from routing.router import Router
+from routing.selection import pick
 
 
 @gin.configurable

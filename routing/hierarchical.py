@@ -10,11 +10,13 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from routing.losses import ImportanceLoss, RouterLoss, cv_squared, of_the_step
+from routing.balance_losses import ImportanceLoss, cv_squared
+from routing.losses import RouterLoss, of_the_step
 from routing.noisy_top_k import chance_of_selection, standard_normal
 from routing.parameters import parameter, zeros
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
-from routing.router import Router, pick
+from routing.router import Router
+from routing.selection import pick
 
 
 @gin.configurable

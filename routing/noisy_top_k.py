@@ -9,10 +9,12 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from routing.losses import ImportanceLoss, LoadLoss, RouterLoss
+from routing.balance_losses import ImportanceLoss, LoadLoss
+from routing.losses import RouterLoss
 from routing.parameters import parameter, zeros
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
-from routing.router import Router, check_k, largest, pick
+from routing.router import Router, check_k
+from routing.selection import largest, pick
 
 
 @gin.configurable

@@ -101,7 +101,8 @@ class RouterInputs(nnx.Pytree):
     index_G numbers the groups of the whole optimizer step, so that random draws depend on neither
     the mesh nor the number of micro-batches; key already names seed, step and layer.
     logits_before_GTE are the router's logits in the sparse layer before, zero in the first, where
-    the router `reads_logits_before`.
+    the router `reads_logits_before`. A group is so many sequences, one after the other; segment_GT
+    numbers the documents inside each, from 1, and is 0 for padding.
     """
 
     x_GTD: Float[Array, "G T D"] = nnx.data()
@@ -113,6 +114,8 @@ class RouterInputs(nnx.Pytree):
     train: bool = nnx.static()
     step: WholeStep | None = nnx.data(default=None)
     logits_before_GTE: Float[Array, "G T E"] | None = nnx.data(default=None)
+    segment_GT: Int[Array, "G T"] | None = nnx.data(default=None)
+    sequences: int = nnx.static(default=1)
 
     def keys_G(self, purpose: int) -> Key[Array, " G"]:
         """One key per group for one purpose (jitter, sampling, ...)."""

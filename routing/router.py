@@ -13,7 +13,6 @@ import dataclasses
 
 from flax import nnx
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from routing.losses import RouterLoss
@@ -55,6 +54,7 @@ class Router(nnx.Module):
 
     num_experts: int
     losses: tuple[RouterLoss, ...]
+    sparse_layers: int = 1  # of the model; the layer that the router stands in sets it
     # Whether `route` itself reads the statistics of the whole step, which micro-batches then need.
     reads_the_step: bool = False
     # Whether `route` reads the logits of the sparse layer before: `inputs.logits_before_GTE`.
@@ -76,10 +76,15 @@ class Router(nnx.Module):
                 stats.own.update(loss.tally(routing, inputs))
             losses = {loss.name: loss(routing, inputs, stats) for loss in self.losses}
             penalty = sum(
-                (loss.coefficient * losses[loss.name] for loss in self.losses), jnp.float32(0)
+                (self.weight_of(loss) * losses[loss.name] for loss in self.losses), jnp.float32(0)
             )
         logits_GTE = routing.logits_GTE if self.reads_logits_before else None
         return RouterOutput(routing.decision, losses, penalty, stats, routing.policy, logits_GTE)
+
+    def weight_of(self, loss: RouterLoss) -> float:
+        """What this layer's value of a loss is multiplied with in the objective."""
+        shared = self.sparse_layers if loss.over_layers == "mean" else 1
+        return loss.coefficient / shared
 
     @property
     def needs_the_whole_step(self) -> bool:
@@ -151,28 +156,3 @@ def check_k(name: str, k: int, sizes: Sizes) -> None:
             f"{name}.k={k} experts per token, but there are {sizes.num_experts} experts; "
             f"choose k between 1 and {sizes.num_experts}"
         )
-
-
-def pick(score_GTE: jax.Array, k: int) -> jax.Array:
-    """The k best experts (ties: the lowest index), int32 (G, T, K), best first.
-
-    No gradient: gates are gathered with these indices, so that rematerialisation, which keeps them
-    by name, never routes a second time.
-    """
-    return checkpoint_name(largest(jax.lax.stop_gradient(score_GTE), k), "routing")
-
-
-def largest(score_GTE: jax.Array, k: int) -> jax.Array:
-    """Indices of the k largest along the last axis, the largest first; ties: the lowest index.
-
-    Equivalent to: jax.lax.top_k(score_GTE, k)[1], as long as k scores are above minus infinity.
-    XLA doesn't partition that one: under a mesh every device would gather the scores of all groups
-    and select for all of them. K rounds of argmax stay where the tokens are.
-    """
-    index_GTE = jax.lax.broadcasted_iota(jnp.int32, score_GTE.shape, score_GTE.ndim - 1)
-    rounds = []
-    for _ in range(k):
-        best_GT = jnp.argmax(score_GTE, axis=-1).astype(jnp.int32)
-        score_GTE = jnp.where(index_GTE == best_GT[..., None], -jnp.inf, score_GTE)
-        rounds.append(best_GT)
-    return jnp.stack(rounds, axis=-1)

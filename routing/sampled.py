@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from routing import estimators
-from routing.losses import BalanceLoss, RouterLoss, TermLoss
+from routing.balance_losses import BalanceLoss
+from routing.losses import RouterLoss, TermLoss
 from routing.parameters import parameter, truncated_normal, zeros
 from routing.records import Causality, Policy, RouterInputs, Routing, Sizes, TokenChoice
-from routing.router import Router, check_k, pick
+from routing.router import Router, check_k
+from routing.selection import pick
 
 ONE = ("reinforce", "gumbel")
 MANY = {

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from routing.losses import RouterLoss
 from routing.parameters import parameter, truncated_normal
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
-from routing.router import Router, check_k, pick
+from routing.router import Router, check_k
+from routing.selection import pick
 
 
 @gin.configurable

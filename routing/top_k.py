@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from routing import parameters
+from routing.balance_losses import BalanceLoss
 from routing.balancers import Balancer
-from routing.losses import BalanceLoss, RouterLoss, ZLoss
+from routing.losses import RouterLoss, ZLoss
 from routing.parameters import parameter, truncated_normal
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
-from routing.router import Router, check_k, largest, pick
+from routing.router import Router, check_k
+from routing.selection import largest, pick
 
 GATES = ("softmax", "softmax_of_selected", "sigmoid")
 

@@ -9,11 +9,13 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from routing.losses import ImportanceLoss, LoadLoss, RouterLoss
+from routing.balance_losses import ImportanceLoss, LoadLoss
+from routing.losses import RouterLoss
 from routing.noisy_top_k import standard_normal
 from routing.parameters import parameter, truncated_normal
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
-from routing.router import Router, check_k, pick
+from routing.router import Router, check_k
+from routing.selection import pick
 
 
 @gin.configurable
@@ -27,7 +29,8 @@ class VMoE(Router):
         sizes: width, number of experts, vocabulary.
         k: experts per token.
         noise: its standard deviation in units of 1 / E; training only.
-        losses: half importance (of full scores) and half load where None (appendix A).
+        losses: half importance (of full scores) and half load where None (appendix A), over each
+            group of tokens as in the authors' code.
     """
 
     causality = Causality.CAUSAL
@@ -45,7 +48,7 @@ class VMoE(Router):
             raise ValueError(f"VMoE.noise={noise} must be above 0; without noise this is TopK")
         self.num_experts, self.k = sizes.num_experts, k
         self.std = noise / sizes.num_experts
-        halves = (ImportanceLoss(0.005, of="scores"), LoadLoss(0.005))
+        halves = (ImportanceLoss(0.005, of="scores", scope="group"), LoadLoss(0.005, scope="group"))
         self.losses = halves if losses is None else tuple(losses)
         shape = (sizes.d_model, sizes.num_experts)
         self.weight_DE = parameter(shape, ("embed", None), truncated_normal())

@@ -63,7 +63,12 @@ from routing import (
 from routing.hash_tables import BalancedTable
 
 B, T, D, E, F, V = 24, 11, 8, 4, 8, 13
-LOSSES = (BalanceLoss(), ZLoss(), EntropyLoss(), BalanceLoss(scope="group", name="group"))
+LOSSES = (
+    BalanceLoss(),
+    ZLoss(),
+    EntropyLoss(over_layers="mean"),
+    BalanceLoss(scope="sequence", name="sequence"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 from moe import check, cli
 from routing import Causality, Router, Routing, TokenChoice, TopK, parameter
 from routing.parameters import truncated_normal
-from routing.router import largest
+from routing.selection import largest
 
 GUIDE = Path(__file__).parents[1] / "docs" / "writing_a_router.md"
 

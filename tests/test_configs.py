@@ -11,7 +11,7 @@ from moe import assemble, gin_files, gin_read
 from moe.objective import MaskedToken, NextToken
 from moe.optimizer import AdamW
 from moe.restore import MeshShape
-from routing import Causality
+from routing import Causality, Sizes
 
 SHIPPED = sorted(path.relative_to(gin_read.shipped()) for path in gin_read.shipped().rglob("*.gin"))
 BY_FOLDER = {
@@ -29,6 +29,7 @@ MeshShape.data = -1
 MeshShape.fsdp = 1
 MeshShape.expert = 1
 """
+LEAKS = "Transformer.allow_leaks = True\n"
 SMALLER_MODEL = """
 Transformer.num_layers = 2
 Transformer.d_model = 64
@@ -103,18 +104,48 @@ def test_a_router_is_swapped_by_one_file(path, tmp_path, monkeypatch):
     np.save("embeddings.npy", np.random.default_rng(0).standard_normal((257, 4)))
     names = ("runs/quickstart.gin", path)
     written = gin_read.bindings_of((gin_read.shipped() / path).read_text())
-    more = "" if "MoELayer.num_experts" in written else "MoELayer.num_experts = 16\n"
     try:
-        model, _ = parts([small(tmp_path, *names, more=more)])
+        model, _ = parts([small(tmp_path, *names)])
     except ValueError as error:  # one that can't be causal says so
         assert "train.objective = @MaskedToken()" in str(error)
-        model, _ = parts(
-            [small(tmp_path, *names, more=more + "train.objective = @MaskedToken()\n")]
-        )
+        model, _ = parts([small(tmp_path, *names, more="train.objective = @MaskedToken()\n")])
         assert isinstance(model.objective, MaskedToken)
         assert model.moe_layer.router.causality is Causality.NEVER
     name = written["MoELayer.router"].removeprefix("@").split(".")[-1]
     assert type(model.moe_layer.router).__name__.startswith(name)
+
+
+DROPLESS = """
+default_moe deepseek_moe deepseek_v3 hash_balanced hash_bigram hash_clustered
+hash_dispersed hash_future hash_position hash_predicted hash_previous hash_random
+hierarchical loss_free mixtral noisy_top_k olmoe quantile simbal
+""".split()
+
+
+@pytest.mark.parametrize("name", DROPLESS)
+def test_a_router_whose_paper_drops_nothing_drops_nothing(name, tmp_path, monkeypatch):
+    """Whatever capacity the run before it had: the quickstart's is 1.0."""
+    monkeypatch.chdir(tmp_path)
+    np.save("embeddings.npy", np.random.default_rng(0).standard_normal((257, 4)))
+    model, _ = parts([small(tmp_path, "runs/quickstart.gin", f"routers/{name}.gin", more=LEAKS)])
+    assert model.moe_layer.capacity.keeps_all(train=True)
+
+
+def test_the_files_of_papers_with_losses_of_their_own_say_which():
+    """OLMoE averages over layers; DeepSeek-V3 counts by sequence and raw; V-MoE by group."""
+
+    def losses(name):
+        with gin.unlock_config():
+            gin.clear_config()
+        gin_files.load([f"routers/{name}.gin"])
+        layer = gin.get_bindings("MoELayer")
+        return {loss.name: loss for loss in layer["router"](Sizes(8, 16, 7)).losses}
+
+    assert {loss.over_layers for loss in losses("olmoe").values()} == {"mean"}
+    balance = losses("deepseek_v3")["balance"]
+    assert (balance.scope, balance.counts, balance.over_layers) == ("sequence", "raw", "sum")
+    assert {loss.scope for loss in losses("v_moe").values()} == {"group"}
+    assert {loss.scope for loss in losses("noisy_top_k").values()} == {"global"}
 
 
 def test_a_router_is_swapped_by_one_flag(runs, tmp_path):

@@ -56,7 +56,7 @@ from routing import (
     SoftMoE,
     TokenChoice,
 )
-from routing.router import largest
+from routing.selection import largest
 
 # Causality, determinism, padding.
 

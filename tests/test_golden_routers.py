@@ -33,12 +33,12 @@ from routing import (
     TopK,
 )
 from routing.auction import balanced_assignment
+from routing.balance_losses import cv_squared
 from routing.capped import capped_plan
 from routing.dselect_k import selectors, smooth_step
 from routing.hash import bigram_key, next_token, previous_token
 from routing.hash_tables import emptiest_first, spread
 from routing.hierarchical import hierarchical_load
-from routing.losses import cv_squared
 from routing.noisy_top_k import chance_of_selection
 from routing.product_keys import best_products
 from routing.sinkhorn import transport_plan

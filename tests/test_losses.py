@@ -206,5 +206,5 @@ def test_a_loss_on_a_router_without_scores_is_refused(loss):
 
 
 def test_an_unknown_scope_is_refused():
-    with pytest.raises(ValueError, match="global, group or sequence"):
+    with pytest.raises(ValueError, match="one of global, group, sequence"):
         BalanceLoss(scope="batch")

@@ -34,7 +34,9 @@ def letters(tmp_path_factory):
 
 
 @pytest.mark.parametrize("objective", ["NextToken", "MaskedToken"])
-def test_bits_per_byte_is_never_below_the_entropy_of_random_text(letters, objective, tmp_path, capsys):
+def test_bits_per_byte_is_never_below_the_entropy_of_random_text(
+    letters, objective, tmp_path, capsys
+):
     settings = (
         "TextData.corpus = @JsonLines()",
         f"JsonLines.paths = {str(letters)!r}",

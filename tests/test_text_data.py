@@ -203,17 +203,20 @@ def test_the_last_validation_batch_is_filled_with_padding(settings):
         batches.batch(len(batches))
 
 
-def test_a_limit_keeps_the_same_whole_documents_for_every_tokenizer(settings):
-    chosen = {}
+def test_a_limit_keeps_the_same_text_for_every_tokenizer_but_for_the_cut(settings):
+    chosen, cut = {}, {}
     for spec in (Bytes(), TrainedBPE(vocab_size=300)):
         data = settings(tokenizer=spec).prepare()
         batches = data.validation_batches(2, 400, max_bytes=1000)
-        assert 500 < batches.num_bytes <= 1000
-        found = scored_texts(data, batches)
-        chosen[spec] = sorted(data.tokenizer.decode(target) for _, target, _ in found)
-        assert sum(len(text.encode()) for text in chosen[spec]) == batches.num_bytes
+        assert 990 < batches.num_bytes <= 1000
+        found = [data.tokenizer.decode(target) for _, target, _ in scored_texts(data, batches)]
+        assert sum(len(text.encode()) for text in found) == batches.num_bytes
+        whole = set(data.validation_part.texts())
+        chosen[spec] = sorted(text for text in found if text in whole)
+        (cut[spec],) = (text for text in found if text not in whole)
     assert len(set(map(tuple, chosen.values()))) == 1
-    assert set(chosen[spec]) <= set(data.validation_part.texts())
+    shorter, longer = sorted(cut.values(), key=len)
+    assert longer.startswith(shorter)
     assert data.validation_batches(2, 400, max_bytes=1).num_documents == 1
 
 

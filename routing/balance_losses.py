@@ -1,0 +1,282 @@
+"""Losses on how evenly the experts are used.
+
+G groups, T tokens per group, E experts, K experts per token; N groups, sequences or documents.
+"""
+
+import dataclasses
+from typing import Literal
+
+import gin
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from routing.losses import RouterLoss, check_one_of, of_the_step, require_scores, token_weighted
+from routing.records import (
+    Decision,
+    RouterInputs,
+    Routing,
+    TokenChoice,
+    choices_GE,
+    gates_GTE,
+)
+from routing.selection import largest
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class BalanceLoss(RouterLoss):
+    """E / K * sum_e f_e P_e (Shazeer 2017; Fedus 2021, eq. 4-6); 1.0 at perfect balance.
+
+    f is the share of choices that fell on expert e, before dropping; P the mean of the full scores.
+
+    Attributes:
+        scope: over what f and P are taken. "global": the whole optimizer step (Qiu et al. 2025);
+            "group": each group of tokens; "sequence": each sequence (DeepSeek-V3, eq. 17-20);
+            "document": each document of a packed sequence. The last three are averaged, each
+            weighted with its number of tokens.
+        counts: which choices f counts. "made": those that the router made, with its bias, noise and
+            groups of experts (Fedus et al. 2021, eq. 5); "raw": the K largest of its plain scores
+            (DeepSeek-V3, eq. 18). None: "raw" in the scopes "sequence" and "document" where tokens
+            choose, else "made". They differ for biased, noisy and group-limited routers alone.
+        choices: "first": f counts only each token's first choice (GShard, algorithm 1).
+        devices: E is taken as so many equal parts in a row, one a device (DeepSeekMoE, eq. 15-17).
+        cheap: so many of the last experts cost nothing, and count `cheap_weight` times (MoE++,
+            eq. 7: tau, as `ZeroCopyConstant.share`), so that perfect balance is below 1.
+        over_layers: "sum" or "mean", as of every RouterLoss.
+    """
+
+    coefficient: float = 0.01
+    scope: Literal["global", "group", "sequence", "document"] = "global"
+    counts: Literal["raw", "made"] | None = None
+    choices: Literal["all", "first"] = "all"
+    devices: int | None = None
+    cheap: int = 0
+    cheap_weight: float = 0.75
+    over_layers: Literal["sum", "mean"] = "sum"
+    name: str = "balance"
+
+    def __post_init__(self):
+        check_one_of("BalanceLoss", self, scope=("global", "group", "sequence", "document"))
+        check_one_of("BalanceLoss", self, counts=("raw", "made", None), choices=("all", "first"))
+        check_one_of("BalanceLoss", self, over_layers=("sum", "mean"))
+        if self.devices is not None and self.devices < 1:
+            raise ValueError(f"BalanceLoss.devices={self.devices} must be at least 1, or None")
+        if self.cheap < 0 or not 0 < self.cheap_weight <= 1:
+            raise ValueError(
+                f"BalanceLoss.cheap={self.cheap}, cheap_weight={self.cheap_weight}: a number of "
+                "experts, and a weight above 0 and at most 1"
+            )
+        if self.cheap and self.devices is not None:
+            raise ValueError("BalanceLoss.cheap and devices exclude each other")
+
+    def tally(self, routing, inputs):
+        counted = self._counted(routing, inputs)
+        if self.scope != "global" or counted is routing.decision:
+            return {}
+        return {f"{self.name}.counted": choices_GE(counted).sum(0)}
+
+    def __call__(self, routing, inputs, stats):
+        score_GTE = require_scores(routing, self.name)
+        counted = self._counted(routing, inputs)
+        if self.scope == "global":
+            whole = stats if inputs.step is None else inputs.step.stats
+            same = counted is routing.decision
+            count_E = whole.count_E if same else whole.own[f"{self.name}.counted"]
+            score_E = of_the_step(stats, inputs, lambda stats: stats.score_sum_E)
+            return self._balance(count_E, score_E)
+        score_GTE = jnp.where(inputs.valid_GT[..., None], score_GTE, 0)
+        if self.scope == "document":
+            sums = by_document(counted, score_GTE, inputs)
+        else:
+            sums = by_group(counted, score_GTE, inputs, split=self.scope == "sequence")
+        count_NE, score_NE, tokens_N = sums
+        return token_weighted(jax.vmap(self._balance)(count_NE, score_NE), tokens_N)
+
+    def _counted(self, routing: Routing, inputs: RouterInputs) -> Decision:
+        """The decision whose choices f counts; the router's own where it is that."""
+        decision, counts = routing.decision, self.counts
+        if counts is None:
+            by_tokens = isinstance(decision, TokenChoice)
+            apart = self.scope in ("sequence", "document")
+            counts = "raw" if apart and by_tokens else "made"
+        if counts == "raw":
+            decision = raw_choices(routing, inputs)
+        return first_choices(decision) if self.choices == "first" else decision
+
+    def _balance(self, count_E, score_sum_E):
+        """E * sum_e w_e (share of the choices) * (share of the score); zero without a token."""
+        count_E, score_sum_E = self._by_device(count_E), self._by_device(score_sum_E)
+        share_E = count_E / jnp.maximum(count_E.sum(), 1)
+        # Scores sum to 1 over the experts, so their sum is the number of tokens.
+        tokens = jax.lax.stop_gradient(score_sum_E.sum())
+        mean_E = score_sum_E / jnp.where(tokens > 0, tokens, 1.0)
+        experts = count_E.shape[0]
+        is_cheap_E = jnp.arange(experts) >= experts - self.cheap
+        return experts * jnp.sum(jnp.where(is_cheap_E, self.cheap_weight, 1) * share_E * mean_E)
+
+    def _by_device(self, sum_E):
+        """Sums of the experts that share a device, where the loss is on devices."""
+        if self.devices is None:
+            return sum_E
+        if sum_E.shape[0] % self.devices:
+            raise ValueError(
+                f"BalanceLoss.devices={self.devices} does not divide the {sum_E.shape[0]} experts"
+            )
+        return sum_E.reshape(self.devices, -1).sum(-1)
+
+
+def raw_choices(routing: Routing, inputs: RouterInputs) -> TokenChoice:
+    """What each token would choose by the router's plain scores: as many experts as it chose."""
+    decision = routing.decision
+    if not isinstance(decision, TokenChoice):
+        raise ValueError('BalanceLoss.counts="raw" needs a router whose tokens choose')
+    score_GTE = jax.lax.stop_gradient(require_scores(routing, "balance"))
+    k = decision.expert_GTK.shape[-1]
+    expert_GTK = checkpoint_name(largest(score_GTE, k), "routing")
+    keep_GTK = jnp.broadcast_to(inputs.valid_GT[..., None], expert_GTK.shape)
+    return TokenChoice(expert_GTK, decision.gate_GTK, keep_GTK, decision.num_experts)
+
+
+def first_choices(decision: Decision) -> TokenChoice:
+    """Each token's first choice alone: the largest gate that stands."""
+    if not isinstance(decision, TokenChoice):
+        raise ValueError('BalanceLoss.choices="first" needs a router whose tokens choose')
+    # Not every router lists its choices in order.
+    gate_GTK = jnp.where(decision.keep_GTK, jax.lax.stop_gradient(decision.gate_GTK), -jnp.inf)
+    best_GT1 = jnp.argmax(gate_GTK, axis=-1)[..., None]
+    return dataclasses.replace(
+        decision,
+        expert_GTK=jnp.take_along_axis(decision.expert_GTK, best_GT1, -1),
+        gate_GTK=jnp.take_along_axis(decision.gate_GTK, best_GT1, -1),
+        keep_GTK=jnp.take_along_axis(decision.keep_GTK, best_GT1, -1),
+    )
+
+
+def by_group(counted: Decision, score_GTE, inputs: RouterInputs, split: bool):
+    """Choices (N, E), summed scores (N, E) and valid tokens (N,) of each group or sequence.
+
+    split: a group's sequences are taken apart, where it has several.
+    """
+    valid_GT, times = inputs.valid_GT, inputs.sequences if split else 1
+    if times > 1:
+        if not isinstance(counted, TokenChoice):
+            raise ValueError(
+                f'BalanceLoss.scope="sequence" in groups of {times} sequences needs a router whose '
+                "tokens choose; set MoELayer.sequences_per_group = 1"
+            )
+
+        def apart(a):
+            return a.reshape(a.shape[0] * times, a.shape[1] // times, *a.shape[2:])
+
+        score_GTE, valid_GT = apart(score_GTE), apart(valid_GT)
+        counted = TokenChoice(
+            apart(counted.expert_GTK),
+            apart(counted.gate_GTK),
+            apart(counted.keep_GTK),
+            counted.num_experts,
+        )
+    return choices_GE(counted), score_GTE.sum(1), valid_GT.sum(1)
+
+
+def by_document(counted: Decision, score_GTE, inputs: RouterInputs):
+    """The same for each document; N is the number that there may be, most of them empty."""
+    if not isinstance(counted, TokenChoice) or inputs.segment_GT is None:
+        raise ValueError('BalanceLoss.scope="document" needs a router whose tokens choose')
+    hit_GTKE = jax.nn.one_hot(counted.expert_GTK, counted.num_experts, dtype=bool)
+    hit_GTE = jnp.sum(hit_GTKE & counted.keep_GTK[..., None], axis=2, dtype=jnp.int32)
+    groups, tokens = inputs.valid_GT.shape
+    shape = (groups * inputs.sequences, tokens // inputs.sequences)
+    segment_BT = inputs.segment_GT.reshape(shape)  # 0 is padding
+
+    def summed(a):
+        def one(a_T, segment_T):
+            return jax.ops.segment_sum(a_T, segment_T, num_segments=shape[1] + 1)
+
+        sums = jax.vmap(one)(a.reshape(*shape, *a.shape[2:]), segment_BT)
+        return sums.reshape(-1, *a.shape[2:])
+
+    return summed(hit_GTE), summed(score_GTE), summed(inputs.valid_GT.astype(jnp.int32))
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class ImportanceLoss(RouterLoss):
+    """CV^2 over the experts of their summed gates (Shazeer et al. 2017, eq. 6-7).
+
+    of "scores": of their full scores, chosen or not (V-MoE, appendix A). scope "global": sums over
+    the whole optimizer step (Shazeer et al.: the batch); "group": over each group, averaged (as
+    V-MoE's own code).
+    """
+
+    coefficient: float = 0.1
+    of: Literal["gates", "scores"] = "gates"
+    scope: Literal["global", "group"] = "global"
+    over_layers: Literal["sum", "mean"] = "sum"
+    name: str = "importance"
+
+    def __post_init__(self):
+        check_one_of("ImportanceLoss", self, of=("gates", "scores"), scope=("global", "group"))
+        check_one_of("ImportanceLoss", self, over_layers=("sum", "mean"))
+
+    def tally(self, routing, inputs):
+        if self.of == "scores" or self.scope == "group":
+            return {}
+        gate_GTE = jnp.where(inputs.valid_GT[..., None], gates_GTE(routing.decision), 0)
+        return {self.name: gate_GTE.sum((0, 1))}
+
+    def __call__(self, routing, inputs, stats):
+        if self.scope == "group":
+            value_GTE = gates_GTE(routing.decision)
+            if self.of == "scores":
+                value_GTE = require_scores(routing, self.name)
+            return cv_squared_of_groups(value_GTE, inputs)
+        if self.of == "scores":
+            require_scores(routing, self.name)
+            return cv_squared(of_the_step(stats, inputs, lambda stats: stats.score_sum_E))
+        return cv_squared(of_the_step(stats, inputs, lambda stats: stats.own[self.name]))
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class LoadLoss(RouterLoss):
+    """CV^2 over the experts of their smooth expected load (Shazeer et al. 2017, eq. 10-11).
+
+    For routers that draw noise and know how likely each expert was to be chosen. scope: as of
+    ImportanceLoss.
+    """
+
+    coefficient: float = 0.1
+    scope: Literal["global", "group"] = "global"
+    over_layers: Literal["sum", "mean"] = "sum"
+    name: str = "load"
+
+    def __post_init__(self):
+        check_one_of("LoadLoss", self, scope=("global", "group"), over_layers=("sum", "mean"))
+
+    def tally(self, routing, inputs):
+        if routing.load_GTE is None:
+            raise ValueError(
+                "LoadLoss needs a router that estimates its load (NoisyTopK, VMoE); Hierarchical "
+                "has HierarchicalLoadLoss, others BalanceLoss and ImportanceLoss"
+            )
+        if self.scope == "group":
+            return {}
+        return {self.name: jnp.where(inputs.valid_GT[..., None], routing.load_GTE, 0).sum((0, 1))}
+
+    def __call__(self, routing, inputs, stats):
+        if self.scope == "group":
+            return cv_squared_of_groups(routing.load_GTE, inputs)
+        return cv_squared(of_the_step(stats, inputs, lambda stats: stats.own[self.name]))
+
+
+def cv_squared_of_groups(value_GTE, inputs: RouterInputs) -> jax.Array:
+    """CV^2 of each group's sums, averaged with its number of tokens."""
+    sum_GE = jnp.where(inputs.valid_GT[..., None], value_GTE, 0).sum(1)
+    return token_weighted(jax.vmap(cv_squared)(sum_GE), inputs.valid_GT.sum(1))
+
+
+def cv_squared(sum_E) -> jax.Array:
+    """Variance (biased) over squared mean; 0 where there is nothing."""
+    mean = sum_E.mean()
+    return jnp.square(sum_E - mean).mean() / jnp.where(mean == 0, 1.0, jnp.square(mean))

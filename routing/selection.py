@@ -1,0 +1,30 @@
+"""The K best of some scores, lowest index first among equals. G groups, T tokens, E experts."""
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+
+def pick(score_GTE: jax.Array, k: int) -> jax.Array:
+    """The k best experts (ties: the lowest index), int32 (G, T, K), best first.
+
+    No gradient: gates are gathered with these indices, so that rematerialisation, which keeps them
+    by name, never routes a second time.
+    """
+    return checkpoint_name(largest(jax.lax.stop_gradient(score_GTE), k), "routing")
+
+
+def largest(score_GTE: jax.Array, k: int) -> jax.Array:
+    """Indices of the k largest along the last axis, the largest first; ties: the lowest index.
+
+    Equivalent to: jax.lax.top_k(score_GTE, k)[1], as long as k scores are above minus infinity.
+    XLA doesn't partition that one: under a mesh every device would gather the scores of all groups
+    and select for all of them. K rounds of argmax stay where the tokens are.
+    """
+    index_GTE = jax.lax.broadcasted_iota(jnp.int32, score_GTE.shape, score_GTE.ndim - 1)
+    rounds = []
+    for _ in range(k):
+        best_GT = jnp.argmax(score_GTE, axis=-1).astype(jnp.int32)
+        score_GTE = jnp.where(index_GTE == best_GT[..., None], -jnp.inf, score_GTE)
+        rounds.append(best_GT)
+    return jnp.stack(rounds, axis=-1)
