@@ -86,7 +86,7 @@ def _block(weight_DV, hidden_ND, target_N, scored_N):
 
     N stands for two axes, B and T, where a mesh cuts both.
     """
-    logits_NV = (hidden_ND @ weight_DV).astype(jnp.float32)
+    logits_NV = jnp.matmul(hidden_ND, weight_DV, preferred_element_type=jnp.float32)
     top_N1 = logits_NV.max(-1, keepdims=True)
     exp_NV = jnp.exp(logits_NV - top_N1)
     sum_N1 = exp_NV.sum(-1, keepdims=True)

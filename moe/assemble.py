@@ -91,6 +91,8 @@ def assemble(
     except ValueError as error:
         raise UserError(_first_line(error)) from error
     per_token = flops.experts_per_token(decision)
+    for layer in module.moe_layers_of_units()[:1]:
+        per_token = layer.router.experts_per_token or per_token
     costs = flops.costs(module, shapes[0], per_token, sequence_length)
     if num_bytes_V is None:
         num_bytes_V = np.ones(token_vocabulary, np.int32)

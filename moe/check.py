@@ -6,6 +6,7 @@ B sequences (each a group), T tokens, D model width, E experts, V vocabulary.
 from collections.abc import Callable, Iterator
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +103,7 @@ def check(make: Callable[[Sizes], Router], num_experts: int = 4) -> Iterator[Ver
     bench = Bench(make, num_experts)
     for one in (
         causality,
+        length,
         determinism,
         neighbours,
         padding,
@@ -169,6 +171,22 @@ def causality(bench: Bench) -> Iterator[Verdict]:
         elif not moved and not causal:
             seen = f"declares a leak that is not there: {seen}"
         yield Verdict(f"causality in {mode}", bool(moved) != causal, seen)
+
+
+def length(bench: Bench) -> Iterator[Verdict]:
+    """At evaluation, texts that end somewhere beside the same ones that go on."""
+    cut_B1 = np.random.default_rng(6).integers(1, T, (B, 1))
+    before_BT = np.arange(T)[None] < cut_B1
+    x_BTD = draw(0, B, T, D)
+    whole, part = (bench.evaluate(x_BTD, tokens(False, valid_BT=v)) for v in (None, before_BT))
+    same_BT = np.isclose(whole[0], part[0], RTOL, ATOL).all(-1)
+    same_BT &= np.isclose(decided(whole[1]), decided(part[1]), RTOL, ATOL).all(-1)
+    moved = int((~same_BT & before_BT).any(1).sum())
+    causal = bench.router.causality is not Causality.NEVER
+    seen = f"a text that goes on moved {moved} of {B} beginnings"
+    if moved and causal:
+        seen = f"leaks the future's length: {seen}"
+    yield Verdict("causality by length", not moved or not causal, seen)
 
 
 def determinism(bench: Bench) -> Iterator[Verdict]:
@@ -258,6 +276,23 @@ def precision(bench: Bench) -> Iterator[Verdict]:
     wrong = sorted(kinds - {"float32", "int32", "bool"})
     seen = "float32 and integers" if not wrong else f"has {', '.join(wrong)}"
     yield Verdict("precision in a bfloat16 layer", not wrong, seen)
+    found = re.findall(r"dot_general.*precision = \[(\w+), (\w+)\]", router_program(bench))
+    low = sum(pair != ("HIGHEST", "HIGHEST") for pair in found)
+    seen = f"all {len(found)} in float32 on every machine"
+    if low:
+        seen = f"{low} of {len(found)} are bfloat16 on a TPU: a precision was asked for"
+    yield Verdict("precision of matmuls", not low, seen if found else "there are none")
+
+
+def router_program(bench: Bench) -> str:
+    """What the router's decision is lowered to."""
+    graph = bench.graph(SlotGather())
+
+    def run(params, x_BTD, tokens):
+        layer = graph.join(params, bench.state)
+        return layer.router(layer._group(x_BTD, tokens))
+
+    return jax.jit(run).lower(bench.params, draw(0, B, T, D), tokens(True)).as_text()
 
 
 def dispatchers(bench: Bench) -> Iterator[Verdict]:

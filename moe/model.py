@@ -253,8 +253,8 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """(B, T, V) float32."""
-        logits_BTV = linear(hidden_BTD, self.head())
-        return constrain(logits_BTV.astype(jnp.float32), "batch", None, "vocab")
+        logits_BTV = linear(hidden_BTD, self.head(), dtype=jnp.float32)
+        return constrain(logits_BTV, "batch", None, "vocab")
 
     def update_router_state(self, stats: RouterStats) -> None:
         """The routers' state after a step with these statistics (stacked over sparse layers)."""

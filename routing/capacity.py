@@ -29,19 +29,35 @@ def slots_per_expert(
 
 
 def slots_for_valid(valid_GT: jax.Array, **size):
-    """slots_per_expert for the valid tokens of each group, so that padding changes nothing: int32.
+    """slots_per_expert for each group's valid tokens, so that padding changes nothing: int32."""
+    return _slots_for(valid_GT.sum(1, dtype=jnp.int32), valid_GT.shape[1], size)
 
-    Read from a table of all numbers of tokens: the product in int32 would overflow for a factor
-    such as 1.3333 with 30,000 tokens.
+
+def slots_so_far(valid_GT: jax.Array, **size):
+    """slots_per_expert for each token and the valid ones before it: int32 (G, T).
+
+    What follows a token doesn't change it, not even by its length.
     """
-    table_T = slots_per_expert(np.arange(valid_GT.shape[1] + 1, dtype=np.int64), **size)
-    return jnp.asarray(table_T.astype(np.int32))[valid_GT.sum(1, dtype=jnp.int32)]
+    return _slots_for(jnp.cumsum(valid_GT, axis=1, dtype=jnp.int32), valid_GT.shape[1], size)
+
+
+def _slots_for(tokens, most: int, size: dict):
+    """slots_per_expert of each number of tokens, at most so many.
+
+    Read from a table: the product in int32 would overflow for a factor such as 1.3333 with 30,000
+    tokens.
+    """
+    table_T = slots_per_expert(np.arange(most + 1, dtype=np.int64), **size)
+    return jnp.asarray(table_T.astype(np.int32))[tokens]
 
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Capacity:
     """At most ceil(factor * K * T / E) tokens of a group for each expert.
+
+    In training T is the number of the group's valid tokens. At evaluation it is, for each token,
+    the number of those up to itself: a text is routed as its beginning was, however it goes on.
 
     Attributes:
         factor: in training; None keeps every token.
@@ -107,6 +123,9 @@ class Capacity:
             return self._with_slots(decision, rank_GTK, decision.keep_GTK, tokens)
         size = {"k": k, "num_experts": experts, "factor": factor, "multiple": self.multiple}
         slots = min(slots_per_expert(tokens, **size), -(-tokens // self.multiple) * self.multiple)
+        if not inputs.train and self._in_order:
+            rank_GTK = rank_as_room_grows(decision, slots_so_far(inputs.valid_GT, **size))
+            return self._with_slots(decision, rank_GTK, rank_GTK < slots, slots)
         limit_G = slots_for_valid(inputs.valid_GT, **size)
         keep_GTK = decision.keep_GTK & (rank_GTK < jnp.minimum(limit_G, slots)[:, None, None])
         return self._with_slots(decision, rank_GTK, keep_GTK, slots)
@@ -151,7 +170,34 @@ class Capacity:
 
 def rank_within_expert(expert_GN, keep_GN, num_experts: int):
     """For each assignment in order: how many kept ones to the same expert came before. int32."""
-    hit_GEN = expert_GN[:, None, :] == jnp.arange(num_experts)[None, :, None]
-    hit_GEN = (hit_GEN & keep_GN[:, None, :]).astype(jnp.int32)
+    hit_GEN = hits(expert_GN, keep_GN, num_experts)
     before_GEN = jnp.cumsum(hit_GEN, axis=-1) - hit_GEN
     return jnp.take_along_axis(before_GEN, expert_GN[:, None, :], axis=1)[:, 0]
+
+
+def hits(expert_GN, keep_GN, num_experts: int):
+    """1 where an assignment is to an expert and kept: int32 (G, E, N)."""
+    hit_GEN = expert_GN[:, None, :] == jnp.arange(num_experts)[None, :, None]
+    return (hit_GEN & keep_GN[:, None, :]).astype(jnp.int32)
+
+
+NO_ROOM = np.int32(2**30)
+
+
+def rank_as_room_grows(decision: TokenChoice, room_GT):
+    """Places of assignments in order, each expert having room_GT by then: int32 (G, T, K).
+
+    `NO_ROOM` for what finds none. Equivalent to: one assignment after the other takes the next
+    place of its expert if that is below the room there is, and else none. With H hits so far and
+    C room, the places taken are H - max over the past of (H - C), for C never shrinks.
+    """
+    groups, tokens, k = decision.expert_GTK.shape
+    expert_GN, keep_GN = (a.reshape(groups, -1) for a in (decision.expert_GTK, decision.keep_GTK))
+    hit_GEN = hits(expert_GN, keep_GN, decision.num_experts)
+    count_GEN = jnp.cumsum(hit_GEN, axis=-1)
+    room_G1N = jnp.repeat(room_GT, k, axis=1)[:, None]
+    lost_GEN = jax.lax.cummax(jnp.maximum(count_GEN - room_G1N, 0), axis=2)
+    new_GEN = jnp.diff(lost_GEN, axis=-1, prepend=0) > 0
+    taken_GEN = jnp.where((hit_GEN > 0) & ~new_GEN, count_GEN - lost_GEN - 1, NO_ROOM)
+    rank_GN = jnp.take_along_axis(taken_GEN, expert_GN[:, None, :], axis=1)[:, 0]
+    return rank_GN.reshape(groups, tokens, k)

@@ -63,6 +63,7 @@ class DSelectK(Router):
             raise ValueError("DSelectK needs at least 2 experts to select among")
         bits = math.ceil(math.log2(experts))
         self.num_experts, self.k, self.gamma = experts, k, gamma
+        self.experts_per_token = float(k)  # once the selectors have settled
         self.codes_EM = tuple(
             tuple(i >> (bits - 1 - j) & 1 for j in range(bits)) for i in range(experts)
         )

@@ -48,7 +48,7 @@ class ReMoE(Router):
         check_k("ReMoE", k, sizes)
         if not (start > 0 and factor > 1):
             raise ValueError(f"ReMoE.start={start} must be above 0, ReMoE.factor={factor} above 1")
-        self.num_experts, self.k = sizes.num_experts, k
+        self.num_experts, self.k, self.experts_per_token = sizes.num_experts, k, float(k)
         self.losses = (TermLoss("sparsity"),) if losses is None else tuple(losses)
         shape = (sizes.d_model, sizes.num_experts)
         self.weight_DE = parameter(shape, ("embed", None), truncated_normal())

@@ -59,16 +59,24 @@ class Router(nnx.Module):
     reads_the_step: bool = False
     # Whether `route` reads the logits of the sparse layer before: `inputs.logits_before_GTE`.
     reads_logits_before: bool = False
+    # How many experts work on a token in the mean, where a decision has room for more choices.
+    experts_per_token: float | None = None
     # Names and weights of the losses that the objective completes, for routers with a policy.
     completed: tuple[tuple[str, float], ...] = ()
 
     @abc.abstractmethod
     def route(self, inputs: RouterInputs) -> Routing:
-        """Decide who goes where. Float32 throughout; deterministic when `inputs.train` is False."""
+        """Decide who goes where. Deterministic when `inputs.train` is False.
+
+        Float32 throughout: it is called with matmuls in the highest precision, which a plain
+        `x @ w` or `jnp.einsum` takes on, so that no router has to ask for it.
+        """
 
     def __call__(self, inputs: RouterInputs) -> RouterOutput:
         """The decision with padding struck out, its losses and its statistics."""
-        with jax.named_scope(type(self).__name__):
+        # Else a TPU would multiply in bfloat16 and a GPU in TF32, here and in the backward pass.
+        float32 = jax.default_matmul_precision("highest")
+        with jax.named_scope(type(self).__name__), float32:
             routing = strike_padding(self.route(inputs), inputs)
             check_names(self.losses)
             stats = statistics(routing, inputs, self.num_experts)

@@ -70,6 +70,7 @@ class Sampled(Router):
         if not heat > 0:
             raise ValueError(f"Sampled.heat={heat} must be above 0")
         self.num_experts, self.k, self.heat, self.estimator = sizes.num_experts, k, heat, estimator
+        self.experts_per_token = 1.0 if estimator in ONE else float(k)
         defaults = (BalanceLoss(),) if estimator in ONE else (TermLoss("sparsity", 0.1),)
         self.losses = defaults if losses is None else tuple(losses)
         shape, axes = (sizes.d_model, sizes.num_experts), ("embed", None)

@@ -28,7 +28,8 @@ class Sinkhorn(Router):
         sizes: width, number of experts, vocabulary.
         k: experts per token.
         gates: "softmax" of the token's own logits, or "sigmoid".
-        iterations: of Sinkhorn's algorithm, in log space; a fixed number.
+        tolerance: the plan is done when every column is within this share of 1 / E, ...
+        iterations: ... or after so many rounds of Sinkhorn's algorithm.
         losses: none are needed; a balance loss would work against the plan.
     """
 
@@ -40,16 +41,20 @@ class Sinkhorn(Router):
         sizes: Sizes,
         k: int = 1,
         gates: Literal["softmax", "sigmoid"] = "softmax",
-        iterations: int = 8,
+        tolerance: float = 1e-4,
+        iterations: int = 200,
         losses: Sequence[RouterLoss] = (),
     ):
         check_k("Sinkhorn", k, sizes)
         if gates not in ("softmax", "sigmoid"):
             raise ValueError(f"Sinkhorn.gates={gates!r}: softmax or sigmoid")
-        if iterations < 1:
-            raise ValueError(f"Sinkhorn.iterations={iterations} must be at least 1")
+        if iterations < 1 or not tolerance > 0:
+            raise ValueError(
+                f"Sinkhorn.iterations={iterations} must be at least 1, and "
+                f"tolerance={tolerance} above 0"
+            )
         self.num_experts, self.k, self.gates = sizes.num_experts, k, gates
-        self.iterations, self.losses = iterations, tuple(losses)
+        self.tolerance, self.iterations, self.losses = tolerance, iterations, tuple(losses)
         shape = (sizes.d_model, sizes.num_experts)
         self.weight_DE = parameter(shape, ("embed", None), truncated_normal())
 
@@ -59,7 +64,8 @@ class Sinkhorn(Router):
         preference_GTE = logits_GTE
         if inputs.train:
             fixed_GTE = jax.lax.stop_gradient(logits_GTE)
-            preference_GTE = transport_plan(fixed_GTE, inputs.valid_GT, self.iterations)
+            stop = self.iterations, self.tolerance
+            preference_GTE = transport_plan(fixed_GTE, inputs.valid_GT, *stop)
         expert_GTK = pick(preference_GTE, self.k)
         gate_GTE = jax.nn.sigmoid(logits_GTE) if self.gates == "sigmoid" else prob_GTE
         gate_GTK = jnp.take_along_axis(gate_GTE, expert_GTK, -1)
@@ -69,10 +75,12 @@ class Sinkhorn(Router):
         )
 
 
-def transport_plan(logits_GTE, valid_GT, iterations: int) -> jax.Array:
+def transport_plan(logits_GTE, valid_GT, iterations: int, tolerance: float = 0.0) -> jax.Array:
     """Log of the plan: every valid row sums to 1 / T, every column nearly to 1 / E (G, T, E).
 
     In log space, so that no logit is too large; columns first, rows last, so that rows are exact.
+    Rounds go on until every group's columns are within `tolerance` of 1 / E, at most `iterations`;
+    a group that is done stays as it is, so that it doesn't depend on the others.
     """
     lowest = jnp.asarray(-1e30, logits_GTE.dtype)
     log_GTE = jnp.where(valid_GT[..., None], logits_GTE, lowest)
@@ -80,9 +88,22 @@ def transport_plan(logits_GTE, valid_GT, iterations: int) -> jax.Array:
     row_G11 = -jnp.log(count_G)[:, None, None]
     column = -jnp.log(jnp.asarray(logits_GTE.shape[-1], logits_GTE.dtype))
 
-    def one(_, log_GTE):
-        log_GTE = log_GTE - jax.nn.logsumexp(log_GTE, axis=1, keepdims=True) + column
-        log_GTE = log_GTE - jax.nn.logsumexp(log_GTE, axis=2, keepdims=True) + row_G11
-        return jnp.where(valid_GT[..., None], log_GTE, lowest)
+    def column_error_G1E(log_GTE):
+        """How far each column's log sum is above that of 1 / E (G, 1, E)."""
+        return jax.nn.logsumexp(log_GTE, axis=1, keepdims=True) - column
 
-    return jax.lax.fori_loop(0, iterations, one, log_GTE)
+    def one(state):
+        number, log_GTE, above_G1E, done_G = state
+        new_GTE = log_GTE - above_G1E
+        new_GTE = new_GTE - jax.nn.logsumexp(new_GTE, axis=2, keepdims=True) + row_G11
+        new_GTE = jnp.where(valid_GT[..., None] & ~done_G[:, None, None], new_GTE, log_GTE)
+        above_G1E = column_error_G1E(new_GTE)
+        done_G = jnp.abs(above_G1E).max((1, 2)) <= tolerance
+        return number + 1, new_GTE, above_G1E, done_G | ~valid_GT.any(1)
+
+    def goes_on(state):
+        number, *_, done_G = state
+        return (number < iterations) & ~done_G.all()
+
+    never_G = jnp.zeros_like(valid_GT[:, 0])
+    return jax.lax.while_loop(goes_on, one, (0, log_GTE, column_error_G1E(log_GTE), never_G))[1]

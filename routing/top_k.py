@@ -37,8 +37,10 @@ class TopK(Router):
         init_scale: variance scale of the weights (Switch: 0.1).
         balancer: a class such as `BiasBalancer`; its bias enters selection, never the gates.
         expert_groups: the experts are so many equal groups in a row, and a token may use those of
-            the `groups_per_token` best ones alone (DeepSeek-V3: 8 and 4). A group's score is the
-            sum of its two best, bias included, or without a balancer its best.
+            the `groups_per_token` best ones alone (DeepSeek-V3: 8 and 4).
+        group_best: a group's score is the sum of so many of its best, bias included; where None
+            k / groups_per_token, rounded up (DeepSeek-V3, section 2.1.2: K / M).
+            DeepSeek-V2 takes 1.
         orthogonal: the weights start with orthonormal columns (SIMBAL, Guo et al. 2025), for
             which `TermLoss("orthogonality")` keeps them (the sum of |W^T W - I|).
         keep_rest: the decision carries the gates of unchosen experts too, for `DefaultVectors`.
@@ -65,6 +67,7 @@ class TopK(Router):
         balancer: Callable[[int], Balancer] | None = None,
         expert_groups: int = 1,
         groups_per_token: int = 1,
+        group_best: int | None = None,
         orthogonal: bool = False,
         keep_rest: bool = False,
         residual: bool = False,
@@ -78,8 +81,9 @@ class TopK(Router):
                 "TopK.k=1 with gates that sum to 1 makes every gate 1 and starves the router of "
                 'its gradient; use gates="softmax" or "sigmoid" with renormalise=False'
             )
-        best = 2 if balancer else 1
+        best = -(-k // max(groups_per_token, 1)) if group_best is None else group_best
         check_groups(k, expert_groups, groups_per_token, best, sizes)
+        self.group_best = best
         self.num_experts, self.k, self.gates = sizes.num_experts, k, gates
         self.expert_groups, self.groups_per_token = expert_groups, groups_per_token
         self.renormalise, self.scale, self.keep_rest = renormalise, scale, keep_rest
@@ -132,14 +136,14 @@ class TopK(Router):
             biased_GTE = biased_GTE + self.balancer.bias_E[...][None, None]
         if self.groups_per_token == self.expert_groups:
             return biased_GTE
-        best = 2 if self.balancer is not None else 1
-        return in_best_groups(biased_GTE, self.expert_groups, self.groups_per_token, best)
+        groups = self.expert_groups, self.groups_per_token, self.group_best
+        return in_best_groups(biased_GTE, *groups)
 
 
 def in_best_groups(score_GTE, groups: int, allowed: int, best: int) -> jax.Array:
     """The scores of the experts in each token's `allowed` best groups, minus infinity elsewhere.
 
-    A group's score is the sum of its `best` largest (DeepSeek-V3, section 2.1.2).
+    A group's score is the sum of its `best` largest.
     """
     score_GTXE = score_GTE.reshape(*score_GTE.shape[:2], groups, -1)
     top_GTXK = jnp.take_along_axis(score_GTXE, largest(score_GTXE, best), -1)
@@ -166,5 +170,6 @@ def check_groups(k: int, groups: int, allowed: int, best: int, sizes: Sizes) -> 
         )
     if allowed < groups and experts // groups < best:
         raise ValueError(
-            f"TopK.expert_groups={groups}: a balancer scores a group by its two best experts"
+            f"TopK.expert_groups={groups} leaves {experts // groups} experts in a group, which is "
+            f"scored by its {best} best; fewer groups, or a smaller TopK.group_best"
         )

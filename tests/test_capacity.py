@@ -180,8 +180,41 @@ def test_evaluation_drops_nothing_unless_asked():
     crowd = [[0]] * 8
     assert len(one_group(Capacity(0.5), crowd)) == 1
     assert len(one_group(Capacity(0.5), crowd, train=False)) == 8
-    assert len(one_group(Capacity(0.5, eval_factor=1.0), crowd, train=False)) == 2
     assert len(one_group(Capacity(None), crowd)) == 8
+
+
+def test_a_capacity_at_evaluation_is_that_of_the_tokens_so_far():
+    """All want one of four experts: a place more for every four tokens, whatever follows."""
+    policy = Capacity(0.5, eval_factor=1.0)
+
+    def kept(tokens):
+        return [token for token, _ in one_group(policy, [[0]] * tokens, train=False)]
+
+    assert kept(8) == [0, 4] and kept(16) == [0, 4, 8, 12]
+    for tokens in range(1, 9):
+        assert kept(tokens) == [token for token in kept(16) if token < tokens]
+
+
+def test_room_that_grows_is_given_to_one_assignment_after_the_other():
+    """Against a loop, with choices that repeat, padding, and groups apart."""
+    random = np.random.default_rng(0)
+    expert_GTK = random.integers(0, E, (3, 20, 2)) * (random.random((3, 20, 2)) < 0.6)
+    valid_GT = random.random((3, 20)) < 0.8
+    for factor in (0.3, 0.8, 1.5):
+        policy = Capacity(eval_factor=factor)
+        fitted = fit(policy)(decision_of(expert_GTK, valid_GT=valid_GT), inputs_of(valid_GT, False))
+        for g in range(3):
+            taken, tokens = [0] * E, 0
+            for t in range(20):
+                tokens += int(valid_GT[g, t])
+                for k in range(2):
+                    expert = int(expert_GTK[g, t, k])
+                    room = slots_per_expert(tokens, k=2, num_experts=E, factor=factor)
+                    keeps = bool(valid_GT[g, t]) and taken[expert] < room
+                    assert bool(fitted.keep_GTK[g, t, k]) == keeps
+                    if keeps:
+                        assert int(fitted.slot_GTK[g, t, k]) == taken[expert]
+                    taken[expert] += keeps
 
 
 def test_the_gates_of_the_kept_are_untouched():

@@ -1,5 +1,6 @@
 """`moe check`: the guide's router passes; every broken router fails where it is broken."""
 
+import functools
 import json
 from pathlib import Path
 import re
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe import check, cli
-from routing import Causality, Router, Routing, TokenChoice, TopK, parameter
+from routing import Capacity, Causality, Router, Routing, TokenChoice, TopK, parameter
 from routing.parameters import truncated_normal
 from routing.selection import largest
 
@@ -69,6 +70,17 @@ def test_a_broken_router_fails_where_it_is_broken(wrong, look, said):
     made = type("Made", (Broken,), {"wrong": wrong})
     failed = [v for v in look(check.Bench(made, 4)) if v.holds is False]
     assert failed and all(said in verdict.seen for verdict in failed), failed
+
+
+def test_a_capacity_that_counts_the_whole_text_leaks_its_length():
+    bench = check.Bench(functools.partial(TopK, k=2), 4)
+    (verdict,) = check.length(bench)
+    assert verdict.holds
+    leak = Capacity(eval_factor=0.5, priority="gate")
+    bench = check.Bench(functools.partial(TopK, k=2), 4)
+    bench.make_layer = functools.partial(bench.make_layer, capacity=leak)
+    (verdict,) = check.length(bench)
+    assert verdict.holds is False and "leaks the future's length" in verdict.seen
 
 
 def test_a_leak_that_is_declared_and_not_there_fails():

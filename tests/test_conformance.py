@@ -108,6 +108,54 @@ def test_a_capacity_policy_leaks_exactly_where_it_says(order, priority):
         assert not moved_prefixes(evaluated("top2", policy), False).any()
 
 
+def prefixes_that_move(run):
+    """Whether anything differs in a text that ends somewhere from the same text that goes on."""
+    cut_B1 = np.random.default_rng(6).integers(1, T, (B, 1))
+    before_BT = np.arange(T)[None] < cut_B1
+    x_BTD, whole = draw(0, B, T, D), tokens(train=False)
+    part = tokens(train=False, valid_BT=before_BT)
+    y_BTD, output = run(x_BTD, whole)
+    cut_BTD, cut = run(x_BTD, part)
+    pairs = zip(
+        [np.asarray(y_BTD), *per_token(output.decision)],
+        [np.asarray(cut_BTD), *per_token(cut.decision)],
+        strict=True,
+    )
+    return any(not np.allclose(a[before_BT], b[before_BT], 1e-5, 1e-6) for a, b in pairs)
+
+
+@every_router
+def test_a_longer_text_changes_nothing_before_it_at_evaluation(name):
+    """A text's length is a part of its future, too."""
+    causal = router_of(name).causality is not Causality.NEVER
+    assert prefixes_that_move(evaluated(name)) != causal
+
+
+@pytest.mark.parametrize("name", ["top1", "top2", "switch", "gshard", "moe_plus_plus"])
+def test_a_capacity_at_evaluation_changes_nothing_before_a_texts_end(name):
+    """Tokens are served in their order, by the room that the tokens so far give."""
+    for factor in (0.5, 1.0):
+        policy = Capacity(eval_factor=factor)
+        assert not policy.leaks_at_evaluation
+        run = evaluated(name, policy)
+        stats = run(draw(0, B, T, D), tokens(train=False))[1].stats
+        assert stats.kept_E.sum() < stats.count_E.sum()
+        assert not prefixes_that_move(run)
+    leak = Capacity(eval_factor=0.5, order="choice-major", priority="gate")
+    assert leak.leaks_at_evaluation
+    assert prefixes_that_move(evaluated(name, leak))
+
+
+@pytest.mark.parametrize("name", ["top2", "expert_choice_capped", "soft_moe_causal", "lory"])
+def test_an_array_that_ends_with_the_text_is_routed_as_one_with_padding(name):
+    run, x_BTD, shorter = evaluated(name), draw(0, B, T, D), 7
+    whole = tokens(train=False)
+    part = jax.tree.map(lambda a: a[:, :shorter] if a.ndim == 2 else a, whole)
+    y_BTD, _ = run(x_BTD, whole)
+    cut_BTD, _ = run(x_BTD[:, :shorter], part)
+    np.testing.assert_allclose(cut_BTD, y_BTD[:, :shorter], rtol=1e-5, atol=1e-6)
+
+
 @every_router
 def test_evaluation_is_deterministic_and_knows_no_neighbours(name):
     run, x_BTD = evaluated(name), draw(2, B, T, D)
@@ -191,6 +239,35 @@ def test_padding_changes_nothing_at_evaluation(name):
 
 def told(output):
     return output.losses, output.penalty, output.stats
+
+
+@every_router
+def test_every_matmul_of_a_router_is_in_float32_on_every_machine(name):
+    """Forward and backward: by default a TPU multiplies in bfloat16 and a GPU in TF32."""
+    graph, params, state = layer_of(name)
+
+    def total(params, x_BTD, batch):
+        layer = graph.join(params, state)
+        output = layer.router(layer._group(x_BTD, batch))
+        gates = [a for a in jax.tree.leaves(output.decision) if a.dtype == jnp.float32]
+        return sum(gate.sum() for gate in gates) + output.penalty
+
+    traced = jax.make_jaxpr(jax.grad(total))(params, draw(0, B, T, D), tokens())
+    highest = jax.lax.Precision.HIGHEST
+    found = [eqn.params["precision"] for eqn in matmuls(traced.jaxpr)]
+    assert all(precision == (highest, highest) for precision in found)
+    assert found or not ROUTERS[name].learned
+
+
+def matmuls(jaxpr):
+    """Every dot_general of a program and of those inside it."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn
+        for value in jax.tree.leaves(eqn.params, is_leaf=lambda value: hasattr(value, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from matmuls(inner)
 
 
 @pytest.mark.parametrize("k", [1, 3, E])

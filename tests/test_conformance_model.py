@@ -257,8 +257,8 @@ def test_micro_batches_change_nothing(name, ragged):
     losses = expected[0][0].routers.losses
     if name not in ("sigmoid_bias", "switch"):
         return
-    assert set(losses) == {"balance", "group", "z", "entropy"}
-    assert (np.abs(losses["balance"] - losses["group"]) > 1e-3).all(), "scopes have to differ"
+    assert set(losses) == {"balance", "sequence", "z", "entropy"}
+    assert (np.abs(losses["balance"] - losses["sequence"]) > 1e-3).all(), "scopes have to differ"
 
 
 # Sizes of the axes data, fsdp, expert, tensor and sequence.

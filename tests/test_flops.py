@@ -12,7 +12,16 @@ from layers.tokens import Tokens
 from moe import assemble, hardware
 from moe.model import Transformer
 from moe.objective import MaskedToken, NextToken
-from routing import ExpertChoiceRouter, SoftMoE, Switch, TopK
+from routing import (
+    AllExperts,
+    DSelectK,
+    ExpertChoiceRouter,
+    ReMoE,
+    Sampled,
+    SoftMoE,
+    Switch,
+    TopK,
+)
 
 D, L, H, T, V, E, F = 64, 2, 2, 32, 50, 4, 96
 ATTENTION = 4 * D * D  # query, key, value, out
@@ -63,6 +72,22 @@ def test_expert_choice_and_soft_slots_cost_what_their_slots_cost():
     assert soft.experts_per_token == 4 * E / T
     # mixing into and out of slots is not counted: T * E * S * D twice
     assert soft.flops_per_token == by_hand(4 * E / T, D * E * 4, **masked)
+
+
+@pytest.mark.parametrize(
+    ("router", "experts"),
+    [
+        (functools.partial(ReMoE, k=2), 2),
+        (functools.partial(DSelectK, k=2), 2),
+        (functools.partial(Sampled, estimator="gumbel"), 1),
+        (functools.partial(Sampled, estimator="straight_through", k=3), 3),
+        (functools.partial(Sampled, estimator="noisy_rectifier", k=3), 3),
+        (AllExperts, E),
+    ],
+)
+def test_a_router_whose_choices_may_be_any_number_costs_those_it_aims_at(router, experts):
+    """Their decisions have room for every expert, most of them with a gate of zero."""
+    assert built(router).costs.experts_per_token == experts
 
 
 def test_a_window_and_an_untied_head():
