@@ -148,10 +148,17 @@ class MLflow:
         return _Writer(scalars, lambda: client.set_terminated(run_id))
 
 
-@dataclasses.dataclass(frozen=True)
 class _Writer:
-    scalars: Callable[[int, Scalars], None]
-    close: Callable[[], None]
+    """Two functions as a writer."""
+
+    def __init__(self, scalars: Callable[[int, Scalars], None], close: Callable[[], None]):
+        self._scalars, self._close = scalars, close
+
+    def scalars(self, step: int, values: Scalars) -> None:
+        self._scalars(step, values)
+
+    def close(self) -> None:
+        self._close()
 
 
 class Fed:

@@ -114,8 +114,12 @@ class SubwordTokenizer:
         self.vocab_size: int = 1 + max(inner.get_vocab(with_added_tokens=True).values())
         self.fingerprint: str = hashlib.sha256(inner.to_str().encode()).hexdigest()
 
-    @functools.cached_property
+    @property
     def num_bytes_V(self) -> np.ndarray:
+        return self._num_bytes_V
+
+    @functools.cached_property
+    def _num_bytes_V(self) -> np.ndarray:
         """Of a byte-level token one for each of its letters, of others what they decode to.
 
         Others are decoded behind a letter, since a tokenizer may drop a space at the start.
