@@ -9,6 +9,8 @@ import dataclasses
 from typing import Any
 
 import gin
+import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 
@@ -52,6 +54,50 @@ def is_matrix(axes: tuple[str | None, ...]) -> bool:
     return len(own_axes(axes)) >= 2
 
 
+def stacked(axes: tuple[str | None, ...]) -> int:
+    """How many leading axes count layers and experts, each of whose entries is a weight."""
+    return len(axes) - len(own_axes(axes))
+
+
+def per_weight(rule: optax.GradientTransformation, axes: Axes) -> optax.GradientTransformation:
+    """A rule for one weight, applied to every layer's and expert's by itself.
+
+    State lies under the parameters' names, with the stacked axes in front.
+    """
+
+    def over(function, name):
+        for _ in range(stacked(axes[name])):
+            function = jax.vmap(function)
+        return function
+
+    def init(params):
+        return {name: over(rule.init, name)(value) for name, value in params.items()}
+
+    def update(updates, state, params=None):
+        assert params is not None
+        both = {
+            name: over(rule.update, name)(updates[name], state[name], params[name])
+            for name in updates
+        }
+        return {n: u for n, (u, _) in both.items()}, {n: s for n, (_, s) in both.items()}
+
+    return optax.GradientTransformation(init, update)
+
+
+def decay(rate: optax.Schedule, weight_decay: float, axes: Axes) -> optax.GradientTransformation:
+    """Adds -rate * weight_decay * weight to updates that have their rate already."""
+    shrink = optax.chain(
+        optax.add_decayed_weights(weight_decay, decayed(axes)), optax.scale_by_learning_rate(rate)
+    )
+
+    def update(updates, state, params=None):
+        nothing = jax.tree.map(jnp.zeros_like, updates)
+        shrunk, state = shrink.update(nothing, state, params)
+        return jax.tree.map(jnp.add, updates, shrunk), state
+
+    return optax.GradientTransformation(shrink.init, update)
+
+
 def decayed(axes: Axes) -> dict[str, bool]:
     """Weight decay by name: matrices and embeddings, not norms, biases or scales."""
     return {name: is_matrix(a) for name, a in axes.items()}
@@ -78,7 +124,11 @@ class AdamW(Optimizer):
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Adafactor(Optimizer):
-    """Shazeer & Stern 2018: second moments by row and column."""
+    """Shazeer & Stern 2018: second moments by row and column, clipped to a size of 1 (section 6).
+
+    Both for every layer's and expert's weight by itself. Weight decay is multiplied by the rate,
+    as everywhere here.
+    """
 
     learning_rate: float = 1e-2
     schedule: Schedule | None = None
@@ -86,8 +136,12 @@ class Adafactor(Optimizer):
     clip_norm: float | None = 1.0
 
     def transform(self, rate, axes):
-        decay = {"weight_decay_rate": self.weight_decay or None, "weight_decay_mask": decayed(axes)}
-        return optax.adafactor(rate, multiply_by_parameter_scale=False, **decay)
+        rule = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+        return optax.chain(
+            per_weight(rule, axes),
+            optax.add_decayed_weights(self.weight_decay, decayed(axes)),
+            optax.scale_by_learning_rate(rate),
+        )
 
 
 @gin.configurable
@@ -130,17 +184,17 @@ class Muon(Optimizer):
         def numbers(params: Any):
             return {name: matrix_axes(name, axes[name]) for name in params}
 
-        return optax.contrib.muon(
+        rule = optax.contrib.muon(
             rate,
             ns_steps=self.iterations,
             beta=self.momentum,
-            weight_decay=self.weight_decay,
-            weight_decay_mask=decayed(axes),
             adam_b1=self.b1,
             adam_b2=self.b2,
             muon_weight_dimension_numbers=numbers,
             consistent_rms=0.2,
         )
+        # Its own would leave what Adam updates without any.
+        return optax.chain(rule, decay(rate, self.weight_decay, axes))
 
 
 def matrix_axes(name: str, axes: tuple[str | None, ...]):

@@ -18,6 +18,7 @@ from moe import hosts, sharding
 from moe import objective as objectives
 from moe.batch import Batch
 from moe.functional import Arrays, Graph, first_values, split
+from moe.optimizer import stacked
 from routing import RouterOutput, WholeStep
 
 # Without these the TPU's compiler runs nothing beside rows that travel to their experts.
@@ -210,8 +211,9 @@ def place_state(graph: Graph, shapes: TrainState, mesh: Mesh) -> TrainState:
     def place(path, leaf):
         name = next((p.key for p in reversed(path) if getattr(p, "key", None) in graph.axes), None)
         axes = graph.axes[name] if name is not None else ()
-        if len(axes) != len(leaf.shape):  # counters, and Adafactor's factored moments
-            axes = (None,) * len(leaf.shape)
+        if len(axes) != len(leaf.shape):  # counters, and Adafactor's moments of rows and columns
+            lead = axes[: stacked(axes)] if len(leaf.shape) >= stacked(axes) else ()
+            axes = (*lead, *(None,) * (len(leaf.shape) - len(lead)))
         return sharding.sharding(mesh, axes, leaf.shape)
 
     return jax.tree_util.tree_map_with_path(place, shapes)

@@ -1,5 +1,7 @@
 """Optimizers and schedules: what decays, what Muon makes orthogonal, where rates begin and end."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,18 +64,40 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weight_decay_shrinks_matrices_alone(kind):
+def test_weight_decay_is_rate_times_decay_of_matrices_alone(kind):
+    """With a gradient of zero: the same setting means the same of every optimizer."""
+    optimizer = dataclasses.replace(KINDS[kind], weight_decay=0.1, learning_rate=0.02)
     params = arrays(0)
-    changes = update(KINDS[kind], jax.tree.map(jnp.zeros_like, params), params)
-    # Muon's Adam part (embedding, routers) has no decay: optax's default.
-    adams = {name for name in AXES if matrix_axes(name, AXES[name]) is None}
+    changes = update(optimizer, jax.tree.map(jnp.zeros_like, params), params)
     for name, change in changes.items():
-        if name in MATRICES - (adams if kind == "muon" else set()):
-            ratio = np.asarray(change / params[name])
-            assert (ratio < 0).all()
-            np.testing.assert_allclose(ratio, ratio.mean(), rtol=1e-3)
-        else:
-            np.testing.assert_array_equal(change, 0)
+        expected = -0.02 * 0.1 * params[name] if name in MATRICES else 0 * params[name]
+        np.testing.assert_allclose(change, expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_expert_among_many_is_updated_as_if_it_were_alone(kind):
+    """Large enough that Adafactor factors second moments; experts' gradients differ in size."""
+    optimizer = dataclasses.replace(KINDS[kind], clip_norm=None)
+    keys = jax.random.split(jax.random.key(0), 2)
+    shape = (2, 3, 128, 130)  # layers, experts, D, F
+    grad, param = (jax.random.normal(key, shape) for key in keys)
+    grad = grad * jnp.asarray([0.01, 1.0, 100.0]).reshape(1, 3, 1, 1)
+    together = optimizer.build({"up": ("layer", "expert", "embed", "mlp")}, 10)
+    changes = together.update({"up": grad}, together.init({"up": param}), {"up": param})[0]["up"]
+    alone = optimizer.build({"up": ("embed", "mlp")}, 10)
+    for layer, expert in ((0, 0), (1, 2)):
+        one, value = {"up": grad[layer, expert]}, {"up": param[layer, expert]}
+        single = alone.update(one, alone.init(value), value)[0]["up"]
+        np.testing.assert_allclose(changes[layer, expert], single, rtol=2e-4, atol=1e-7)
+
+
+def test_adafactors_moments_are_of_rows_and_columns_of_each_weight():
+    axes = {"up": ("layer", "expert", "embed", "mlp")}
+    params = {"up": jax.ShapeDtypeStruct((2, 3, 128, 130), jnp.float32)}
+    state = jax.eval_shape(Adafactor().build(axes, 10).init, params)
+    shapes = {leaf.shape for leaf in jax.tree.leaves(state)}
+    assert (2, 3, 128) in shapes and (2, 3, 130) in shapes
+    assert not any(len(shape) == 4 for shape in shapes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
