@@ -61,8 +61,8 @@ class MoELayer(nnx.Module):
         default_vectors: a class such as `DefaultVectors`, for experts that were not chosen.
         expert_dropout: share of the experts' hidden units that is dropped in training, for
             fine-tuning (Switch: 0.4).
-        sequences_per_group: a group, within which capacity is counted, is this many sequences, or
-            the whole batch where that is smaller.
+        sequences_per_group: in training a group, within which capacity is counted, is this many
+            sequences, or the whole batch where that is smaller; at evaluation it is one.
         out_scale: variance scale of the output weights.
         text: the training text, for routers that count in it before they start.
         sparse_layers: of the model, for router losses that are averaged over them.
@@ -218,9 +218,12 @@ class MoELayer(nnx.Module):
         return [module for _, module in nnx.iter_modules(self) if isinstance(module, Memory)]
 
     def _group(self, x_BTD, tokens: Tokens) -> RouterInputs:
-        """The router's inputs: groups of whole sequences, float32, padding set to zero."""
+        """The router's inputs: groups of whole sequences, float32, padding set to zero.
+
+        At evaluation a group is one sequence: no router there lets one change another.
+        """
         batch, length, width = x_BTD.shape
-        per_group = min(self.sequences_per_group, batch)
+        per_group = min(self.sequences_per_group, batch) if tokens.train else 1
         if batch % per_group:
             raise ValueError(
                 f"a batch of {batch} sequences does not divide into groups of "

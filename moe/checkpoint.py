@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import errno
 import logging
+import math
 import os
 from pathlib import Path
 import sys
@@ -46,6 +47,9 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
             preservation_policy=None if read_only else policy,
+            # Without it no metric reaches the disk, and a run that goes on has forgotten its best.
+            best_fn=lambda m: m["val_loss"],
+            best_mode="min",
         )
         self._ocp = ocp
         self._options = options
@@ -55,7 +59,8 @@ class Checkpoints:
         """Start writing; returns before it is on disk. `extra` is JSON: the data position."""
         ocp = self._ocp
         arrays = ocp.args.StandardSave(as_tree(state))
-        metrics = None if val_loss is None else {"val_loss": val_loss}
+        known = val_loss is not None and math.isfinite(val_loss)
+        metrics = {"val_loss": val_loss} if known else None
         composite = ocp.args.Composite(state=arrays, extra=ocp.args.JsonSave(extra))
         step = int(state.step)
         with self._told():
@@ -97,6 +102,43 @@ class Checkpoints:
         Raises:
             UserError: there are checkpoints, but none can be read; or `step` has none.
         """
+        return self._newest(lambda candidate: self._read(candidate, abstract), step, say)
+
+    def values(
+        self, wanted: dict[str, jax.ShapeDtypeStruct], step: int | None = None, say: Say = print
+    ) -> tuple[dict[str, jax.Array], int] | None:
+        """Some of the newest state's arrays (or those of `step`) by name, and its step.
+
+        wanted: shapes, dtypes and shardings by name, such as `params.embedding_VD`; nothing else
+            is read. Of a `Checkpoints` that reads states of training this can't be asked.
+
+        Raises:
+            UserError: as `restore`; and for names or shapes that are not those of the checkpoint.
+        """
+
+        def read(candidate: int):
+            differs = _differences(wanted, self.shapes(candidate))
+            if differs:
+                raise UserError(f"the checkpoint holds another model: {differs}")
+            ocp = self._ocp
+            arguments = ocp.args.PyTreeRestore(
+                item=wanted,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                partial_restore=True,
+            )
+            found = self._manager.restore(candidate, args=ocp.args.Composite(state=arguments))
+            return found["state"], candidate
+
+        return self._newest(read, step, say)
+
+    def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of a checkpoint's arrays by name."""
+        path = self.folder / str(step) / "state"
+        content: Any = self._ocp.StandardCheckpointer().metadata(path)
+        return {name: tuple(leaf.shape) for name, leaf in content.item_metadata.tree.items()}
+
+    def _newest(self, read: Callable[[int], Any], step: int | None, say: Say) -> Any:
+        """What `read` makes of the newest step that it can (or of `step`); None without any."""
         steps = self.steps()
         if step is not None:
             if step not in steps:
@@ -105,7 +147,9 @@ class Checkpoints:
         damaged = []
         for candidate in reversed(steps):
             try:
-                found = self._read(candidate, abstract)
+                found = read(candidate)
+            except UserError:
+                raise
             except Exception as error:  # whatever a damaged file makes the readers raise
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 say(f"the checkpoint of step {candidate} can't be read ({reason[:160]})")
@@ -146,6 +190,24 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _differences(wanted: dict[str, Any], there: dict[str, tuple[int, ...]]) -> str:
+    """In a few words how the arrays that are wanted are not those that are there."""
+    kinds = {name.split(".")[0] for name in wanted}
+    missing = [name for name in wanted if name not in there]
+    extra = [n for n in there if n.split(".")[0] in kinds and n not in wanted]
+    other = [
+        f"{name} is {there[name]} there, {tuple(want.shape)} here"
+        for name, want in wanted.items()
+        if name in there and there[name] != tuple(want.shape)
+    ]
+    parts = {"missing there": missing, "only there": extra, "other shapes": other}
+    return "; ".join(f"{what}: {_few(names)}" for what, names in parts.items() if names)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def as_tree(state: TrainState) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import gin
 
+from moe import sharding
 from moe.corpus import Corpus
 from moe.errors import UserError
 from moe.evaluate import Evaluation, evaluate, evaluation_step
@@ -61,6 +62,10 @@ def evaluate_run(
         spec = Fitted(run.tokenizer)
         data = TextData(corpus, spec, validation_corpus=corpus).prepare()
     causal = run.model.objective.causal
+    # As many rows as the mesh needs; those without a sequence are padding.
+    parts = sharding.batch_shards(run.mesh)
+    parts *= run.model.sequences_per_group if rule == "training" else 1
+    batch_size = -(-batch_size // parts) * parts
     batches = data.validation_batches(batch_size, length, stride, max_bytes, causal)
     step = evaluation_step(run.model, run.mesh, training_rule=rule == "training")
     return evaluate(step, run, batches, run.mesh)

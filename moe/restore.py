@@ -1,22 +1,24 @@
 """A finished or paused run as something to evaluate and to generate with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
 import gin
+import jax
 from jax.sharding import Mesh
 
-from moe import assemble, checkpoint, gin_files
+from moe import assemble, checkpoint, gin_files, sharding
 from moe.allocator import keep_freed_memory
 from moe.errors import UserError
 from moe.functional import Arrays
 from moe.model import Transformer
 from moe.objective import NextToken
-from moe.optimizer import AdamW
 from moe.run_folder import RunFolder
 from moe.sharding import MeshShape
 from moe.tokenizer import Tokenizer, load_tokenizer
+
+Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +35,12 @@ class Restored:
 
 
 def restore_run(
-    workdir: str, gin_bindings: Sequence[str] = (), step: int | None = None, say=print
+    workdir: str, gin_bindings: Sequence[str] = (), step: int | None = None, say: Say = print
 ) -> Restored:
     """Load a run's config, with further settings on top, and a checkpoint (the last, or `step`'s).
+
+    Parameters and router state alone are read, onto the devices that are here: neither the mesh
+    nor the batch of training has a say.
 
     Raises:
         UserError: no run there, no checkpoint, or none that can be read.
@@ -47,7 +52,7 @@ def restore_run(
     gin_files.load([str(folder.config)], gin_bindings)
     settings = gin.get_bindings("train")
     tokenizer = load_tokenizer(folder.tokenizer)
-    mesh = (settings["mesh"] or MeshShape()).build()
+    mesh = mesh_here(settings["mesh"] or MeshShape(), say)
     sizes = {name: settings[name] for name in ("batch_size", "sequence_length")}
     model = assemble.assemble(
         settings.get("model", Transformer),
@@ -56,18 +61,41 @@ def restore_run(
         num_bytes_V=tokenizer.num_bytes_V,
         **sizes,
     )
-    program = assemble.program(
-        model,
-        settings["optimizer"] or AdamW(),
-        mesh,
-        batch_size=settings["batch_size"],
-        **{name: settings[name] for name in ("steps", "seed", "accumulate")},
-    )
+    params, router_state, step = read_values(folder, model, mesh, step, say)
+    return Restored(model, params, router_state, step, mesh, tokenizer, settings)
+
+
+def mesh_here(shape: MeshShape, say: Say) -> Mesh:
+    """The run's mesh, where the devices that are here can make it up; else all of them as data."""
+    try:
+        return shape.build()
+    except ValueError as error:
+        # Every size: gin would fill in the run's own.
+        mesh = MeshShape(data=-1, fsdp=1, expert=1, tensor=1, sequence=1).build()
+        say(f"{error}; here: data={mesh.size}")
+        return mesh
+
+
+def read_values(
+    folder: RunFolder, model: assemble.Model, mesh: Mesh, step: int | None, say: Say
+) -> tuple[Arrays, Arrays, int]:
+    """Parameters and router state of a run's checkpoint (the last, or `step`'s), and its step.
+
+    Raises:
+        UserError: no checkpoint, none that can be read, or one of another model.
+    """
+    wanted = {}
+    for kind, arrays in zip(("params", "router_state"), model.shapes, strict=True):
+        for name, a in arrays.items():
+            place = sharding.sharding(mesh, model.graph.axes[name], a.shape)
+            wanted[f"{kind}.{name}"] = jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
     with checkpoint.opened(folder.checkpoints, read_only=True) as saves:
-        found = saves.restore(program.abstract_state, step, say)
+        found = saves.values(wanted, step, say)
     if found is None:
         raise UserError(f"{folder.checkpoints} holds no checkpoint yet")
-    state = found[0]
-    return Restored(
-        model, state.params, state.router_state, int(state.step), mesh, tokenizer, settings
+    values, step = found
+    params, router_state = (
+        {name: values[f"{kind}.{name}"] for name in arrays}
+        for kind, arrays in zip(("params", "router_state"), model.shapes, strict=True)
     )
+    return params, router_state, step

@@ -108,9 +108,14 @@ def rule(mesh: Mesh):
     return lambda axes, shape: sharding(mesh, axes, shape)
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the mesh cuts a batch's sequences."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+
+
 def check_batch(mesh: Mesh, groups: int, num_experts: int | None) -> None:
     """Raise ValueError where groups of sequences or experts don't divide over the mesh."""
-    shards = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    shards = batch_shards(mesh)
     if groups % shards:
         raise ValueError(
             f"{groups} groups of sequences per micro-batch don't divide over data * fsdp * expert "

@@ -3,16 +3,18 @@
 import contextlib
 import io
 import json
+import subprocess
+import sys
 
 import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import Runs, quick
+from tiny import Runs, environment, quick
 
 from layers.tokens import Tokens
-from moe import cli
+from moe import checkpoint, cli
 from moe.errors import UserError
 from moe.eval_command import evaluate_run
 from moe.generate import Sampling, generate, nucleus
@@ -239,3 +241,54 @@ def test_a_checkpoint_that_is_not_there_is_named(masked):
         assert restore_run(str(masked)).step == 2
         with pytest.raises(UserError, match="no checkpoint of step 1"):
             restore_run(str(masked), step=1)
+
+
+@pytest.fixture(scope="module")
+def spread(runs):
+    """Trained on a mesh of 4 x 2 devices, in groups of four sequences."""
+    settings = ("train.mesh = @MeshShape()", "MeshShape.expert = 2", "train.batch_size = 32")
+    grouped = ("MoELayer.sequences_per_group = 4", "train.steps = 2")
+    return runs.done("spread", *settings, *grouped)
+
+
+def test_a_run_of_eight_devices_is_used_on_one(spread):
+    """Groups of four are a matter of training, too: six texts are no fault."""
+    words = ["generate", f"--workdir={spread}", "--prompt=the", "--tokens=3", "--count=6"]
+    done = subprocess.run(
+        [sys.executable, "-m", "moe", *words],
+        env=environment(devices=1),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "expert=2" in done.stdout and "here: data=1" in done.stdout
+    assert done.stdout.count("-" * 80) == 5
+
+
+def test_a_run_of_one_device_is_used_on_eight(masked, spread):
+    """Whatever batch it is asked for: rows that fill up the mesh are padding."""
+    with quick():
+        alone = evaluate_run(restore_run(str(masked)), batch_size=3)
+    run = restore_run(str(masked))
+    assert run.mesh.size == 8
+    assert evaluate_run(run, batch_size=3).loss == pytest.approx(alone.loss, rel=1e-5)
+    assert evaluate_run(restore_run(str(spread)), batch_size=6).bytes > 0
+    assert evaluate_run(restore_run(str(spread)), batch_size=6, rule="training").bytes > 0
+
+
+def test_only_parameters_and_router_state_are_read(masked):
+    """An optimizer's state is twice as large as the parameters."""
+    with quick():
+        run = restore_run(str(masked))
+    with checkpoint.opened(masked / "checkpoints", read_only=True) as saves:
+        there = saves.shapes(2)
+        assert any(name.startswith("opt_state") for name in there)
+        wanted = {"params.nothing": jax.ShapeDtypeStruct((2,), jnp.float32)}
+        with pytest.raises(
+            UserError, match=r"missing there: params\.nothing; only there: params\."
+        ):
+            saves.values(wanted)
+        shape = jax.ShapeDtypeStruct((3, 5), jnp.float32)
+        wanted = {f"params.{name}": shape for name in run.params}
+        with pytest.raises(UserError, match=r"other shapes: params\.\w+ is \(.*\) there, \(3, 5\)"):
+            saves.values(wanted)
