@@ -17,6 +17,8 @@ from moe.errors import UserError
 from moe.functional import Arrays, Graph
 from moe.model import Transformer
 from moe.objective import Objective
+from moe.optimizer import Optimizer
+from moe.text_data import PreparedData
 from routing import Decision, ExpertMerge, SoftSlots, TrainingText
 
 
@@ -112,6 +114,35 @@ def kind_of(module: Transformer, decision: Decision | None) -> str:
     return {SoftSlots: metrics.SOFT, ExpertMerge: metrics.MERGED}.get(
         type(decision), metrics.CHOICES
     )
+
+
+def for_training(
+    make: Callable[..., Transformer],
+    objective: Objective,
+    optimizer: Optimizer,
+    mesh: Mesh,
+    text: PreparedData,
+    shape: tuple[int, int],
+    steps: int,
+    seed: int,
+    accumulate: int,
+) -> tuple[Model, step.Program]:
+    """Model and program of a run on a text; shape: sequences per step, and their length.
+
+    Raises:
+        UserError: as `assemble` and `program`.
+    """
+    model = assemble(
+        make,
+        objective,
+        token_vocabulary=text.tokenizer.vocab_size,
+        num_bytes_V=text.tokenizer.num_bytes_V,
+        batch_size=shape[0],
+        sequence_length=shape[1],
+        training_tokens=text.train.token_N,
+    )
+    sizes = {"steps": steps, "seed": seed, "accumulate": accumulate, "batch_size": shape[0]}
+    return model, program(model, optimizer, mesh, **sizes)
 
 
 def _first_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 import collections
 from collections.abc import Iterator
 import contextlib
+import math
 import time
 from typing import Any
 
@@ -13,17 +14,25 @@ class Clock:
     """Training time without evaluations, checkpoints and the first, compiling step.
 
     total: sums over the whole run; `before` are those of the checkpoint that it goes on from.
+    max_seconds: of training, over all starts of the run.
     """
 
     def __init__(
-        self, peak: float, built: assemble.Model, tokens_per_step: int, before: dict | None = None
+        self,
+        peak: float,
+        built: assemble.Model,
+        tokens_per_step: int,
+        before: dict | None = None,
+        max_seconds: float | None = None,
     ):
+        self._max_seconds = max_seconds
         self.pace = progress.Pace()
         self.total = {"first_steps": 0.0, "seconds": 0.0, "steps": 0, "kept": 0.0, "logged": 0}
         self.total |= before or {}
         self._peak, self._built, self._tokens = peak, built, tokens_per_step
         self._recent: collections.deque[float] = collections.deque(maxlen=10)
         self._last = time.perf_counter()
+        self.first = 0.0  # seconds of this start's first, compiling step
         self._skip, self._logged, self._logging = True, False, 0.0
 
     def tick(self) -> float | None:
@@ -31,6 +40,7 @@ class Clock:
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         if self._skip:
+            self.first = seconds
             self.total["first_steps"] += seconds
             self._skip = False
             return None
@@ -58,9 +68,15 @@ class Clock:
     def training_seconds(self) -> float:
         return self.total["seconds"] + self.total["first_steps"]
 
-    def over(self, max_seconds: float | None) -> bool:
-        """True when so much training time has passed."""
-        return bool(max_seconds) and self.training_seconds > max_seconds
+    def over(self) -> bool:
+        """True when as much training time has passed as there may be."""
+        return self._max_seconds is not None and self.training_seconds > self._max_seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds of training that there may still be."""
+        limit = math.inf if self._max_seconds is None else self._max_seconds
+        return max(limit - self.training_seconds, 0.0)
 
     def speed(self, routing: metrics.Routing | None) -> dict[str, float]:
         """Over the last ten steps."""

@@ -25,10 +25,13 @@ def plot_loss(axis, workdir: str | Path, baselines: dict[str, float] | None = No
 def plot_load(axis, workdir: str | Path, last: int = 10) -> None:
     """Each expert's share of its layer's assignments over the last logged steps; 1 is the mean."""
     lines = read_metrics(workdir, "routing.jsonl")[-last:]
+    axis.set(xlabel="expert", ylabel="sparse layer", title="Load (1 = the mean)")
+    if not lines:
+        axis.text(0.5, 0.5, "no step was logged", ha="center", va="center")
+        return
     count_LE = np.sum([line["count"] for line in lines], axis=0)
     load_LE = count_LE / count_LE.mean(1, keepdims=True)
     image = axis.imshow(load_LE, cmap="coolwarm", vmin=0, vmax=2, aspect="auto")
-    axis.set(xlabel="expert", ylabel="sparse layer", title="Load (1 = the mean)")
     axis.set_xticks(range(load_LE.shape[1]), minor=load_LE.shape[1] > 16)
     axis.set_yticks(range(len(load_LE)))
     if load_LE.size <= 128:

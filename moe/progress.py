@@ -1,13 +1,15 @@
 """What a person sees while a run goes on: a bar in a terminal, a line now and then in a file."""
 
 from collections.abc import Callable, Iterable, Iterator
+import contextlib
+import math
 import statistics
 import sys
 import time
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 LINE_EVERY_SECONDS = 10
 T = TypeVar("T")
@@ -23,13 +25,12 @@ class Display:
         self._bar: Progress | None = None
         if self.console.is_terminal and not quiet:
             columns: list[Any] = [
-                TextColumn("step {task.completed}/{task.total}"),
+                TextColumn("{task.description} {task.completed}/{task.total}"),
                 BarColumn(bar_width=None),
                 TextColumn("{task.fields[line]}"),
-                TimeRemainingColumn(),
             ]
             self._bar = Progress(*columns, console=self.console)
-            self._task = self._bar.add_task("train", total=steps, completed=done, line="compiling")
+            self._task = self._bar.add_task("step", total=steps, completed=done, line="compiling")
 
     def __enter__(self) -> "Display":
         if self._bar is not None:
@@ -44,19 +45,44 @@ class Display:
         """One line above the bar."""
         self.console.print(line, markup=False)
 
-    def update(self, step: int, line: str) -> None:
-        """Progress, with what is worth knowing of the last logged step."""
+    def update(self, step: int, line: str, at_most: float = math.inf) -> None:
+        """Progress, with what is worth knowing of the last logged step.
+
+        at_most: seconds of training that there may still be.
+        """
         now = time.monotonic()
         if self._started is None:
             self._started = now
             self._done = step
+        left = ""
+        if step > self._done:
+            pace = (now - self._started) / (step - self._done)
+            left = f"{min(pace * (self._steps - step), at_most):.0f} s left"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, line=line)
+            self._bar.update(self._task, completed=step, line=f"{line} {left}".rstrip())
         elif now - self._last_line >= LINE_EVERY_SECONDS or step == self._steps:
             self._last_line = now
-            pace = (now - self._started) / max(step - self._done, 1)
-            left = f"{pace * (self._steps - step):.0f} s left" if step > self._done else ""
             self.say(f"step {step}/{self._steps} {line} {left}".rstrip())
+
+    @contextlib.contextmanager
+    def counting(self, what: str, total: int) -> Iterator[Callable[[int, int], None]]:
+        """For other long work: a function of (done, of) that moves a bar of its own."""
+        task = None
+        if self._bar is not None:
+            task = self._bar.add_task(what, total=total, line="")
+
+        def count(done: int, of: int) -> None:
+            now = time.monotonic()
+            if self._bar is not None and task is not None:
+                self._bar.update(task, completed=done)
+            elif now - self._last_line >= LINE_EVERY_SECONDS:
+                self._last_line = now
+                self.say(f"{what} {done}/{of}")
+
+        self._last_line = time.monotonic()
+        yield count
+        if self._bar is not None and task is not None:
+            self._bar.remove_task(task)
 
 
 def line(scalars: dict[str, float], word: str) -> str:

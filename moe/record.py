@@ -1,5 +1,6 @@
 """What is done with a step's metrics: checked, shown, and written to the logs."""
 
+from collections.abc import Callable, Sequence
 import dataclasses
 import math
 
@@ -14,6 +15,9 @@ from moe.errors import UserError
 from moe.evaluate import Evaluation
 from moe.logs import Logs
 from moe.step import StepMetrics
+
+# A function of a step's routing (None for a dense model) and numbers, which gives further numbers.
+Metric = Callable[[metrics.Routing | None, dict[str, float]], dict[str, float]]
 
 
 class TrainingDiverged(UserError):
@@ -35,6 +39,7 @@ class Recorder:
     logs: Logs | None
     saves: Checkpoints
     rate_N: np.ndarray
+    own_metrics: Sequence[Metric]
     log_every: int
     _waiting: tuple[int, StepMetrics] | None = dataclasses.field(default=None, init=False)
 
@@ -43,8 +48,10 @@ class Recorder:
         self.read()
         self._waiting = step, measured
 
-    def read(self) -> None:
+    def read(self, last: bool = False) -> None:
         """Check the step that waits, if one does, and show and log it when its turn has come.
+
+        last: no step follows, so that it is this one's turn.
 
         Raises:
             TrainingDiverged: something is not finite; names the last good checkpoint.
@@ -54,18 +61,21 @@ class Recorder:
         (step, measured), self._waiting = self._waiting, None
         measured = jax.device_get(measured)
         seconds = self.clock.tick()
+        if seconds is None:
+            self.display.say(f"compiled and took the first step in {self.clock.first:.1f} s")
         with self.clock.logging():
             require_finite(step, measured, self.saves)
             slow = None if seconds is None else self.clock.pace.slow(seconds)
             if slow:
                 self.display.say(f"step {step} {slow}")
-            if step % self.log_every == 0 or step == len(self.rate_N):
+            if step % self.log_every == 0 or step == len(self.rate_N) or last:
                 self._log(step, measured)
 
     def _log(self, step: int, measured: StepMetrics) -> None:
         routing = metrics.Routing.of(measured.routers) if measured.routers else None
         scalars = self._scalars(step, measured, routing)
-        self.display.update(step, progress.line(scalars, metrics.health(routing, self.built.kind)))
+        word = metrics.health(routing, self.built.kind)
+        self.display.update(step, progress.line(scalars, word), self.clock.left)
         if self.logs is not None:
             self.logs.scalars(step, scalars)
             if routing is not None:
@@ -86,7 +96,20 @@ class Recorder:
             scalars |= metrics.routing_scalars(routing, self.built.loss_coefficients)
         if measured.depths is not None:
             scalars |= {f"depth/{name}": float(v.mean()) for name, v in measured.depths.items()}
+        assert len(scalars) <= metrics.MOST_SCALARS, sorted(scalars)
+        for metric in tuple(self.own_metrics):
+            scalars |= self._own(metric, routing, dict(scalars))
         return scalars
+
+    def _own(self, metric: Metric, routing, scalars) -> dict[str, float]:
+        """A user's numbers; a function that fails is told of once, and left out from then on."""
+        try:
+            return {str(key): float(value) for key, value in metric(routing, scalars).items()}
+        except Exception as error:  # of code that is not ours
+            name = getattr(metric, "__name__", str(metric))
+            self.display.say(f"train.metrics: {name} is left out: {type(error).__name__}: {error}")
+            self.own_metrics = [one for one in self.own_metrics if one is not metric]
+            return {}
 
     def held_out(self, step: int, part: Evaluation) -> None:
         """An evaluation between two steps."""

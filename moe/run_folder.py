@@ -17,6 +17,7 @@ from moe.tokenizer import Tokenizer
 
 # Settings that may change when a run goes on: they don't change what a step computes.
 MAY_CHANGE = (
+    "train.steps",
     "train.stop_at",
     "train.max_seconds",
     "train.log_every",
@@ -26,6 +27,9 @@ MAY_CHANGE = (
     "train.prompts",
     "train.eval_bytes",
     "train.eval_stride",
+    "train.final_eval_bytes",
+    "train.loggers",
+    "train.metrics",
 )
 
 
@@ -63,8 +67,19 @@ class RunFolder:
             file.flush()
             yield
 
-    def refuse_another_run(self, config: str, fingerprint: dict[str, Any]) -> None:
-        """UserError where the folder holds checkpoints of a run with other settings or data."""
+    @property
+    def steps(self) -> int | None:
+        """How many steps the run here was started for; None where there is none."""
+        if not self.config.exists():
+            return None
+        told = bindings_of(self.config.read_text(encoding="utf-8")).get("train.steps")
+        return int(told) if told and told.isdecimal() else None
+
+    def refuse_another_run(self, config: str, fingerprint: dict[str, Any], steps: int) -> None:
+        """UserError where the folder holds checkpoints of a run with other settings or data.
+
+        steps: those asked for, which may not be fewer than the run has trained.
+        """
         if not (self.config.exists() and self.checkpoints.exists()):
             return
         theirs = json.loads(self.run.read_text())["data"] if self.run.exists() else {}
@@ -74,6 +89,9 @@ class RunFolder:
             for name, value in fingerprint.items()
             if name in theirs and theirs[name] != value
         ]
+        trained = [int(p.name) for p in self.checkpoints.iterdir() if p.name.isdecimal()]
+        if trained and max(trained) > steps:
+            differs.append(f"train.steps: {max(trained)} are trained there, {steps} here")
         if differs:
             raise UserError(
                 f"{self.path} holds the checkpoints of another run; choose another --workdir, or "
@@ -91,6 +109,9 @@ class RunFolder:
 
     def begin(self, config: str, run: dict[str, Any], tokenizer: Tokenizer, step: int) -> None:
         """Write what the run is, and forget what was logged after the step it starts from."""
+        if step and self.run.exists():  # what it once started from stays true
+            before = json.loads(self.run.read_text(encoding="utf-8"))
+            run = {k: before[k] for k in ("started_from",) if k in before} | run
         self.write_json(self.run, run)
         write_atomically(self.config, config.encode())
         tokenizer.save(self.tokenizer)

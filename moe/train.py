@@ -1,6 +1,6 @@
 """The training run, read from top to bottom."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import contextlib
 import functools
 import math
@@ -12,17 +12,28 @@ import gin
 import jax
 import numpy as np
 
-from moe import assemble, baselines, checkpoint, evaluate, gin_files, hardware, hosts, progress
+from moe import (
+    assemble,
+    baselines,
+    checkpoint,
+    evaluate,
+    finish,
+    gin_files,
+    hardware,
+    hosts,
+    progress,
+    start,
+)
 from moe.allocator import keep_freed_memory
 from moe.clock import Clock
 from moe.describe import describe, describe_run, summary_of
 from moe.errors import UserError
-from moe.finish import write_pages
+from moe.loggers import Logger
 from moe.logs import Logs
 from moe.model import Transformer
 from moe.objective import NextToken, Objective
 from moe.optimizer import AdamW, Optimizer
-from moe.record import Recorder
+from moe.record import Metric, Recorder
 from moe.run_folder import RunFolder
 from moe.sharding import MeshShape
 from moe.signals import catching_signals
@@ -47,11 +58,16 @@ def train(
     eval_every: int | None = None,
     eval_bytes: int | None = 200_000,
     eval_stride: int | None = None,
+    final_eval_bytes: int | None = None,
     save_every: int | None = None,
     keep: int = 2,
     stop_at: int | None = None,
     max_seconds: float | None = None,
     prompts: tuple[str, ...] = ("",),
+    start_from: str | None = None,
+    start_from_optimizer: bool = False,
+    loggers: Sequence[Logger] = (),
+    metrics: Sequence[Metric] = (),
 ) -> dict[str, Any]:
     """Train, evaluate on the held-out documents, write samples and a summary; or go on with a run.
 
@@ -62,7 +78,8 @@ def train(
         objective: `NextToken()` (where None) or `MaskedToken()`.
         optimizer: with its learning rate and schedule; `AdamW()` where None.
         mesh: sizes of the mesh axes; all devices on the data axis where None.
-        steps: optimizer steps; the schedule ends there.
+        steps: optimizer steps; the schedule ends there. More of them than a run has trained make it
+            longer, with a schedule for all of them.
         batch_size: sequences per optimizer step, over all devices.
         sequence_length: tokens per sequence.
         accumulate: micro-batches per optimizer step; the result is the same.
@@ -70,13 +87,18 @@ def train(
         log_every: steps between two lines of metrics.
         eval_every: steps between evaluations on part of the held-out documents, each followed by
             a checkpoint; only at the end where None.
-        eval_bytes: how much of the held-out text those use; the last evaluation uses all.
+        eval_bytes: how much of the held-out text those use.
+        final_eval_bytes: how much of it the last evaluation uses; all where None.
         eval_stride: how far the windows of a long document advance; half the sequence where None.
         save_every: steps between checkpoints without an evaluation.
         keep: how many of the last checkpoints stay, beside the best.
-        stop_at: pause after this step, as if interrupted; the same command goes on.
+        stop_at: pause after this step, as if interrupted; without it the same command goes on.
         max_seconds: end after so much training time, wherever the schedule is.
         prompts: texts to continue in samples.txt.
+        start_from: the folder of another run, whose parameters and router state a new run starts
+            with (fine-tuning); start_from_optimizer: and with its optimizer's state.
+        loggers: where else the numbers go, such as `WandB()`.
+        metrics: functions of a step's routing and numbers, which give further numbers.
 
     Returns:
         What summary.json holds; without an evaluation where the run was interrupted.
@@ -100,33 +122,18 @@ def train(
         # The parts: data, model, mesh, program. Nothing is compiled before all are checked.
         device_mesh = user_error((MeshShape() if mesh is None else mesh).build)
         text = data.prepare(say)
-        built = assemble.assemble(
-            model,
-            objective,
-            token_vocabulary=text.tokenizer.vocab_size,
-            num_bytes_V=text.tokenizer.num_bytes_V,
-            batch_size=batch_size,
-            sequence_length=sequence_length,
-            training_tokens=text.train.token_N,
-        )
-        program = assemble.program(
-            built,
-            optimizer,
-            device_mesh,
-            steps=steps,
-            seed=seed,
-            accumulate=accumulate,
-            batch_size=batch_size,
-        )
         shape = batch_size, sequence_length
+        built, program = assemble.for_training(
+            model, objective, optimizer, device_mesh, text, shape, steps, seed, accumulate
+        )
         train_batches = text.train_batches(*shape, seed)
         held_out = functools.partial(
             text.validation_batches, *shape, eval_stride, causal=objective.causal
         )
-        all_held_out, some_held_out = held_out(), held_out(eval_bytes)
+        all_held_out, some_held_out = held_out(final_eval_bytes), held_out(eval_bytes)
         gin_files.refuse_ignored(say, later=("eval",))
         config = gin_files.operative()
-        folder.refuse_another_run(config, text.fingerprint())
+        folder.refuse_another_run(config, text.fingerprint(), steps)
         done = folder.complete(steps, max_seconds)
         if done:
             say(f"this run is complete at step {done['step']}; its results are in {folder.summary}")
@@ -134,36 +141,41 @@ def train(
         peak = hardware.matmul_peak(built.module.compute_dtype)
         describe(say, built, text, peak, folder)
 
-        # The state: from the last checkpoint, or from the seed.
+        # The state: from the last checkpoint, from another run, or from the seed.
         saves = stack.enter_context(checkpoint.opened(folder.checkpoints, keep))
-        restored = saves.restore(program.abstract_state, say=say)
-        state = restored[0] if restored else user_error(lambda: program.init(seed))
+        given = start.Given(seed, start_from, start_from_optimizer)
+        state, extra, source = start.first_state(saves, program, text.tokenizer, given, say)
         first = int(state.step)
-        if restored:
-            say(f"continuing at step {first} of {steps}")
+        rate_N = np.asarray(jax.vmap(optimizer.rate(steps))(np.arange(steps)))
+        start.told(first, stop_at, folder, optimizer, rate_N, say)
+        if stop_at is not None and stop_at <= first < steps:
+            return {"interrupted": True, "signal": None, "step": first}
+        run = describe_run(built, text, seed, peak) | source
         if not quiet:
-            folder.begin(config, describe_run(built, text, seed, peak), text.tokenizer, first)
+            folder.begin(config, run, text.tokenizer, first)
 
         # The loop. Step n + 1 is dispatched before `record` reads the metrics of step n, so that
         # the device never waits for the host.
-        logs = None if quiet else stack.enter_context(contextlib.closing(Logs(folder)))
         display = stack.enter_context(progress.Display(steps, first, quiet))
+        logs = Logs(folder, loggers, run, display.say) if not quiet else None
+        stack.callback(logs.close if logs else lambda: None)
         interrupted = stack.enter_context(catching_signals())
-        clock = Clock(peak, built, math.prod(shape), restored and restored[1].get("clock"))
+        clock = Clock(peak, built, math.prod(shape), extra.get("clock"), max_seconds)
         record = Recorder(
             built=built,
             clock=clock,
             display=display,
             logs=logs,
             saves=saves,
-            rate_N=np.asarray(jax.vmap(optimizer.rate(steps))(np.arange(steps))),
+            rate_N=rate_N,
+            own_metrics=metrics,
             log_every=log_every,
         )
         eval_step = evaluate.evaluation_step(built, device_mesh)
         extra = {"data": text.fingerprint(), "batch_size": batch_size, "seed": seed}
         batches = train_batches.batches(first, hosts.rows(program.batch_sharding, batch_size))
-        step, saved = first, first if restored else None
-        stopped, late = hosts.any_says(bool(interrupted), clock.over(max_seconds))
+        step, saved = first, first if first else None
+        stopped, late = hosts.any_says(bool(interrupted), clock.over())
         while step < steps and step != stop_at and not stopped and not late:
             batch = to_devices(next(batches), program.batch_sharding, batch_size)
             state, measured = program.step(state, batch)
@@ -181,8 +193,8 @@ def train(
                 clock.restart()
             # Several processes ask each other only when they wait for a step anyway.
             if step % log_every == 0 or jax.process_count() == 1:
-                stopped, late = hosts.any_says(bool(interrupted), clock.over(max_seconds))
-        record.read()
+                stopped, late = hosts.any_says(bool(interrupted), clock.over())
+        record.read(last=late)
         batches.close()
         if step < steps and late:
             display.say(f"train.max_seconds={max_seconds:g} is over at step {step} of {steps}")
@@ -192,27 +204,19 @@ def train(
             saves.save(state, extra | {"clock": clock.total})
         saves.wait()
         if stopped or step == stop_at != steps:
-            display.say(f"stopped after step {step} of {steps}; the same command goes on")
+            way = "the same command goes on" if stopped else "without train.stop_at it goes on"
+            display.say(f"stopped after step {step} of {steps}; {way}")
             # Of another process's signal it is only known that there was one.
             number = interrupted.signal or (signal.SIGTERM if stopped else None)
             return {"interrupted": True, "signal": number, "step": step}
 
-        # The results: all held-out documents, what compressors reach on them, samples, a picture.
-        display.say(f"evaluating on {all_held_out.num_documents} held-out documents")
-        result = evaluate.evaluate(eval_step, state, all_held_out, device_mesh)
-        marks = baselines.baselines(text, display.say)
-        samples = []
-        values = hosts.gathered((state.params, state.router_state))
-        if values is None:
-            display.say("no samples and no picture: the parameters are too large for one host")
-        elif not quiet:
-            lines = marks | {"held out": result.bits_per_byte}
-            samples = write_pages(folder, built, values, text, prompts, lines, shape, seed)
-        summary = {"step": step, **summary_of(result, built, text, peak), "baselines": marks}
+        # The results; then a picture and samples, never at their cost.
+        result = finish.evaluated(eval_step, state, all_held_out, device_mesh, display)
+        marks = finish.attempted("compressors' figures", display.say, baselines.baselines, text)
+        summary = {"step": step, **summary_of(result, built, text, peak), "baselines": marks or {}}
         summary |= clock.summary() | {"wall_seconds": time.monotonic() - started}
-        if not quiet:
-            folder.write_json(folder.summary, summary)
-        return summary | {"samples": samples}
+        pages = finish.Pages(folder, built, text, prompts, shape, seed)
+        return finish.written(pages, state, summary, display, started)
 
 
 def check_counts(**counts: int) -> None:

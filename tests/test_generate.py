@@ -284,9 +284,7 @@ def test_only_parameters_and_router_state_are_read(masked):
         there = saves.shapes(2)
         assert any(name.startswith("opt_state") for name in there)
         wanted = {"params.nothing": jax.ShapeDtypeStruct((2,), jnp.float32)}
-        with pytest.raises(
-            UserError, match=r"missing there: params\.nothing; only there: params\."
-        ):
+        with pytest.raises(UserError, match=r"missing there: params\.nothing; only there: par"):
             saves.values(wanted)
         shape = jax.ShapeDtypeStruct((3, 5), jnp.float32)
         wanted = {f"params.{name}": shape for name in run.params}
