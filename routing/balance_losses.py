@@ -59,7 +59,6 @@ class BalanceLoss(RouterLoss):
     def __post_init__(self):
         check_one_of("BalanceLoss", self, scope=("global", "group", "sequence", "document"))
         check_one_of("BalanceLoss", self, counts=("raw", "made", None), choices=("all", "first"))
-        check_one_of("BalanceLoss", self, over_layers=("sum", "mean"))
         if self.devices is not None and self.devices < 1:
             raise ValueError(f"BalanceLoss.devices={self.devices} must be at least 1, or None")
         if self.cheap < 0 or not 0 < self.cheap_weight <= 1:
@@ -187,13 +186,16 @@ def by_document(counted: Decision, score_GTE, inputs: RouterInputs):
     hit_GTE = jnp.sum(hit_GTKE & counted.keep_GTK[..., None], axis=2, dtype=jnp.int32)
     groups, tokens = inputs.valid_GT.shape
     shape = (groups * inputs.sequences, tokens // inputs.sequences)
-    segment_BT = inputs.segment_GT.reshape(shape)  # 0 is padding
+    # Padding (0) inside a document doesn't end it, and numbers may skip.
+    segment_BT = jax.lax.cummax(inputs.segment_GT.reshape(shape), axis=1)
+    first_B = segment_BT[:, :1]
+    document_BT = jnp.cumsum(jnp.diff(segment_BT, axis=1, prepend=first_B) != 0, axis=1)
 
     def summed(a):
-        def one(a_T, segment_T):
-            return jax.ops.segment_sum(a_T, segment_T, num_segments=shape[1] + 1)
+        def one(a_T, document_T):
+            return jax.ops.segment_sum(a_T, document_T, num_segments=shape[1])
 
-        sums = jax.vmap(one)(a.reshape(*shape, *a.shape[2:]), segment_BT)
+        sums = jax.vmap(one)(a.reshape(*shape, *a.shape[2:]), document_BT)
         return sums.reshape(-1, *a.shape[2:])
 
     return summed(hit_GTE), summed(score_GTE), summed(inputs.valid_GT.astype(jnp.int32))
@@ -217,7 +219,6 @@ class ImportanceLoss(RouterLoss):
 
     def __post_init__(self):
         check_one_of("ImportanceLoss", self, of=("gates", "scores"), scope=("global", "group"))
-        check_one_of("ImportanceLoss", self, over_layers=("sum", "mean"))
 
     def tally(self, routing, inputs):
         if self.of == "scores" or self.scope == "group":
@@ -252,7 +253,7 @@ class LoadLoss(RouterLoss):
     name: str = "load"
 
     def __post_init__(self):
-        check_one_of("LoadLoss", self, scope=("global", "group"), over_layers=("sum", "mean"))
+        check_one_of("LoadLoss", self, scope=("global", "group"))
 
     def tally(self, routing, inputs):
         if routing.load_GTE is None:

@@ -31,7 +31,7 @@ class GShard(Router):
         second: "random" (the paper), or "all": the second expert always stands. Evaluation draws
             nothing: it always stands there.
         threshold: 0.5 is the paper's rule 2 g2 > U; smaller values keep more.
-        losses: balance over first choices with 0.01 where None.
+        losses: balance over the first choices of each group with 0.01 where None.
     """
 
     causality = Causality.CAUSAL
@@ -51,7 +51,8 @@ class GShard(Router):
         if not threshold > 0:
             raise ValueError(f"GShard.threshold={threshold} must be above 0")
         self.num_experts, self.second, self.threshold = sizes.num_experts, second, threshold
-        self.losses = (BalanceLoss(choices="first"),) if losses is None else tuple(losses)
+        of_first = (BalanceLoss(choices="first", scope="group"),)
+        self.losses = of_first if losses is None else tuple(losses)
         shape = (sizes.d_model, sizes.num_experts)
         self.weight_DE = parameter(shape, ("embed", None), truncated_normal())
 

@@ -30,7 +30,7 @@ class ReMoE(Router):
         k: experts per token to aim at.
         start: lambda before the first step.
         factor: by which it changes.
-        losses: the penalty where None: its coefficient multiplies lambda.
+        losses: the penalty where None, averaged over the layers: its coefficient multiplies lambda.
     """
 
     causality = Causality.CAUSAL
@@ -49,7 +49,8 @@ class ReMoE(Router):
         if not (start > 0 and factor > 1):
             raise ValueError(f"ReMoE.start={start} must be above 0, ReMoE.factor={factor} above 1")
         self.num_experts, self.k, self.experts_per_token = sizes.num_experts, k, float(k)
-        self.losses = (TermLoss("sparsity"),) if losses is None else tuple(losses)
+        of_layers = (TermLoss("sparsity", over_layers="mean"),)  # eq. 9
+        self.losses = of_layers if losses is None else tuple(losses)
         shape = (sizes.d_model, sizes.num_experts)
         self.weight_DE = parameter(shape, ("embed", None), truncated_normal())
         self.penalty = SparsityPenalty(sizes.num_experts, k, start, factor)

@@ -91,6 +91,8 @@ class Router(nnx.Module):
 
     def weight_of(self, loss: RouterLoss) -> float:
         """What this layer's value of a loss is multiplied with in the objective."""
+        if loss.over_layers not in ("sum", "mean"):
+            raise ValueError(f"{type(loss).__name__}.over_layers={loss.over_layers!r}: sum or mean")
         shared = self.sparse_layers if loss.over_layers == "mean" else 1
         return loss.coefficient / shared
 
