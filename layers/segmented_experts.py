@@ -55,12 +55,13 @@ class SegmentedExperts(nnx.Module):
                 f"hidden width {d_ff}"
             )
         self.activation, self.segments = activation, segments
-        shape, axes = (num_experts, segments, d_model, d_ff // segments), ("expert", None, "embed")
+        shape = (num_experts, segments, d_model, d_ff // segments)
+        axes = ("expert", "segment", "embed", "mlp")
         # Fan-in is D (then F) alone, without the axis of segments.
         init = truncated_normal(float(segments), 2)
-        self.up_ENDF = parameter(shape, (*axes, "mlp"), init)
+        self.up_ENDF = parameter(shape, axes, init)
         shape = (num_experts, segments, d_ff, d_model // segments)
-        axes = ("expert", None, "mlp", "embed")
+        axes = ("expert", "segment", "mlp", "embed")
         self.down_ENFD = parameter(shape, axes, truncated_normal(out_scale * segments, 2))
 
     def __call__(

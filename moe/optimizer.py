@@ -1,7 +1,9 @@
-"""Optimizers as values: `build(axes, steps)` gives an optax transformation with global clipping.
+"""Optimizers as values: `build(axes, steps)` gives an optax transformation.
 
-`axes` holds every parameter's logical axes by name; from them follows what is a matrix. Weight
-decay leaves norms and biases alone; router state is no parameter and never comes here.
+All of them clip by the global norm, choose a direction, and step by the rate: p -= rate *
+(direction + weight_decay * p). `axes` holds every parameter's logical axes by name; from them
+follows what is a matrix, and which axes only stack matrices. Weight decay leaves norms and biases
+alone; router state is no parameter and never comes here.
 """
 
 import abc
@@ -10,25 +12,27 @@ from typing import Any
 
 import gin
 import jax
-import jax.numpy as jnp
 import optax
 import optax.contrib
 
 from moe.schedules import Cosine, Schedule
 
 Axes = dict[str, tuple[str | None, ...]]
+# Axes along which every index has a weight of its own.
+STACKED = ("layer", "expert", "segment")
 
 
 class Optimizer(abc.ABC):
-    """Abstract: peak learning rate, schedule, clipping; and the transformation they make."""
+    """Abstract: peak learning rate, schedule, decay, clipping; and the transformation they make."""
 
     learning_rate: float
     schedule: Schedule | None
+    weight_decay: float
     clip_norm: float | None
 
     @abc.abstractmethod
-    def transform(self, rate: optax.Schedule, axes: Axes) -> optax.GradientTransformation:
-        """The update rule without clipping."""
+    def direction(self, axes: Axes) -> optax.GradientTransformation:
+        """From gradients to what the rate multiplies, uphill as they are; without decay."""
 
     def rate(self, steps: int) -> optax.Schedule:
         """Learning rate by step; `Cosine()` where no schedule is given."""
@@ -36,17 +40,21 @@ class Optimizer(abc.ABC):
         return schedule.build(self.learning_rate, steps)
 
     def build(self, axes: Axes, steps: int) -> optax.GradientTransformation:
-        """Clip by the global norm, then update; state lives under the parameters' names."""
-        rate = self.rate(steps)
+        """Clip, direct, decay, scale; state lives under the parameters' names."""
         clip = optax.identity()
         if self.clip_norm is not None:
             clip = optax.clip_by_global_norm(self.clip_norm)
-        return optax.chain(clip, self.transform(rate, axes))
+        return optax.chain(
+            clip,
+            self.direction(axes),
+            optax.add_decayed_weights(self.weight_decay, decayed(axes)),
+            optax.scale_by_learning_rate(self.rate(steps)),
+        )
 
 
 def own_axes(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
-    """The axes of one weight: without the layers and experts it is stacked over."""
-    return tuple(a for a in axes if a not in ("layer", "expert"))
+    """The axes of one weight: without the layers, experts and segments it is stacked over."""
+    return tuple(a for a in axes if a not in STACKED)
 
 
 def is_matrix(axes: tuple[str | None, ...]) -> bool:
@@ -84,20 +92,6 @@ def per_weight(rule: optax.GradientTransformation, axes: Axes) -> optax.Gradient
     return optax.GradientTransformation(init, update)
 
 
-def decay(rate: optax.Schedule, weight_decay: float, axes: Axes) -> optax.GradientTransformation:
-    """Adds -rate * weight_decay * weight to updates that have their rate already."""
-    shrink = optax.chain(
-        optax.add_decayed_weights(weight_decay, decayed(axes)), optax.scale_by_learning_rate(rate)
-    )
-
-    def update(updates, state, params=None):
-        nothing = jax.tree.map(jnp.zeros_like, updates)
-        shrunk, state = shrink.update(nothing, state, params)
-        return jax.tree.map(jnp.add, updates, shrunk), state
-
-    return optax.GradientTransformation(shrink.init, update)
-
-
 def decayed(axes: Axes) -> dict[str, bool]:
     """Weight decay by name: matrices and embeddings, not norms, biases or scales."""
     return {name: is_matrix(a) for name, a in axes.items()}
@@ -116,9 +110,8 @@ class AdamW(Optimizer):
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
 
-    def transform(self, rate, axes):
-        decay = {"weight_decay": self.weight_decay, "mask": decayed(axes)}
-        return optax.adamw(rate, b1=self.b1, b2=self.b2, eps=self.epsilon, **decay)
+    def direction(self, axes):
+        return optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.epsilon)
 
 
 @gin.configurable
@@ -126,8 +119,8 @@ class AdamW(Optimizer):
 class Adafactor(Optimizer):
     """Shazeer & Stern 2018: second moments by row and column, clipped to a size of 1 (section 6).
 
-    Both for every layer's and expert's weight by itself. Weight decay is multiplied by the rate,
-    as everywhere here.
+    Both for every layer's and expert's weight by itself. Rates are absolute, not relative to the
+    parameter's size.
     """
 
     learning_rate: float = 1e-2
@@ -135,13 +128,9 @@ class Adafactor(Optimizer):
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
 
-    def transform(self, rate, axes):
+    def direction(self, axes):
         rule = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
-        return optax.chain(
-            per_weight(rule, axes),
-            optax.add_decayed_weights(self.weight_decay, decayed(axes)),
-            optax.scale_by_learning_rate(rate),
-        )
+        return per_weight(rule, axes)
 
 
 @gin.configurable
@@ -156,9 +145,8 @@ class Lion(Optimizer):
     weight_decay: float = 0.3
     clip_norm: float | None = 1.0
 
-    def transform(self, rate, axes):
-        decay = {"weight_decay": self.weight_decay, "mask": decayed(axes)}
-        return optax.lion(rate, b1=self.b1, b2=self.b2, **decay)
+    def direction(self, axes):
+        return optax.scale_by_lion(b1=self.b1, b2=self.b2)
 
 
 @gin.configurable
@@ -166,8 +154,8 @@ class Lion(Optimizer):
 class Muon(Optimizer):
     """Orthogonalised momentum for the weight matrices (Jordan 2024), every expert by itself.
 
-    Embeddings, head, routers and vectors get Adam with the same rate; updates are scaled to Adam's
-    size (Liu et al. 2025, `consistent_rms` 0.2).
+    Embeddings, head, routers and vectors get Adam with the same rate and decay; updates are scaled
+    to Adam's size (Liu et al. 2025, `consistent_rms` 0.2).
     """
 
     learning_rate: float = 4e-3
@@ -179,13 +167,13 @@ class Muon(Optimizer):
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
 
-    def transform(self, rate, axes):
+    def direction(self, axes):
 
         def numbers(params: Any):
             return {name: matrix_axes(name, axes[name]) for name in params}
 
-        rule = optax.contrib.muon(
-            rate,
+        return optax.contrib.muon(
+            -1.0,  # the direction alone: decay and rate follow in `build`
             ns_steps=self.iterations,
             beta=self.momentum,
             adam_b1=self.b1,
@@ -193,8 +181,6 @@ class Muon(Optimizer):
             muon_weight_dimension_numbers=numbers,
             consistent_rms=0.2,
         )
-        # Its own would leave what Adam updates without any.
-        return optax.chain(rule, decay(rate, self.weight_decay, axes))
 
 
 def matrix_axes(name: str, axes: tuple[str | None, ...]):

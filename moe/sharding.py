@@ -29,6 +29,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "vocab": ("tensor",),
     "layer": (),
+    "segment": (),
 }
 
 
