@@ -32,7 +32,7 @@ class Model:
     objective: Objective
     costs: flops.Costs
     sequence_length: int
-    num_bytes_V: np.ndarray  # bytes of text that each token gives back
+    num_bytes_2V: np.ndarray  # bytes of text that each token gives back: first, later
     kind: str  # how its sparse layers share out their work: a word of `metrics.health`
 
     @property
@@ -63,14 +63,15 @@ def assemble(
     objective: Objective,
     *,
     token_vocabulary: int,
-    num_bytes_V: np.ndarray | None = None,
+    num_bytes_2V: np.ndarray | None = None,
     batch_size: int,
     sequence_length: int,
     training_tokens: np.ndarray | None = None,
 ) -> Model:
     """The model that a configuration describes.
 
-    num_bytes_V: bytes of text that each of the tokenizer's tokens gives back; one where None.
+    num_bytes_2V: bytes of text that each of the tokenizer's tokens gives back, as a document's
+        first and anywhere else; one where None.
     training_tokens: the training text (N,), for routers that count in it before they start; a
     model whose values are restored needs none.
 
@@ -96,13 +97,13 @@ def assemble(
     for layer in module.moe_layers_of_units()[:1]:
         per_token = layer.router.experts_per_token or per_token
     costs = flops.costs(module, shapes[0], per_token, sequence_length)
-    if num_bytes_V is None:
-        num_bytes_V = np.ones(token_vocabulary, np.int32)
+    if num_bytes_2V is None:
+        num_bytes_2V = np.ones((2, token_vocabulary), np.int32)
     # The objective's own tokens give nothing back.
-    num_bytes_V = np.pad(num_bytes_V, (0, objective.extra_tokens))
+    num_bytes_2V = np.pad(num_bytes_2V, ((0, 0), (0, objective.extra_tokens)))
     shapes = (shapes[0], shapes[1])
     kind = kind_of(module, decision)
-    return Model(graph, shapes, module, objective, costs, sequence_length, num_bytes_V, kind)
+    return Model(graph, shapes, module, objective, costs, sequence_length, num_bytes_2V, kind)
 
 
 def kind_of(module: Transformer, decision: Decision | None) -> str:
@@ -136,7 +137,7 @@ def for_training(
         make,
         objective,
         token_vocabulary=text.tokenizer.vocab_size,
-        num_bytes_V=text.tokenizer.num_bytes_V,
+        num_bytes_2V=text.tokenizer.num_bytes_2V,
         batch_size=shape[0],
         sequence_length=shape[1],
         training_tokens=text.train.token_N,
@@ -191,7 +192,7 @@ def program(model: Model, optimizer, mesh: Mesh, *, steps, seed, accumulate, bat
         model.shapes,
         objective=model.objective,
         optimizer=optimizer.build(axes, steps),
-        num_bytes_V=model.num_bytes_V,
+        num_bytes_2V=model.num_bytes_2V,
         mesh=mesh,
         seed=seed,
         accumulate=accumulate,

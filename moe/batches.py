@@ -155,11 +155,19 @@ class ValidationBatches:
         return Batch(token_BT, target_BT, segment_BT, position_BT, scored_BT, index_B)
 
 
+def bytes_of(token_N: np.ndarray, start_M: np.ndarray, num_bytes_2V: np.ndarray) -> np.ndarray:
+    """Bytes of text that each token gives back (N,); start_M: where document tokens stand."""
+    bytes_N = num_bytes_2V[1, token_N]
+    first_M = start_M[start_M + 1 < len(token_N)] + 1
+    bytes_N[first_M] = num_bytes_2V[0, token_N[first_M]]
+    return bytes_N
+
+
 def choose_spans(
     token_N: np.ndarray,
     start_M: np.ndarray,
     num_bytes_M: np.ndarray,
-    num_bytes_V: np.ndarray,
+    num_bytes_2V: np.ndarray,
     max_bytes: int | None,
 ) -> list[tuple[int, int, int]]:
     """What is taken of the documents with text: (first token, end, bytes), in the stream's order.
@@ -177,10 +185,11 @@ def choose_spans(
             chosen.append((start, end, int(num_bytes_M[m])))
             left -= int(num_bytes_M[m])
             continue
-        # Only as many tokens as can fit: every one of text has at least a byte.
-        total_N = np.cumsum(num_bytes_V[token_N[start : min(end, start + left + 1)]])
+        # Only as many tokens as can fit: behind the first of text, each has at least a byte.
+        fitting_N = token_N[start : min(end, start + left + 2)]
+        total_N = np.cumsum(bytes_of(fitting_N, np.zeros(1, int), num_bytes_2V))
         kept = int(np.searchsorted(total_N, left, side="right"))
-        if kept > 1:  # the first one marks the document
+        if total_N[kept - 1]:
             chosen.append((start, start + kept, int(total_N[kept - 1])))
         break
     return sorted(chosen)

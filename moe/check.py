@@ -332,7 +332,7 @@ def model_step(bench: Bench, accumulate: int = 1, shape=sharding.MeshShape(data=
         (abstract[0], abstract[1]),
         objective=objective,
         optimizer=optax.sgd(0.1),
-        num_bytes_V=np.pad(np.ones(V, np.int32), (0, objective.extra_tokens)),
+        num_bytes_2V=np.ones((2, V + objective.extra_tokens), np.int32),
         mesh=shape.build(jax.devices()[: int(devices)]),
         seed=1,
         accumulate=accumulate,

@@ -8,10 +8,11 @@ from typing import Any
 import gin
 
 from moe import sharding
+from moe.assemble import Model
 from moe.corpus import Corpus
 from moe.errors import UserError
 from moe.evaluate import Evaluation, evaluate, evaluation_step
-from moe.metrics import health
+from moe.metrics import Routing, health, load_scalars
 from moe.restore import Restored, restore_run
 from moe.text_data import PreparedData, TextData
 from moe.tokenizer import Tokenizer
@@ -71,13 +72,25 @@ def evaluate_run(
     return evaluate(step, run, batches, run.mesh)
 
 
-def depths_of(run: Restored) -> dict[str, Any]:
+def depths_of(model: Model) -> dict[str, Any]:
     """The router of a Mixture-of-Depths, where there is one."""
-    depth = run.model.module.depth_router
+    depth = model.module.depth_router
     if depth is None:
         return {}
     name, rule = type(depth).__name__, depth.decoding
     return {"depth_router": name, "depth_capacity": depth.capacity, "depth_evaluation_rule": rule}
+
+
+def loads_of(routing: Routing) -> dict[str, Any]:
+    """Loads and drops of the layers that made choices, None where none did, and how many didn't."""
+    told = load_scalars(routing)
+    return {
+        "max_over_mean_load": told.get("max_over_mean"),
+        "max_over_mean_load_worst": told.get("max_over_mean_worst"),
+        "dropped": told.get("dropped"),
+        "dropped_worst": told.get("dropped_worst"),
+        "layers_without_choices": int((routing.count_LE.sum(1) == 0).sum()),
+    }
 
 
 def run(flags) -> int:
@@ -93,19 +106,16 @@ def run(flags) -> int:
         "bytes": result.bytes,
         "documents": result.documents,
         "router": None if layer is None else type(layer.router).__name__,
-        **depths_of(restored),
+        **depths_of(restored.model),
         "rule": gin.get_bindings("eval").get("rule", "evaluation"),
         "evaluation_rule": None if layer is None else layer.router.decoding,
         "routing": health(result.routing, restored.model.kind),
     }
     if result.routing is not None:
-        load_L, dropped_L = result.routing.load_L, result.routing.dropped_L
-        found |= {"max_over_mean_load": float(load_L.mean())}
-        found |= {"max_over_mean_load_worst": float(load_L.max())}
-        found |= {"dropped": float(dropped_L.mean()), "dropped_worst": float(dropped_L.max())}
+        found |= loads_of(result.routing)
     width = max(map(len, found))
     for name, value in found.items():
-        shown = f"{value:.4f}" if isinstance(value, float) else value
+        shown = f"{value:.4f}" if isinstance(value, float) else "-" if value is None else value
         print(f"{name:<{width}}  {shown}")
     if flags.json:
         Path(flags.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

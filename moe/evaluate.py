@@ -56,9 +56,9 @@ def evaluation_step(model: Model, mesh: Mesh, *, training_rule: bool = False) ->
     def step(params, router_state, batch):
         key = objectives.step_key(0, objectives.EVALUATION)
         module = graph.join(params, router_state)
-        num_bytes_V = jnp.asarray(model.num_bytes_V)
-        batch = objectives.prepared(objective, batch, key, num_bytes_V)
-        text_BT, num_bytes = objectives.text_of(batch, num_bytes_V)
+        num_bytes_2V = jnp.asarray(model.num_bytes_2V)
+        batch = objectives.prepared(objective, batch, key, num_bytes_2V)
+        text_BT, num_bytes = objectives.text_of(objective, batch, num_bytes_2V)
         with placing(sharding.rule(mesh)):
             out = module(objectives.tokens_of(batch, key, train=training_rule))
             nats = cross_entropy_sum(module.head(), out.hidden_BTD, batch.target_BT, text_BT)

@@ -88,15 +88,17 @@ class Routing:
 def health(routing: Routing | None, kind: str = CHOICES) -> str:
     """One word for the routing: the worst that can be said of any layer (docs/metrics.md).
 
-    kind: CHOICES of experts, by tokens or by experts: dead (an expert with less than 1 % of the
-    mean load), dropping (over 10 % of the assignments found no room), skewed (an expert with over
-    twice the mean load), or balanced; the first and the third only beyond chance. NEURONS, SOFT
-    slots and MERGED experts have no loads to judge: the kind itself.
+    kind: CHOICES of experts, by tokens or by experts: idle (no token reached any expert), dead (an
+    expert with less than 1 % of the mean load), dropping (over 10 % of the assignments found no
+    room), skewed (an expert with over twice the mean load), or balanced; dead and skewed only
+    beyond chance. NEURONS, SOFT slots and MERGED experts have no loads to judge: the kind itself.
     """
     if routing is None:
         return DENSE
     if kind != CHOICES:
         return kind
+    if (routing.count_LE.sum(1) == 0).any():
+        return "idle"
     if routing.dead:
         return "dead"
     if routing.dropped_L.max() > 0.1:
@@ -104,14 +106,30 @@ def health(routing: Routing | None, kind: str = CHOICES) -> str:
     return "skewed" if routing.skewed else "balanced"
 
 
-def routing_scalars(routing: Routing, coefficients: dict[str, float]) -> dict[str, float]:
-    """Mean and worst over layers, whatever the number of layers and experts."""
+def load_scalars(routing: Routing) -> dict[str, float]:
+    """Load and drops, mean and worst of the layers that made choices; empty where none did."""
+    chose_L = routing.count_LE.sum(1) > 0
+    if not chose_L.any():
+        return {}
+    load_L, dropped_L = routing.load_L[chose_L], routing.dropped_L[chose_L]
+    return {
+        "max_over_mean": float(load_L.mean()),
+        "max_over_mean_worst": float(load_L.max()),
+        "dropped": float(dropped_L.mean()),
+        "dropped_worst": float(dropped_L.max()),
+    }
+
+
+def routing_scalars(
+    routing: Routing, coefficients: dict[str, float], kind: str = CHOICES
+) -> dict[str, float]:
+    """Mean and worst over layers, whatever the number of layers and experts.
+
+    kind: as in `health`; experts can be dead only where they are chosen.
+    """
     out = {
-        "load/max_over_mean": routing.load_L.mean(),
-        "load/max_over_mean_worst": routing.load_L.max(),
-        "load/dropped": routing.dropped_L.mean(),
-        "load/dropped_worst": routing.dropped_L.max(),
-        "load/dead_experts": routing.dead,
+        **{f"load/{name}": value for name, value in load_scalars(routing).items()},
+        **({"load/dead_experts": routing.dead} if kind == CHOICES else {}),
         "router/entropy": routing.entropy_L.mean(),
         "router/entropy_worst": routing.entropy_L.min(),
         "router/logit_size": routing.logit_size_L.mean(),

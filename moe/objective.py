@@ -22,9 +22,13 @@ class NextToken:
     causal = True
     extra_tokens = 0
 
-    def prepare(self, batch: Batch, key: jax.Array, num_bytes_V: jax.Array) -> Batch:
+    def prepare(self, batch: Batch, key: jax.Array, num_bytes_2V: jax.Array) -> Batch:
         """The batch as it is."""
         return batch
+
+    def before_BT(self, batch: Batch) -> jax.Array:
+        """The token before each target: the input."""
+        return jnp.asarray(batch.token_BT)
 
 
 @gin.configurable
@@ -45,7 +49,7 @@ class MaskedToken:
         if not 0 < self.rate < 1:
             raise ValueError(f"MaskedToken.rate={self.rate} must lie between 0 and 1")
 
-    def prepare(self, batch: Batch, key: jax.Array, num_bytes_V: jax.Array) -> Batch:
+    def prepare(self, batch: Batch, key: jax.Array, num_bytes_2V: jax.Array) -> Batch:
         """The batch with tokens hidden; the draw depends on key and sequence number alone.
 
         Only where the batch scores: a window's context is hidden in the window that scores it.
@@ -53,16 +57,20 @@ class MaskedToken:
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(batch.index_B))
         tokens = batch.token_BT.shape[1]
         draw_BT = jax.vmap(lambda key: jax.random.uniform(key, (tokens,)))(keys_B)
-        may_BT = (batch.segment_BT > 0) & batch.scored_BT & (num_bytes_V[batch.token_BT] > 0)
+        may_BT = (batch.segment_BT > 0) & batch.scored_BT & (num_bytes_2V[1, batch.token_BT] > 0)
         draw_BT = jnp.where(may_BT, draw_BT, 2.0)
         least_B1 = jnp.maximum(draw_BT.min(axis=1, keepdims=True), self.rate)
         hidden_BT = may_BT & (draw_BT <= least_B1)
         return dataclasses.replace(
             batch,
-            token_BT=jnp.where(hidden_BT, len(num_bytes_V) - 1, batch.token_BT),
+            token_BT=jnp.where(hidden_BT, num_bytes_2V.shape[1] - 1, batch.token_BT),
             target_BT=batch.token_BT,
             scored_BT=hidden_BT,
         )
+
+    def before_BT(self, batch: Batch) -> jax.Array:
+        """The token before each target of a prepared batch; the mask, -1, where it isn't known."""
+        return jnp.pad(batch.target_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
 
 
 Objective = NextToken | MaskedToken
@@ -91,22 +99,28 @@ def step_key(seed, step) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
-def prepared(objective: Objective, batch: Batch, key: jax.Array, num_bytes_V: jax.Array) -> Batch:
+def prepared(objective: Objective, batch: Batch, key: jax.Array, num_bytes_2V: jax.Array) -> Batch:
     """The batch as the objective wants it.
 
-    num_bytes_V: bytes of text that each token of the model's vocabulary gives back.
+    num_bytes_2V: bytes of text that each token of the model's vocabulary gives back, as a
+        document's first and anywhere else; 0 in both for tokens that are not of text.
     """
-    return objective.prepare(batch, jax.random.fold_in(key, _MASKING), num_bytes_V)
+    return objective.prepare(batch, jax.random.fold_in(key, _MASKING), num_bytes_2V)
 
 
-def text_of(batch: Batch, num_bytes_V: jax.Array) -> tuple[jax.Array, jax.Array]:
+def text_of(
+    objective: Objective, batch: Batch, num_bytes_2V: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Where a prepared batch scores text (B, T), and how many bytes of it: int32.
 
     One mask for what bits per byte divides: tokens that mark documents are learned, and neither
     their nats nor any bytes count.
     """
-    bytes_BT = jnp.where(batch.scored_BT, num_bytes_V[batch.target_BT], 0)
-    return bytes_BT > 0, bytes_BT.sum(dtype=jnp.int32)
+    first_V, later_V = num_bytes_2V
+    text_BT = batch.scored_BT & (later_V[batch.target_BT] > 0)
+    starts_BT = later_V[objective.before_BT(batch)] == 0
+    bytes_BT = jnp.where(starts_BT, first_V[batch.target_BT], later_V[batch.target_BT])
+    return text_BT, jnp.where(text_BT, bytes_BT, 0).sum(dtype=jnp.int32)
 
 
 def tokens_of(batch: Batch, key: jax.Array, *, train: bool) -> Tokens:

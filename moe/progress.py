@@ -85,17 +85,18 @@ class Display:
             self._bar.remove_task(task)
 
 
-def line(scalars: dict[str, float], word: str) -> str:
+def line(scalars: dict[str, float], word: str, loads: bool = True) -> str:
     """Such as: loss 3.21 bpb 1.93 12,345 tok/s load 1.21 drop 0.3% balanced.
 
     Load, drop and the word are those of the worst layer; docs/metrics.md defines each.
+    loads: whether experts are chosen, so that there are loads to tell of.
     """
     parts = [
         f"loss {scalars['loss']:.3f}",
         *([f"bpb {scalars['bits_per_byte']:.3f}"] if "bits_per_byte" in scalars else []),
         f"{scalars['speed/tokens_per_second']:,.0f} tok/s",
     ]
-    if "load/max_over_mean_worst" in scalars:
+    if loads and "load/max_over_mean_worst" in scalars:
         parts += [
             f"load {scalars['load/max_over_mean_worst']:.2f}",
             f"drop {scalars['load/dropped_worst']:.1%}",

@@ -74,8 +74,9 @@ class Recorder:
     def _log(self, step: int, measured: StepMetrics) -> None:
         routing = metrics.Routing.of(measured.routers) if measured.routers else None
         scalars = self._scalars(step, measured, routing)
-        word = metrics.health(routing, self.built.kind)
-        self.display.update(step, progress.line(scalars, word), self.clock.left)
+        kind = self.built.kind
+        line = progress.line(scalars, metrics.health(routing, kind), loads=kind == metrics.CHOICES)
+        self.display.update(step, line, self.clock.left)
         if self.logs is not None:
             self.logs.scalars(step, scalars)
             if routing is not None:
@@ -93,7 +94,9 @@ class Recorder:
             **self.clock.speed(routing),
         }
         if routing is not None:
-            scalars |= metrics.routing_scalars(routing, self.built.loss_coefficients)
+            scalars |= metrics.routing_scalars(
+                routing, self.built.loss_coefficients, self.built.kind
+            )
         if measured.depths is not None:
             scalars |= {f"depth/{name}": float(v.mean()) for name, v in measured.depths.items()}
         assert len(scalars) <= metrics.MOST_SCALARS, sorted(scalars)

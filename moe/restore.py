@@ -58,7 +58,7 @@ def restore_run(
         settings.get("model", Transformer),
         settings["objective"] or NextToken(),
         token_vocabulary=tokenizer.vocab_size,
-        num_bytes_V=tokenizer.num_bytes_V,
+        num_bytes_2V=tokenizer.num_bytes_2V,
         **sizes,
     )
     params, router_state, step = read_values(folder, model, mesh, step, say)

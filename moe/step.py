@@ -72,7 +72,7 @@ class Program:
 class Step:
     """The pure functions of a run: for a model, an objective, an optimizer and a mesh.
 
-    num_bytes_V: bytes of text that each token gives back.
+    num_bytes_2V: bytes of text that each token gives back, as a document's first and elsewhere.
     whole_step_losses: with more than one micro-batch, run all of them forward first, so that
     losses on the whole step's statistics are exact.
     """
@@ -81,7 +81,7 @@ class Step:
     abstract: tuple[Arrays, Arrays]
     objective: objectives.Objective
     optimizer: optax.GradientTransformation
-    num_bytes_V: np.ndarray
+    num_bytes_2V: np.ndarray
     mesh: Mesh
     seed: int
     accumulate: int = 1
@@ -109,8 +109,8 @@ class Step:
     def gradients(self, state: TrainState, batch: Batch) -> tuple[Arrays, StepMetrics]:
         """Exact gradients of the batch, whatever the number of micro-batches."""
         key = objectives.step_key(self.seed, state.step)
-        num_bytes_V = jnp.asarray(self.num_bytes_V)
-        batch = objectives.prepared(self.objective, batch, key, num_bytes_V)
+        num_bytes_2V = jnp.asarray(self.num_bytes_2V)
+        batch = objectives.prepared(self.objective, batch, key, num_bytes_2V)
         scored = jnp.maximum(batch.scored_BT.sum(), 1)
         valid = jnp.maximum((batch.segment_BT > 0).sum(), 1)
         grad = jax.value_and_grad(self._loss, has_aux=True)
@@ -131,7 +131,7 @@ class Step:
             grads, (loss, text_nats, routers, depths) = summed(
                 lambda micro: one(micro, share_of(statistics, micro, valid)), micros
             )
-        text_bytes = objectives.text_of(batch, num_bytes_V)[1]
+        text_bytes = objectives.text_of(self.objective, batch, num_bytes_2V)[1]
         norms = grad_norms(grads)
         return grads, StepMetrics(
             loss, scored, text_nats, text_bytes, routers, norms, depths=depths
@@ -141,7 +141,8 @@ class Step:
         """This micro-batch's part of the step's loss, and what it measured."""
         model = self.graph.join(params, state.router_state)
         out = model(objectives.tokens_of(batch, key, train=True), whole)
-        text_BT, _ = objectives.text_of(batch, jnp.asarray(self.num_bytes_V))
+        num_bytes_2V = jnp.asarray(self.num_bytes_2V)
+        text_BT, _ = objectives.text_of(self.objective, batch, num_bytes_2V)
         nats, text_nats = cross_entropy_sums(
             model.head(), out.hidden_BTD, batch.target_BT, batch.scored_BT, text_BT
         )

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import gin
+import numpy as np
 
 from moe.batches import (
     TrainBatches,
     ValidationBatches,
+    bytes_of,
     choose_spans,
     masked_pieces_of,
     pack,
@@ -111,7 +113,7 @@ class PreparedData:
             stream.token_N,
             stream.start_M,
             stream.num_bytes_M,
-            self.tokenizer.num_bytes_V,
+            self.tokenizer.num_bytes_2V,
             max_bytes,
         )
         if not spans:
@@ -129,6 +131,21 @@ class PreparedData:
             num_bytes=sum(num_bytes for *_, num_bytes in spans),
             num_documents=len(spans),
             shift=1 if causal else 0,
+        )
+
+
+def _check_bytes(stream: TokenStream, tokenizer: Tokenizer) -> None:
+    """Raise UserError where a held-out document's tokens don't give back its bytes together."""
+    start_M = stream.start_M[:-1]
+    bytes_N = bytes_of(stream.token_N, start_M, tokenizer.num_bytes_2V)
+    found_M = np.add.reduceat(bytes_N, start_M, dtype=np.int64)
+    wrong = np.flatnonzero(found_M != stream.num_bytes_M)
+    if len(wrong):
+        m = wrong[0]
+        raise UserError(
+            f"the tokens of held-out document {m + 1} give back {found_M[m]} bytes, and it has "
+            f"{stream.num_bytes_M[m]}: with this tokenizer bits per byte would be wrong; use a "
+            "byte-level one, such as TextData.tokenizer = @TrainedBPE()"
         )
 
 
@@ -188,6 +205,7 @@ class TextData:
         say(f"tokenising {train.num_bytes + validation.num_bytes:,} bytes")
         train_stream = self._stream(train, tokenizer)
         validation_stream = self._stream(validation, tokenizer)
+        _check_bytes(validation_stream, tokenizer)
         return PreparedData(
             info=self._info(train, validation, train_stream, validation_stream),
             tokenizer=tokenizer,

@@ -50,7 +50,8 @@ class Tokenizer(Protocol):
     Attributes:
         vocab_size: one more than the largest token id.
         document_id: the token that starts each document; `decode` leaves it out.
-        num_bytes_V: bytes of text that each token gives back, int32; 0 for the document token.
+        num_bytes_2V: bytes of text that each token gives back, int32: as a document's first token,
+            where some decoders drop a space, and anywhere else; 0 for the document token.
         fingerprint: equal for two tokenizers only if they encode alike.
     """
 
@@ -64,7 +65,7 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str: ...
 
     @property
-    def num_bytes_V(self) -> np.ndarray: ...
+    def num_bytes_2V(self) -> np.ndarray: ...
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
 
@@ -88,7 +89,7 @@ class ByteTokenizer:
     vocab_size = 257
     document_id = 256
     fingerprint = "bytes"
-    num_bytes_V = np.array([1] * 256 + [0], np.int32)
+    num_bytes_2V = np.array([[1] * 256 + [0]] * 2, np.int32)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [list(text.encode("utf-8")) for text in texts]
@@ -115,34 +116,39 @@ class SubwordTokenizer:
         self.fingerprint: str = hashlib.sha256(inner.to_str().encode()).hexdigest()
 
     @property
-    def num_bytes_V(self) -> np.ndarray:
-        return self._num_bytes_V
+    def num_bytes_2V(self) -> np.ndarray:
+        return self._num_bytes_2V
 
     @functools.cached_property
-    def _num_bytes_V(self) -> np.ndarray:
+    def _num_bytes_2V(self) -> np.ndarray:
         """Of a byte-level token one for each of its letters, of others what they decode to.
 
-        Others are decoded behind a letter, since a tokenizer may drop a space at the start.
+        Others are decoded alone, as at a document's start, and behind themselves.
         """
         inner = self._inner
+        vocabulary = inner.get_vocab(with_added_tokens=True)
         content = json.loads(inner.to_str())
-        num_bytes_V = np.zeros(self.vocab_size, np.int32)
         added = {one["id"] for one in content["added_tokens"]}
-        byte_level = '"type": "ByteLevel"' in json.dumps(content["decoder"])
-        letter = inner.encode("a", add_special_tokens=False).ids[-1:]
-        before = len(inner.decode(letter).encode())
-        for token, i in inner.get_vocab(with_added_tokens=True).items():
-            if i in added:
-                num_bytes_V[i] = len(token.encode())
-            elif byte_level:
-                num_bytes_V[i] = len(token)
-            elif re.fullmatch("<0x[0-9A-F]{2}>", token):
-                num_bytes_V[i] = 1
-            else:
-                both = inner.decode([*letter, i], skip_special_tokens=False)
-                num_bytes_V[i] = len(both.encode()) - before
-        num_bytes_V[self.document_id] = 0
-        return num_bytes_V
+        kinds = set(re.findall('"type": "([A-Za-z]+)"', json.dumps(content["decoder"])))
+        num_bytes_2V = np.zeros((2, self.vocab_size), np.int32)
+        if "ByteLevel" in kinds:
+            for token, i in vocabulary.items():
+                num_bytes_2V[:, i] = len(token.encode()) if i in added else len(token)
+        else:
+            ids = list(vocabulary.values())
+            once_V, twice_V = (
+                [
+                    len(text.encode())
+                    for text in inner.decode_batch(lists, skip_special_tokens=False)
+                ]
+                for lists in ([[i] for i in ids], [[i, i] for i in ids])
+            )
+            num_bytes_2V[:, ids] = once_V, np.subtract(twice_V, once_V)
+            if "ByteFallback" in kinds:  # one alone is not UTF-8
+                found = [i for t, i in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", t)]
+                num_bytes_2V[:, found] = 1
+        num_bytes_2V[:, self.document_id] = 0
+        return num_bytes_2V
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         encodings = self._inner.encode_batch_fast(texts, add_special_tokens=False)

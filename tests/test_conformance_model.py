@@ -181,7 +181,8 @@ def program(setting):
         tuple(abstract),
         objective=objective,
         optimizer=optimizer,
-        num_bytes_V=np.ones(graph.join(*abstract).vocab_size, np.int32),
+        # Token 0 is not of text: what is told of text is not the loss, and some documents start.
+        num_bytes_2V=np.minimum(np.arange(graph.join(*abstract).vocab_size), [[1], [2]]),
         mesh=shape.build(jax.devices()[: math.prod(setting.mesh)]),
         seed=1,
         accumulate=setting.accumulate,

@@ -1,11 +1,12 @@
 """The word for a run's routing, the numbers beside it, and the line that a person reads."""
 
 import math
+import re
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import Runs, lines
+from tiny import ROOT, Runs, lines
 
 from moe.flops import Costs
 from moe.metrics import Routing, bits_per_byte, health, routing_scalars, speed_scalars
@@ -36,6 +37,7 @@ WORDS = {
     "skewed": routing([[200, 40, 40, 40]]),  # 200 / 80 = 2.5 times the mean
     "dropping": routing(EVEN, kept=[[80, 80, 80, 40]]),  # 40 of 320 dropped
     "dead": routing([[160, 160, 0, 0]], kept=[[80, 80, 0, 0]]),
+    "idle": routing([[0, 0, 0, 0], [80, 80, 80, 80]]),
     "dense": None,
 }
 
@@ -43,6 +45,12 @@ WORDS = {
 @pytest.mark.parametrize("word", WORDS)
 def test_the_word_is_the_worst_that_can_be_said(word):
     assert health(WORDS[word]) == word
+
+
+def test_every_word_is_defined_where_users_look():
+    documented = (ROOT / "docs" / "metrics.md").read_text()
+    for word in {*WORDS, "neurons", "soft", "merged"}:
+        assert f"`{word}`" in documented
 
 
 def test_one_bad_layer_among_good_ones_is_told():
@@ -72,6 +80,17 @@ def test_a_layer_without_choices_drops_nothing():
     found = routing([[0, 0, 0, 0], [200, 40, 40, 40]])
     np.testing.assert_array_equal(found.dropped_L, [0, 0])
     np.testing.assert_allclose(found.load_L, [0, 2.5])
+    told = routing_scalars(found, {"balance": 0.0, "z": 0.0})
+    assert told["load/max_over_mean"] == told["load/max_over_mean_worst"] == 2.5
+    nothing = routing_scalars(routing([[0] * 4]), {"balance": 0.0, "z": 0.0})
+    assert "load/max_over_mean" not in nothing and "load/dropped" not in nothing
+
+
+@pytest.mark.parametrize("kind", ["neurons", "soft", "merged"])
+def test_only_experts_that_are_chosen_can_be_dead(kind):
+    coefficients = {"balance": 0.0, "z": 0.0}
+    assert routing_scalars(WORDS["dead"], coefficients)["load/dead_experts"] == 2
+    assert "load/dead_experts" not in routing_scalars(WORDS["dead"], coefficients, kind)
 
 
 def test_losses_are_told_scaled_and_unscaled():
@@ -132,6 +151,9 @@ def test_the_line_holds_what_is_worth_knowing():
     }
     expected = "loss 3.205 bpb 1.935 12,345 tok/s load 1.21 drop 0.3% balanced"
     assert line(scalars, "balanced") == expected
+    assert line(scalars, "soft", loads=False) == "loss 3.205 bpb 1.935 12,345 tok/s soft"
+    silent = {name: value for name, value in scalars.items() if name != "bits_per_byte"}
+    assert "bpb" not in line(silent, "balanced")  # a step that scored no text
     dense = {name: value for name, value in scalars.items() if not name.startswith("load")}
     assert line(dense, "dense") == "loss 3.205 bpb 1.935 12,345 tok/s dense"
 
@@ -155,6 +177,10 @@ def test_the_word_of_a_real_run(word, runs, capsys):
     out = capsys.readouterr().out
     assert f"% {word}" in out
     last = lines(run / "metrics.jsonl")[-1]
+    documented = (ROOT / "docs" / "metrics.md").read_text()
+    for name in set(last) - {"step"}:
+        general = re.sub("^(router_loss|router_loss_scaled)/[a-z]+", r"\1/NAME", name)
+        assert f"`{general}`" in documented, name
     if word == "dropping":
         # ceil(0.3 * 2 * 32 / 4) = 5 slots for each expert: at most 20 of 64 choices find one
         assert last["load/dropped"] >= 1 - 20 / 64

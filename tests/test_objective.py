@@ -16,10 +16,10 @@ from moe.corpus import JsonLines
 from moe.errors import UserError
 from moe.objective import MaskedToken, NextToken
 from moe.text_data import TextData
-from moe.tokenizer import Bytes, TrainedBPE
+from moe.tokenizer import Bytes, TokenizerFile, TrainedBPE
 
 DOCUMENTS, LETTERS, ENTROPY = 4000, 3, 4.0  # letters are drawn from 16: 4 bits each
-BYTES_V = jnp.asarray([1] * 256 + [0, 0])  # of bytes, the document token and the mask
+BYTES_2V = jnp.asarray([[1] * 256 + [0, 0]] * 2)  # of bytes, the document token and the mask
 MASK = 257
 
 
@@ -74,7 +74,7 @@ def batch_of(*texts: bytes) -> Batch:
 
 
 def hide(rate: float, batch: Batch, seed: int = 0) -> Batch:
-    return objectives.prepared(MaskedToken(rate), batch, jax.random.key(seed), BYTES_V)
+    return objectives.prepared(MaskedToken(rate), batch, jax.random.key(seed), BYTES_2V)
 
 
 def test_documents_tokens_and_padding_are_never_hidden_and_every_letter_may_be():
@@ -101,9 +101,9 @@ def test_a_rate_that_cannot_be_is_refused(rate):
 
 def test_the_bytes_that_count_are_those_behind_the_scored_tokens():
     batch = batch_of(b"abc", b"ab")
-    text_BT, num_bytes = objectives.text_of(hide(0.5, batch), BYTES_V)
+    text_BT, num_bytes = objectives.text_of(MaskedToken(), hide(0.5, batch), BYTES_2V)
     assert int(num_bytes) == int(text_BT.sum()) > 0
-    text_BT, num_bytes = objectives.text_of(batch, BYTES_V)
+    text_BT, num_bytes = objectives.text_of(NextToken(), batch, BYTES_2V)
     assert int(num_bytes) == 5 and not np.asarray(text_BT)[:, 0].any()
 
 
@@ -126,9 +126,95 @@ def test_held_out_text_for_masked_tokens_is_all_of_it(letters, spec, tmp_path):
     data = TextData(JsonLines(str(letters)), spec, cache_dir=tmp_path).prepare()
     batches = data.validation_batches(8, 6, causal=False)
     scored = [batch.token_BT[batch.scored_BT] for batch in batches]
-    table_V = data.tokenizer.num_bytes_V
+    table_V = data.tokenizer.num_bytes_2V[1]
     assert table_V[np.concatenate(scored)].sum() == data.info.validation_bytes
     assert sum(map(len, scored)) == len(data.validation.token_N)
+
+
+def sentence_pieces(texts, path):
+    """As Llama 2's: a space before every text, dropped again; bytes for what has no token."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+    fallback = [f"<0x{byte:02X}>" for byte in range(256)]
+    vocabulary = {token: i for i, token in enumerate(fallback)}
+    inner = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    inner.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = inner.normalizer
+    trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=60, show_progress=False))
+    content = json.loads(inner.to_str())
+    merged = json.loads(trained.to_str())["model"]
+    content["model"]["vocab"] |= {t: 256 + i for i, t in enumerate(merged["vocab"])}
+    content["model"]["merges"] = merged["merges"]
+    path.write_text(json.dumps(content))
+    return TokenizerFile(str(path))
+
+
+def suffixed(texts, path):
+    """Words end in a suffix that decodes to a space, and to nothing at a document's end."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    inner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.decoder = decoders.BPEDecoder(suffix="</w>")
+    trainer = trainers.BpeTrainer(vocab_size=60, end_of_word_suffix="</w>", show_progress=False)
+    inner.train_from_iterator(texts, trainer)
+    inner.save(str(path))
+    return TokenizerFile(str(path))
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """Short documents of words that the vocabularies cover, and one of letters they don't."""
+    draw, path = random.Random(0), tmp_path_factory.mktemp("words") / "words.jsonl"
+    texts = [
+        " ".join("".join(draw.choices("abcdefgh", k=draw.randint(1, 4))) for _ in range(3))
+        for _ in range(60)
+    ]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, "\u4eca \xe9a"]))
+    return path, texts
+
+
+@pytest.mark.parametrize("spec", ["Bytes", "TrainedBPE", "sentence_pieces"])
+@pytest.mark.parametrize("objective", [NextToken(), MaskedToken(rate=1 - 1e-7)], ids=repr)
+def test_the_bytes_of_scored_tokens_add_up_to_the_documents(words, spec, objective, tmp_path):
+    """Else short documents cost fewer bits per byte than their entropy."""
+    path, texts = words
+    made = {
+        "Bytes": Bytes,
+        "TrainedBPE": lambda: TrainedBPE(vocab_size=270),
+        "sentence_pieces": lambda: sentence_pieces(texts, tmp_path / "mine.json"),
+    }[spec]()
+    corpus = JsonLines(str(path))
+    data = TextData(corpus, made, validation_corpus=corpus, cache_dir=tmp_path).prepare()
+    extra = ((0, 0), (0, objective.extra_tokens))
+    num_bytes_2V = jnp.asarray(np.pad(data.tokenizer.num_bytes_2V, extra))
+    key, num_bytes, scored = jax.random.key(0), 0, 0
+    for batch in data.validation_batches(8, 32, causal=objective.causal):
+        batch = objectives.prepared(objective, batch, key, num_bytes_2V)
+        text_BT, found = objectives.text_of(objective, batch, num_bytes_2V)
+        num_bytes, scored = num_bytes + int(found), scored + int(text_BT.sum())
+    assert num_bytes == data.info.validation_bytes
+    assert scored == data.info.validation_tokens  # those that give back nothing cost bits too
+
+
+def test_a_tokenizer_whose_tokens_do_not_add_up_is_refused(words, tmp_path):
+    _, texts = words
+    path = tmp_path / "plain.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    corpus, spec = JsonLines(str(path)), suffixed(texts, tmp_path / "mine.json")
+    with pytest.raises(UserError, match=r"document 1 give back \d+ bytes, and it has \d+: .*wrong"):
+        TextData(corpus, spec, validation_corpus=corpus, cache_dir=tmp_path).prepare()
 
 
 def test_as_much_is_scored_as_was_asked_for(tmp_path):
@@ -142,7 +228,7 @@ def test_as_much_is_scored_as_was_asked_for(tmp_path):
         data = TextData(corpus, spec, validation_corpus=corpus, cache_dir=tmp_path).prepare()
         for causal in (True, False):
             batches = data.validation_batches(4, 32, max_bytes=800, causal=causal)
-            table_V, found = data.tokenizer.num_bytes_V, 0
+            table_V, found = data.tokenizer.num_bytes_2V[1], 0
             for batch in batches:
                 found += int(table_V[batch.target_BT[batch.scored_BT]].sum())
             assert found == batches.num_bytes and 750 < found <= 800
@@ -151,5 +237,5 @@ def test_as_much_is_scored_as_was_asked_for(tmp_path):
 
 
 def test_next_token_scores_the_end_of_documents_but_counts_no_bytes_for_it():
-    batch = NextToken().prepare(batch_of(b"ab"), jax.random.key(0), BYTES_V)
+    batch = NextToken().prepare(batch_of(b"ab"), jax.random.key(0), BYTES_2V)
     assert np.asarray(batch.scored_BT).all()

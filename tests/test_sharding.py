@@ -243,7 +243,7 @@ def test_experts_live_where_the_mesh_says():
         tuple(abstract),
         objective=NextToken(),
         optimizer=optax.adam(1e-3),
-        num_bytes_V=np.ones(graph.join(*abstract).vocab_size, np.int32),
+        num_bytes_2V=np.ones((2, graph.join(*abstract).vocab_size), np.int32),
         mesh=mesh,
         seed=0,
     ).program()

@@ -47,6 +47,14 @@ def test_round_trip_of_odd_text(tokenizer, text):
     assert tokenizer.decode([tokenizer.document_id, *ids, tokenizer.document_id]) == text
 
 
+def test_the_bytes_of_a_text_s_tokens_are_the_text_s(tokenizer, library):
+    for text in [*ODD, *library[:3]]:
+        [ids] = tokenizer.encode_batch([text])
+        for row_V in tokenizer.num_bytes_2V:
+            assert row_V[ids].sum() == len(text.encode()) and row_V[tokenizer.document_id] == 0
+    assert tokenizer.num_bytes_2V.shape == (2, tokenizer.vocab_size)
+
+
 def test_round_trip_of_real_text(tokenizer, library):
     assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(library)] == library
 
