@@ -8,6 +8,7 @@ import collections
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
+import functools
 import itertools
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,20 @@ if TYPE_CHECKING:  # it brings in JAX, and a config that names this file should 
     import moe.batch
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Tokens start to end of the stream, of which windows are drawn with a weight."""
+
+    start: int
+    end: int
+    weight: float
+
+
 class TrainBatches:
-    """Shuffled windows of T tokens and their successors; another order and offset each epoch."""
+    """Shuffled windows of T tokens and their successors; another order and offset each epoch.
+
+    shares: parts of the stream with windows of their own, drawn by weight; all of it where None.
+    """
 
     def __init__(
         self,
@@ -29,14 +42,22 @@ class TrainBatches:
         sequence_length: int,
         seed: int,
         document_id: int | None,
+        shares: Sequence[Share] | None = None,
     ):
         import grain
 
         self._token_N, self._seed, self._document_id = token_N, seed, document_id
         self._batch_size, self._length = batch_size, sequence_length
-        self.windows_per_epoch = (len(token_N) - 1) // sequence_length
-        windows = grain.MapDataset.range(self.windows_per_epoch).seed(seed % 2**32)
-        self._windows = windows.shuffle().repeat().map_with_index(self._window)
+        shares = shares or (Share(0, len(token_N), 1.0),)
+        made, self.windows_per_epoch = [], 0
+        for number, share in enumerate(shares):
+            count = (share.end - share.start - 1) // sequence_length
+            windows = grain.MapDataset.range(count).seed((seed + number) % 2**32)
+            window = functools.partial(self._window, share, count)
+            self.windows_per_epoch += count
+            made.append(windows.shuffle().repeat().map_with_index(window))
+        weights = [share.weight for share in shares]
+        self._windows = made[0] if len(made) == 1 else grain.MapDataset.mix(made, weights)
 
     def batch(self, i: int, rows: slice | None = None) -> "moe.batch.Batch":
         """Batch i, or this host's rows of it."""
@@ -58,12 +79,13 @@ class TrainBatches:
                 made.append(thread.submit(self.batch, i, rows))
                 yield batch
 
-    def _window(self, index: int, window: int) -> np.ndarray:
-        start = window * self._length + self._offset(index // self.windows_per_epoch)
+    def _window(self, share: Share, count: int, index: int, window: int) -> np.ndarray:
+        token_N = self._token_N[share.start : share.end]
+        start = window * self._length + self._offset(index // count)
         end = start + self._length + 1
-        if end <= len(self._token_N):
-            return self._token_N[start:end]
-        return self._token_N.take(np.arange(start, end), mode="wrap")  # on to the first document
+        if end <= len(token_N):
+            return token_N[start:end]
+        return token_N.take(np.arange(start, end), mode="wrap")  # on to the first document
 
     def _offset(self, epoch: int) -> int:
         """Where the epoch's first window starts, so that documents are cut elsewhere each time."""

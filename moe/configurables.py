@@ -18,6 +18,8 @@ from layers import (
 from moe import (
     corpus,
     eval_command,
+    loggers,
+    mixture,
     model,
     objective,
     optimizer,
@@ -28,6 +30,7 @@ from moe import (
     train,
 )
 from routing import (
+    balance_losses,
     balancers,
     base,
     capacity,

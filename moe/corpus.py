@@ -234,10 +234,13 @@ class Part:
     entries: Sequence[Entry]
     chosen: Sequence[bool]
 
+    def documents(self) -> Iterator[Document]:
+        """The chosen documents, in the corpus's order."""
+        return itertools.compress(self.corpus.documents(), self.chosen)
+
     def texts(self) -> Iterator[str]:
-        """The chosen documents' texts, in the corpus's order."""
-        documents = itertools.compress(self.corpus.documents(), self.chosen)
-        return (document.text for document in documents)
+        """Their texts."""
+        return (document.text for document in self.documents())
 
     @property
     def num_documents(self) -> int:

@@ -24,7 +24,7 @@ class Fitted:
 
     tokenizer: Tokenizer
 
-    def fit(self, texts, cache_dir: Path, fingerprint: str) -> Tokenizer:
+    def fit(self, texts, cache_dir: Path, fingerprint: str, say=None) -> Tokenizer:
         return self.tokenizer
 
 

@@ -10,15 +10,15 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+import time
 from typing import Any
 
 import gin
-import numpy as np
 
 from moe.batches import (
+    Share,
     TrainBatches,
     ValidationBatches,
-    bytes_of,
     choose_spans,
     masked_pieces_of,
     pack,
@@ -26,6 +26,7 @@ from moe.batches import (
 )
 from moe.corpus import Corpus, Part, digest_of, split, whole
 from moe.errors import UserError
+from moe.mixture import shares_of
 from moe.token_cache import TokenStream, default_cache_dir, token_stream
 from moe.tokenizer import Tokenizer, TokenizerSpec, TrainedBPE
 
@@ -61,6 +62,7 @@ class PreparedData:
     validation_part: Part
     isolate_documents: bool
     cache_dir: Path
+    shares: tuple[Share, ...] = ()  # of a mixture of corpora
 
     def fingerprint(self) -> dict[str, Any]:
         """What has to be equal for a run to go on: the text, its split, tokens and isolation."""
@@ -69,6 +71,7 @@ class PreparedData:
             "validation_sha256": self.validation_part.sha256,
             "tokenizer": self.tokenizer.fingerprint,
             "isolate_documents": self.isolate_documents,
+            **({"mixture": [share.weight for share in self.shares]} if self.shares else {}),
         }
 
     def train_batches(self, batch_size: int, sequence_length: int, seed: int) -> TrainBatches:
@@ -81,7 +84,15 @@ class PreparedData:
                 f"needs {need}; give more text or a shorter sequence"
             )
         document_id = self.tokenizer.document_id if self.isolate_documents else None
-        return TrainBatches(self.train.token_N, batch_size, sequence_length, seed, document_id)
+        shares = self.shares or (Share(0, have, 1.0),)
+        short = [share for share in shares if share.end - share.start < need]
+        if short:
+            raise UserError(
+                f"a corpus of the mixture has {short[0].end - short[0].start} tokens to train on, "
+                f"but sequence_length={sequence_length} needs {need}"
+            )
+        sizes = batch_size, sequence_length
+        return TrainBatches(self.train.token_N, *sizes, seed, document_id, shares)
 
     def validation_batches(
         self,
@@ -134,19 +145,17 @@ class PreparedData:
         )
 
 
-def _check_bytes(stream: TokenStream, tokenizer: Tokenizer) -> None:
-    """Raise UserError where a held-out document's tokens don't give back its bytes together."""
-    start_M = stream.start_M[:-1]
-    bytes_N = bytes_of(stream.token_N, start_M, tokenizer.num_bytes_2V)
-    found_M = np.add.reduceat(bytes_N, start_M, dtype=np.int64)
-    wrong = np.flatnonzero(found_M != stream.num_bytes_M)
-    if len(wrong):
-        m = wrong[0]
-        raise UserError(
-            f"the tokens of held-out document {m + 1} give back {found_M[m]} bytes, and it has "
-            f"{stream.num_bytes_M[m]}: with this tokenizer bits per byte would be wrong; use a "
-            "byte-level one, such as TextData.tokenizer = @TrainedBPE()"
-        )
+def seldom(say: Say, seconds: float = 10.0) -> Say:
+    """Says a line where the one before it is so long ago; of lines that come thick and fast."""
+    last = time.monotonic()
+
+    def now_and_then(line: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            say(line)
+
+    return now_and_then
 
 
 def _check_sizes(batch_size: int, sequence_length: int) -> None:
@@ -196,16 +205,17 @@ class TextData:
         """Read, split and tokenise the text, or find it in the cache; `say` tells of each phase.
 
         Raises:
-            UserError: for text that is missing, empty, not UTF-8 or cannot be split.
+            UserError: for text that is missing, empty, not UTF-8 or cannot be split, or that the
+                tokenizer does not give back.
         """
         say(f"reading the corpus {self.corpus.name}")
         train, validation = self._parts()
+        now_and_then = seldom(say)
         say(f"fitting the tokenizer to {train.num_bytes:,} bytes")
-        tokenizer = self.tokenizer.fit(train.texts, self.cache_dir, train.sha256)
+        tokenizer = self.tokenizer.fit(train.texts, self.cache_dir, train.sha256, now_and_then)
         say(f"tokenising {train.num_bytes + validation.num_bytes:,} bytes")
-        train_stream = self._stream(train, tokenizer)
-        validation_stream = self._stream(validation, tokenizer)
-        _check_bytes(validation_stream, tokenizer)
+        train_stream = self._stream(train, tokenizer, now_and_then)
+        validation_stream = self._stream(validation, tokenizer, now_and_then)
         return PreparedData(
             info=self._info(train, validation, train_stream, validation_stream),
             tokenizer=tokenizer,
@@ -215,6 +225,7 @@ class TextData:
             validation_part=validation,
             isolate_documents=self.isolate_documents,
             cache_dir=self.cache_dir,
+            shares=shares_of(self.corpus, train, train_stream),
         )
 
     def _parts(self) -> tuple[Part, Part]:
@@ -222,15 +233,9 @@ class TextData:
             return split(self.corpus, self.validation_fraction, self.split_seed)
         return whole(self.corpus), whole(self.validation_corpus)
 
-    def _stream(self, part: Part, tokenizer: Tokenizer) -> TokenStream:
-        return token_stream(
-            part.texts,
-            encode_batch=tokenizer.encode_batch,
-            document_id=tokenizer.document_id,
-            vocab_size=tokenizer.vocab_size,
-            key=(part.sha256, tokenizer.fingerprint),
-            cache_dir=self.cache_dir,
-        )
+    def _stream(self, part: Part, tokenizer: Tokenizer, say: Say) -> TokenStream:
+        key = part.sha256, tokenizer.fingerprint
+        return token_stream(part.documents, tokenizer, key=key, cache_dir=self.cache_dir, say=say)
 
     def _info(
         self, train: Part, validation: Part, train_tokens: TokenStream, held_out: TokenStream

@@ -1,11 +1,12 @@
 """Token streams on disk: each split is tokenised once and memory-mapped ever after.
 
-The stream of a split is `[document_id] + tokens` of each document, one after the other. Files are
-written beside their final name and moved into place, so that processes which build the same
-stream at the same time do no harm; a record of sizes and hashes, written last, shows damage.
+The stream of a split is `[document_id] + tokens` of each document, one after the other, written as
+it is made: neither text nor tokens are ever all in memory. Files are written beside their final
+name and moved into place, so that processes which build the same stream at the same time do no
+harm; a record of sizes and hashes, written last, shows damage.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import hashlib
 import io
@@ -13,11 +14,20 @@ import json
 import os
 from pathlib import Path
 import tempfile
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe.errors import UserError
+
+if TYPE_CHECKING:  # the tokenizer's module writes files by this one
+    from moe.corpus import Document
+    from moe.tokenizer import Tokenizer
+
+Say = Callable[[str], None]
+
 CHUNK_CHARACTERS = 1 << 21  # of text for one call of the tokenizer, which uses all cores
-LAYOUT = 1  # raise when the files' meaning changes
+LAYOUT = 2  # raise when the files' meaning changes
 
 
 def default_cache_dir() -> Path:
@@ -63,46 +73,118 @@ class TokenStream:
 
 
 def token_stream(
-    texts: Callable[[], Iterator[str]],
+    documents: Callable[[], Iterator["Document"]],
+    tokenizer: "Tokenizer",
     *,
-    encode_batch: Callable[[list[str]], list[list[int]]],
-    document_id: int,
-    vocab_size: int,
     key: tuple[str, ...],
     cache_dir: Path,
+    say: Say = lambda line: None,
 ) -> TokenStream:
-    """The stream of the texts, from the cache where it is whole, else built and kept there.
+    """The stream of the documents, from the cache where it is whole, else built and kept there.
 
-    `key` names everything that the stream depends on: the text's and the tokenizer's hashes.
+    `key` names everything that the stream depends on: the text's and the tokenizer's hashes. Every
+    document is decoded again while it is built: what lies in the cache is known to be whole.
+
+    Raises:
+        UserError: a document that the tokenizer does not give back; it is named.
     """
-    content = json.dumps([LAYOUT, document_id, vocab_size, *key])
+    content = json.dumps([LAYOUT, tokenizer.document_id, tokenizer.vocab_size, *key])
     name = hashlib.sha256(content.encode()).hexdigest()[:32]
     folder = cache_dir / "tokens"
     if (cached := _load(folder, name)) is not None:
         return cached
-    dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-    _save(folder, name, _build(texts(), encode_batch, document_id, dtype))
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    with StreamWriter(folder, name, dtype) as stream:
+        for chunk in chunks(documents()):
+            ids = tokenizer.encode_batch([document.text for document in chunk])
+            check_lossless(chunk, ids, tokenizer)
+            for document, tokens in zip(chunk, ids, strict=True):
+                stream.add([tokenizer.document_id, *tokens], len(document.text.encode("utf-8")))
+            say(f"tokenised {stream.num_bytes / 1e6:,.0f} MB")
     built = _load(folder, name)
     assert built is not None, f"{folder / name} cannot be read back"
     return built
 
 
-def _build(texts: Iterable[str], encode_batch, document_id: int, dtype) -> TokenStream:
-    pieces, lengths, num_bytes = [], [], []
-    for chunk in _chunks(texts):
-        num_bytes += [len(text.encode("utf-8")) for text in chunk]
-        for ids in encode_batch(chunk):
-            pieces.append(np.array([document_id, *ids], dtype))
-            lengths.append(len(ids) + 1)
-    start_M = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return TokenStream(np.concatenate(pieces), start_M, np.array(num_bytes, np.int64))
+class StreamWriter:
+    """Writes a stream as it comes, in constant memory beyond a few numbers for each document."""
+
+    def __init__(self, folder: Path, name: str, dtype: type):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._name, self._dtype = folder, name, np.dtype(dtype)
+        self._lengths, self._num_bytes = [], []
+        self._digest, self.num_bytes = hashlib.sha256(), 0
+
+    def __enter__(self) -> "StreamWriter":
+        handle, self._temporary = tempfile.mkstemp(dir=self._folder, prefix=f".{self._name}.")
+        self._file = os.fdopen(handle, "wb")
+        return self
+
+    def add(self, tokens: Sequence[int] | np.ndarray, num_bytes: int) -> None:
+        """A document: its document token first, and the bytes of its text."""
+        data = np.asarray(tokens, self._dtype).tobytes()
+        self._file.write(data)
+        self._digest.update(data)
+        self._lengths.append(len(tokens))
+        self._num_bytes.append(num_bytes)
+        self.num_bytes += num_bytes
+
+    def __exit__(self, kind, *_) -> None:
+        """Move the tokens into place, then the rest; nothing stays of what failed."""
+        with self._file:
+            size = self._file.tell()
+        if kind is not None:
+            Path(self._temporary).unlink(missing_ok=True)
+            return
+        os.replace(self._temporary, self._folder / f"{self._name}.token_N.bin")
+        start_M = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])
+        record: dict[str, Any] = {
+            "token_N": {"bytes": size, "sha256": self._digest.hexdigest(), "dtype": self._dtype.str}
+        }
+        arrays = {"start_M": start_M, "num_bytes_M": np.array(self._num_bytes, np.int64)}
+        for part, array in arrays.items():
+            buffer = io.BytesIO()
+            np.save(buffer, array)
+            data = buffer.getvalue()
+            write_atomically(self._folder / f"{self._name}.{part}.npy", data)
+            record[part] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        content = json.dumps(record, indent=1).encode()
+        write_atomically(self._folder / f"{self._name}.json", content)
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+def check_lossless(
+    documents: Sequence["Document"], ids: list[list[int]], tokenizer: "Tokenizer"
+) -> None:
+    """Raise UserError for the first document that its tokens do not give back, text and bytes."""
+    texts = tokenizer.decode_batch(ids)
+    way_out = "use a byte-level tokenizer, such as TextData.tokenizer = @TrainedBPE()"
+    for document, tokens, back in zip(documents, ids, texts, strict=True):
+        text = document.text
+        if back != text:
+            pairs = enumerate(zip(text, back, strict=False))
+            at = next((i for i, (ours, theirs) in pairs if ours != theirs), len(back))
+            raise UserError(
+                f"document {document.name}: the tokenizer does not give back its text: from "
+                f"character {at} on {text[at : at + 20]!r} became {back[at : at + 20]!r}, so that "
+                f"bits per byte would be wrong; {way_out}"
+            )
+        if not tokens:
+            continue
+        first_V, later_V = tokenizer.num_bytes_2V
+        found = int(first_V[tokens[0]] + later_V[tokens[1:]].sum())
+        if found != (size := len(text.encode("utf-8"))):
+            raise UserError(
+                f"document {document.name}: its tokens give back {found} bytes one by one, and it "
+                f"has {size}: with this tokenizer bits per byte would be wrong; {way_out}"
+            )
+
+
+def chunks(documents: Iterable["Document"]) -> Iterator[list["Document"]]:
+    """Documents that together have about so much text as one call of the tokenizer takes."""
     chunk, size = [], 0
-    for text in texts:
-        chunk.append(text)
-        size += len(text)
+    for document in documents:
+        chunk.append(document)
+        size += len(document.text)
         if size >= CHUNK_CHARACTERS:
             yield chunk
             chunk, size = [], 0
@@ -110,31 +192,25 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def _save(folder: Path, name: str, stream: TokenStream) -> None:
-    record = {}
-    for part in ("token_N", "start_M", "num_bytes_M"):
-        buffer = io.BytesIO()
-        np.save(buffer, getattr(stream, part))
-        data = buffer.getvalue()
-        write_atomically(folder / f"{name}.{part}.npy", data)
-        record[part] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    write_atomically(folder / f"{name}.json", json.dumps(record, indent=1).encode())
-
-
 def _load(folder: Path, name: str) -> TokenStream | None:
     """The cached stream, or None where a file is missing, cut or changed."""
     try:
         record = json.loads((folder / f"{name}.json").read_bytes())
-        arrays = {part: _checked(folder / f"{name}.{part}.npy", record[part]) for part in record}
-        return TokenStream(**arrays)
+        tokens = folder / f"{name}.token_N.bin"
+        _check(tokens, record["token_N"])
+        token_N = np.memmap(tokens, np.dtype(record["token_N"]["dtype"]), "r")
+        arrays = {}
+        for part in ("start_M", "num_bytes_M"):
+            _check(path := folder / f"{name}.{part}.npy", record[part])
+            arrays[part] = np.load(path, mmap_mode="r")
+        return TokenStream(token_N, **arrays)
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def _checked(path: Path, expected: dict) -> np.ndarray:
+def _check(path: Path, expected: dict) -> None:
     if path.stat().st_size != expected["bytes"]:
         raise ValueError(f"{path} was cut")
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
             raise ValueError(f"{path} was changed")
-    return np.load(path, mmap_mode="r")

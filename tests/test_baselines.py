@@ -9,8 +9,14 @@ import random
 import numpy as np
 import pytest
 
-from moe.baselines import baselines, compressor_baselines, unigram_baseline
-from moe.corpus import StandardLibrary
+from moe.baselines import (
+    baselines,
+    beginning,
+    compressor_baselines,
+    counts,
+    unigram_baseline,
+)
+from moe.corpus import Part, StandardLibrary
 from moe.errors import UserError
 from moe.text_data import TextData
 from moe.tokenizer import Bytes
@@ -39,17 +45,33 @@ def test_xz_sees_the_whole_training_text_and_gzip_its_last_32_kib():
     assert found["xz"] < 0.1 < 7.9 < found["gzip"]
 
 
-def test_figures_are_kept_by_content(tmp_path, monkeypatch):
-    train, validation = text_of(1), text_of(2)
-    first = compressor_baselines(train, validation, tmp_path)
-    other = compressor_baselines(train, text_of(3), tmp_path)
-    assert other != first
+def test_figures_are_kept_by_the_corpus_and_its_split(tmp_path, monkeypatch):
+    """A second run reads and compresses nothing; another corpus, or a damaged file, does."""
+
+    def prepared(size):
+        corpus = StandardLibrary(max_bytes=size)
+        return TextData(corpus, Bytes(), validation_fraction=0.3, cache_dir=tmp_path).prepare()
+
+    data = prepared(200_000)
+    first = baselines(data)
     with monkeypatch.context() as patch:
-        patch.setattr("moe.baselines._xz_size", lambda *_: pytest.fail("compressed again"))
-        assert compressor_baselines(train, validation, tmp_path) == first
-    for file in tmp_path.rglob("*.json"):
+        patch.setattr(Part, "texts", lambda part: pytest.fail("read again"))
+        assert baselines(data) == first
+    assert baselines(prepared(300_000)) != first
+    for file in (tmp_path / "baselines").glob("*.json"):
         file.write_text("{")
-    assert compressor_baselines(train, validation, tmp_path) == first
+    assert baselines(data) == first
+
+
+def test_of_a_large_corpus_the_beginning_is_compressed():
+    texts = iter(["ab", "cde", "fgh"] * 100)
+    assert beginning(texts, 7) == b"abcdefg" and next(texts) == "ab"
+    assert beginning(iter(["ab"]), 7) == b"ab"
+
+
+def test_tokens_are_counted_in_pieces():
+    token_N = np.random.default_rng(0).integers(0, 50, 3 << 22).astype(np.uint16)
+    np.testing.assert_array_equal(counts(token_N, 60), np.bincount(token_N, minlength=60))
 
 
 def test_unigram_by_hand():

@@ -4,10 +4,13 @@ from concurrent.futures import ThreadPoolExecutor
 import itertools
 import random
 import shutil
+import subprocess
+import sys
 
 import gin
 import numpy as np
 import pytest
+from tiny import environment
 
 from moe.batches import pack
 from moe.corpus import StandardLibrary, TextFiles
@@ -346,3 +349,26 @@ def test_real_text_by_gin(tmp_path, monkeypatch):
     assert (
         len(data.tokenizer.decode(np.asarray(batch.token_BT)[0])) > 128
     )  # characters of 128 tokens
+
+
+def test_preparing_a_text_takes_memory_for_a_piece_of_it_alone(tmp_path):
+    """40 MB; all of its tokens together, twice, were 160 MB."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for i in range(80):
+        (folder / f"{i}.txt").write_text(f"{i} some words that repeat " * 20_000)
+    code = """
+import resource, sys
+from moe.corpus import TextFiles
+from moe.text_data import TextData
+from moe.tokenizer import Bytes
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+before = peak()
+data = TextData(TextFiles(sys.argv[1]), Bytes(), cache_dir=sys.argv[2]).prepare()
+assert data.info.bytes > 35e6
+print(peak() - before)
+"""
+    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 120

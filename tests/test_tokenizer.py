@@ -1,11 +1,17 @@
 """Tokenizers give back what they are given, keep their document token apart, save and load."""
 
+import random
+import time
+
 import pytest
 
-from moe.corpus import StandardLibrary
+from moe.corpus import StandardLibrary, TextFiles
 from moe.errors import UserError
+from moe.text_data import TextData
 from moe.tokenizer import (
     DOCUMENT_TOKEN,
+    MOST,
+    PIECES,
     Bytes,
     TokenizerFile,
     TrainedBPE,
@@ -126,14 +132,109 @@ def test_a_file_without_a_document_token_gets_one(tmp_path, library):
         TokenizerFile(str(tmp_path / "mime.json")).fit(lambda: iter(ODD), tmp_path, "x")
 
 
-def test_a_file_that_loses_text_is_refused(tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def characters(texts, path):
+    """A BPE of characters without an unknown token: what it never saw vanishes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    inner = Tokenizer(models.WordLevel({"hello": 0, "[UNK]": 1}, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.save(str(tmp_path / "words.json"))
-    with pytest.raises(UserError, match="does not give back the text"):
-        TokenizerFile(str(tmp_path / "words.json")).fit(lambda: iter(["hello  you"]), tmp_path, "x")
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    inner.decoder = decoders.Fuse()
+    inner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=60, show_progress=False))
+    inner.save(str(path))
+
+
+def byte_level(texts, path, change):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    inner.train_from_iterator(texts, trainer)
+    change(inner)
+    inner.save(str(path))
+
+
+def normalised(inner):
+    from tokenizers import normalizers
+
+    inner.normalizer = normalizers.NFC()
+
+
+def stripping(inner):
+    from tokenizers import AddedToken
+
+    inner.add_tokens([AddedToken("zebra", lstrip=True)])
+
+
+ENGLISH = [f"text {i} of the plain kind, in the plainest words there are" for i in range(30)]
+LOSSES = {  # how a tokenizer is made, what it loses, and how that is told
+    "unseen characters": (characters, "plain 今天 words", r"'今天 words' became ' words'"),
+    "a normaliser": (
+        lambda texts, path: byte_level(texts, path, normalised),
+        "cafe\u0301",
+        "from character 3",
+    ),
+    "an added token": (
+        lambda texts, path: byte_level(texts, path, stripping),
+        "in  zebra land",
+        "from character 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_tokenizer_that_loses_text_is_refused_wherever_it_does(kind, split, tmp_path):
+    """The text that it loses stands in the last of many documents; it is named."""
+    make, lost, said = LOSSES[kind]
+    make(ENGLISH, tmp_path / "tokenizer.json")
+    folders = {name: tmp_path / name for name in ("train", "validation")}
+    for folder in folders.values():
+        folder.mkdir()
+        for i, text in enumerate(ENGLISH):
+            (folder / f"{i:02}.txt").write_text(text)
+    spec = TokenizerFile(str(tmp_path))
+    train, validation = (TextFiles(str(folder)) for folder in folders.values())
+    data = TextData(train, spec, validation_corpus=validation, cache_dir=tmp_path / "cache")
+    data.prepare()
+    (folders[split] / "zz.txt").write_text(lost)
+    with pytest.raises(UserError, match=rf"document zz\.txt: .*{said}.*@TrainedBPE"):
+        data.prepare()
+
+
+def test_no_piece_is_long_whatever_the_text():
+    """The time to merge a piece grows with the square of its length."""
+    from tokenizers import Regex, pre_tokenizers
+
+    split = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    for text in (
+        "A" * 5000,
+        "今天" * 2000,
+        "=" * 3000,
+        " " * 3000,
+        "\n" * 3000,
+        "1" * 500,
+        "a1" * 900,
+    ):
+        pieces = [piece for piece, _ in split.pre_tokenize_str(text)]
+        assert "".join(pieces) == text
+        assert max(map(len, pieces)) <= 3 * MOST
+    assert [p for p, _ in split.pre_tokenize_str("def plain_words():\n    return")] == [
+        *("def", " plain", "_words", "():\n    ", "return")
+    ]
+
+
+def test_fitting_takes_linear_time_in_the_longest_run_of_letters(tmp_path):
+    def seconds(length):
+        text = "".join(random.Random(0).choices("ACGT", k=length))
+        started = time.perf_counter()
+        TrainedBPE(vocab_size=300).fit(lambda: iter([text]), tmp_path, str(length))
+        return time.perf_counter() - started
+
+    # Of a run without bounds, eight times the length took over fifty times as long.
+    assert seconds(160_000) < 25 * max(seconds(20_000), 0.02)
 
 
 def test_errors(tmp_path):

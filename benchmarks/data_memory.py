@@ -1,0 +1,82 @@
+"""How much memory and time preparing a text takes: `python benchmarks/data_memory.py --json=PATH`.
+
+Each size in a process of its own: a corpus of words on disk, a BPE fitted to it, both splits
+tokenised, the comparison with compressors. Memory is the process's peak beyond its imports.
+"""
+
+import argparse
+import json
+from pathlib import Path
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+MEGABYTES = (20, 50, 200)
+
+
+def write(folder: Path, megabytes: int) -> None:
+    """Files of half a megabyte, of words of which the common ones are common."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 9))) for _ in range(20_000)]
+    weights = [1 / (rank + 1) for rank in range(len(words))]
+    paragraphs = [" ".join(draw.choices(words, weights, k=2_000)) for _ in range(200)]
+    for i in range(2 * megabytes):
+        text, size = [], 0
+        while size < 500_000:
+            text.append(draw.choice(paragraphs))
+            size += len(text[-1])
+        (folder / f"{i:05}.txt").write_text("\n".join(text))
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(folder: str) -> dict:
+    """In this process."""
+    import grain  # noqa: F401  what training imports in any case
+    import tokenizers  # noqa: F401
+
+    from moe.baselines import baselines
+    from moe.corpus import TextFiles
+    from moe.text_data import TextData
+
+    before, started = peak(), time.perf_counter()
+    with tempfile.TemporaryDirectory() as cache:
+        data = TextData(TextFiles(folder), cache_dir=cache).prepare()
+        prepared, seconds = peak(), time.perf_counter() - started
+        baselines(data)
+    return {
+        "bytes": data.info.bytes,
+        "peak_preparing": prepared - before,
+        "peak_with_compressors": peak() - before,
+        "seconds_preparing": round(seconds, 1),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", required=True)
+    parser.add_argument("--folder", help="measure this one corpus, in this process")
+    given = parser.parse_args()
+    if given.folder:
+        Path(given.json).write_text(json.dumps(measure(given.folder)))
+        return
+    found = []
+    for megabytes in MEGABYTES:
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder), megabytes)
+            out = Path(folder, "result.json.part")
+            words = [sys.executable, __file__, f"--folder={folder}", f"--json={out}"]
+            subprocess.run(words, check=True)
+            found.append(json.loads(out.read_text()))
+        print(found[-1], flush=True)
+        Path(given.json).write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
