@@ -17,6 +17,7 @@ from layers.linear import linear
 from layers.norms import RMSNorm
 from layers.positions import Rotary, alibi
 from routing.parameters import parameter, truncated_normal
+from routing.ranges import Count, Positive
 
 
 @gin.configurable
@@ -43,18 +44,18 @@ class Attention(nnx.Module):
 
     def __init__(
         self,
-        d_model: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_width: int | None = None,
+        d_model: Count,
+        num_heads: Count,
+        num_kv_heads: Count | None = None,
+        head_width: Count | None = None,
         positions: str = "rotary",
         causal: bool = True,
-        window: int | None = None,
+        window: Count | None = None,
         qk_norm: bool = False,
         rotary: Rotary | None = None,
-        out_scale: float = 1.0,
+        out_scale: Positive = 1.0,
         implementation: Literal["xla", "cudnn"] | None = None,
-        chunk: int | None = 1024,
+        chunk: Count | None = 1024,
     ):
         kv_heads = num_kv_heads or num_heads
         if head_width is None and d_model % num_heads:

@@ -13,6 +13,7 @@ from layers.feed_forward import FeedForward
 from layers.moe_layer import MoELayer
 from layers.norms import RMSNorm
 from layers.tokens import Tokens
+from routing.ranges import Count
 from routing.records import RouterOutput, TokenChoice
 from routing.router import Router
 
@@ -32,7 +33,7 @@ class Block(nnx.Module):
 
     def __init__(
         self,
-        d_model: int,
+        d_model: Count,
         attention: Callable[[int], Attention],
         feed_forward: Callable[[int], FeedForward | MoELayer],
         norm: Callable[[int], nnx.Module] = RMSNorm,

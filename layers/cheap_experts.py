@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from routing.balancers import Memory
 from routing.capacity import Capacity
 from routing.parameters import parameter, router_state, truncated_normal, zeros
+from routing.ranges import Count, LessThanOne, Natural, SomeShare
 from routing.records import RouterInputs, RouterStats, TokenChoice
 
 
@@ -36,11 +37,11 @@ class ZeroCopyConstant(nnx.Module):
 
     def __init__(
         self,
-        d_model: int,
-        zero: int = 1,
-        copy: int = 1,
-        constant: int = 2,
-        share: float = 0.75,
+        d_model: Count,
+        zero: Natural = 1,
+        copy: Natural = 1,
+        constant: Natural = 2,
+        share: SomeShare = 0.75,
         renormalise: bool = False,
     ):
         if min(zero, copy, constant) < 0 or zero + copy + constant == 0:
@@ -123,7 +124,7 @@ class DefaultVectors(Memory):
         decay: of the running mean.
     """
 
-    def __init__(self, num_experts: int, d_model: int, decay: float = 0.9):
+    def __init__(self, num_experts: Count, d_model: Count, decay: LessThanOne = 0.9):
         if not 0 <= decay < 1:
             raise ValueError(f"DefaultVectors.decay={decay} must lie in [0, 1)")
         self.decay = decay

@@ -22,6 +22,7 @@ from layers.constrain import Parts, constrain, mesh_axes, on_each_part, parts_of
 from layers.exchange import EXCHANGES, Exchange, to_experts, to_tokens
 from layers.gather_rows import combine_rows, dispatch_rows, sum_by_token
 from layers.grouped import KERNELS, SortedRows, spare_rows
+from routing.ranges import Positive
 from routing.records import Decision, ExpertChoice, ExpertMerge, SoftSlots, TokenChoice
 
 
@@ -158,7 +159,7 @@ class Sorted(Dispatcher):
 
     kernel: Literal["auto", "loop", "ragged_dot", "tokamax"] = "auto"
     exchange: Exchange = "auto"
-    buffer: float | None = None
+    buffer: Positive | None = None
     overflow: Literal["drop", "exact"] = "exact"
     needs_slots: ClassVar[bool] = False
 

@@ -13,6 +13,7 @@ from layers.constrain import is_cut, on_each_part
 from layers.grouped import SortedRows, grouped_feed_forward
 from layers.linear import linear
 from routing.parameters import parameter, truncated_normal
+from routing.ranges import Count, Positive
 from routing.records import ExpertMerge
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu", "relu2"]
@@ -53,10 +54,10 @@ class FeedForward(nnx.Module):
 
     def __init__(
         self,
-        d_model: int,
-        d_ff: int | None = None,
+        d_model: Count,
+        d_ff: Count | None = None,
         activation: Activation = "swiglu",
-        out_scale: float = 1.0,
+        out_scale: Positive = 1.0,
     ):
         check_activation(activation)
         d_ff = d_ff or hidden_width(d_model, activation)
@@ -79,11 +80,11 @@ class Experts(nnx.Module):
 
     def __init__(
         self,
-        num_experts: int,
-        d_model: int,
-        d_ff: int,
+        num_experts: Count,
+        d_model: Count,
+        d_ff: Count,
         activation: Activation = "swiglu",
-        out_scale: float = 1.0,
+        out_scale: Positive = 1.0,
     ):
         check_activation(activation)
         self.activation = activation

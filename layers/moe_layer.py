@@ -22,6 +22,7 @@ from layers.tokens import Tokens
 from routing.balancers import Memory
 from routing.capacity import Capacity
 from routing.multi_hash import MultiHash
+from routing.ranges import Count, LessThanOne, Natural, Positive
 from routing.records import (
     ExpertMerge,
     RouterInputs,
@@ -70,25 +71,25 @@ class MoELayer(nnx.Module):
 
     def __init__(
         self,
-        d_model: int,
-        vocab_size: int,
+        d_model: Count,
+        vocab_size: Count,
         router: Callable[[Sizes], Router] = gin.REQUIRED,  # pyright: ignore[reportArgumentType]
-        num_experts: int = 8,
-        d_ff: int | None = None,
+        num_experts: Count = 8,
+        d_ff: Count | None = None,
         activation: Activation = "swiglu",
         capacity: Capacity | None = None,
         dispatcher: Dispatcher | None = None,
         eval_dispatcher: Dispatcher | None = None,
-        shared_experts: int = 0,
+        shared_experts: Natural = 0,
         neurons: Callable[..., NeuronExperts] | None = None,
         segmented: Callable[..., SegmentedExperts] | None = None,
         cheap_experts: Callable[[int], ZeroCopyConstant] | None = None,
         default_vectors: Callable[[int, int], DefaultVectors] | None = None,
-        expert_dropout: float = 0.0,
-        sequences_per_group: int = 1,
-        out_scale: float = 1.0,
+        expert_dropout: LessThanOne = 0.0,
+        sequences_per_group: Count = 1,
+        out_scale: Positive = 1.0,
         text: TrainingText | None = None,
-        sparse_layers: int = 1,
+        sparse_layers: Count = 1,
     ):
         if num_experts < 1:
             raise ValueError(f"MoELayer.num_experts={num_experts} must be at least 1")

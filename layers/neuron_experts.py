@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from routing.parameters import normal, parameter, truncated_normal
+from routing.ranges import Count, Positive
 from routing.records import TokenChoice
 
 AT_A_TIME = 16
@@ -24,7 +25,7 @@ class NeuronExperts(nnx.Module):
         out_scale: variance scale of v.
     """
 
-    def __init__(self, num_experts: int, d_model: int, out_scale: float = 1.0):
+    def __init__(self, num_experts: Count, d_model: Count, out_scale: Positive = 1.0):
         shape, axes = (num_experts, d_model), ("expert", "embed")
         # After the expert axis an expert is one vector: u has fan-in D, v a fan-in of one unit.
         self.down_ED = parameter(shape, axes, truncated_normal())

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from routing.parameters import ones, parameter, zeros
+from routing.ranges import Count, Positive
 
 
 @gin.configurable
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale (Zhang & Sennrich 2019)."""
 
-    def __init__(self, width: int, epsilon: float = 1e-6):
+    def __init__(self, width: Count, epsilon: Positive = 1e-6):
         self.epsilon = epsilon
         self.scale_D = parameter((width,), (None,), ones)
 
@@ -26,7 +27,7 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """(x - mean) / std * scale + bias (Ba et al. 2016)."""
 
-    def __init__(self, width: int, epsilon: float = 1e-6):
+    def __init__(self, width: Count, epsilon: Positive = 1e-6):
         self.epsilon = epsilon
         self.scale_D = parameter((width,), (None,), ones)
         self.bias_D = parameter((width,), (None,), zeros)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from routing.parameters import normal, parameter
+from routing.ranges import Positive
 
 Positions = Literal["rotary", "alibi", "learned", "sinusoidal", "none"]
 POSITIONS = ("rotary", "alibi", "learned", "sinusoidal", "none")
@@ -23,7 +24,7 @@ POSITIONS = ("rotary", "alibi", "learned", "sinusoidal", "none")
 class Rotary:
     """Turn pairs (i, i + D/2) by position * base^(-2i/D), in float32 (Su et al. 2021, eq. 34)."""
 
-    base: float = 10_000.0
+    base: Positive = 10_000.0
 
     def __call__(self, x_BTHD: jax.Array, position_BT: jax.Array) -> jax.Array:
         half = x_BTHD.shape[-1] // 2

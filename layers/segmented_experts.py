@@ -14,6 +14,7 @@ from layers.dispatch import Dispatcher
 from layers.feed_forward import ACTIVATIONS, GATED, Activation
 from routing.capacity import Capacity
 from routing.parameters import parameter, truncated_normal
+from routing.ranges import Count, Positive
 from routing.records import RouterInputs, TokenChoice
 
 
@@ -35,12 +36,12 @@ class SegmentedExperts(nnx.Module):
 
     def __init__(
         self,
-        num_experts: int,
-        d_model: int,
-        d_ff: int,
+        num_experts: Count,
+        d_model: Count,
+        d_ff: Count,
         activation: Activation = "relu",
-        out_scale: float = 1.0,
-        segments: int = 2,
+        out_scale: Positive = 1.0,
+        segments: Count = 2,
     ):
         if activation in GATED or activation not in ACTIVATIONS:
             kinds = ", ".join(name for name in ACTIVATIONS if name not in GATED)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 
 from layers.neuron_experts import NeuronExperts
 from layers.tokens import Tokens
-from moe import flops, functional, metrics, sharding, step
+from moe import flops, functional, hardware, metrics, sharding, step
 from moe.errors import UserError
 from moe.functional import Arrays, Graph
 from moe.model import Transformer
@@ -143,7 +144,23 @@ def for_training(
         training_tokens=text.train.token_N,
     )
     sizes = {"steps": steps, "seed": seed, "accumulate": accumulate, "batch_size": shape[0]}
-    return model, program(model, optimizer, mesh, **sizes)
+    made = program(model, optimizer, mesh, **sizes)
+    check_memory(made)
+    return model, made
+
+
+def check_memory(program: step.Program) -> None:
+    """Raise UserError where the state alone takes more memory than the devices here have."""
+    places = jax.tree.leaves(program.abstract_state)
+    per_device = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in places)
+    devices = len(program.batch_sharding.addressable_devices)
+    needed, there = per_device * devices, hardware.memory_bytes()
+    if there is not None and needed > there:
+        raise UserError(
+            f"parameters and optimizer state take {needed / 2**30:,.0f} GiB, and there are "
+            f"{there / 2**30:,.0f} here: smaller sizes (Transformer.d_model, MoELayer.d_ff, "
+            "MoELayer.num_experts), or a mesh of more machines; `moe plan` tells what they need"
+        )
 
 
 def _first_line(error: Exception) -> str:

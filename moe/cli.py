@@ -13,7 +13,7 @@ from absl import flags as absl_flags
 import moe
 from moe.allocator import keep_freed_memory
 from moe.commands import COMMANDS, Command, Flag
-from moe.errors import UserError, nearest
+from moe.errors import Problems, UserError, nearest
 
 MISTAKE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 HELP = ("--help", "-h", "-help")
@@ -163,12 +163,26 @@ def _users_mistake(error: Exception, argv: Sequence[str]) -> str | None:
     """What to tell the user; None where the program is at fault and a traceback is due."""
     # gin appends where it was, and hides errno and filename behind the text it changed.
     text = re.split(r"\n +(?:In call to configurable|In file|In bindings string)", str(error))[0]
+    if isinstance(error, Problems) and len(error.lines) > 1:
+        return "\n  ".join([f"{len(error.lines)} problems", *error.lines])
     if isinstance(error, UserError):
-        lines = text.splitlines()
-        return text if len(lines) < 2 else "\n  ".join([f"{len(lines)} problems", *lines])
+        return "\n  ".join(text.splitlines())
     if isinstance(error, OSError):
         return _disk_mistake(error, text, argv)
-    return _unset_parameter(text, str(error))
+    unset = _unset_parameter(text, str(error))
+    return unset and unset + _missing_run(unset, argv)
+
+
+def _missing_run(unset: str, argv: Sequence[str]) -> str:
+    """What to put before a config that is a part of a run alone; empty for anything else."""
+    if "value for train" not in unset or "'data'" not in unset:
+        return ""
+    files = [a.split("=", 1)[1] for a in argv if a.startswith("--gin_file=")]
+    run = "--gin_file=quickstart.gin"
+    if not files:
+        return f"; name a run's config, such as {run}"
+    which = "are parts" if files[1:] else "is a part"
+    return f"; {' and '.join(files)} {which} of a run: name the run before, such as {run}"
 
 
 def _unset_parameter(text: str, whole: str) -> str | None:

@@ -21,6 +21,7 @@ from typing import Protocol, runtime_checkable
 import gin
 
 from moe.errors import UserError, nearest
+from routing.ranges import Size
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 NOT_LIBRARY = frozenset("test tests idlelib lib2to3 turtledemo ensurepip __pycache__".split())
@@ -161,7 +162,7 @@ class StandardLibrary:
     It differs between versions of Python. `max_bytes` keeps each document that still fits.
     """
 
-    max_bytes: int | None = None
+    max_bytes: Size | None = None
 
     holds_out = staticmethod(hashed_hold_out)
 

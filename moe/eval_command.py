@@ -16,6 +16,7 @@ from moe.metrics import Routing, health, load_scalars
 from moe.restore import Restored, restore_run
 from moe.text_data import PreparedData, TextData
 from moe.tokenizer import Tokenizer
+from routing.ranges import Count, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +33,9 @@ class Fitted:
 def evaluate_run(
     run: Restored,
     corpus: Corpus | None = None,
-    batch_size: int = 32,
-    stride: int | None = None,
-    max_bytes: int | None = None,
+    batch_size: Count = 32,
+    stride: Count | None = None,
+    max_bytes: Size | None = None,
     rule: str = "evaluation",
 ) -> Evaluation:
     """Score every token of held-out documents once.

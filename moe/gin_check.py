@@ -1,17 +1,16 @@
 """What is wrong with a set of gin settings, found before any of them takes effect."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import inspect
-import types
 import typing
 
 from gin import config as gin_config
 
+from moe import gin_types
 from moe.errors import nearest
 from moe.gin_read import Macro, Reference, Setting
 
 MACRO = "gin.macro"
-SCALARS = (int, float, bool, str, type(None))
 
 
 def configurables() -> dict[str, str]:
@@ -111,7 +110,7 @@ def _references(setting: Setting, macros: Mapping[str, Setting]) -> Iterator[str
 
 
 def _type(setting: Setting, macros: Mapping[str, Setting]) -> Iterator[str]:
-    """Is a plain value of a type that its parameter's annotation allows?"""
+    """Is the value what its parameter's annotation asks for, and in its range?"""
     selector = resolve(setting.selector)
     if not setting.parameter or not isinstance(selector, str):
         return
@@ -119,31 +118,30 @@ def _type(setting: Setting, macros: Mapping[str, Setting]) -> Iterator[str]:
     value = setting.value
     if isinstance(value, Macro) and (name := _bound(value.name, macros)):
         value = macros[name].value
-    if parameter is None or isinstance(value, Macro | Reference):
+    leaves = list(walk(value))
+    unknown = [v for v in leaves if isinstance(v, Reference) and not _is_known(v)]
+    if parameter is None or unknown or any(isinstance(leaf, Macro) for leaf in leaves):
         return
-    allowed = _scalars(_annotation(gin_config._REGISTRY[selector].wrapped, parameter))
-    widened = {*allowed, int} if float in allowed else set(allowed)  # 1 is a good float
-    if allowed and type(value) not in widened:
-        names = " or ".join("None" if t is type(None) else t.__name__ for t in allowed)
-        yield f"expected {names}, got {value!r} ({type(value).__name__})"
+    why = gin_types.mismatch(value, annotation_of(selector, parameter))
+    if why is not None:
+        yield why
 
 
-def _annotation(wrapped: Callable[..., object], parameter: inspect.Parameter) -> object:
+def _is_known(reference: Reference) -> bool:
+    return isinstance(resolve(reference.name.rsplit("/", 1)[-1]), str)
+
+
+def annotation_of(selector: str, parameter: inspect.Parameter) -> object:
+    """A parameter's annotation as a type; none where only a type checker can read it."""
     if not isinstance(parameter.annotation, str):
         return parameter.annotation
+    wrapped = gin_config._REGISTRY[selector].wrapped
+    function = wrapped.__init__ if inspect.isclass(wrapped) else wrapped
     try:
-        function = wrapped.__init__ if inspect.isclass(wrapped) else wrapped
-        return typing.get_type_hints(function).get(parameter.name)
-    except Exception:  # an annotation that only a type checker can read checks nothing here
-        return None
-
-
-def _scalars(annotation: object) -> tuple[type, ...]:
-    """The plain types of an annotation; empty where it allows anything else."""
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    members = typing.get_args(annotation) if union else (annotation,)
-    plain = tuple(member for member in SCALARS if member in members)
-    return plain if len(plain) == len(members) else ()
+        hints = typing.get_type_hints(function, include_extras=True)
+    except Exception:
+        return inspect.Parameter.empty
+    return hints.get(parameter.name, inspect.Parameter.empty)
 
 
 def _duplicates(settings: Sequence[Setting], macros: Mapping[str, Setting]) -> Iterator[str]:

@@ -18,7 +18,7 @@ from gin import config as gin_config
 from gin import config_parser
 
 from moe import gin_check, gin_read
-from moe.errors import UserError
+from moe.errors import Problems, UserError
 from moe.gin_read import find, shipped, shipped_names
 
 __all__ = ["find", "load", "operative", "shipped", "shipped_names", "unused"]
@@ -31,8 +31,14 @@ Bindings = dict[tuple[str, str], dict[str, object]]  # (scope, selector) -> para
 _by_hand: set[str] = set()  # settings that came with --gin_bindings
 
 
-def load(gin_files: Sequence[str], gin_bindings: Sequence[str] = ()) -> None:
+def load(
+    gin_files: Sequence[str],
+    gin_bindings: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> None:
     """Makes the files, then the bindings, the whole configuration; later settings win.
+
+    `say` is told of settings that look as if they were meant to win and don't.
 
     Raises UserError with one line for every problem of any of them, and then changes nothing
     (but for the modules that the files import, which may define configurables of their own).
@@ -41,7 +47,9 @@ def load(gin_files: Sequence[str], gin_bindings: Sequence[str] = ()) -> None:
     reading = gin_read.read(gin_files, gin_bindings)
     problems = [*reading.problems, *_import(reading), *gin_check.problems(reading.settings)]
     if problems:
-        raise UserError("\n".join(problems))
+        raise Problems(problems)
+    for line in replaced_by_runs(reading):
+        say(line)
     gin.clear_config()
     _by_hand.clear()
     for _, statement in reading.imports:
@@ -53,6 +61,28 @@ def load(gin_files: Sequence[str], gin_bindings: Sequence[str] = ()) -> None:
         if setting.parameter and setting.where.startswith("--gin_bindings"):
             selector = gin_check.resolve(setting.selector)
             _by_hand.add(_name(setting.scope, str(selector), setting.parameter))
+
+
+def replaced_by_runs(reading: gin_read.Reading) -> Iterator[str]:
+    """Of every file that is a whole run and comes after others: what it replaces of theirs.
+
+    A part, such as a router's file, belongs behind the run that it changes.
+    """
+    for at, (name, first, last) in enumerate(reading.files):
+        own = {setting.key: setting for setting in reading.settings[first:last]}
+        if "train.data" not in own:
+            continue
+        for before, start, end in reading.files[:at]:
+            lost = [
+                f"{s.key} = {s.value!r} by {own[s.key].value!r}"
+                for s in reading.settings[start:end]
+                if s.key in own and own[s.key].value != s.value
+            ]
+            if lost:
+                yield (
+                    f"{name} is a whole run, comes after {before} and replaces its "
+                    f"{'; '.join(lost)}; name it first if {before} is to change it"
+                )
 
 
 def _import(reading: gin_read.Reading) -> Iterator[str]:

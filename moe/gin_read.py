@@ -7,6 +7,7 @@ from pathlib import Path
 import re
 import tokenize
 
+from gin import config as gin_config
 from gin import config_parser
 
 from moe.errors import UserError, nearest
@@ -63,6 +64,7 @@ class Reading:
     imports: list[tuple[str, config_parser.ImportStatement]] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    files: list[tuple[str, int, int]] = field(default_factory=list)  # and which settings are theirs
     texts: int = 0
 
 
@@ -125,7 +127,9 @@ def read(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> Reading:
         except UserError as error:
             reading.problems.append(f"--gin_file={error}")
         else:
+            first = len(reading.settings)
             _read_file(reading, name, path, above=())
+            reading.files.append((name, first, len(reading.settings)))
     for binding in gin_bindings:
         flag = f'--gin_bindings="{binding}"'
         _read_text(reading, binding, name=flag, folder=None, above=(), numbered=False)
@@ -218,7 +222,10 @@ def _explain(
         reason = "it is nested too deeply"
     if token := re.search(r"Failed to parse token '(.*)'", reason, re.DOTALL):
         word = token[1].strip("'\"")
-        reason = f"{token[1]} is no value (text needs quotes: '{word}')"
+        way_out = f"text needs quotes: '{word}'"
+        if gin_config._REGISTRY.matching_selectors(word):
+            way_out = f"write @{word}, or @{word}() for one that is made here"
+        reason = f"{token[1]} is no value ({way_out})"
     line = min(line, len(lines))
     shown = lines[line - 1].strip()
     return line, f"can't read {shown[:80]!r}: {reason}"

@@ -39,6 +39,18 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def memory_bytes() -> int | None:
+    """Of all local devices together, or of this machine on CPU; None where nobody says."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    limits = [s["bytes_limit"] for s in stats if s and "bytes_limit" in s]
+    if limits:
+        return sum(limits)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
 def describe_device() -> str:
     """Such as "1 x NVIDIA H100", or "1 x cpu (AMD EPYC, 2 cores)"."""
     devices = jax.devices()

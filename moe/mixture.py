@@ -12,6 +12,7 @@ from moe.batches import Share
 from moe.corpus import Corpus, Document, Part
 from moe.errors import UserError
 from moe.token_cache import TokenStream
+from routing.ranges import Positive
 
 
 @gin.configurable
@@ -28,7 +29,7 @@ class Mixture:
     """
 
     corpora: Sequence[Corpus]
-    weights: Sequence[float] | None = None
+    weights: Sequence[Positive] | None = None
 
     def __post_init__(self):
         if len(self.corpora) < 2:

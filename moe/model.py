@@ -34,6 +34,7 @@ from routing import (
     WholeStep,
 )
 from routing.parameters import normal, parameter, truncated_normal
+from routing.ranges import Count, Natural
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -123,19 +124,19 @@ class Transformer(nnx.Module):
 
     def __init__(
         self,
-        vocab_size: int,
+        vocab_size: Count,
         causal: bool = True,
         text: TrainingText | None = None,
-        d_model: int = 128,
-        num_layers: int = 4,
-        num_heads: int | None = None,
+        d_model: Count = 128,
+        num_layers: Count = 4,
+        num_heads: Count | None = None,
         moe: Callable[..., MoELayer] | None = None,
-        moe_every: int = 1,
-        moe_layers: Sequence[int] | None = None,
+        moe_every: Count = 1,
+        moe_layers: Sequence[Natural] | None = None,
         depth_router: Callable[[Sizes], MixtureOfDepths] | None = None,
-        depth_every: int = 2,
+        depth_every: Count = 2,
         positions: Positions = "rotary",
-        max_length: int | None = None,
+        max_length: Count | None = None,
         norm: Callable[[int], nnx.Module] = RMSNorm,
         feed_forward: Callable[..., FeedForward] = FeedForward,
         attention: Callable[..., Attention] = Attention,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from layers.tokens import Tokens
 from moe.batch import Batch
 from routing import Policy
+from routing.ranges import OpenShare
 
 _MASKING, _ROUTING = 0, 1
 EVALUATION = 2**32 - 1  # the step whose key evaluation uses
@@ -41,7 +42,7 @@ class MaskedToken:
     one with the smallest draw.
     """
 
-    rate: float = 0.15
+    rate: OpenShare = 0.15
     causal = False
     extra_tokens = 1
 

@@ -16,6 +16,7 @@ import optax
 import optax.contrib
 
 from moe.schedules import Cosine, Schedule
+from routing.ranges import Count, LessThanOne, NonNegative, Positive
 
 Axes = dict[str, tuple[str | None, ...]]
 # Axes along which every index has a weight of its own.
@@ -102,13 +103,13 @@ def decayed(axes: Axes) -> dict[str, bool]:
 class AdamW(Optimizer):
     """Loshchilov & Hutter 2019."""
 
-    learning_rate: float = 1e-3
+    learning_rate: NonNegative = 1e-3
     schedule: Schedule | None = None
-    b1: float = 0.9
-    b2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float | None = 1.0
+    b1: LessThanOne = 0.9
+    b2: LessThanOne = 0.95
+    epsilon: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
+    clip_norm: Positive | None = 1.0
 
     def direction(self, axes):
         return optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.epsilon)
@@ -123,10 +124,10 @@ class Adafactor(Optimizer):
     parameter's size.
     """
 
-    learning_rate: float = 1e-2
+    learning_rate: NonNegative = 1e-2
     schedule: Schedule | None = None
-    weight_decay: float = 0.0
-    clip_norm: float | None = 1.0
+    weight_decay: NonNegative = 0.0
+    clip_norm: Positive | None = 1.0
 
     def direction(self, axes):
         rule = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
@@ -138,12 +139,12 @@ class Adafactor(Optimizer):
 class Lion(Optimizer):
     """Chen et al. 2023."""
 
-    learning_rate: float = 3e-4
+    learning_rate: NonNegative = 3e-4
     schedule: Schedule | None = None
-    b1: float = 0.9
-    b2: float = 0.99
-    weight_decay: float = 0.3
-    clip_norm: float | None = 1.0
+    b1: LessThanOne = 0.9
+    b2: LessThanOne = 0.99
+    weight_decay: NonNegative = 0.3
+    clip_norm: Positive | None = 1.0
 
     def direction(self, axes):
         return optax.scale_by_lion(b1=self.b1, b2=self.b2)
@@ -158,14 +159,14 @@ class Muon(Optimizer):
     to Adam's size (Liu et al. 2025, `consistent_rms` 0.2).
     """
 
-    learning_rate: float = 4e-3
+    learning_rate: NonNegative = 4e-3
     schedule: Schedule | None = None
-    momentum: float = 0.95
-    iterations: int = 5
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 0.1
-    clip_norm: float | None = 1.0
+    momentum: LessThanOne = 0.95
+    iterations: Count = 5
+    b1: LessThanOne = 0.9
+    b2: LessThanOne = 0.95
+    weight_decay: NonNegative = 0.1
+    clip_norm: Positive | None = 1.0
 
     def direction(self, axes):
 

@@ -7,6 +7,8 @@ import gin
 import jax.numpy as jnp
 import optax
 
+from routing.ranges import Share
+
 
 class Schedule(abc.ABC):
     """Abstract: (peak, steps) to an optax schedule. warmup is a share of all steps."""
@@ -34,8 +36,8 @@ def _after_warmup(peak: float, warm: int, rest: optax.Schedule) -> optax.Schedul
 class Cosine(Schedule):
     """Half a cosine from the peak to final * peak."""
 
-    warmup: float = 0.05
-    final: float = 0.1
+    warmup: Share = 0.05
+    final: Share = 0.1
 
     def __post_init__(self):
         _check(self, warmup=self.warmup, final=self.final)
@@ -51,8 +53,8 @@ class Cosine(Schedule):
 class Linear(Schedule):
     """A straight line from the peak to final * peak."""
 
-    warmup: float = 0.05
-    final: float = 0.0
+    warmup: Share = 0.05
+    final: Share = 0.0
 
     def __post_init__(self):
         _check(self, warmup=self.warmup, final=self.final)
@@ -68,7 +70,7 @@ class Linear(Schedule):
 class Rsqrt(Schedule):
     """peak * sqrt(warm / step) after the warm-up (Shazeer & Stern 2018)."""
 
-    warmup: float = 0.05
+    warmup: Share = 0.05
 
     def __post_init__(self):
         _check(self, warmup=self.warmup)
@@ -86,9 +88,9 @@ class Rsqrt(Schedule):
 class WarmupStableDecay(Schedule):
     """Constant at the peak, then a straight line over the last `decay` share (Hu et al. 2024)."""
 
-    warmup: float = 0.05
-    decay: float = 0.2
-    final: float = 0.0
+    warmup: Share = 0.05
+    decay: Share = 0.2
+    final: Share = 0.0
 
     def __post_init__(self):
         _check(self, warmup=self.warmup, decay=self.decay, final=self.final)

@@ -13,6 +13,8 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from routing.ranges import MeshSize
+
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 
 # Logical axis -> mesh axes. "embed" cuts parameters only: activations name no axis for the width.
@@ -38,11 +40,11 @@ RULES: dict[str, tuple[str, ...]] = {
 class MeshShape:
     """The size of each mesh axis; at most one may be -1, which takes the devices that are left."""
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    tensor: int = 1
-    sequence: int = 1
+    data: MeshSize = -1
+    fsdp: MeshSize = 1
+    expert: MeshSize = 1
+    tensor: MeshSize = 1
+    sequence: MeshSize = 1
 
     def build(self, devices: Sequence | None = None) -> Mesh:
         """The mesh over all devices.

@@ -29,6 +29,7 @@ from moe.errors import UserError
 from moe.mixture import shares_of
 from moe.token_cache import TokenStream, default_cache_dir, token_stream
 from moe.tokenizer import Tokenizer, TokenizerSpec, TrainedBPE
+from routing.ranges import Natural, OpenShare
 
 Say = Callable[[str], None]
 
@@ -183,9 +184,9 @@ class TextData:
         self,
         corpus: Corpus,
         tokenizer: TokenizerSpec | None = None,
-        validation_fraction: float = 0.05,
+        validation_fraction: OpenShare = 0.05,
         validation_corpus: Corpus | None = None,
-        split_seed: int = 0,
+        split_seed: Natural = 0,
         isolate_documents: bool = True,
         cache_dir: str | Path | None = None,
     ):

@@ -20,6 +20,7 @@ import numpy as np
 from moe.corpus import nearest_path
 from moe.errors import UserError
 from moe.token_cache import write_atomically
+from routing.ranges import Count
 
 DOCUMENT_TOKEN = "<|document|>"
 FILE_NAME = "tokenizer.json"
@@ -196,7 +197,7 @@ class TrainedBPE:
     Trained on the training split and cached. A small corpus may give fewer tokens.
     """
 
-    vocab_size: int = 2048
+    vocab_size: Count = 2048
 
     def fit(
         self, texts: Texts, cache_dir: Path, fingerprint: str, say: Say = lambda line: None

@@ -39,6 +39,7 @@ from moe.sharding import MeshShape
 from moe.signals import catching_signals
 from moe.step import to_devices
 from moe.text_data import TextData
+from routing.ranges import Count, Natural, Positive, Size
 
 
 @gin.configurable
@@ -49,20 +50,20 @@ def train(
     objective: Objective | None = None,
     optimizer: Optimizer | None = None,
     mesh: MeshShape | None = None,
-    steps: int = 1000,
-    batch_size: int = 32,
-    sequence_length: int = 256,
-    accumulate: int = 1,
-    seed: int = 0,
-    log_every: int = 10,
-    eval_every: int | None = None,
-    eval_bytes: int | None = 200_000,
-    eval_stride: int | None = None,
-    final_eval_bytes: int | None = None,
-    save_every: int | None = None,
-    keep: int = 2,
-    stop_at: int | None = None,
-    max_seconds: float | None = None,
+    steps: Count = 1000,
+    batch_size: Count = 32,
+    sequence_length: Count = 256,
+    accumulate: Count = 1,
+    seed: Natural = 0,
+    log_every: Count = 10,
+    eval_every: Count | None = None,
+    eval_bytes: Size | None = 200_000,
+    eval_stride: Count | None = None,
+    final_eval_bytes: Size | None = None,
+    save_every: Count | None = None,
+    keep: Count = 2,
+    stop_at: Count | None = None,
+    max_seconds: Positive | None = None,
     prompts: tuple[str, ...] = ("",),
     start_from: str | None = None,
     start_from_optimizer: bool = False,

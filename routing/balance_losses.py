@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from routing.losses import RouterLoss, check_one_of, of_the_step, require_scores, token_weighted
+from routing.ranges import Count, Natural, NonNegative, SomeShare
 from routing.records import (
     Decision,
     RouterInputs,
@@ -46,13 +47,13 @@ class BalanceLoss(RouterLoss):
         over_layers: "sum" or "mean", as of every RouterLoss.
     """
 
-    coefficient: float = 0.01
+    coefficient: NonNegative = 0.01
     scope: Literal["global", "group", "sequence", "document"] = "global"
     counts: Literal["raw", "made"] | None = None
     choices: Literal["all", "first"] = "all"
-    devices: int | None = None
-    cheap: int = 0
-    cheap_weight: float = 0.75
+    devices: Count | None = None
+    cheap: Natural = 0
+    cheap_weight: SomeShare = 0.75
     over_layers: Literal["sum", "mean"] = "sum"
     name: str = "balance"
 
@@ -211,7 +212,7 @@ class ImportanceLoss(RouterLoss):
     V-MoE's own code).
     """
 
-    coefficient: float = 0.1
+    coefficient: NonNegative = 0.1
     of: Literal["gates", "scores"] = "gates"
     scope: Literal["global", "group"] = "global"
     over_layers: Literal["sum", "mean"] = "sum"
@@ -247,7 +248,7 @@ class LoadLoss(RouterLoss):
     ImportanceLoss.
     """
 
-    coefficient: float = 0.1
+    coefficient: NonNegative = 0.1
     scope: Literal["global", "group"] = "global"
     over_layers: Literal["sum", "mean"] = "sum"
     name: str = "load"

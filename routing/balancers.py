@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from routing.parameters import router_state, zeros
+from routing.ranges import Count, LessThanOne, NonNegative
 from routing.records import RouterStats
 from routing.selection import largest
 
@@ -38,7 +39,7 @@ class BiasBalancer(Balancer):
     mean off, which changes no selection and keeps the bias from drifting.
     """
 
-    def __init__(self, num_experts: int, rate: float = 1e-3, recentre: bool = True):
+    def __init__(self, num_experts: Count, rate: NonNegative = 1e-3, recentre: bool = True):
         self.rate = rate
         self.recentre = recentre
         self.bias_E = router_state((num_experts,), jnp.float32, (None,), zeros)
@@ -69,7 +70,7 @@ class QuantileBalancer(Balancer):
         decay: of a running mean over steps; 0 takes the last step alone.
     """
 
-    def __init__(self, num_experts: int, decay: float = 0.0):
+    def __init__(self, num_experts: Count, decay: LessThanOne = 0.0):
         if not 0 <= decay < 1:
             raise ValueError(f"QuantileBalancer.decay={decay} must lie in [0, 1)")
         self.decay = decay

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from routing.ranges import Count, Positive
 from routing.records import RouterInputs, TokenChoice
 
 
@@ -69,9 +70,9 @@ class Capacity:
             first choices, then all second ones; lets a later token evict an earlier one).
     """
 
-    factor: float | None = 1.25
-    eval_factor: float | None = None
-    multiple: int = 1
+    factor: Positive | None = 1.25
+    eval_factor: Positive | None = None
+    multiple: Count = 1
     priority: Literal["position", "gate", "random"] = "position"
     order: Literal["token-major", "choice-major"] = "token-major"
 

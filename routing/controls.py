@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from routing.losses import RouterLoss
 from routing.parameters import parameter, router_state, truncated_normal
+from routing.ranges import Count, NonNegative
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
 from routing.selection import largest, pick
@@ -27,7 +28,7 @@ class UniformRandom(Router):
     order_matters = True
     decoding = "a fixed draw for each position"
 
-    def __init__(self, sizes: Sizes, k: int = 2):
+    def __init__(self, sizes: Sizes, k: Count = 2):
         check_k("UniformRandom", k, sizes)
         self.num_experts, self.k, self.losses = sizes.num_experts, k, ()
 
@@ -48,7 +49,7 @@ class Balanced(Router):
     balanced = True
     decoding = "by the token's place in its group"
 
-    def __init__(self, sizes: Sizes, k: int = 2):
+    def __init__(self, sizes: Sizes, k: Count = 2):
         check_k("Balanced", k, sizes)
         self.num_experts, self.k, self.losses = sizes.num_experts, k, ()
 
@@ -70,7 +71,7 @@ class Zipf(Router):
     order_matters = True
     decoding = "a fixed draw for each position"
 
-    def __init__(self, sizes: Sizes, k: int = 2, exponent: float = 1.0):
+    def __init__(self, sizes: Sizes, k: Count = 2, exponent: NonNegative = 1.0):
         check_k("Zipf", k, sizes)
         if exponent < 0:
             raise ValueError(f"Zipf.exponent={exponent} must not be negative")
@@ -116,7 +117,7 @@ class FrozenTopK(Router):
     causality = Causality.CAUSAL
     decoding = "as in training"
 
-    def __init__(self, sizes: Sizes, k: int = 2):
+    def __init__(self, sizes: Sizes, k: Count = 2):
         check_k("FrozenTopK", k, sizes)
         self.num_experts, self.k, self.losses = sizes.num_experts, k, ()
         shape = (sizes.d_model, sizes.num_experts)

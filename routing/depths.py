@@ -15,6 +15,7 @@ import optax
 from routing.expert_choice import best_tokens
 from routing.losses import RouterLoss, TermLoss
 from routing.parameters import parameter, truncated_normal, zeros
+from routing.ranges import Count, SomeShare
 from routing.records import Causality, ExpertChoice, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router
 
@@ -42,9 +43,9 @@ class MixtureOfDepths(Router):
     def __init__(
         self,
         sizes: Sizes,
-        capacity: float = 0.125,
+        capacity: SomeShare = 0.125,
         guess: Literal["predictor", "auxiliary"] = "predictor",
-        predictor_width: int = 32,
+        predictor_width: Count = 32,
         losses: Sequence[RouterLoss] | None = None,
     ):
         if sizes.num_experts != 1:

@@ -14,6 +14,7 @@ import numpy as np
 from routing.balancers import Memory
 from routing.losses import RouterLoss, TermLoss
 from routing.parameters import parameter, router_state, truncated_normal, uniform, zeros
+from routing.ranges import Count, Positive
 from routing.records import (
     Causality,
     RouterInputs,
@@ -49,10 +50,10 @@ class DSelectK(Router):
     def __init__(
         self,
         sizes: Sizes,
-        k: int = 2,
+        k: Count = 2,
         per_token: bool = True,
-        gamma: float = 1.0,
-        ramp_steps: int | None = None,
+        gamma: Positive = 1.0,
+        ramp_steps: Count | None = None,
         losses: Sequence[RouterLoss] | None = None,
     ):
         check_k("DSelectK", k, sizes)

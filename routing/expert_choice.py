@@ -16,6 +16,7 @@ from routing.capacity import slots_for_valid, slots_per_expert
 from routing.capped import capped_plan
 from routing.losses import RouterLoss
 from routing.parameters import parameter, router_state, truncated_normal
+from routing.ranges import Count, LessThanOne, Positive
 from routing.records import (
     Causality,
     ExpertChoice,
@@ -55,12 +56,12 @@ class ExpertChoiceRouter(Router):
     def __init__(
         self,
         sizes: Sizes,
-        capacity_factor: float = 2.0,
-        most_experts: int | None = None,
-        entropy: float = 0.01,
-        iterations: int = 100,
+        capacity_factor: Positive = 2.0,
+        most_experts: Count | None = None,
+        entropy: Positive = 0.01,
+        iterations: Count = 100,
         evaluation: Literal["threshold", "tokens"] = "threshold",
-        decay: float = 0.99,
+        decay: LessThanOne = 0.99,
         losses: Sequence[RouterLoss] = (),
     ):
         if not 0 < capacity_factor <= sizes.num_experts:

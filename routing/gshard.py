@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from routing.balance_losses import BalanceLoss
 from routing.losses import RouterLoss
 from routing.parameters import parameter, truncated_normal
+from routing.ranges import Positive
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router
 from routing.selection import pick
@@ -41,7 +42,7 @@ class GShard(Router):
         self,
         sizes: Sizes,
         second: Literal["random", "all"] = "random",
-        threshold: float = 0.5,
+        threshold: Positive = 0.5,
         losses: Sequence[RouterLoss] | None = None,
     ):
         if sizes.num_experts < 2:

@@ -14,6 +14,7 @@ from routing.balance_losses import ImportanceLoss, cv_squared
 from routing.losses import RouterLoss, of_the_step
 from routing.noisy_top_k import chance_of_selection, standard_normal
 from routing.parameters import parameter, zeros
+from routing.ranges import Count, NonNegative
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router
 from routing.selection import pick
@@ -27,7 +28,7 @@ class HierarchicalLoadLoss(RouterLoss):
     The quotient lets the primary gate keep its gradient. For `Hierarchical` alone.
     """
 
-    coefficient: float = 0.1
+    coefficient: NonNegative = 0.1
     name: str = "load"
 
     @property
@@ -67,8 +68,8 @@ class Hierarchical(Router):
     def __init__(
         self,
         sizes: Sizes,
-        branches: int = 4,
-        k: int = 2,
+        branches: Count = 4,
+        k: Count = 2,
         losses: Sequence[RouterLoss] | None = None,
     ):
         experts = sizes.num_experts

@@ -15,6 +15,7 @@ import gin
 import jax
 import jax.numpy as jnp
 
+from routing.ranges import NonNegative, Real
 from routing.records import RouterInputs, RouterStats, Routing
 
 
@@ -74,7 +75,7 @@ class TermLoss(RouterLoss):
     """The mean over valid tokens of a loss term that the router itself computes, by its name."""
 
     name: str = gin.REQUIRED  # pyright: ignore[reportAssignmentType]
-    coefficient: float = 1.0
+    coefficient: NonNegative = 1.0
     over_layers: Literal["sum", "mean"] = "sum"
 
     def __call__(self, routing, inputs, stats):
@@ -89,7 +90,7 @@ class TermLoss(RouterLoss):
 class ZLoss(RouterLoss):
     """Mean of logsumexp(logits)^2 over valid tokens (Zoph et al. 2022, eq. 5)."""
 
-    coefficient: float = 1e-3
+    coefficient: NonNegative = 1e-3
     over_layers: Literal["sum", "mean"] = "sum"
     name: str = "z"
 
@@ -105,7 +106,7 @@ class ZLoss(RouterLoss):
 class EntropyLoss(RouterLoss):
     """Mean entropy (nats) of a token's scores: a positive coefficient makes routing decided."""
 
-    coefficient: float = 1e-3
+    coefficient: Real = 1e-3
     over_layers: Literal["sum", "mean"] = "sum"
     name: str = "entropy"
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from routing.losses import RouterLoss
 from routing.parameters import parameter, truncated_normal
+from routing.ranges import Count
 from routing.records import Causality, ExpertMerge, RouterInputs, Routing, Sizes
 from routing.router import Router
 
@@ -64,7 +65,7 @@ class Lory(Router):
     def __init__(
         self,
         sizes: Sizes,
-        segment: int = 256,
+        segment: Count = 256,
         first: Literal["uniform", "itself"] = "uniform",
         losses: Sequence[RouterLoss] = (),
     ):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from routing.parameters import router_state
+from routing.ranges import Count
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router
 
@@ -28,7 +29,7 @@ class MultiHash(Router):
     needs_token_ids = True
     decoding = "as in training"
 
-    def __init__(self, sizes: Sizes, hashes: int = 2):
+    def __init__(self, sizes: Sizes, hashes: Count = 2):
         if hashes < 1:
             raise ValueError(f"MultiHash.hashes={hashes} must be at least 1")
         self.num_experts, self.losses = sizes.num_experts, ()

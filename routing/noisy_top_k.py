@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from routing.balance_losses import ImportanceLoss, LoadLoss
 from routing.losses import RouterLoss
 from routing.parameters import parameter, zeros
+from routing.ranges import Count
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
 from routing.selection import largest, pick
@@ -34,7 +35,7 @@ class NoisyTopK(Router):
     causality = Causality.CAUSAL
     decoding = "as in training, without noise"
 
-    def __init__(self, sizes: Sizes, k: int = 4, losses: Sequence[RouterLoss] | None = None):
+    def __init__(self, sizes: Sizes, k: Count = 4, losses: Sequence[RouterLoss] | None = None):
         check_k("NoisyTopK", k, sizes)
         if k == 1 and sizes.num_experts > 1:
             raise ValueError(

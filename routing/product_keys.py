@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from routing.losses import RouterLoss
 from routing.parameters import parameter, truncated_normal
+from routing.ranges import Count
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
 from routing.selection import pick
@@ -42,9 +43,9 @@ class ProductKeys(Router):
     def __init__(
         self,
         sizes: Sizes,
-        heads: int = 4,
-        k: int = 8,
-        query_width: int | None = None,
+        heads: Count = 4,
+        k: Count = 8,
+        query_width: Count | None = None,
         losses: Sequence[RouterLoss] = (),
     ):
         side = math.isqrt(sizes.num_experts)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from routing.balancers import Memory
 from routing.losses import RouterLoss, TermLoss
 from routing.parameters import parameter, router_state, truncated_normal
+from routing.ranges import AboveOne, Count, Positive
 from routing.records import Causality, RouterInputs, RouterStats, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
 
@@ -40,9 +41,9 @@ class ReMoE(Router):
     def __init__(
         self,
         sizes: Sizes,
-        k: int = 2,
-        start: float = 1e-8,
-        factor: float = 1.2,
+        k: Count = 2,
+        start: Positive = 1e-8,
+        factor: AboveOne = 1.2,
         losses: Sequence[RouterLoss] | None = None,
     ):
         check_k("ReMoE", k, sizes)

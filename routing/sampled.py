@@ -13,6 +13,7 @@ from routing import estimators
 from routing.balance_losses import BalanceLoss
 from routing.losses import RouterLoss, TermLoss
 from routing.parameters import parameter, truncated_normal, zeros
+from routing.ranges import Count, NonNegative, Positive
 from routing.records import Causality, Policy, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
 from routing.selection import pick
@@ -57,11 +58,11 @@ class Sampled(Router):
         self,
         sizes: Sizes,
         estimator: str = "reinforce",
-        k: int = 2,
-        heat: float = 1.0,
-        policy_weight: float = 1e-2,
-        value_weight: float = 1e-2,
-        value_width: int = 64,
+        k: Count = 2,
+        heat: Positive = 1.0,
+        policy_weight: NonNegative = 1e-2,
+        value_weight: NonNegative = 1e-2,
+        value_width: Count = 64,
         losses: Sequence[RouterLoss] | None = None,
     ):
         check_k("Sampled", k, sizes)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from routing.losses import RouterLoss
 from routing.parameters import parameter, truncated_normal
+from routing.ranges import Count, Positive
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
 from routing.selection import pick
@@ -39,10 +40,10 @@ class Sinkhorn(Router):
     def __init__(
         self,
         sizes: Sizes,
-        k: int = 1,
+        k: Count = 1,
         gates: Literal["softmax", "sigmoid"] = "softmax",
-        tolerance: float = 1e-4,
-        iterations: int = 200,
+        tolerance: Positive = 1e-4,
+        iterations: Count = 200,
         losses: Sequence[RouterLoss] = (),
     ):
         check_k("Sinkhorn", k, sizes)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from routing.balancers import Memory
 from routing.losses import RouterLoss
 from routing.parameters import ones, parameter, router_state, truncated_normal
+from routing.ranges import Count, Natural, Positive
 from routing.records import Causality, RouterInputs, RouterStats, Routing, Sizes
 from routing.router import Router
 from routing.soft_moe import slot_logits, soft_routing
@@ -47,11 +48,11 @@ class SoftChoice(Router):
     def __init__(
         self,
         sizes: Sizes,
-        slots_per_expert: int = 1,
-        read: float = 0.1,
-        write: float = 0.1,
-        cooling_steps: int = 300,
-        segment: int | None = None,
+        slots_per_expert: Count = 1,
+        read: Positive = 0.1,
+        write: Positive = 0.1,
+        cooling_steps: Natural = 300,
+        segment: Count | None = None,
         losses: Sequence[RouterLoss] = (),
     ):
         for name, value in (("slots_per_expert", slots_per_expert), ("segment", segment or 1)):

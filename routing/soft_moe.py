@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from routing.losses import RouterLoss
 from routing.parameters import ones, parameter, truncated_normal
+from routing.ranges import Count
 from routing.records import Causality, RouterInputs, Routing, Sizes, SoftSlots
 from routing.router import Router
 
@@ -37,9 +38,9 @@ class SoftMoE(Router):
     def __init__(
         self,
         sizes: Sizes,
-        slots_per_expert: int = 1,
+        slots_per_expert: Count = 1,
         normalise: bool = True,
-        segment: int | None = None,
+        segment: Count | None = None,
         losses: Sequence[RouterLoss] = (),
     ):
         if segment is not None and segment < 1:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from routing.expert_choice import best_tokens
 from routing.losses import RouterLoss, TermLoss
 from routing.parameters import parameter, truncated_normal
+from routing.ranges import Count
 from routing.records import Causality, ExpertChoice, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
 
@@ -34,7 +35,7 @@ class StrictlyBalanced(Router):
     balanced = True
     decoding = "by the learned thresholds"
 
-    def __init__(self, sizes: Sizes, k: int = 4, losses: Sequence[RouterLoss] | None = None):
+    def __init__(self, sizes: Sizes, k: Count = 4, losses: Sequence[RouterLoss] | None = None):
         check_k("StrictlyBalanced", k, sizes)
         self.num_experts, self.k = sizes.num_experts, k
         self.losses = (TermLoss("threshold"),) if losses is None else tuple(losses)

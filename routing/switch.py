@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from routing.balance_losses import BalanceLoss
 from routing.losses import RouterLoss
 from routing.parameters import parameter, truncated_normal
+from routing.ranges import LessThanOne, Positive
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router
 from routing.selection import pick
@@ -35,8 +36,8 @@ class Switch(Router):
     def __init__(
         self,
         sizes: Sizes,
-        jitter: float = 0.01,
-        init_scale: float = 0.1,
+        jitter: LessThanOne = 0.01,
+        init_scale: Positive = 0.1,
         losses: Sequence[RouterLoss] | None = None,
     ):
         if not 0 <= jitter < 1:

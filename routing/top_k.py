@@ -16,6 +16,7 @@ from routing.balance_losses import BalanceLoss
 from routing.balancers import Balancer
 from routing.losses import RouterLoss, ZLoss
 from routing.parameters import parameter, truncated_normal
+from routing.ranges import Count, Positive
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
 from routing.selection import largest, pick
@@ -59,15 +60,15 @@ class TopK(Router):
     def __init__(
         self,
         sizes: Sizes,
-        k: int = 2,
+        k: Count = 2,
         gates: Literal["softmax", "softmax_of_selected", "sigmoid"] = "softmax",
         renormalise: bool = False,
-        scale: float = 1.0,
-        init_scale: float = 1.0,
+        scale: Positive = 1.0,
+        init_scale: Positive = 1.0,
         balancer: Callable[[int], Balancer] | None = None,
-        expert_groups: int = 1,
-        groups_per_token: int = 1,
-        group_best: int | None = None,
+        expert_groups: Count = 1,
+        groups_per_token: Count = 1,
+        group_best: Count | None = None,
         orthogonal: bool = False,
         keep_rest: bool = False,
         residual: bool = False,

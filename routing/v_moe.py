@@ -13,6 +13,7 @@ from routing.balance_losses import ImportanceLoss, LoadLoss
 from routing.losses import RouterLoss
 from routing.noisy_top_k import standard_normal
 from routing.parameters import parameter, truncated_normal
+from routing.ranges import Count, Positive
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
 from routing.selection import pick
@@ -39,8 +40,8 @@ class VMoE(Router):
     def __init__(
         self,
         sizes: Sizes,
-        k: int = 2,
-        noise: float = 1.0,
+        k: Count = 2,
+        noise: Positive = 1.0,
         losses: Sequence[RouterLoss] | None = None,
     ):
         check_k("VMoE", k, sizes)

@@ -35,7 +35,7 @@ MISTAKES = {
     "too many experts per token": (("TopK.k = 5",), ("k=5", "4")),
     "no capacity": (
         ("MoELayer.capacity = @Capacity()", "Capacity.factor = 0.0"),
-        ("Capacity.factor=0.0", "1.25"),
+        ("Capacity.factor", "above 0 or None, got 0.0"),
     ),
     "no gradient for the router": (("TopK.k = 1", "TopK.renormalise = True"), ("k=1", "gates=")),
     "a mesh of other devices": (
@@ -48,7 +48,7 @@ MISTAKES = {
     ),
     "a buffer of nothing": (
         ("MoELayer.dispatcher = @Sorted()", "Sorted.buffer = 0.0"),
-        ("Sorted.buffer=0.0", "above 0"),
+        ("Sorted.buffer", "above 0 or None, got 0.0"),
     ),
     "dropout without slots": (
         ("MoELayer.dispatcher = @Sorted()", "MoELayer.expert_dropout = 0.4"),
@@ -65,13 +65,13 @@ MISTAKES = {
     ),
     "no such file": (("TextFiles.paths = 'texts'",), ("no file or folder 'texts'",)),
     "a short text": (("train.sequence_length = 100000",), ("100000", "100001", "shorter sequence")),
-    "no steps": (("train.steps = 0",), ("train.steps=0", "at least 1")),
+    "no steps": (("train.steps = 0",), ("train.steps", "at least 1, got 0")),
     "positions": (("Transformer.positions = 'rotery'",), ("rotery", "rotary")),
     "learned positions": (
         ("Transformer.positions = 'learned'", "Transformer.max_length = 8"),
         ("max_length=8", "sequence_length=32"),
     ),
-    "no layers": (("Transformer.num_layers = 0",), ("num_layers=0",)),
+    "no layers": (("Transformer.num_layers = 0",), ("Transformer.num_layers", "at least 1, got 0")),
 }
 
 

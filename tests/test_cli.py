@@ -16,7 +16,7 @@ import pytest
 import moe
 from moe import cli
 from moe.commands import COMMANDS, EVAL, GENERATE, TRAIN
-from moe.errors import UserError
+from moe.errors import Problems, UserError
 
 ROOT = Path(moe.__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -158,8 +158,12 @@ def raises(error: BaseException):
 def test_a_users_error_of_a_command_is_told(train, capsys):
     assert train(raises(UserError("no corpus 'x'"))) == 2
     assert capsys.readouterr().err == "moe: error: no corpus 'x'\n"
-    assert train(raises(UserError("a.gin:1: x\nb.gin:2: y"))) == 2
+    assert train(raises(Problems(["a.gin:1: x", "b.gin:2: y"]))) == 2
     assert capsys.readouterr().err == "moe: error: 2 problems\n  a.gin:1: x\n  b.gin:2: y\n"
+    assert (
+        train(raises(UserError("what differs:\nthis\nand that"))) == 2
+    )  # one mistake of three lines
+    assert capsys.readouterr().err == "moe: error: what differs:\n  this\n  and that\n"
 
 
 def test_the_status_of_a_command_is_the_programs(train):
