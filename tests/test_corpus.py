@@ -1,15 +1,23 @@
 """Sources of text: names, order, errors of one line, and splits by whole document."""
 
+import gzip
 import importlib.util
 import itertools
 import json
+import os
+from pathlib import Path
+import subprocess
 import sys
 
 import pytest
+from tiny import environment
 
 from moe import corpus as corpora
 from moe.corpus import JsonLines, Parquet, StandardLibrary, StateOfTheUnion, TextFiles, split, whole
+from moe.corpus_files import find_files
 from moe.errors import UserError
+from moe.text_data import TextData
+from moe.tokenizer import Bytes
 
 
 def write(folder, **texts):
@@ -55,7 +63,7 @@ def test_a_file_that_two_patterns_name_is_read_once(tmp_path):
 
 
 def test_text_is_kept_byte_for_byte(tmp_path):
-    odd = "\ufeffline\r\nnext\rlast \u0065\u0301 \u00e9 \U0001f600\x00\n"
+    odd = "line\ufeff\r\nnext\rlast \u0065\u0301 \u00e9 \U0001f600\x00\n"
     [document] = TextFiles(write(tmp_path, a=odd)).documents()
     assert document.text == odd
 
@@ -194,3 +202,155 @@ def test_the_hash_follows_names_texts_and_their_border(tmp_path):
     assert len(set(hashes)) == 3 and sha256("4", ["ab", "c"]) == hashes[0]
     (tmp_path / "4" / "a.jsonl").rename(tmp_path / "4" / "b.jsonl")
     assert whole(JsonLines(str(tmp_path / "4"))).sha256 != hashes[0]
+
+
+# What is read, and what is left out: each entry of a folder is one or the other.
+
+
+def test_a_walk_follows_links_reads_each_file_once_and_tells_what_it_leaves(tmp_path):
+    write(tmp_path / "elsewhere", far="far away")
+    folder = tmp_path / "folder"
+    write(folder, a="1", **{"sub/c": "3"})
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "loop").symlink_to(folder)
+    (folder / "itself").symlink_to(folder / "itself")
+    (folder / "gone.txt").symlink_to(folder / "nothing")
+    (folder / "again.txt").symlink_to(folder / "a.txt")
+    os.mkfifo(folder / "pipe")
+    corpus = TextFiles(str(folder))
+    assert names(corpus) == ["a.txt", "linked/far.txt", "sub/c.txt"]
+    told = "\n".join(corpus.left_out())
+    for reason in ("a broken link: ", "a link in a circle: ", "no regular file: "):
+        assert f"left out, {reason}{folder}" in told
+    assert str(folder / "loop") in told and str(folder / "itself") in told
+    everything = find_files(str(folder))
+    accounted = {path for paths in everything.left_out.values() for path in paths}
+    accounted |= {str(path) for _, path in everything.files}
+    for entry in folder.iterdir():
+        assert str(entry) in accounted or entry.name in ("sub", "linked"), entry
+
+
+def test_a_folder_given_twice_or_through_its_parent_is_read_once(tmp_path):
+    folder = write(tmp_path / "folder", a="1", b="2", **{"sub/c": "3"})
+    (tmp_path / "folder" / "up").symlink_to(tmp_path / "folder")
+    expected = ["a.txt", "b.txt", "sub/c.txt"]
+    assert names(TextFiles([folder, folder, f"{folder}/../folder"])) == expected
+    assert names(TextFiles(f"{folder}/**/*.txt")) == expected
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path):
+    """By a process that is not the superuser."""
+    folder = tmp_path / "folder"
+    write(folder, a="1", **{"closed/b": "2"})
+    os.chmod(folder / "closed", 0)
+    code = """
+import os, sys
+from moe.corpus import TextFiles
+from moe.errors import UserError
+if os.getuid() == 0:
+    os.setuid(65534)
+try:
+    list(TextFiles(sys.argv[1]).documents())
+except UserError as error:
+    print(error)
+"""
+    for above in (tmp_path, *tmp_path.parents):
+        if above.stat().st_uid == os.getuid() and above != Path("/tmp"):
+            os.chmod(above, above.stat().st_mode | 0o755)
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    os.chmod(folder / "closed", 0o755)
+    assert f"{folder / 'closed'}: Permission denied" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "pipe"])
+def test_what_is_no_regular_file_is_never_opened(path, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    given = path if path.startswith("/") else str(tmp_path / path)
+    assert error_of(TextFiles(given)) == f"{given}: no regular file; name a file or a folder"
+
+
+def test_a_file_with_brackets_is_found_and_a_pattern_with_them_has_a_hint(tmp_path):
+    write(tmp_path, **{"part[1]": "1"})
+    assert names(TextFiles(str(tmp_path / "part[1].txt"))) == ["part[1].txt"]
+    assert "[[] stands for a bracket" in error_of(TextFiles(str(tmp_path / "part[1].t*")))
+
+
+def test_suffixes_that_were_looked_for_and_those_that_are_there_are_told(tmp_path):
+    write(tmp_path, a="1")
+    said = error_of(JsonLines(str(tmp_path)))
+    assert "with one of the suffixes .jsonl, .json; there is .txt" in said
+
+
+def packed(data: bytes, kind: str) -> bytes:
+    import zstandard
+
+    return {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[kind](data)
+
+
+@pytest.mark.parametrize("kind", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_compressed_files_and_byte_order_marks_are_read(kind, mark, tmp_path):
+    text, line = mark + "caf\u00e9 one".encode(), mark + b'{"text": "two"}\n{"text": "three"}\n'
+    (tmp_path / f"a.txt{kind}").write_bytes(packed(text, kind))
+    (tmp_path / f"b.jsonl{kind}").write_bytes(packed(line, kind))
+    found = {d.name: d.text for d in TextFiles(str(tmp_path / f"a.txt{kind}")).documents()}
+    assert found == {f"a.txt{kind}": "caf\u00e9 one"}
+    assert [d.text for d in JsonLines(str(tmp_path)).documents()] == ["two", "three"]
+
+
+@pytest.mark.parametrize("kind", [".gz", ".zst"])
+def test_a_damaged_compressed_file_is_named(kind, tmp_path):
+    path = tmp_path / f"a.txt{kind}"
+    path.write_bytes(packed(os.urandom(5000), kind)[:4000])
+    if kind == ".gz":
+        assert error_of(TextFiles(str(path))).startswith(f"{path}: the gzip file is damaged: ")
+    else:
+        assert str(path) in error_of(TextFiles(str(path)))
+
+
+@pytest.mark.parametrize(
+    "line", ['{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", '{"text": ' + "9" * 5000 + "}"]
+)
+def test_json_that_python_cannot_hold_is_named_with_its_line(line, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n' + line + "\n")
+    assert error_of(JsonLines(str(path))).startswith(f"{path}:2: ")
+
+
+def test_null_is_left_out_and_told_in_json_and_parquet(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": "two"}\n')
+    parquet.write_table(pa.table({"text": ["one", None, "two"]}), tmp_path / "a.parquet")
+    for corpus, place in ((JsonLines, "a.jsonl:2"), (Parquet, "a.parquet: row 1")):
+        read = corpus(str(tmp_path))
+        assert [document.text for document in read.documents()] == ["one", "two"]
+        assert read.left_out() == [f"left out, null: {tmp_path / place}"]
+
+
+def test_a_damaged_page_of_parquet_is_named(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(
+        pa.table({"text": [os.urandom(500).hex() for _ in range(500)]}), path, use_dictionary=False
+    )
+    data = bytearray(path.read_bytes())
+    data[1000:9000] = os.urandom(8000)
+    path.write_bytes(data)
+    assert error_of(Parquet(str(path))).startswith(f"{path}: not a Parquet file that can be read")
+
+
+def test_held_out_text_that_is_training_text_is_told(tmp_path):
+    folder = write(tmp_path / "train", **{f"{i}": f"text {i}" for i in range(9)})
+    other = write(tmp_path / "other", x="text 3", y="not seen before")
+    said = []
+    settings = {"tokenizer": Bytes(), "cache_dir": tmp_path / "cache"}
+    TextData(TextFiles(folder), validation_corpus=TextFiles(other), **settings).prepare(said.append)
+    assert "1 of 2 held-out documents (6 bytes) stand in the training text too" in "\n".join(said)
+    said.clear()
+    TextData(TextFiles(folder), **settings).prepare(said.append)
+    assert not any("stand in the training" in line for line in said)
