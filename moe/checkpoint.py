@@ -53,7 +53,7 @@ class Checkpoints:
         )
         self._ocp = ocp
         self._options = options
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager = _manager_class(ocp)(self.folder, options=options)
 
     def save(self, state: TrainState, extra: dict[str, Any], val_loss: float | None = None) -> None:
         """Start writing; returns before it is on disk. `extra` is JSON: the data position."""
@@ -190,6 +190,19 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _manager_class(ocp: Any) -> Any:
+    class Manager(ocp.CheckpointManager):
+        def metrics(self, step: int) -> dict[str, float] | None:
+            """None for a damaged file, too, for which Orbax would not open the whole folder."""
+            try:
+                found = super().metrics(step)
+                return None if found is None else {"val_loss": float(found["val_loss"])}
+            except (ValueError, TypeError, KeyError):
+                return None
+
+    return Manager
 
 
 def _differences(wanted: dict[str, Any], there: dict[str, tuple[int, ...]]) -> str:

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 import errno
 import importlib
+import io
 import os
+from pathlib import Path
 import re
 import sys
 from types import SimpleNamespace
@@ -33,6 +35,8 @@ DISK = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status: 0, or 2 for a user's mistake."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without our letters shows a "?"
+        sys.stdout.reconfigure(errors="replace")
     try:
         return _run(argv)
     except KeyboardInterrupt:
@@ -138,6 +142,9 @@ def _check(command: Command, flag: Flag, value: object) -> None:
         raise UserError(f"moe {command.name} needs --{flag.name}={flag.value} ({flag.help})")
     if flag.value in ("TEXT", "SETTING") and not _is_utf8(value):
         raise UserError(f"moe {command.name}: --{flag.name} holds bytes that are not UTF-8")
+    if flag.name == "json" and value and not Path(str(value)).absolute().parent.is_dir():
+        # Told now: what is to be written there may take hours.
+        raise UserError(f"moe {command.name}: --json={value}: there is no such folder")
     if isinstance(value, int | float):
         low = float("-inf") if flag.low is None else flag.low
         high = float("inf") if flag.high is None else flag.high

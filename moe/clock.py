@@ -32,7 +32,6 @@ class Clock:
         self._peak, self._built, self._tokens = peak, built, tokens_per_step
         self._recent: collections.deque[float] = collections.deque(maxlen=10)
         self._last = time.perf_counter()
-        self.first = 0.0  # seconds of this start's first, compiling step
         self._skip, self._logged, self._logging = True, False, 0.0
 
     def tick(self) -> float | None:
@@ -40,7 +39,6 @@ class Clock:
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         if self._skip:
-            self.first = seconds
             self.total["first_steps"] += seconds
             self._skip = False
             return None

@@ -69,6 +69,7 @@ def summary_of(
         "val_loss": result.loss,
         "val_documents": result.documents,
         "val_bytes": result.bytes,
+        "held_out_bytes": text.info.validation_bytes,
         **costs_of(built),
         "corpus": {name: getattr(text.info, name) for name in ("name", "bytes", "sha256")},
         "matmul_peak_flops": peak,

@@ -1,7 +1,8 @@
 """Errors that are the user's to mend: one clear line, exit status 2, no traceback."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 import difflib
+from typing import Any
 
 
 class UserError(ValueError):
@@ -20,3 +21,13 @@ def nearest(name: str, valid: Iterable[str], *, most: int = 3) -> str:
     """A hint such as ``; did you mean 'TopK'?``, or an empty string where nothing is near."""
     close = difflib.get_close_matches(name, list(valid), n=most, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
+def attempted(what: str, say: Callable[[str], None], call: Callable, *given: Any) -> Any:
+    """What a call returns; where it fails that is told, the results stand, and this is None."""
+    try:
+        return call(*given)
+    except Exception as error:  # decoration is never worth a run
+        first = (str(error).strip().splitlines() or [""])[0][:160]
+        say(f"no {what}: {type(error).__name__}: {first}")
+        return None

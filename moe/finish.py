@@ -7,11 +7,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from moe import hosts
+from moe import baselines, evaluate, hosts
 from moe.analysis import token_table
 from moe.assemble import Model
 from moe.batches import ValidationBatches
-from moe.evaluate import Evaluation, evaluate
+from moe.errors import attempted
 from moe.functional import Arrays
 from moe.generate import Sampling, generate
 from moe.plots import picture
@@ -25,22 +25,12 @@ PICTURE_BYTES = 60_000
 
 def evaluated(
     step: Callable, state: TrainState, batches: ValidationBatches, mesh: Mesh, display: Display
-) -> Evaluation:
+) -> evaluate.Evaluation:
     """The last evaluation, with its progress."""
     size = f"{batches.num_bytes:,} bytes in {batches.num_documents} held-out documents"
     display.say(f"evaluating on {size}")
     with display.counting("evaluating", len(batches)) as count:
-        return evaluate(step, state, batches, mesh, count)
-
-
-def attempted(what: str, say: Callable[[str], None], call: Callable, *given: Any) -> Any:
-    """What a call returns; where it fails that is told, the results stand, and this is None."""
-    try:
-        return call(*given)
-    except Exception as error:  # decoration is never worth a run
-        first = (str(error).strip().splitlines() or [""])[0][:160]
-        say(f"no {what}: {type(error).__name__}: {first}")
-        return None
+        return evaluate.evaluate(step, state, batches, mesh, count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,25 +80,31 @@ class Pages:
 def written(
     pages: Pages, state: TrainState, summary: dict[str, Any], display: Display, started: float
 ) -> dict[str, Any]:
-    """Write summary.json first, then samples and picture, whose failure is told and costs nothing.
+    """Write summary.json, then what decorates it, whose failure is told and costs nothing.
 
+    That is: what compressors reach, samples and the picture.
     started: when the command was, by time.monotonic().
 
     Returns:
         The summary, and the samples.
     """
-    folder, first = pages.folder, hosts.is_first()
-    if first:
-        folder.write_json(folder.summary, summary)
-    samples: list[str] = []
+    folder, first, samples = pages.folder, hosts.is_first(), []
+
+    def write(marks: dict[str, float]) -> dict[str, Any]:
+        whole = summary | {"baselines": marks, "wall_seconds": time.monotonic() - started}
+        if first:
+            folder.write_json(folder.summary, whole)
+        return whole
+
+    write({})
+    say = display.say
+    marks = attempted("compressors' figures", say, baselines.baselines, pages.text, say) or {}
+    write(marks)
     values = hosts.gathered((state.params, state.router_state))
     if values is None:
-        display.say("no samples and no picture: the parameters are too large for one host")
+        say("no samples and no picture: the parameters are too large for one host")
     elif first:
-        lines = summary["baselines"] | {"held out": summary["val_bits_per_byte"]}
-        samples = attempted("samples", display.say, pages.samples, values) or []
-        attempted("picture", display.say, pages.picture, values, lines)
-    summary |= {"wall_seconds": time.monotonic() - started}
-    if first:
-        folder.write_json(folder.summary, summary)
-    return summary | {"samples": samples}
+        lines = marks | {"held out": summary["val_bits_per_byte"]}
+        samples = attempted("samples", say, pages.samples, values) or []
+        attempted("picture", say, pages.picture, values, lines)
+    return write(marks) | {"samples": samples}

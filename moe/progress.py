@@ -30,7 +30,7 @@ class Display:
                 TextColumn("{task.fields[line]}"),
             ]
             self._bar = Progress(*columns, console=self.console)
-            self._task = self._bar.add_task("step", total=steps, completed=done, line="compiling")
+            self._task = self._bar.add_task("step", total=steps, completed=done, line="")
 
     def __enter__(self) -> "Display":
         if self._bar is not None:
@@ -57,12 +57,29 @@ class Display:
         left = ""
         if step > self._done:
             pace = (now - self._started) / (step - self._done)
-            left = f"{min(pace * (self._steps - step), at_most):.0f} s left"
+            left = f"{duration(min(pace * (self._steps - step), at_most))} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, line=f"{line} {left}".rstrip())
         elif now - self._last_line >= LINE_EVERY_SECONDS or step == self._steps:
             self._last_line = now
             self.say(f"step {step}/{self._steps} {line} {left}".rstrip())
+
+    def compiling(self, call: Callable[..., T], what: str) -> Callable[..., T]:
+        """The same function; its first call, which compiles, is told with its seconds."""
+        known = False
+
+        def told(*given) -> T:
+            nonlocal known
+            if known:
+                return call(*given)
+            known = True
+            self.say(f"compiling {what}")
+            start = time.perf_counter()
+            result = call(*given)  # it returns once it is compiled, and runs on
+            self.say(f"compiled {what} in {time.perf_counter() - start:.1f} s")
+            return result
+
+        return told
 
     @contextlib.contextmanager
     def counting(self, what: str, total: int) -> Iterator[Callable[[int, int], None]]:
@@ -83,6 +100,13 @@ class Display:
         yield count
         if self._bar is not None and task is not None:
             self._bar.remove_task(task)
+
+
+def duration(seconds: float) -> str:
+    """Such as 40 s, 12 min or 3.5 h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def line(scalars: dict[str, float], word: str, loads: bool = True) -> str:

@@ -61,8 +61,6 @@ class Recorder:
         (step, measured), self._waiting = self._waiting, None
         measured = jax.device_get(measured)
         seconds = self.clock.tick()
-        if seconds is None:
-            self.display.say(f"compiled and took the first step in {self.clock.first:.1f} s")
         with self.clock.logging():
             require_finite(step, measured, self.saves)
             slow = None if seconds is None else self.clock.pace.slow(seconds)

@@ -91,7 +91,9 @@ class RunFolder:
         ]
         trained = [int(p.name) for p in self.checkpoints.iterdir() if p.name.isdecimal()]
         if trained and max(trained) > steps:
-            differs.append(f"train.steps: {max(trained)} are trained there, {steps} here")
+            differs.append(
+                f"train.steps: {max(trained)} are trained there, {steps} here; give as many or more"
+            )
         if differs:
             raise UserError(
                 f"{self.path} holds the checkpoints of another run; choose another --workdir, or "
@@ -108,14 +110,17 @@ class RunFolder:
         return found if saved and (found["step"] == steps or over) else None
 
     def begin(self, config: str, run: dict[str, Any], tokenizer: Tokenizer, step: int) -> None:
-        """Write what the run is, and forget what was logged after the step it starts from."""
-        if step and self.run.exists():  # what it once started from stays true
-            before = json.loads(self.run.read_text(encoding="utf-8"))
-            run = {k: before[k] for k in ("started_from",) if k in before} | run
+        """Write what the run is, and forget what was logged after the step it starts from.
+
+        The summary of an end that it goes beyond becomes summary-STEP.json.
+        """
         self.write_json(self.run, run)
         write_atomically(self.config, config.encode())
         tokenizer.save(self.tokenizer)
         self._cut_metrics(step)
+        if self.summary.exists():
+            ended = json.loads(self.summary.read_text(encoding="utf-8"))["step"]
+            self.summary.rename(self.path / f"summary-{ended}.json")
 
     def write_json(self, path: Path, content: Any) -> None:
         """Whole or not at all."""

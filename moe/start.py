@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,11 +22,28 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """What a run without a checkpoint of its own starts from."""
+    """What a run without a checkpoint of its own starts from.
+
+    run: another run's folder, for its newest checkpoint, or one of its checkpoints, such as
+    RUN/checkpoints/200. optimizer: with its optimizer's state.
+    """
 
     seed: int
     run: str | None
     optimizer: bool
+
+    def __post_init__(self):
+        if self.optimizer and self.run is None:
+            raise UserError(
+                "train.start_from_optimizer=True needs train.start_from: a run's folder"
+            )
+
+    def place(self) -> tuple[RunFolder, int | None]:
+        """The other run's folder, and the step that is named, if one is."""
+        path = Path(self.run or "").expanduser()
+        if path.parent.name == "checkpoints" and path.name.isdecimal():
+            return RunFolder(path.parent.parent), int(path.name)
+        return RunFolder(path), None
 
 
 def first_state(
@@ -33,12 +51,15 @@ def first_state(
 ) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
     """The state, what its checkpoint holds beside it, and what run.json is to say of its source.
 
+    A run that goes on holds that in its own checkpoints, and does not look at `given`.
+
     Raises:
         UserError: checkpoints that can't be read; another run that is not of this model.
     """
     restored = saves.restore(program.abstract_state, say=say)
     if restored is not None:
-        return *restored, {}
+        state, extra = restored
+        return state, extra, {k: extra[k] for k in ("started_from",) if k in extra}
     try:
         state = program.init(given.seed)
     except ValueError as error:  # a router that looks at the text, say
@@ -57,8 +78,8 @@ def from_run(
     The step is 0 and the schedule starts anew, with the optimizer's moments too.
     """
     where = f"train.start_from={given.run!r}"
-    folder = RunFolder(given.run or "")
-    if not folder.checkpoints.is_dir():
+    folder, step = given.place()
+    if not (folder.checkpoints.is_dir() and folder.tokenizer.is_dir()):
         raise UserError(f"{where}: no run with checkpoints there")
     if load_tokenizer(folder.tokenizer).fingerprint != tokenizer.fingerprint:
         raise UserError(
@@ -70,7 +91,7 @@ def from_run(
     wanted = {name: a for name, a in abstract.items() if name.split(".")[0] in kinds}
     with checkpoint.opened(folder.checkpoints, read_only=True) as theirs:
         try:
-            found = theirs.values(wanted, say=say)
+            found = theirs.values(wanted, step, say)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
     if found is None:

@@ -14,7 +14,6 @@ import numpy as np
 
 from moe import (
     assemble,
-    baselines,
     checkpoint,
     evaluate,
     finish,
@@ -145,7 +144,7 @@ def train(
         # The state: from the last checkpoint, from another run, or from the seed.
         saves = stack.enter_context(checkpoint.opened(folder.checkpoints, keep))
         given = start.Given(seed, start_from, start_from_optimizer)
-        state, extra, source = start.first_state(saves, program, text.tokenizer, given, say)
+        state, before, source = start.first_state(saves, program, text.tokenizer, given, say)
         first = int(state.step)
         rate_N = np.asarray(jax.vmap(optimizer.rate(steps))(np.arange(steps)))
         start.told(first, stop_at, folder, optimizer, rate_N, say)
@@ -161,7 +160,7 @@ def train(
         logs = Logs(folder, loggers, run, display.say) if not quiet else None
         stack.callback(logs.close if logs else lambda: None)
         interrupted = stack.enter_context(catching_signals())
-        clock = Clock(peak, built, math.prod(shape), extra.get("clock"), max_seconds)
+        clock = Clock(peak, built, math.prod(shape), before.get("clock"), max_seconds)
         record = Recorder(
             built=built,
             clock=clock,
@@ -173,13 +172,15 @@ def train(
             log_every=log_every,
         )
         eval_step = evaluate.evaluation_step(built, device_mesh)
-        extra = {"data": text.fingerprint(), "batch_size": batch_size, "seed": seed}
+        eval_step = display.compiling(eval_step, "the evaluation")
+        train_step = display.compiling(program.step, "the training step")
+        extra = {"data": text.fingerprint(), "batch_size": batch_size, "seed": seed, **source}
         batches = train_batches.batches(first, hosts.rows(program.batch_sharding, batch_size))
-        step, saved = first, first if first else None
+        step, saved = first, first if before else None
         stopped, late = hosts.any_says(bool(interrupted), clock.over())
         while step < steps and step != stop_at and not stopped and not late:
             batch = to_devices(next(batches), program.batch_sharding, batch_size)
-            state, measured = program.step(state, batch)
+            state, measured = train_step(state, batch)
             step += 1
             record.step(step, measured)
             evaluating = bool(eval_every) and step % eval_every == 0 and step < steps
@@ -205,17 +206,16 @@ def train(
             saves.save(state, extra | {"clock": clock.total})
         saves.wait()
         if stopped or step == stop_at != steps:
-            way = "the same command goes on" if stopped else "without train.stop_at it goes on"
+            at_stop = step == stop_at
+            way = "without train.stop_at it goes on" if at_stop else "the same command goes on"
             display.say(f"stopped after step {step} of {steps}; {way}")
             # Of another process's signal it is only known that there was one.
             number = interrupted.signal or (signal.SIGTERM if stopped else None)
             return {"interrupted": True, "signal": number, "step": step}
 
-        # The results; then a picture and samples, never at their cost.
+        # The results; then what compressors reach, samples and a picture, never at their cost.
         result = finish.evaluated(eval_step, state, all_held_out, device_mesh, display)
-        marks = finish.attempted("compressors' figures", display.say, baselines.baselines, text)
-        summary = {"step": step, **summary_of(result, built, text, peak), "baselines": marks or {}}
-        summary |= clock.summary() | {"wall_seconds": time.monotonic() - started}
+        summary = {"step": step, **summary_of(result, built, text, peak), **clock.summary()}
         pages = finish.Pages(folder, built, text, prompts, shape, seed)
         return finish.written(pages, state, summary, display, started)
 

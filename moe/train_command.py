@@ -6,6 +6,7 @@ import shutil
 from typing import Any
 
 from moe import gin_files, hosts
+from moe.errors import attempted
 from moe.run_folder import RunFolder
 
 
@@ -23,7 +24,8 @@ def run(flags) -> int:
     samples = summary.pop("samples")
     if flags.json:
         Path(flags.json).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    print(report(summary, samples, RunFolder(flags.workdir)))
+    folder = RunFolder(flags.workdir)
+    print(attempted("report", print, report, summary, samples, folder) or f"see {folder.summary}")
     return 0
 
 
@@ -61,11 +63,14 @@ def bars(summary: dict[str, Any]) -> list[str]:
             "seen from both sides, which no compressor does)",
         ]
     marks = {"this model": summary["val_bits_per_byte"], **summary["baselines"]}
-    widest = max(marks.values())
+    widest = max(marks.values()) or 1.0
     lines = ["", "bits per byte of held-out text (lower is better)"]
     for name, value in sorted(marks.items(), key=lambda mark: mark[1]):
         bar = "#" * round(40 * value / widest)
         lines.append(f"  {name:<12}{value:6.3f}  {bar}")
+    scored, there = summary["val_bytes"], summary["held_out_bytes"]
+    if scored < there and len(marks) > 1:
+        lines.append(f"  (this model on {scored:,} of {there:,} held-out bytes, the rest on all)")
     return lines
 
 

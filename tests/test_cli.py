@@ -239,3 +239,14 @@ def test_text_that_is_not_utf8_is_refused(capsys):
     assert "--prompt holds bytes that are not UTF-8" in capsys.readouterr().err
     assert cli.main(["train", "--workdir=w", "--gin_bindings=train.prompts = ('\udce9',)"]) == 2
     assert "--gin_bindings holds bytes that are not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["eval", "train"])
+def test_a_file_of_results_that_cannot_be_is_told_before_the_work(name, tmp_path, capsys):
+    """Not after hours of it."""
+    where = tmp_path / "nowhere" / "results.json"
+    given = [f"--workdir={tmp_path / 'run'}", f"--json={where}"]
+    given += ["--gin_file=quickstart.gin"] if name == "train" else []
+    assert cli.main([name, *given]) == 2
+    assert f"--json={where}: there is no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -1,14 +1,20 @@
 """How a run ends, pauses, is made longer, and starts from another."""
 
+import io
 import json
+import math
+import re
 import shutil
+import signal
+import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 from tiny import Runs, arrays, lines
 
-from moe import checkpoint
+from moe import baselines, checkpoint, cli, progress, signals
 from moe.optimizer import AdamW
 from moe.step import TrainState
 
@@ -55,10 +61,79 @@ def test_results_do_not_hang_on_their_decoration(name, runs, base, capsys):
     assert ours["val_loss"] == theirs["val_loss"]
 
 
-def test_a_short_final_evaluation_says_what_it_scored(runs):
+def test_a_short_final_evaluation_says_what_it_scored_and_what_was_compiled(runs, capsys):
     run = runs.done("scored", "train.steps = 1", "train.final_eval_bytes = 500")
     summary = json.loads((run / "summary.json").read_text())
-    assert 400 < summary["val_bytes"] <= 500
+    assert 400 < summary["val_bytes"] <= 500 < summary["held_out_bytes"]
+    out = capsys.readouterr().out
+    scored, there = summary["val_bytes"], summary["held_out_bytes"]
+    assert f"(this model on {scored:,} of {there:,} held-out bytes, the rest on all)" in out
+    for what in ("training step", "evaluation"):
+        assert re.search(rf"compiled the {what} in \d+\.\d s", out)
+
+
+def test_the_summary_is_written_before_anything_that_decorates_it(runs, capsys):
+    """A machine that dies while it compresses costs nothing: the run is complete."""
+
+    def dies(*given):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "baselines", dies)
+        assert runs("compressing", *ADAMW) == cli.INTERRUPTED
+    assert runs("compressing", *ADAMW) == 0
+    out = capsys.readouterr().out
+    assert "this run is complete at step 6" in out and "this model" in out
+
+
+def test_compressors_that_fail_cost_nothing(runs, capsys):
+    """A file stands where their figures are to be kept."""
+    cache = runs.folder / "cache"
+    cache.mkdir()
+    (cache / "baselines").write_text("")
+    run = runs.done("uncompressed", "train.steps = 1", f"TextData.cache_dir = {str(cache)!r}")
+    assert "no compressors' figures: " in capsys.readouterr().out
+    assert json.loads((run / "summary.json").read_text())["baselines"] == {}
+    assert (run / "picture.png").exists()
+
+
+def test_a_report_that_cannot_be_made_is_no_failure_of_the_run(runs, base, capsys):
+    """The summary is of another version."""
+    run = copied(base, "older")
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["parameters_total"]
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert runs(run.name, *ADAMW, "train.prompts = ('the',)") == 0
+    assert "no report: KeyError: 'parameters_total'" in capsys.readouterr().out
+
+
+def test_text_is_printed_where_the_terminal_lacks_its_letters(base, monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    given = ["--prompt=\u00e9t\u00e9", "--tokens=1", f"--workdir={base}"]
+    assert cli.main(["generate", *given]) == 0
+    shown.flush()
+    assert b"?t?" in shown.buffer.getvalue()
+
+
+def test_the_time_left_is_that_of_the_steps_or_of_the_limit(monkeypatch, capsys):
+    """Ten seconds a step, 98 steps left: 16 minutes, or the 70 seconds that there may be."""
+    now = [1000.0]
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    for limit, left in ((math.inf, "16 min left"), (70.0, "70 s left"), (9e9, "16 min left")):
+        display = progress.Display(steps=100)
+        display.update(1, "loss", limit)
+        now[0] += 10
+        display.update(2, "loss", limit)
+        assert capsys.readouterr().out.splitlines()[-1] == f"step 2/100 loss {left}"
+
+
+def test_an_evaluation_tells_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "LINE_EVERY_SECONDS", 0)
+    with progress.Display(steps=1).counting("evaluating", 3) as count:
+        for done in (1, 2, 3):
+            count(done, 3)
+    assert capsys.readouterr().out.split("\n") == [*(f"evaluating {n}/3" for n in (1, 2, 3)), ""]
 
 
 def test_numbers_of_ones_own_stand_beside_ours(runs, monkeypatch, capsys):
@@ -95,14 +170,33 @@ def test_a_pause_says_how_to_go_on_and_a_pause_that_is_past_trains_nothing(runs,
     runs.done("paused", *ADAMW)
 
 
+def test_a_run_that_was_stopped_before_its_first_step_goes_on(runs, base, capsys):
+    """Twice, since what is saved of it is not to be saved again; it knows where it came from."""
+    source = copied(base, "source of nothing")
+    given = (*ADAMW, f"train.start_from = {str(source)!r}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signals.Signals, "signal", signal.SIGTERM)  # it came while all was prepared
+        for _ in range(2):
+            assert runs("never began", *given) == 128 + signal.SIGTERM
+    assert "stopped after step 0 of 6; the same command goes on" in capsys.readouterr().out
+    shutil.rmtree(source)  # which is not read again
+    run = runs.done("never began", *given)
+    record = json.loads((run / "run.json").read_text())
+    assert record["started_from"] == {"run": str(source), "step": 6}
+
+
 # More steps.
 
 
 def test_a_finished_run_is_made_longer(runs, base, capsys):
     run = copied(base, "longer")
     longer = (*ADAMW[:1], "train.steps = 9", "train.prompts = ('the',)")
-    runs.done(run.name, *longer)
+    runs(run.name, *longer, "train.stop_at = 7")
     out = capsys.readouterr().out
+    # The results of the first end are still there, and not taken for those of the run.
+    assert json.loads((run / "summary-6.json").read_text())["step"] == 6
+    assert not (run / "summary.json").exists()
+    runs.done(run.name, *longer)
     assert "continuing at step 6 of 9" in out
     assert "train.steps was 6 and is 9: the schedule is built for all 9" in out
     logged = lines(run / "metrics.jsonl")
@@ -137,7 +231,9 @@ def test_a_run_starts_from_anothers_parameters(runs, base, capsys):
 
 
 def test_a_run_starts_with_anothers_optimizer_and_a_schedule_of_its_own(runs, base):
-    given = (f"train.start_from = {str(base)!r}", "train.start_from_optimizer = True")
+    """One of its checkpoints is named, by its folder."""
+    source = str(base / "checkpoints" / "6")
+    given = (f"train.start_from = {source!r}", "train.start_from_optimizer = True")
     run = runs.done("from both", *ADAMW[:1], "train.steps = 2", *given)
     first = lines(run / "metrics.jsonl")[0]
     assert first["learning_rate"] == pytest.approx(float(AdamW().rate(2)(0)), rel=1e-5)
@@ -151,6 +247,10 @@ def test_a_run_starts_with_anothers_optimizer_and_a_schedule_of_its_own(runs, ba
     ("settings", "said"),
     [
         (("train.start_from = 'nowhere'",), "train.start_from='nowhere': no run with checkpoints"),
+        (
+            ("train.start_from_optimizer = True",),
+            "train.start_from_optimizer=True needs train.start_from",
+        ),
         (("MoELayer.num_experts = 8",), "other shapes: params."),
         (("Transformer.moe = None",), "missing there: params."),
         (
@@ -187,18 +287,33 @@ def state_of(step: int) -> TrainState:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "kept"),
+    ("before", "after", "keep", "kept"),
     [
-        ({2: 1.0, 4: 2.0}, {6: 3.0, 8: 4.0}, [2, 8]),  # the best was saved before the restart
-        ({2: 3.0, 4: 2.0}, {6: 1.0, 8: None}, [6, 8]),  # after it
-        ({2: 2.0, 4: None}, {6: None, 8: float("nan")}, [2, 8]),
-        ({2: None, 4: None}, {6: None}, [6]),
+        ({2: 1.0, 4: 2.0}, {6: 3.0, 8: 4.0}, 1, [2, 8]),  # the best was saved before the restart
+        ({2: 3.0, 4: 2.0}, {6: 1.0, 8: None}, 1, [6, 8]),  # after it
+        ({2: 2.0, 4: None}, {6: None, 8: float("nan")}, 1, [2, 8]),
+        ({2: None, 4: None}, {6: None}, 1, [6]),
+        ({2: 1.0, 4: 2.0}, {6: 3.0, 8: 4.0}, 2, [2, 6, 8]),
+        ({2: None, 4: 2.0, 5: None}, {6: None}, 2, [4, 5, 6]),
     ],
 )
-def test_the_best_and_the_last_stay_across_a_restart(before, after, kept, tmp_path):
+def test_the_best_and_the_last_stay_across_a_restart(before, after, keep, kept, tmp_path):
     for losses in (before, after):
-        with checkpoint.opened(tmp_path, keep=1) as saves:
+        with checkpoint.opened(tmp_path, keep=keep) as saves:
             for step, loss in losses.items():
                 saves.save(state_of(step), {}, loss)
     with checkpoint.opened(tmp_path, read_only=True) as saves:
         assert saves.steps() == kept
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"val_loss": "low"}'])
+def test_a_damaged_metric_does_not_close_the_folder(damage, tmp_path):
+    """What it said is unknown; the checkpoint is as good as one without."""
+    with checkpoint.opened(tmp_path, keep=2) as saves:
+        for step, loss in {2: 1.0, 4: 2.0}.items():
+            saves.save(state_of(step), {}, loss)
+    (tmp_path / "2" / "metrics" / "metrics").write_text(damage)
+    with checkpoint.opened(tmp_path, keep=1) as saves:
+        saves.save(state_of(6), {}, 3.0)
+    with checkpoint.opened(tmp_path, read_only=True) as saves:
+        assert saves.steps() == [4, 6]
