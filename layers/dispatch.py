@@ -154,7 +154,8 @@ class Sorted(Dispatcher):
         buffer: a device has room for this many times the rows that come to it in the mean, the same
             share of it for each sender; None for all rows of all, the only way to be sure.
         overflow: "drop" what the buffer has no room for (counted as dropped: sooner on more
-            devices), or "exact": a second exchange, only where there is any, with room for all.
+            devices, and at evaluation too, by the sequences before it in the batch), or "exact": a
+            second exchange, only where there is any, with room for all.
     """
 
     kernel: Literal["auto", "loop", "ragged_dot", "tokamax"] = "auto"

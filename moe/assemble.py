@@ -94,10 +94,7 @@ def assemble(
         decision = _decision(graph, shapes, shape)
     except ValueError as error:
         raise UserError(_first_line(error)) from error
-    per_token = flops.experts_per_token(decision)
-    for layer in module.moe_layers_of_units()[:1]:
-        per_token = layer.router.experts_per_token or per_token
-    costs = flops.costs(module, shapes[0], per_token, sequence_length)
+    costs = flops.costs(module, shapes[0], decision, sequence_length)
     if num_bytes_2V is None:
         num_bytes_2V = np.ones((2, token_vocabulary), np.int32)
     # The objective's own tokens give nothing back.

@@ -6,92 +6,34 @@ B sequences (each a group), T tokens, D model width, E experts, V vocabulary.
 from collections.abc import Callable, Iterator
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from layers.dispatch import Dispatcher, OneHotEinsum, SlotGather
-from layers.moe_layer import MoELayer
-from layers.neuron_experts import NeuronExperts
-from layers.stack import rematerialised
-from layers.tokens import Tokens
+from layers.dispatch import OneHotEinsum, SlotGather
 from moe import functional, sharding, step
 from moe.batch import Batch
+from moe.check_bench import (
+    ATOL,
+    RTOL,
+    B,
+    Bench,
+    D,
+    T,
+    V,
+    Verdict,
+    decided,
+    differences,
+    draw,
+    router_matmuls,
+    run_layer,
+    tokens,
+)
 from moe.model import Transformer
 from moe.objective import MaskedToken, NextToken
-from routing import Causality, Router, Sizes, TrainingText, choices_GE, gates_GTE, initialize
-
-B, T, D, V, F = 16, 12, 16, 29, 16
-RTOL, ATOL = 5e-5, 5e-6
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What was looked at, whether it holds (None: there is nothing to hold), and what was seen."""
-
-    property: str
-    holds: bool | None
-    seen: str
-
-
-class Bench:
-    """One small layer around the router, and what is run on it."""
-
-    def __init__(self, make: Callable[[Sizes], Router], num_experts: int):
-        text = TrainingText(np.random.default_rng(0).integers(0, V, 2000), V)
-        more = {}
-        if make(Sizes(D, num_experts, V, text)).repeats_experts:
-            more["neurons"] = NeuronExperts
-        self.make_layer = functools.partial(
-            MoELayer, router=make, num_experts=num_experts, d_ff=F, **more
-        )
-        self.layer: MoELayer = initialize(self.make_layer(D, V, text=text), 1)  # pyright: ignore
-        self.router = self.layer.router
-        _, self.params, self.state = functional.split(self.layer)
-        self.text = text
-
-    def graph(self, dispatcher: Dispatcher) -> functional.Graph:
-        return functional.split(self.make_layer(D, V, text=self.text, dispatcher=dispatcher))[0]
-
-    def train(self, dispatcher: Dispatcher = SlotGather(), remat: str = "none"):
-        """(parameters, x, tokens, weight) -> gradients of sum(y * weight) + penalty; y; output."""
-        graph = self.graph(dispatcher)
-
-        def forward(params, x_BTD, tokens):
-            return run_layer(graph.join(params, self.state), x_BTD, tokens)
-
-        def loss(both, tokens, weight_BTD):
-            y_BTD, output = rematerialised(forward, remat)(*both, tokens)
-            return jnp.sum(y_BTD * weight_BTD) + output.penalty, (y_BTD, output)
-
-        @jax.jit
-        def run(params, x_BTD, tokens, weight_BTD):
-            grad = jax.grad(loss, has_aux=True)
-            grads, rest = grad((params, x_BTD), tokens, weight_BTD)
-            return *grads, *rest
-
-        return run
-
-    @functools.cached_property
-    def evaluate(self):
-        graph = self.graph(SlotGather())
-        layer = functools.partial(graph.join, self.params, self.state)
-        return jax.jit(lambda x_BTD, tokens: run_layer(layer(), x_BTD, tokens))
-
-    @functools.cached_property
-    def plain(self):
-        return self.train()
-
-
-def run_layer(layer: MoELayer, x_BTD: jax.Array, tokens: Tokens):
-    """The layer, with logits of a layer before it that each token's own x makes up."""
-    if layer.router.reads_logits_before:
-        to_DE = draw(11, x_BTD.shape[-1], layer.router.num_experts)
-        tokens = dataclasses.replace(tokens, logits_BTE=x_BTD.astype(jnp.float32) @ to_DE)
-    return layer(x_BTD, tokens)
+from routing import Causality, Router, Sizes, choices_GE
 
 
 def check(make: Callable[[Sizes], Router], num_experts: int = 4) -> Iterator[Verdict]:
@@ -118,34 +60,12 @@ def check(make: Callable[[Sizes], Router], num_experts: int = 4) -> Iterator[Ver
         yield from one(bench)
 
 
-def draw(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def tokens(train: bool, seed: int = 0, valid_BT=None, key: int = 0, shape=(B, T)) -> Tokens:
-    valid_BT = np.ones(shape, bool) if valid_BT is None else valid_BT
-    token_BT = np.random.default_rng(seed).integers(0, V, shape)
-    place_T = jnp.arange(shape[1], dtype=jnp.int32)
-    return Tokens(
-        token_BT=jnp.asarray(token_BT, jnp.int32),
-        segment_BT=jnp.asarray(valid_BT, jnp.int32),
-        position_BT=jnp.broadcast_to(place_T, shape),
-        index_B=jnp.arange(shape[0], dtype=jnp.int32),
-        key=jax.random.key(key),
-        train=train,
-    )
-
-
 def run_mode(bench: Bench, train: bool):
     """(x, tokens) -> y and the router's output, in training or at evaluation."""
     if not train:
         return bench.evaluate
     ones_BTD = jnp.ones((B, T, D))
     return lambda x_BTD, tokens: bench.plain(bench.params, x_BTD, tokens, ones_BTD)[2:]
-
-
-def decided(output) -> np.ndarray:
-    return np.asarray(gates_GTE(output.decision))
 
 
 def causality(bench: Bench) -> Iterator[Verdict]:
@@ -276,23 +196,14 @@ def precision(bench: Bench) -> Iterator[Verdict]:
     wrong = sorted(kinds - {"float32", "int32", "bool"})
     seen = "float32 and integers" if not wrong else f"has {', '.join(wrong)}"
     yield Verdict("precision in a bfloat16 layer", not wrong, seen)
-    found = re.findall(r"dot_general.*precision = \[(\w+), (\w+)\]", router_program(bench))
-    low = sum(pair != ("HIGHEST", "HIGHEST") for pair in found)
+    args = draw(0, B, T, D), tokens(True)
+    found = router_matmuls(graph, bench.params, bench.state, *args)
+    highest = jax.lax.Precision.HIGHEST
+    low = sum(eqn.params["precision"] != (highest, highest) for eqn in found)
     seen = f"all {len(found)} in float32 on every machine"
     if low:
         seen = f"{low} of {len(found)} are bfloat16 on a TPU: a precision was asked for"
     yield Verdict("precision of matmuls", not low, seen if found else "there are none")
-
-
-def router_program(bench: Bench) -> str:
-    """What the router's decision is lowered to."""
-    graph = bench.graph(SlotGather())
-
-    def run(params, x_BTD, tokens):
-        layer = graph.join(params, bench.state)
-        return layer.router(layer._group(x_BTD, tokens))
-
-    return jax.jit(run).lower(bench.params, draw(0, B, T, D), tokens(True)).as_text()
 
 
 def dispatchers(bench: Bench) -> Iterator[Verdict]:
@@ -396,22 +307,3 @@ def load(bench: Bench) -> Iterator[Verdict]:
         yield Verdict("balance by construction", apart <= 1, seen)
     else:
         yield Verdict("load", None, seen)
-
-
-def differences(found, expected) -> str:
-    """Where two trees differ, in a few words; empty where they don't."""
-    wrong = []
-    pairs = zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True)
-    for (path, b), a in pairs:
-        a, b = np.asarray(a), np.asarray(b)
-        size = np.abs(b).max(initial=0) if b.dtype.kind == "f" else 0
-        if b.dtype.kind == "f":
-            same = np.allclose(a, b, RTOL, ATOL + RTOL * size)
-        else:
-            same = np.array_equal(a, b)
-        if not same:
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            apart = np.abs(a.astype(np.float64) - b).max()
-            wrong.append(f"{name or 'output'} by {apart:.2g} of {size:.2g}" if size else name)
-    more = f" and {len(wrong) - 2} more" if len(wrong) > 2 else ""
-    return ", ".join(wrong[:2]) + more

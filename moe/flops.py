@@ -22,6 +22,7 @@ class Costs:
     flops_per_assignment: int
     sparse_layers: int
     experts_per_token: float
+    rows_per_token: float  # that experts have room for, most of them empty in some decisions
     num_experts: int = 1  # that cost something
 
     @property
@@ -35,13 +36,11 @@ class Costs:
         return round(self.flops_per_token_base + work)
 
 
-def costs(
-    model: Transformer, params: Arrays, experts_per_token: float, sequence_length: int
-) -> Costs:
+def costs(model: Transformer, params: Arrays, decision_shapes, sequence_length: int) -> Costs:
     """Counted from the parameters: 6 FLOPs for each weight of a matmul, and attention.
 
-    experts_per_token are those of a token that reaches the layer: of a Mixture-of-Depths' block
-    only the share of tokens that goes through pays, and of attention in it the square of that.
+    The decision is of the tokens that reach the layer: of a Mixture-of-Depths' block only the share
+    of tokens that goes through pays, and of attention in it the square of that.
     Not counted: what mixes tokens into soft slots and back, product keys' heads beyond the first,
     a merge of experts. Attention counts what its mask leaves: T / 2 keys per query on average in a
     decoder (the window's share where there is one). Embedding look-ups cost nothing; the head
@@ -64,21 +63,24 @@ def costs(
         matmul -= (1 - depth.capacity) * sum(math.prod(v.shape) for v in inside)
     layers = [(layer, stack.repeats) for stack in model.stacks for layer in stack.unit.blocks]
     reached = sum(through(layer) * repeats for layer, repeats in layers if layer.is_moe)
-    experts_per_token *= reached / sparse if sparse else 1
+    share_reached = reached / sparse if sparse else 1
+    rows = rows_per_token(decision_shapes) * share_reached
+    per_token = experts_per_token(decision_shapes, model) * share_reached
     one_expert = in_experts // (num_experts * sparse) if experts else 0
     if experts:  # of segmented experts, a choice computes one segment
         segments = getattr(model.moe_layers_of_units()[0].experts, "segments", 1)
         one_expert //= segments
         num_experts *= segments
     attention = sum(_attention_flops(model, stack, sequence_length) for stack in model.stacks)
-    share = experts_per_token / num_experts
+    share = per_token / num_experts
     return Costs(
         parameters_total=total,
         parameters_active=round(total - in_experts * (1 - min(share, 1.0))),
         flops_per_token_base=round(6 * matmul) + attention,
         flops_per_assignment=6 * one_expert,
         sparse_layers=sparse,
-        experts_per_token=experts_per_token,
+        experts_per_token=per_token,
+        rows_per_token=rows,
         num_experts=model.moe_layers_of_units()[0].num_experts if experts else 1,
     )
 
@@ -114,7 +116,24 @@ def _attention_flops(model: Transformer, stack, length: int) -> int:
     return total
 
 
-def experts_per_token(decision_shapes) -> float:
+def experts_per_token(decision_shapes, model: Transformer) -> float:
+    """Experts that work on a token in the mean, where every expert gets its share.
+
+    As many as a decision has rows for, unless the router says how many it aims at. Of choices among
+    experts and cheap ones, those to experts, as capacity is shared out (MoE++, eq. 8).
+    """
+    rows = rows_per_token(decision_shapes)
+    if not any(model.is_moe):
+        return rows
+    layer = model.moe_layers_of_units()[0]
+    if layer.router.experts_per_token is not None:
+        rows = layer.router.experts_per_token
+    if layer.cheap is None:
+        return rows
+    return float(rows * layer.num_experts / layer.cheap.choices(layer.num_experts))
+
+
+def rows_per_token(decision_shapes) -> float:
     """Assignments per token of a decision, from the shapes of its record (leading layer axis)."""
     if decision_shapes is None:
         return 0.0

@@ -141,7 +141,7 @@ def _rows(layer, model: Model, mesh, tokens: int) -> Iterator[int]:
         return
     if layer.shared is not None:
         yield from _rows(layer.shared, model, mesh, tokens)
-    sent = round(tokens * model.costs.experts_per_token)
+    sent = round(tokens * model.costs.rows_per_token)
     if isinstance(layer.dispatcher, Sorted):
         devices, dispatcher = mesh["expert"], layer.dispatcher
         came = devices * dispatcher.most_rows(sent, devices)
@@ -150,7 +150,7 @@ def _rows(layer, model: Model, mesh, tokens: int) -> Iterator[int]:
     elif layer.capacity.factor is None:
         came = tokens * layer.num_experts
     else:
-        came = round(sent * layer.capacity.factor)
+        came = min(round(sent * layer.capacity.factor), tokens * layer.num_experts)
     up = getattr(layer.experts, "up_EDF", None)
     hidden = 0 if up is None else up.shape[-1]
     arrays = _arrays(getattr(layer.experts, "activation", "relu"))

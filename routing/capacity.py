@@ -57,8 +57,9 @@ def _slots_for(tokens, most: int, size: dict):
 class Capacity:
     """At most ceil(factor * K * T / E) tokens of a group for each expert.
 
-    In training T is the number of the group's valid tokens. At evaluation it is, for each token,
-    the number of those up to itself: a text is routed as its beginning was, however it goes on.
+    In training T is the number of the group's valid tokens, so that a longer text has more room
+    from its first token on. At evaluation it is, for each token, the number of those up to itself:
+    a text is routed as its beginning was, however it goes on.
 
     Attributes:
         factor: in training; None keeps every token.
@@ -93,7 +94,7 @@ class Capacity:
 
     @property
     def leaks(self) -> bool:
-        """In training, can a later token change what an earlier one receives?"""
+        """In training, can what a later token is change what an earlier one receives?"""
         return self.factor is not None and not self._in_order
 
     @property

@@ -42,7 +42,7 @@ class Sinkhorn(Router):
         sizes: Sizes,
         k: Count = 1,
         gates: Literal["softmax", "sigmoid"] = "softmax",
-        tolerance: Positive = 1e-4,
+        tolerance: Positive = 1e-5,
         iterations: Count = 200,
         losses: Sequence[RouterLoss] = (),
     ):

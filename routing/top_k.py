@@ -82,9 +82,8 @@ class TopK(Router):
                 "TopK.k=1 with gates that sum to 1 makes every gate 1 and starves the router of "
                 'its gradient; use gates="softmax" or "sigmoid" with renormalise=False'
             )
-        best = -(-k // max(groups_per_token, 1)) if group_best is None else group_best
-        check_groups(k, expert_groups, groups_per_token, best, sizes)
-        self.group_best = best
+        check_groups(k, expert_groups, groups_per_token, sizes)
+        self.group_best = best_of_group(k, expert_groups, groups_per_token, group_best, sizes)
         self.num_experts, self.k, self.gates = sizes.num_experts, k, gates
         self.expert_groups, self.groups_per_token = expert_groups, groups_per_token
         self.renormalise, self.scale, self.keep_rest = renormalise, scale, keep_rest
@@ -159,7 +158,7 @@ def non_orthogonality(weight_DE) -> jax.Array:
     return jnp.abs(gram_EE - jnp.eye(gram_EE.shape[0], dtype=gram_EE.dtype)).sum()
 
 
-def check_groups(k: int, groups: int, allowed: int, best: int, sizes: Sizes) -> None:
+def check_groups(k: int, groups: int, allowed: int, sizes: Sizes) -> None:
     """Raise ValueError where groups of experts don't fit, or can't hold k experts."""
     experts = sizes.num_experts
     if groups < 1 or experts % groups:
@@ -169,8 +168,20 @@ def check_groups(k: int, groups: int, allowed: int, best: int, sizes: Sizes) -> 
             f"TopK.groups_per_token={allowed} of {groups} groups of {experts // groups} experts "
             f"can't hold TopK.k={k}"
         )
-    if allowed < groups and experts // groups < best:
+
+
+def best_of_group(k: int, groups: int, allowed: int, best: int | None, sizes: Sizes) -> int:
+    """How many of its experts a group is scored by: k / allowed, rounded up, unless given."""
+    if best is None:
+        return -(-k // allowed)
+    if allowed == groups:
         raise ValueError(
-            f"TopK.expert_groups={groups} leaves {experts // groups} experts in a group, which is "
-            f"scored by its {best} best; fewer groups, or a smaller TopK.group_best"
+            f"TopK.group_best={best} has no meaning where a token may use all groups "
+            f"(TopK.groups_per_token={allowed} of {groups}); leave it at None"
         )
+    if not 1 <= best <= sizes.num_experts // groups:
+        raise ValueError(
+            f"TopK.group_best={best} must lie between 1 and the number of experts in a group "
+            f"({sizes.num_experts // groups})"
+        )
+    return best

@@ -32,7 +32,8 @@ class Broken(Router):
 
     def route(self, inputs):
         x_GTD, wrong = inputs.x_GTD, self.wrong
-        logits_GTE = jnp.einsum("gtd,de->gte", x_GTD, self.weight_DE[...])
+        asked = "default" if wrong == "low" else None
+        logits_GTE = jnp.einsum("gtd,de->gte", x_GTD, self.weight_DE[...], precision=asked)
         if wrong == "leak":
             logits_GTE = logits_GTE + logits_GTE.mean(1, keepdims=True)
         if wrong == "random":
@@ -61,6 +62,7 @@ BREAKAGES = [
     ("padding", check.padding, "counts padding"),
     ("starved", check.gradients, "starves weight_DE"),
     ("half", check.precision, "has bfloat16"),
+    ("low", check.precision, "3 of 3 are bfloat16 on a TPU"),
     ("mesh", check.micro_batches, "four micro-batches are not one batch"),
 ]
 

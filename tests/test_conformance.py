@@ -48,10 +48,14 @@ from rows import (
 )
 
 from layers.dispatch import OneHotEinsum, SlotGather, Sorted, as_soft_slots
+from moe.check_bench import router_matmuls
+import routing
 from routing import (
     Capacity,
     Causality,
     ExpertChoice,
+    MixtureOfDepths,
+    Router,
     RouterInputs,
     SoftMoE,
     TokenChoice,
@@ -244,30 +248,18 @@ def told(output):
 @every_router
 def test_every_matmul_of_a_router_is_in_float32_on_every_machine(name):
     """Forward and backward: by default a TPU multiplies in bfloat16 and a GPU in TF32."""
-    graph, params, state = layer_of(name)
-
-    def total(params, x_BTD, batch):
-        layer = graph.join(params, state)
-        output = layer.router(layer._group(x_BTD, batch))
-        gates = [a for a in jax.tree.leaves(output.decision) if a.dtype == jnp.float32]
-        return sum(gate.sum() for gate in gates) + output.penalty
-
-    traced = jax.make_jaxpr(jax.grad(total))(params, draw(0, B, T, D), tokens())
+    found = router_matmuls(*layer_of(name), draw(0, B, T, D), tokens())
     highest = jax.lax.Precision.HIGHEST
-    found = [eqn.params["precision"] for eqn in matmuls(traced.jaxpr)]
-    assert all(precision == (highest, highest) for precision in found)
+    assert all(eqn.params["precision"] == (highest, highest) for eqn in found)
     assert found or not ROUTERS[name].learned
 
 
-def matmuls(jaxpr):
-    """Every dot_general of a program and of those inside it."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            yield eqn
-        for value in jax.tree.leaves(eqn.params, is_leaf=lambda value: hasattr(value, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from matmuls(inner)
+def test_no_router_goes_round_the_base_class_which_sets_the_precision():
+    """A depth router, too, which is in no row here."""
+    shipped = [value for value in vars(routing).values() if isinstance(value, type)]
+    routers = [value for value in shipped if issubclass(value, Router) and value is not Router]
+    assert len(routers) > 25 and MixtureOfDepths in routers
+    assert not [router for router in routers if router.__call__ is not Router.__call__]
 
 
 @pytest.mark.parametrize("k", [1, 3, E])

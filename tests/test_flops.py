@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from layers.attention import Attention
+from layers.cheap_experts import ZeroCopyConstant
 from layers.moe_layer import MoELayer
 from layers.tokens import Tokens
 from moe import assemble, hardware
@@ -88,6 +89,27 @@ def test_expert_choice_and_soft_slots_cost_what_their_slots_cost():
 def test_a_router_whose_choices_may_be_any_number_costs_those_it_aims_at(router, experts):
     """Their decisions have room for every expert, most of them with a gate of zero."""
     assert built(router).costs.experts_per_token == experts
+
+
+@pytest.mark.parametrize(
+    ("router", "cheap", "experts"),
+    [
+        # MoE++: tau = 3/4, so that of 2 choices 3/4 E go to an expert for every 4 that don't.
+        (functools.partial(TopK, k=2), ZeroCopyConstant, 2 * 0.75 * E / (0.75 * E + 4)),
+        # Integrated Mixture-of-Depths-and-Experts: as much of nothing as of experts.
+        (
+            Switch,
+            functools.partial(ZeroCopyConstant, zero=E, copy=0, constant=0, share=1.0),
+            0.5,
+        ),
+    ],
+    ids=["moe_plus_plus", "mode_integrated"],
+)
+def test_choices_of_nothing_and_of_copies_cost_no_expert(router, cheap, experts):
+    costs = built(router, cheap_experts=cheap).costs
+    assert costs.experts_per_token == pytest.approx(experts)
+    assert costs.flops_per_assignment == 6 * 3 * D * F
+    assert costs.flops_per_token == costs.flops_with(experts)
 
 
 def test_a_window_and_an_untied_head():

@@ -266,12 +266,14 @@ def test_sinkhorn(iterations, dtype):
 @pytest.mark.parametrize("size", [1, 3, 10])
 def test_sinkhorn_chooses_by_the_converged_plan_whatever_the_size_of_the_logits(size):
     """Eight fixed rounds left 6 to 8 % of the choices different at a standard deviation of 10."""
-    logits_GTE = jnp.asarray(size * np.random.default_rng(0).standard_normal((4, 256, 16)))
-    logits_GTE, valid_GT = logits_GTE.astype(jnp.float32), jnp.ones((4, 256), bool)
     router = Sinkhorn(Sizes(2, 16, 7))
-    converged = transport_plan(logits_GTE, valid_GT, 20_000, 1e-7).argmax(-1)
-    found = transport_plan(logits_GTE, valid_GT, router.iterations, router.tolerance).argmax(-1)
-    assert (np.asarray(found) != np.asarray(converged)).sum() <= 1  # of 1,024: a tie
+    for groups, tokens, experts in ((4, 256, 16), (2, 512, 8)):
+        draw_GTE = np.random.default_rng(1).standard_normal((groups, tokens, experts))
+        logits_GTE = jnp.asarray(size * draw_GTE, jnp.float32)
+        valid_GT = jnp.ones((groups, tokens), bool)
+        converged = transport_plan(logits_GTE, valid_GT, 20_000, 1e-7).argmax(-1)
+        found = transport_plan(logits_GTE, valid_GT, router.iterations, router.tolerance).argmax(-1)
+        np.testing.assert_array_equal(found, converged)
     # A group's plan doesn't depend on its neighbours.
     alone = transport_plan(logits_GTE[:1], valid_GT[:1], router.iterations, router.tolerance)
     together = transport_plan(logits_GTE, valid_GT, router.iterations, router.tolerance)
@@ -361,6 +363,26 @@ def test_deepseek_v3_groups(dtype):
     limited_E = in_best_groups(jnp.asarray(score_TE, dtype)[None], 4, 2, 2)[0, 0]
     allowed = np.isfinite(limited_E).reshape(4, 2).all(1)
     np.testing.assert_array_equal(np.flatnonzero(allowed), expected["selected_groups"][0])
+
+
+def test_a_group_is_scored_by_the_sum_of_its_k_over_m_best():
+    """DeepSeek-V3, section 2.1.2: M groups for K experts. V2, without a bias, takes the best."""
+    score_GTE = jnp.asarray([[[0.9, 0.2, 0.2, 0.1, 0.6, 0.6, 0.1, 0.0, 0.5, 0.5, 0.5, 0.3]]])
+
+    def group(**options):
+        router = TopK(Sizes(2, 12, 7), expert_groups=3, **options)
+        return np.flatnonzero(np.isfinite(router._preference(score_GTE)[0, 0])) // 4
+
+    # Sums of the best 1, 2, 3: 0.9, 1.1, 1.3 of the first group; 0.6, 1.2, 1.3; 0.5, 1.0, 1.5.
+    for k, best in ((1, 0), (2, 1), (3, 2)):
+        assert set(group(k=k, groups_per_token=1)) == {best}
+        assert set(group(k=3, groups_per_token=1, group_best=k)) == {best}
+    assert set(group(k=3, groups_per_token=2)) == {0, 1}  # 3 / 2, rounded up: by two
+    for best in (0, -1, 5):
+        with pytest.raises(ValueError, match="between 1 and the number of experts in a group"):
+            group(k=2, groups_per_token=1, group_best=best)
+    with pytest.raises(ValueError, match="has no meaning where a token may use all groups"):
+        group(k=2, groups_per_token=3, group_best=1)
 
 
 def test_remoe(dtype):

@@ -121,7 +121,7 @@ def test_bits_per_byte():
 
 
 def test_utilisation_counts_chosen_and_effective_utilisation_kept_work():
-    costs = Costs(100, 60, 600, 100, sparse_layers=2, experts_per_token=2.0)
+    costs = Costs(100, 60, 600, 100, sparse_layers=2, experts_per_token=2.0, rows_per_token=2.0)
     found = speed_scalars(1000, 0.5, costs, kept_per_token=1.0, peak=1e7)
     assert found["speed/tokens_per_second"] == 2000
     assert found["speed/utilisation"] == pytest.approx(2000 * (600 + 2 * 2 * 100) / 1e7)

@@ -9,7 +9,7 @@ import jax
 import pytest
 from tiny import Runs
 
-from layers.dispatch import Sorted
+from layers.dispatch import SlotGather, Sorted
 from layers.feed_forward import FeedForward
 from layers.moe_layer import MoELayer
 from moe import assemble, cli, gin_files, plan
@@ -22,7 +22,7 @@ from moe.optimizer import AdamW
 from moe.plan import changes, roofline
 from moe.plan_report import compiled_report, counted_report, idle_hint
 from moe.sharding import MESH_AXES, MeshShape
-from routing import TopK
+from routing import AllExperts, ReMoE, TopK
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +315,19 @@ def test_bytes_of_a_mesh_are_those_of_a_device(dispatcher, rows):
     norms, tables = 7 * 16, 32 * 16
     assert found["parameters"] == 4 * (norms + (tables + 3 * weights) // 2)
     assert "total" not in counted({"data": 4, "tensor": 2})
+
+
+@pytest.mark.parametrize("dispatcher", [Sorted(), SlotGather()], ids=str)
+def test_a_router_that_may_choose_every_expert_has_room_for_all(dispatcher):
+    """ReMoE aims at 2 of 4, and its arrays have rows for 4: those of AllExperts, not of TopK."""
+
+    def layer(router):
+        options = {"num_experts": 4, "d_ff": 8, "dispatcher": dispatcher}
+        moe = functools.partial(MoELayer, router=router, **options)
+        return counted(moe=moe, remat="full")["one_layer"]
+
+    assert layer(functools.partial(ReMoE, k=2)) == layer(AllExperts)
+    assert layer(functools.partial(TopK, k=2)) < layer(AllExperts)
 
 
 RECEIPTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("plan_*.json"))
