@@ -116,6 +116,9 @@ def router_matmuls(graph: functional.Graph, params, state, x_BTD, tokens: Tokens
 
     def total(params, x_BTD, tokens):
         layer = graph.join(params, state)
+        if layer.router.reads_logits_before:
+            logits_BTE = jnp.zeros((*tokens.token_BT.shape, layer.router.num_experts))
+            tokens = dataclasses.replace(tokens, logits_BTE=logits_BTE)
         output = layer.router(layer._group(x_BTD, tokens))
         gates = [a for a in jax.tree.leaves(output.decision) if a.dtype == jnp.float32]
         return sum((gate.sum() for gate in gates), output.penalty)

@@ -121,6 +121,7 @@ def experts_per_token(decision_shapes, model: Transformer) -> float:
 
     As many as a decision has rows for, unless the router says how many it aims at. Of choices among
     experts and cheap ones, those to experts, as capacity is shared out (MoE++, eq. 8).
+    A choice that stands by chance (GShard's second) counts as made.
     """
     rows = rows_per_token(decision_shapes)
     if not any(model.is_moe):

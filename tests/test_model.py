@@ -303,7 +303,8 @@ def test_groups_of_several_sequences():
     alone = layer(x_BTD[:1], rows(1))[1]
     assert alone.decision.expert_GTK.shape == (1, T, 2), "a group is the one sequence then"
     with pytest.raises(ValueError, match="3 sequences does not divide"):
-        layer(jnp.zeros((3, T, D)), rows(3))
+        layer(jnp.zeros((3, T, D)), dataclasses.replace(rows(3), train=True))
+    assert layer(jnp.zeros((3, T, D)), rows(3))[0].shape == (3, T, D), "no groups at evaluation"
 
 
 # Refused.
