@@ -26,7 +26,8 @@ class Share:
 
     start: int
     end: int
-    weight: float
+    weight: float = 1.0
+    name: str = ""
 
 
 class TrainBatches:
@@ -48,7 +49,7 @@ class TrainBatches:
 
         self._token_N, self._seed, self._document_id = token_N, seed, document_id
         self._batch_size, self._length = batch_size, sequence_length
-        shares = shares or (Share(0, len(token_N), 1.0),)
+        shares = shares or (Share(0, len(token_N)),)
         made, self.windows_per_epoch = [], 0
         for number, share in enumerate(shares):
             count = (share.end - share.start - 1) // sequence_length

@@ -281,8 +281,17 @@ class Part:
     chosen: Sequence[bool]
 
     def documents(self) -> Iterator[Document]:
-        """The chosen documents, in the corpus's order."""
-        return itertools.compress(self.corpus.documents(), self.chosen)
+        """The chosen documents, in the corpus's order; UserError where one is not as measured."""
+        found = iter(self.corpus.documents())
+        for entry, chosen in zip(self.entries, self.chosen, strict=True):
+            document = next(found, None)
+            if document is None or (chosen and entry_of(document) != entry):
+                raise UserError(
+                    f"document {entry.name!r} of the corpus {self.corpus.name!r} has changed since "
+                    "this command read it first; start the command again"
+                )
+            if chosen:
+                yield document
 
     def texts(self) -> Iterator[str]:
         """Their texts."""
@@ -306,15 +315,17 @@ def digest_of(entries: Iterable[Entry]) -> str:
     return hashlib.sha256(b"".join(entry.digest for entry in entries)).hexdigest()
 
 
+def entry_of(document: Document) -> Entry:
+    """What is remembered of a document."""
+    text = document.text.encode("utf-8")
+    title = hashlib.sha256(document.name.encode("utf-8", "surrogateescape")).digest()
+    digest, content = hashlib.sha256(title + text).digest(), hashlib.sha256(text).digest()
+    return Entry(document.name, len(text), digest, content)
+
+
 def whole(corpus: Corpus) -> Part:
     """All documents of a corpus, read once to measure them; UserError where there is no text."""
-    entries = []
-    for document in corpus.documents():
-        text = document.text.encode("utf-8")
-        title = hashlib.sha256(document.name.encode("utf-8", "surrogateescape")).digest()
-        digest = hashlib.sha256(title + text).digest()
-        content = hashlib.sha256(text).digest()
-        entries.append(Entry(document.name, len(text), digest, content))
+    entries = [entry_of(document) for document in corpus.documents()]
     if not any(entry.num_bytes for entry in entries):
         raise UserError(f"the corpus {corpus.name!r} is empty ({len(entries)} documents, 0 bytes)")
     return Part(corpus, entries, [True] * len(entries))

@@ -34,6 +34,15 @@ class Mixture:
     def __post_init__(self):
         if len(self.corpora) < 2:
             raise UserError("Mixture.corpora: give two or more; one needs no mixture")
+        for corpus in self.corpora:
+            if isinstance(corpus, type):
+                name = corpus.__name__
+                raise UserError(f"Mixture.corpora holds a class: write @{name}(), not @{name}")
+            if isinstance(corpus, Mixture):
+                raise UserError(
+                    "Mixture.corpora holds a mixture, whose weights would be ignored; name its "
+                    "corpora here, with their own weights"
+                )
         if self.weights is None:
             return
         if len(self.weights) != len(self.corpora):
@@ -76,5 +85,5 @@ def shares_of(corpus: Corpus, train: Part, stream: TokenStream) -> tuple[Share, 
             raise UserError(f"Mixture: {one.name} has no document to train on; all are held out")
         start, end = int(stream.start_M[found[0]]), int(stream.start_M[found[-1] + 1])
         weight = end - start if corpus.weights is None else corpus.weights[number]
-        shares.append(Share(start, end, float(weight)))
+        shares.append(Share(start, end, float(weight), one.name))
     return tuple(shares)

@@ -85,11 +85,11 @@ class PreparedData:
                 f"needs {need}; give more text or a shorter sequence"
             )
         document_id = self.tokenizer.document_id if self.isolate_documents else None
-        shares = self.shares or (Share(0, have, 1.0),)
+        shares = self.shares or (Share(0, have),)
         short = [share for share in shares if share.end - share.start < need]
         if short:
             raise UserError(
-                f"a corpus of the mixture has {short[0].end - short[0].start} tokens to train on, "
+                f"Mixture: {short[0].name} has {short[0].end - short[0].start} tokens to train on, "
                 f"but sequence_length={sequence_length} needs {need}"
             )
         sizes = batch_size, sequence_length
@@ -128,6 +128,8 @@ class PreparedData:
             self.tokenizer.num_bytes_2V,
             max_bytes,
         )
+        if not spans and max_bytes is None:
+            raise UserError("the held-out documents hold no text: there is nothing to score")
         if not spans:
             raise UserError(f"max_bytes={max_bytes} is less than the first token of text")
         make = pieces_of if causal else masked_pieces_of

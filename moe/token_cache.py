@@ -96,7 +96,7 @@ def token_stream(
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     with StreamWriter(folder, name, dtype) as stream:
         for chunk in chunks(documents()):
-            ids = tokenizer.encode_batch([document.text for document in chunk])
+            ids = encoded(chunk, tokenizer)
             check_lossless(chunk, ids, tokenizer)
             for document, tokens in zip(chunk, ids, strict=True):
                 stream.add([tokenizer.document_id, *tokens], len(document.text.encode("utf-8")))
@@ -150,6 +150,19 @@ class StreamWriter:
             record[part] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         content = json.dumps(record, indent=1).encode()
         write_atomically(self._folder / f"{self._name}.json", content)
+
+
+def encoded(documents: Sequence["Document"], tokenizer: "Tokenizer") -> list[list[int]]:
+    """The tokens of each; UserError for the first one that the tokenizer cannot encode."""
+    try:
+        return tokenizer.encode_batch([document.text for document in documents])
+    except UserError:
+        for document in documents:
+            try:
+                tokenizer.encode_batch([document.text])
+            except UserError as error:
+                raise UserError(f"document {document.name}: {error}") from None
+        raise
 
 
 def check_lossless(

@@ -162,7 +162,13 @@ class SubwordTokenizer:
         return num_bytes_2V
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        encodings = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encodings = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # of a word that it doesn't know, where no token is for those
+            raise UserError(
+                f"the tokenizer cannot encode this text ({error}); use a byte-level tokenizer, "
+                "such as TextData.tokenizer = @TrainedBPE()"
+            ) from None
         return [encoding.ids for encoding in encodings]
 
     def decode_batch(self, lists: list[list[int]]) -> list[str]:

@@ -11,12 +11,12 @@ import pytest
 
 from moe.baselines import (
     baselines,
-    beginning,
     compressor_baselines,
     counts,
+    sample,
     unigram_baseline,
 )
-from moe.corpus import Part, StandardLibrary
+from moe.corpus import Part, StandardLibrary, TextFiles, whole
 from moe.errors import UserError
 from moe.text_data import TextData
 from moe.tokenizer import Bytes
@@ -63,10 +63,19 @@ def test_figures_are_kept_by_the_corpus_and_its_split(tmp_path, monkeypatch):
     assert baselines(data) == first
 
 
-def test_of_a_large_corpus_the_beginning_is_compressed():
-    texts = iter(["ab", "cde", "fgh"] * 100)
-    assert beginning(texts, 7) == b"abcdefg" and next(texts) == "ab"
-    assert beginning(iter(["ab"]), 7) == b"ab"
+def test_of_a_large_corpus_documents_from_all_over_it_are_compressed(tmp_path):
+    """Its beginning is one corpus of a mixture, or one folder."""
+    for i in range(100):
+        (tmp_path / f"{i:02}.txt").write_text(f"{i:02} " * 10)
+    part = whole(TextFiles(str(tmp_path)))
+    found = sample(part, 600)
+    assert len(found) == 600
+    documents = [int(number) for number in dict.fromkeys(found.split()) if len(number) == 2]
+    assert documents == sorted(documents) and len(documents) == 20
+    assert min(documents) < 15 and max(documents) > 85
+    assert sample(part, 605)[:300] == found[:300] and len(sample(part, 605)) == 605
+    assert sample(part, 3000) == sample(part, 10**9) == "".join(part.texts()).encode()
+    assert len(sample(part, 7)) == 7
 
 
 def test_tokens_are_counted_in_pieces():

@@ -95,3 +95,15 @@ def test_without_text_or_file_there_is_a_line(runs, capsys):
     few = f"ClusteredTable.embeddings = {str(runs.folder / 'few.npy')!r}"
     assert runs("clustered", *bindings, few) == 2
     assert "has shape (3, 4); it must be (vocabulary, width)" in capsys.readouterr().err
+
+
+def test_tokens_and_pairs_are_counted_in_pieces(monkeypatch):
+    """A token file needs no room in memory: counting makes int64 of what it counts."""
+    monkeypatch.setattr("routing.records.PIECE", 7)
+    for size in (1, 2, 7, 8, 100):
+        token_N = np.random.default_rng(size).integers(0, 5, size).astype(np.uint16)
+        text = TrainingText(token_N, 6)
+        np.testing.assert_array_equal(text.count_V, np.bincount(token_N, minlength=6))
+        pairs = np.zeros((6, 6), int)
+        np.add.at(pairs, (token_N[:-1], token_N[1:]), 1)
+        np.testing.assert_array_equal(text.next_V, pairs.argmax(1))  # ties: the lowest

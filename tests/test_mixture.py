@@ -81,8 +81,15 @@ def test_weights_that_cannot_be_are_refused(corpora, weights, said):
 
 def test_a_corpus_too_short_for_a_window_is_named(corpora, tmp_path):
     data = prepared(corpora, None, tmp_path)
-    with pytest.raises(UserError, match=r"a corpus of the mixture has \d+ tokens"):
+    with pytest.raises(UserError, match=rf"Mixture: {corpora[0].name} has \d+ tokens"):
         data.train_batches(1, 1000, seed=0)
+
+
+def test_corpora_that_cannot_be_mixed_are_refused(corpora):
+    with pytest.raises(UserError, match="whose weights would be ignored"):
+        Mixture([corpora[0], Mixture(corpora, (1, 2, 3))])
+    with pytest.raises(UserError, match=r"write @TextFiles\(\), not @TextFiles"):
+        Mixture([corpora[0], TextFiles])
 
 
 def test_a_mixture_trains_and_goes_on(tmp_path):

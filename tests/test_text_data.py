@@ -1,6 +1,7 @@
 """Batches of text: pure in (seed, i), the same for any hosts; every held-out token scored once."""
 
 from concurrent.futures import ThreadPoolExecutor
+import dataclasses
 import itertools
 import random
 import shutil
@@ -246,7 +247,7 @@ def test_a_damaged_cache_is_built_anew(settings, folder, damage):
     expected = np.array(settings().prepare().train.token_N)
     for path in (folder / "cache" / "tokens").iterdir():
         data = path.read_bytes()
-        if path.name.endswith("token_N.npy"):
+        if path.name.endswith("token_N.bin"):
             last = bytes([data[-1] ^ 1])
             path.unlink()  # a mapped file is never written to
             if damage != "missing":
@@ -350,6 +351,26 @@ def test_real_text_by_gin(tmp_path, monkeypatch):
     assert (
         len(data.tokenizer.decode(np.asarray(batch.token_BT)[0])) > 128
     )  # characters of 128 tokens
+
+
+def test_a_document_that_changes_on_the_way_is_not_kept_as_what_it_was(settings, folder):
+    """The cache's name is the hash of what was read first."""
+    data = settings()
+    parts = data._parts()
+    (folder / "texts" / "39.txt").write_text("changed")
+    data._parts = lambda: parts
+    with pytest.raises(UserError, match=r"'39.txt' of the corpus 'texts' has changed since"):
+        data.prepare()
+    (folder / "texts" / "39.txt").unlink()
+    with pytest.raises(UserError, match=r"'39.txt' of the corpus 'texts' has changed since"):
+        data.prepare()
+
+
+def test_held_out_documents_without_text_are_told(settings):
+    data = settings().prepare()
+    stream = dataclasses.replace(data.validation, num_bytes_M=data.validation.num_bytes_M * 0)
+    with pytest.raises(UserError, match="hold no text: there is nothing to score"):
+        dataclasses.replace(data, validation=stream).validation_batches(2, 8)
 
 
 def test_preparing_a_text_takes_memory_for_a_piece_of_it_alone(tmp_path):

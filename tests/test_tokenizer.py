@@ -204,6 +204,24 @@ def test_a_tokenizer_that_loses_text_is_refused_wherever_it_does(kind, split, tm
         data.prepare()
 
 
+def test_a_document_that_cannot_be_encoded_is_named(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    inner = Tokenizer(models.WordLevel({"known": 0}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "texts").mkdir()
+    for name, text in {"a": "known", "b": "unknown"}.items():
+        (tmp_path / "texts" / f"{name}.txt").write_text(text)
+    corpus = TextFiles(str(tmp_path / "texts"))
+    data = TextData(corpus, TokenizerFile(str(tmp_path)), validation_corpus=corpus)
+    data.cache_dir = tmp_path / "cache"
+    with pytest.raises(
+        UserError, match=r"document b\.txt: the tokenizer cannot encode.*@TrainedBPE"
+    ):
+        data.prepare()
+
+
 def test_no_piece_is_long_whatever_the_text():
     """The time to merge a piece grows with the square of its length."""
     from tokenizers import Regex, pre_tokenizers
