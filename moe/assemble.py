@@ -21,6 +21,7 @@ from moe.objective import Objective
 from moe.optimizer import Optimizer
 from moe.text_data import PreparedData
 from routing import Decision, ExpertMerge, SoftSlots, TrainingText
+from routing.records import TokenSequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ def assemble(
     num_bytes_2V: np.ndarray | None = None,
     batch_size: int,
     sequence_length: int,
-    training_tokens: np.ndarray | None = None,
+    training_tokens: TokenSequence | None = None,
 ) -> Model:
     """The model that a configuration describes.
 

@@ -8,19 +8,25 @@ learn from, 2 MiB held out) a sample of the documents is compressed.
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 import dataclasses
+import functools
 import hashlib
 import json
 import lzma
 from pathlib import Path
 import time
+from typing import TYPE_CHECKING
 import zlib
 
 import numpy as np
 
 from moe.corpus import Part
 from moe.errors import UserError
+from moe.shards import ShardPart
 from moe.text_data import PreparedData
 from moe.token_cache import write_atomically
+
+if TYPE_CHECKING:
+    from routing.records import TokenSequence
 
 MAX_DICTIONARY = 1 << 24  # bytes: all that is compressed
 VERSION = 3  # raise when a figure's definition changes
@@ -46,7 +52,9 @@ def baselines(data: PreparedData, say: Say = lambda line: None) -> dict[str, flo
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = data.cache_dir / "baselines" / f"{name}.json"
     if (known := _read(path)) is None:
-        train = sample(data.train_part, MOST_TRAINING)
+        part = data.train_part
+        make = part.sample if isinstance(part, ShardPart) else functools.partial(sample, part)
+        train = make(MOST_TRAINING)
         validation = sample(data.validation_part, MOST_VALIDATION)
         say(f"compressing {(len(train) + len(validation)) / 1e6:,.1f} MB for comparison")
         known = compressor_baselines(train, validation, say)
@@ -61,7 +69,7 @@ def sample(part: Part, most: int) -> bytes:
     a mixture, or one folder.
     """
     chosen_M = np.flatnonzero(part.chosen)
-    size_M = np.array([part.entries[m].num_bytes for m in chosen_M], np.int64)
+    size_M = np.array([part.entries[int(m)].num_bytes for m in chosen_M], np.int64)
     order_M = np.random.default_rng(0).permutation(len(chosen_M))
     enough = np.searchsorted(np.cumsum(size_M[order_M]), most) + 1
     taken = np.zeros(len(part.chosen), bool)
@@ -71,8 +79,8 @@ def sample(part: Part, most: int) -> bytes:
 
 
 def unigram_baseline(
-    train_N: np.ndarray,
-    validation_N: np.ndarray,
+    train_N: "TokenSequence",
+    validation_N: "TokenSequence",
     *,
     vocab_size: int,
     document_id: int,
@@ -88,7 +96,7 @@ def unigram_baseline(
     return float(validation_V @ bits_V / validation_bytes)
 
 
-def counts(token_N: np.ndarray, vocab_size: int) -> np.ndarray:
+def counts(token_N: "TokenSequence", vocab_size: int) -> np.ndarray:
     """How often each token occurs, int64 (V,), in pieces: a whole file need not be in memory."""
     count_V = np.zeros(vocab_size, np.int64)
     for start in range(0, len(token_N), 1 << 22):

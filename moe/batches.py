@@ -18,6 +18,7 @@ from moe.corpus import hash_position
 
 if TYPE_CHECKING:  # it brings in JAX, and a config that names this file should load quickly
     import moe.batch
+    from routing.records import TokenSequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class TrainBatches:
 
     def __init__(
         self,
-        token_N: np.ndarray,
+        token_N: "TokenSequence",
         batch_size: int,
         sequence_length: int,
         seed: int,
@@ -81,12 +82,12 @@ class TrainBatches:
                 yield batch
 
     def _window(self, share: Share, count: int, index: int, window: int) -> np.ndarray:
-        token_N = self._token_N[share.start : share.end]
-        start = window * self._length + self._offset(index // count)
+        start = share.start + window * self._length + self._offset(index // count)
         end = start + self._length + 1
-        if end <= len(token_N):
-            return token_N[start:end]
-        return token_N.take(np.arange(start, end), mode="wrap")  # on to the first document
+        if end <= share.end:
+            return self._token_N[start:end]
+        over = slice(share.start, share.start + end - share.end)  # on to the first document
+        return np.concatenate([self._token_N[start : share.end], self._token_N[over]])
 
     def _offset(self, epoch: int) -> int:
         """Where the epoch's first window starts, so that documents are cut elsewhere each time."""

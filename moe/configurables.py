@@ -25,6 +25,7 @@ from moe import (
     optimizer,
     schedules,
     sharding,
+    shards,
     text_data,
     tokenizer,
     train,

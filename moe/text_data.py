@@ -11,7 +11,7 @@ import hashlib
 import json
 from pathlib import Path
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gin
 
@@ -30,6 +30,9 @@ from moe.mixture import shares_of
 from moe.token_cache import TokenStream, default_cache_dir, token_stream
 from moe.tokenizer import Tokenizer, TokenizerSpec, TrainedBPE
 from routing.ranges import Natural, OpenShare
+
+if TYPE_CHECKING:
+    from moe.shards import ShardPart
 
 Say = Callable[[str], None]
 
@@ -57,9 +60,9 @@ class PreparedData:
 
     info: DataInfo
     tokenizer: Tokenizer
-    train: TokenStream
+    train: "TokenStream | ShardPart"
     validation: TokenStream
-    train_part: Part
+    train_part: "Part | ShardPart"
     validation_part: Part
     isolate_documents: bool
     cache_dir: Path

@@ -18,7 +18,7 @@ import gin
 import numpy as np
 
 from moe.corpus_files import nearest_path
-from moe.errors import UserError
+from moe.errors import UserError, nearest
 from moe.token_cache import write_atomically
 from routing.ranges import Count
 
@@ -243,24 +243,51 @@ class TokenizerFile:
         return load_tokenizer(Path(self.path).expanduser())
 
 
-def load_tokenizer(path: Path | str) -> Tokenizer:
-    """A tokenizer from the folder it was saved in, or from a tokenizer.json itself."""
+def load_tokenizer(path: Path | str, document_token: str = DOCUMENT_TOKEN) -> Tokenizer:
+    """A tokenizer from the folder it was saved in, or from a tokenizer.json itself.
+
+    document_token: which of its added tokens is the document token, under whatever name.
+    """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     if path.is_file() and path.read_bytes() == BYTES_JSON.encode():
         return ByteTokenizer()
-    return _load_subwords(path)
+    return _load_subwords(path, document_token)
 
 
-def _load_subwords(path: Path) -> SubwordTokenizer:
+def _load_subwords(path: Path, document_token: str = DOCUMENT_TOKEN) -> SubwordTokenizer:
     import tokenizers
 
     if not path.is_file():
         raise UserError(f"no tokenizer file {str(path)!r}{nearest_path(path)}")
     try:
-        return SubwordTokenizer(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+        content = path.read_text(encoding="utf-8")
+        if document_token != DOCUMENT_TOKEN:
+            content = _renamed(content, document_token, path)
+        return SubwordTokenizer(tokenizers.Tokenizer.from_str(content))
+    except UserError:
+        raise
     except Exception as error:  # the library raises bare Exceptions
         raise UserError(f"{path}: not a tokenizer.json: {error}") from None
+
+
+def _renamed(content: str, document_token: str, path: Path) -> str:
+    """A tokenizer.json in which this added token is the document token, with its old id."""
+    record = json.loads(content)
+    added = {one["content"]: one for one in record["added_tokens"]}
+    if document_token not in added:
+        hint = nearest(document_token, added) or f"; it has {', '.join(added) or 'none'}"
+        raise UserError(f"{path}: no added token {document_token!r}{hint}")
+    added[document_token]["content"] = DOCUMENT_TOKEN
+    vocabulary = record["model"]["vocab"]
+    if isinstance(vocabulary, dict) and document_token in vocabulary:
+        vocabulary[DOCUMENT_TOKEN] = vocabulary.pop(document_token)
+    elif isinstance(vocabulary, list):  # of (token, score)
+        names = [DOCUMENT_TOKEN if name == document_token else name for name, _ in vocabulary]
+        record["model"]["vocab"] = [
+            [n, score] for n, (_, score) in zip(names, vocabulary, strict=True)
+        ]
+    return json.dumps(record)
 
 
 def _counted(texts: Iterator[str], say: Say) -> Iterator[str]:

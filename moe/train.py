@@ -35,6 +35,7 @@ from moe.optimizer import AdamW, Optimizer
 from moe.record import Metric, Recorder
 from moe.run_folder import RunFolder
 from moe.sharding import MeshShape
+from moe.shards import TokenShards
 from moe.signals import catching_signals
 from moe.step import to_devices
 from moe.text_data import TextData
@@ -44,7 +45,7 @@ from routing.ranges import Count, Natural, Positive, Size
 @gin.configurable
 def train(
     workdir: str,
-    data: TextData = gin.REQUIRED,  # pyright: ignore[reportArgumentType]
+    data: TextData | TokenShards = gin.REQUIRED,  # pyright: ignore[reportArgumentType]
     model: Callable[..., Transformer] = Transformer,
     objective: Objective | None = None,
     optimizer: Optimizer | None = None,

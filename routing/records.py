@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import dataclasses
 import enum
 import functools
+import typing
 
 from flax import nnx
 import jax
@@ -29,11 +30,20 @@ class Causality(enum.Enum):
     NEVER = "not causal"
 
 
+@typing.runtime_checkable
+class TokenSequence(typing.Protocol):
+    """Token ids in order: an array (N,), or files that are read where they are sliced."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, where: slice, /) -> np.ndarray: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingText:
     """What routers may count in the training text before they start: its tokens in order (N,)."""
 
-    token_N: np.ndarray
+    token_N: TokenSequence
     vocab_size: int
 
     def _pieces(self) -> Iterator[np.ndarray]:
