@@ -1,63 +1,22 @@
 """Text that comes as tokens: files that are memory-mapped and read as one stream.
 
-S files, N tokens, V vocabulary.
+N tokens, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 import dataclasses
-import glob
 import hashlib
-import os
 from pathlib import Path
 
 import gin
 import numpy as np
 
-from moe.corpus import Corpus, Document, Part, hashed_hold_out, nearest_path, whole
+from moe.corpus import Corpus, Document, Part, hashed_hold_out, whole
 from moe.errors import UserError
 from moe.text_data import DataInfo, PreparedData, Say, seldom
 from moe.token_cache import default_cache_dir, token_stream
+from moe.token_files import Paths, ShardedTokens, files_of, mapped, name_of
 from moe.tokenizer import DOCUMENT_TOKEN, Tokenizer, load_tokenizer
-
-PIECE = 1 << 22  # tokens that are read at a time
-Paths = str | os.PathLike | Sequence[str | os.PathLike]
-
-
-class ShardedTokens:
-    """Arrays of tokens, one behind the other, as one: a slice is an array, everything else maps."""
-
-    def __init__(self, shards: Sequence[np.ndarray]):
-        self._shards = shards
-        self._end_S = np.cumsum([len(shard) for shard in shards])
-
-    def __len__(self) -> int:
-        return int(self._end_S[-1])
-
-    def __getitem__(self, where: slice) -> np.ndarray:
-        start, stop, step = where.indices(len(self))
-        assert step == 1, "tokens are read in their order"
-        parts = []
-        for s in range(int(np.searchsorted(self._end_S, start, side="right")), len(self._shards)):
-            first = int(self._end_S[s]) - len(self._shards[s])
-            if first >= stop:
-                break
-            parts.append(self._shards[s][max(0, start - first) : stop - first])
-        return np.concatenate(parts) if parts else self._shards[0][:0]
-
-    def pieces(self) -> Iterator[np.ndarray]:
-        """All tokens in arrays of at most `PIECE`."""
-        return (self[start : start + PIECE] for start in range(0, len(self), PIECE))
-
-    def documents(self, document_id: int) -> Iterator[np.ndarray]:
-        """The tokens between two document tokens, where there are any."""
-        held: list[np.ndarray] = []
-        for piece in self.pieces():
-            first, *others = np.split(piece, np.flatnonzero(piece == document_id))
-            held.append(first)
-            for other in others:
-                yield np.concatenate(held)
-                held = [other[1:]]
-        yield np.concatenate(held)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +112,7 @@ class TokenShards:
                 that can't be had back from its tokens.
         """
         tokenizer = load_tokenizer(Path(self.tokenizer).expanduser(), self.document_token)
-        files = _files(self.paths)
+        files = files_of(self.paths)
         say(f"counting the tokens of {len(files)} shards")
         train = self._train_part(files, tokenizer, seldom(say))
         validation = whole(self._held_out(tokenizer))
@@ -163,7 +122,7 @@ class TokenShards:
             validation.documents, tokenizer, key=key, cache_dir=self.cache_dir, say=seldom(say)
         )
         return PreparedData(
-            info=_info(_name(files), train, validation, held_out.num_text_tokens),
+            info=_info(name_of(files), train, validation, held_out.num_text_tokens),
             tokenizer=tokenizer,
             train=train,
             validation=held_out,
@@ -177,14 +136,17 @@ class TokenShards:
         if self.validation_corpus is not None:
             return self.validation_corpus
         assert self.validation_paths is not None
-        files = _files(self.validation_paths)
-        token_N = ShardedTokens([_mapped(path, self.dtype) for path in files])
+        files = files_of(self.validation_paths)
+        both = {path.resolve() for path in files} & {p.resolve() for p in files_of(self.paths)}
+        if both:
+            raise UserError(f"{min(both)} is among the training shards and held out as well")
+        token_N = ShardedTokens([mapped(path, self.dtype) for path in files])
         _counted(token_N, tokenizer, files)
-        return DecodedShards(_name(files), token_N, tokenizer)
+        return DecodedShards(name_of(files), token_N, tokenizer)
 
     def _train_part(self, files: list[Path], tokenizer: Tokenizer, say: Say) -> ShardPart:
         """The shards as one stream."""
-        token_N = ShardedTokens([_mapped(path, self.dtype) for path in files])
+        token_N = ShardedTokens([mapped(path, self.dtype) for path in files])
         count_V, sha256 = _counted(token_N, tokenizer, files, say)
         return ShardPart(
             token_N=token_N,
@@ -207,7 +169,7 @@ def _counted(
     for piece in token_N.pieces():
         if (largest := int(piece.max())) >= len(count_V):
             raise UserError(
-                f"{_name(files)}: token {largest}, and the tokenizer has {len(count_V)}; were "
+                f"{name_of(files)}: token {largest}, and the tokenizer has {len(count_V)}; were "
                 "these files made with another tokenizer, or in another dtype?"
             )
         count_V += np.bincount(piece, minlength=len(count_V))
@@ -215,7 +177,7 @@ def _counted(
         done += len(piece)
         say(f"counted {done:,} of {len(token_N):,} tokens")
     if count_V.sum() == count_V[tokenizer.document_id]:
-        raise UserError(f"{_name(files)}: no tokens of text")
+        raise UserError(f"{name_of(files)}: no tokens of text")
     return count_V, digest.hexdigest()
 
 
@@ -234,39 +196,3 @@ def _info(name: str, train: ShardPart, validation: Part, validation_tokens: int)
         validation_tokens=validation_tokens,
         bytes_per_token=train.num_bytes / train.num_text_tokens,
     )
-
-
-def _name(files: Sequence[Path]) -> str:
-    return files[0].name if len(files) == 1 else f"{files[0].name}..{files[-1].name}"
-
-
-def _files(paths: Paths) -> list[Path]:
-    """Each file once, in the order given, those of a glob by name."""
-    given = [paths] if isinstance(paths, str | os.PathLike) else paths
-    found: dict[Path, None] = {}
-    for pattern in (os.path.expanduser(pattern) for pattern in given):
-        matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-        if not matches:
-            raise UserError(f"no token file {pattern!r}{nearest_path(Path(pattern))}")
-        found |= dict.fromkeys(map(Path, matches))
-    if not found:
-        raise UserError("TokenShards: no paths are given")
-    return list(found)
-
-
-def _mapped(path: Path, dtype: str) -> np.ndarray:
-    """The tokens of one file, memory-mapped; UserError for what is no such file."""
-    if not path.is_file() or path.suffix not in (".npy", ".bin"):
-        raise UserError(f"{path}: a token file is a .npy or a .bin")
-    try:
-        if path.suffix == ".npy":
-            array = np.load(path, mmap_mode="r")
-        else:
-            array = np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a file of tokens: {error}") from None
-    if array.ndim != 1 or array.dtype.kind not in "ui" or not len(array):
-        raise UserError(
-            f"{path} holds {array.dtype} of shape {array.shape}; it must be tokens (N,), integers"
-        )
-    return array

@@ -12,8 +12,9 @@ from moe import cli
 from moe.baselines import baselines
 from moe.corpus import TextFiles
 from moe.errors import UserError
-from moe.shards import ShardedTokens, TokenShards
+from moe.shards import TokenShards
 from moe.text_data import TextData
+from moe.token_files import ShardedTokens
 from moe.tokenizer import Bytes
 
 
@@ -64,7 +65,7 @@ def test_slices_are_those_of_the_arrays_one_behind_the_other():
 
 @pytest.mark.parametrize("piece", [3, 7, 1 << 22])
 def test_documents_lie_between_the_marks_wherever_the_pieces_end(piece, monkeypatch):
-    monkeypatch.setattr("moe.shards.PIECE", piece)
+    monkeypatch.setattr("moe.token_files.PIECE", piece)
     token_N = ShardedTokens(np.split(np.array([5, 6, 0, 7, 0, 0, 8, 9, 5, 6, 7, 0]), [4, 9]))
     found = [ids.tolist() for ids in token_N.documents(0)]
     assert [ids for ids in found if ids] == [[5, 6], [7], [8, 9, 5, 6, 7]]
@@ -108,11 +109,12 @@ def test_a_foreign_document_token_behind_each_document(tmp_path):
     inner.save(str(tmp_path / "tokenizer.json"))
     texts = ["caf\u00e9 <|endoftext|>", "two", "and three"]
     ids = [[*inner.encode(part).ids, 256] for part in ("caf\u00e9 ", "two", "and three")]
-    np.save(tmp_path / "tokens.npy", np.concatenate(ids).astype(np.uint32))
+    for name in ("tokens", "held_out"):
+        np.save(tmp_path / f"{name}.npy", np.concatenate(ids).astype(np.uint32))
     spec = TokenShards(
         paths=tmp_path / "tokens.npy",
         tokenizer=str(tmp_path),
-        validation_paths=tmp_path / "tokens.npy",
+        validation_paths=tmp_path / "held_out.npy",
         document_token="<|endoftext|>",
         cache_dir=tmp_path,
     )
@@ -154,6 +156,11 @@ def test_what_cannot_be_is_told(name, files, tmp_path):
         given = {"paths": tmp_path / "x.npy"}
     with pytest.raises(UserError, match=said):
         shards(files, **given).prepare()
+
+
+def test_a_shard_on_both_sides_is_refused(files):
+    with pytest.raises(UserError, match=r"0\.npy is among the training shards and held out"):
+        shards(files, validation_paths=[files / "held_out.npy", files / "0.npy"]).prepare()
 
 
 def test_a_run_on_shards_goes_on_and_counts_for_its_router(files, runs):
