@@ -1,18 +1,21 @@
 """Token streams on disk: each split is tokenised once and memory-mapped ever after.
 
 The stream of a split is `[document_id] + tokens` of each document, one after the other, written as
-it is made: neither text nor tokens are ever all in memory. Files are written beside their final
-name and moved into place, so that processes which build the same stream at the same time do no
-harm; a record of sizes and hashes, written last, shows damage.
+it is made: neither tokens nor documents are ever all in memory, and a long document is encoded in
+passages. Files are written beside their final name and moved into place, so that processes which
+build the same stream at the same time do no harm; a record of sizes and hashes, written last, shows
+damage.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
 from pathlib import Path
+import sys
 import tempfile
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +30,8 @@ if TYPE_CHECKING:  # the tokenizer's module writes files by this one
 Say = Callable[[str], None]
 
 CHUNK_CHARACTERS = 1 << 21  # of text for one call of the tokenizer, which uses all cores
-LAYOUT = 2  # raise when the files' meaning changes
+LONG = 1 << 20  # characters: a longer document is encoded in passages, of which each is shorter
+LAYOUT = 3  # raise when the files' meaning changes
 
 
 def default_cache_dir() -> Path:
@@ -95,11 +99,16 @@ def token_stream(
         return cached
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     with StreamWriter(folder, name, dtype) as stream:
-        for chunk in chunks(documents()):
+        longest = LONG if joins(tokenizer) else sys.maxsize
+        for chunk in chunks(documents(), longest):
             ids = encoded(chunk, tokenizer)
             check_lossless(chunk, ids, tokenizer)
-            for document, tokens in zip(chunk, ids, strict=True):
-                stream.add([tokenizer.document_id, *tokens], len(document.text.encode("utf-8")))
+            for passage, tokens in zip(chunk, ids, strict=True):
+                num_bytes = len(passage.text.encode("utf-8"))
+                if passage.start:
+                    stream.extend(tokens, num_bytes)
+                else:
+                    stream.add([tokenizer.document_id, *tokens], num_bytes)
             say(f"tokenised {stream.num_bytes / 1e6:,.0f} MB")
     built = _load(folder, name)
     assert built is not None, f"{folder / name} cannot be read back"
@@ -122,11 +131,17 @@ class StreamWriter:
 
     def add(self, tokens: Sequence[int] | np.ndarray, num_bytes: int) -> None:
         """A document: its document token first, and the bytes of its text."""
+        self._lengths.append(0)
+        self._num_bytes.append(0)
+        self.extend(tokens, num_bytes)
+
+    def extend(self, tokens: Sequence[int] | np.ndarray, num_bytes: int) -> None:
+        """More of the last document."""
         data = np.asarray(tokens, self._dtype).tobytes()
         self._file.write(data)
         self._digest.update(data)
-        self._lengths.append(len(tokens))
-        self._num_bytes.append(num_bytes)
+        self._lengths[-1] += len(tokens)
+        self._num_bytes[-1] += num_bytes
         self.num_bytes += num_bytes
 
     def __exit__(self, kind, *_) -> None:
@@ -152,55 +167,88 @@ class StreamWriter:
         write_atomically(self._folder / f"{self._name}.json", content)
 
 
-def encoded(documents: Sequence["Document"], tokenizer: "Tokenizer") -> list[list[int]]:
+@dataclasses.dataclass(frozen=True)
+class Passage:
+    """A document's text from a character on: all of it, or as much as is encoded in one go."""
+
+    name: str
+    text: str
+    start: int
+
+
+def passages(text: str, longest: int = LONG) -> Iterator[tuple[int, str]]:
+    """The text in pieces of at most so many characters that end with a line where they can."""
+    start = 0
+    while start < len(text) - longest:
+        end = text.rfind("\n", start, start + longest) + 1 or start + longest
+        yield start, text[start:end]
+        start = end
+    yield start, text[start:] if start else text
+
+
+def joins(tokenizer: "Tokenizer") -> bool:
+    """Whether tokens of two texts, one behind the other, are those of a text that is both.
+
+    Not where a tokenizer writes a space before a text: it has to see all of a document at once.
+    """
+    texts = ["a b\n", "c d", " e\n", "f"]
+    try:
+        lists = tokenizer.encode_batch(texts)
+    except UserError:  # it doesn't know these letters
+        return False
+    return tokenizer.decode_batch([list(itertools.chain(*lists))]) == ["".join(texts)]
+
+
+def encoded(passages: Sequence[Passage], tokenizer: "Tokenizer") -> list[list[int]]:
     """The tokens of each; UserError for the first one that the tokenizer cannot encode."""
     try:
-        return tokenizer.encode_batch([document.text for document in documents])
+        return tokenizer.encode_batch([passage.text for passage in passages])
     except UserError:
-        for document in documents:
+        for passage in passages:
             try:
-                tokenizer.encode_batch([document.text])
+                tokenizer.encode_batch([passage.text])
             except UserError as error:
-                raise UserError(f"document {document.name}: {error}") from None
+                raise UserError(f"document {passage.name}: {error}") from None
         raise
 
 
 def check_lossless(
-    documents: Sequence["Document"], ids: list[list[int]], tokenizer: "Tokenizer"
+    passages: Sequence[Passage], ids: list[list[int]], tokenizer: "Tokenizer"
 ) -> None:
-    """Raise UserError for the first document that its tokens do not give back, text and bytes."""
+    """Raise UserError for the first passage that its tokens do not give back, text and bytes."""
     texts = tokenizer.decode_batch(ids)
     way_out = "use a byte-level tokenizer, such as TextData.tokenizer = @TrainedBPE()"
-    for document, tokens, back in zip(documents, ids, texts, strict=True):
-        text = document.text
+    for passage, tokens, back in zip(passages, ids, texts, strict=True):
+        text = passage.text
         if back != text:
             pairs = enumerate(zip(text, back, strict=False))
             at = next((i for i, (ours, theirs) in pairs if ours != theirs), len(back))
             raise UserError(
-                f"document {document.name}: the tokenizer does not give back its text: from "
-                f"character {at} on {text[at : at + 20]!r} became {back[at : at + 20]!r}, so that "
-                f"bits per byte would be wrong; {way_out}"
+                f"document {passage.name}: the tokenizer does not give back its text: from "
+                f"character {passage.start + at} on {text[at : at + 20]!r} became "
+                f"{back[at : at + 20]!r}, so that bits per byte would be wrong; {way_out}"
             )
         if not tokens:
             continue
         first_V, later_V = tokenizer.num_bytes_2V
-        found = int(first_V[tokens[0]] + later_V[tokens[1:]].sum())
+        found = int((later_V if passage.start else first_V)[tokens[0]] + later_V[tokens[1:]].sum())
         if found != (size := len(text.encode("utf-8"))):
             raise UserError(
-                f"document {document.name}: its tokens give back {found} bytes one by one, and it "
+                f"document {passage.name}: its tokens give back {found} bytes one by one, and it "
                 f"has {size}: with this tokenizer bits per byte would be wrong; {way_out}"
             )
 
 
-def chunks(documents: Iterable["Document"]) -> Iterator[list["Document"]]:
-    """Documents that together have about so much text as one call of the tokenizer takes."""
+def chunks(documents: Iterable["Document"], longest: int) -> Iterator[list[Passage]]:
+    """Passages that together have about so much text as one call of the tokenizer takes."""
     chunk, size = [], 0
     for document in documents:
-        chunk.append(document)
-        size += len(document.text)
-        if size >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
+        for start, text in passages(document.text, longest):
+            chunk.append(Passage(document.name, text, start))
+            size += len(text)
+            if size >= CHUNK_CHARACTERS:
+                yield chunk
+                chunk, size = [], 0
     if chunk:
         yield chunk
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from pathlib import Path
 import re
@@ -19,7 +20,7 @@ import numpy as np
 
 from moe.corpus_files import nearest_path
 from moe.errors import UserError, nearest
-from moe.token_cache import write_atomically
+from moe.token_cache import passages, write_atomically
 from routing.ranges import Count
 
 DOCUMENT_TOKEN = "<|document|>"
@@ -291,9 +292,9 @@ def _renamed(content: str, document_token: str, path: Path) -> str:
 
 
 def _counted(texts: Iterator[str], say: Say) -> Iterator[str]:
-    """The texts, telling how much of them was read."""
+    """The texts, long ones in passages, telling how much of them was read."""
     size = 0
-    for text in texts:
+    for _, text in itertools.chain.from_iterable(map(passages, texts)):
         yield text
         size += len(text)
         say(f"fitting the tokenizer: read {size / 1e6:,.0f} million characters")

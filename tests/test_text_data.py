@@ -12,7 +12,9 @@ import gin
 import numpy as np
 import pytest
 from tiny import environment
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from moe import token_cache
 from moe.batches import pack
 from moe.corpus import StandardLibrary, TextFiles
 from moe.errors import UserError
@@ -353,6 +355,51 @@ def test_real_text_by_gin(tmp_path, monkeypatch):
     )  # characters of 128 tokens
 
 
+@pytest.mark.parametrize("make", [Bytes, TrainedBPE])
+def test_a_long_document_is_encoded_in_passages(make, tmp_path, monkeypatch):
+    monkeypatch.setattr("moe.token_cache.LONG", 50)
+    monkeypatch.setattr(token_cache.passages, "__defaults__", (50,))
+    monkeypatch.setattr("moe.token_cache.CHUNK_CHARACTERS", 120)
+    texts = ["", "short", "x" * 50, "x" * 51, "caf\u00e9 " * 40, "a line\n    and one more\n" * 30]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+    corpus = TextFiles([str(tmp_path / f"{i}.txt") for i in range(len(texts))])
+    spec = make() if make is Bytes else make(vocab_size=300)
+    data = TextData(corpus, spec, validation_corpus=corpus, cache_dir=tmp_path / "cache").prepare()
+    stream = data.validation
+    assert stream.num_bytes_M.tolist() == [len(text.encode()) for text in texts]
+    assert (stream.token_N[stream.start_M[:-1]] == data.tokenizer.document_id).all()
+    assert (stream.token_N == data.tokenizer.document_id).sum() == len(texts)
+    for text, start, end in zip(texts, stream.start_M[:-1], stream.start_M[1:], strict=True):
+        assert data.tokenizer.decode(stream.token_N[start:end]) == text
+
+
+def test_passages_end_with_lines_and_are_the_text():
+    for text in ("", "abc", "a" * 11, "ab\ncd\n" * 9, "\n" * 25, "abc\n" + "d" * 30):
+        found = list(token_cache.passages(text, 10))
+        assert "".join(passage for _, passage in found) == text
+        assert all(len(passage) <= 10 for _, passage in found)
+        assert all(text[start:].startswith(passage) for start, passage in found)
+    assert [passage for _, passage in token_cache.passages("ab\ncd\nefghijkl", 10)] == [
+        "ab\ncd\n",
+        "efghijkl",
+    ]
+
+
+def test_a_tokenizer_that_writes_a_space_before_a_text_sees_all_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("moe.token_cache.LONG", 50)
+    inner = Tokenizer(models.BPE(unk_token=None))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    inner.decoder = decoders.Metaspace()
+    inner.train_from_iterator(["abc def " * 9], trainers.BpeTrainer(show_progress=False))
+    inner.save(str(tmp_path / "its.json"))
+    (tmp_path / "long.txt").write_text("abc def " * 40 + "abc")
+    corpus = TextFiles(str(tmp_path / "long.txt"))
+    spec = TokenizerFile(str(tmp_path / "its.json"))
+    data = TextData(corpus, spec, validation_corpus=corpus, cache_dir=tmp_path / "cache").prepare()
+    assert data.tokenizer.decode(data.train.token_N) == "abc def " * 40 + "abc"
+
+
 def test_a_document_that_changes_on_the_way_is_not_kept_as_what_it_was(settings, folder):
     """The cache's name is the hash of what was read first."""
     data = settings()
@@ -373,12 +420,13 @@ def test_held_out_documents_without_text_are_told(settings):
         dataclasses.replace(data, validation=stream).validation_batches(2, 8)
 
 
-def test_preparing_a_text_takes_memory_for_a_piece_of_it_alone(tmp_path):
-    """40 MB; all of its tokens together, twice, were 160 MB."""
+@pytest.mark.parametrize("documents", [80, 2])
+def test_preparing_a_text_takes_memory_for_a_piece_of_it_alone(documents, tmp_path):
+    """40 MB; all of its tokens together, twice, were 160 MB, and a long document's a gigabyte."""
     folder = tmp_path / "text"
     folder.mkdir()
-    for i in range(80):
-        (folder / f"{i}.txt").write_text(f"{i} some words that repeat " * 20_000)
+    for i in range(documents):
+        (folder / f"{i}.txt").write_text(f"{i} some words that repeat " * (1_600_000 // documents))
     code = """
 import resource, sys
 from moe.corpus import TextFiles
