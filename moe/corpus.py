@@ -19,7 +19,15 @@ from typing import Any, Protocol, runtime_checkable
 
 import gin
 
-from moe.corpus_files import Paths, find_files, opened
+from moe.corpus_files import (
+    Paths,
+    checked_text,
+    decoded,
+    find_files,
+    name_of,
+    opened,
+    told_nulls,
+)
 from moe.errors import UserError, nearest
 from routing.ranges import Size
 
@@ -75,13 +83,13 @@ class TextFiles:
 
     @property
     def name(self) -> str:
-        return _name_of(self.paths)
+        return name_of(self.paths)
 
     def documents(self) -> Iterator[Document]:
         for name, path in find_files(self.paths).files:
             with opened(path) as file:
                 data = file.read()
-            yield Document(name, _decode(data, path, self.encoding, "name another by encoding="))
+            yield Document(name, decoded(data, path, self.encoding, "name another by encoding="))
 
     def left_out(self) -> list[str]:
         """What of the paths was not read, and why: a line for each reason."""
@@ -106,7 +114,7 @@ class JsonLines:
 
     @property
     def name(self) -> str:
-        return _name_of(self.paths)
+        return name_of(self.paths)
 
     def documents(self) -> Iterator[Document]:
         self._nulls.clear()
@@ -114,7 +122,7 @@ class JsonLines:
             offset = 0
             with opened(path) as lines:
                 for number, line in enumerate(lines, start=1):
-                    text = _decode(line, path, "utf-8", "JSON must be", offset)
+                    text = decoded(line, path, "utf-8", "JSON must be", offset)
                     offset += len(line)
                     if not text.strip():
                         continue
@@ -126,7 +134,7 @@ class JsonLines:
 
     def left_out(self) -> list[str]:
         """What of the paths was not read, and why; nulls those of the last reading."""
-        return [*find_files(self.paths, JSON_SUFFIXES).told(), *_told_nulls(self._nulls)]
+        return [*find_files(self.paths, JSON_SUFFIXES).told(), *told_nulls(self._nulls)]
 
     def _text(self, line: str, where: str) -> str | None:
         try:
@@ -139,7 +147,7 @@ class JsonLines:
         if self.field not in record:
             raise UserError(f"{where}: no field {self.field!r}{nearest(self.field, record)}")
         value = record[self.field]
-        return None if value is None else _checked_text(value, f"{where}: field {self.field!r}")
+        return None if value is None else checked_text(value, f"{where}: field {self.field!r}")
 
 
 @gin.configurable
@@ -160,7 +168,7 @@ class Parquet:
 
     @property
     def name(self) -> str:
-        return _name_of(self.paths)
+        return name_of(self.paths)
 
     def documents(self) -> Iterator[Document]:
         self._nulls.clear()
@@ -172,12 +180,12 @@ class Parquet:
                 if text is None:
                     self._nulls.append(where)
                 else:
-                    text = _checked_text(text, f"{where}: column {self.column!r}")
+                    text = checked_text(text, f"{where}: column {self.column!r}")
                     yield Document(f"{name}:{number}", text)
 
     def left_out(self) -> list[str]:
         """What of the paths was not read, and why; nulls those of the last reading."""
-        return [*find_files(self.paths, (".parquet",)).told(), *_told_nulls(self._nulls)]
+        return [*find_files(self.paths, (".parquet",)).told(), *told_nulls(self._nulls)]
 
     def _rows(self, path: Path) -> Iterator[Any]:
         """The column's values, in pieces; UserError where a page can't be read."""
@@ -370,36 +378,3 @@ def _library_files(root: Path) -> list[tuple[str, Path]]:
         folders[:] = [n for n in folders if n not in NOT_LIBRARY and not n.startswith(".")]
         found += [Path(folder, name) for name in files if name.endswith(".py") and name[0] != "."]
     return sorted((path.relative_to(root).as_posix(), path) for path in found)
-
-
-def _told_nulls(places: list[str]) -> list[str]:
-    if not places:
-        return []
-    more = f" and {len(places) - 3} more" if len(places) > 3 else ""
-    return [f"left out, null: {', '.join(places[:3])}{more}"]
-
-
-def _decode(data: bytes, path: Path, encoding: str, way_out: str, offset: int = 0) -> str:
-    try:
-        return data.decode(encoding)
-    except LookupError:
-        raise UserError(f"encoding={encoding!r} is not an encoding that Python knows") from None
-    except UnicodeDecodeError as error:
-        where = f"{path}: byte {offset + error.start}"
-        raise UserError(f"{where} is not {encoding.upper()}; {way_out}") from None
-
-
-def _checked_text(value: object, where: str) -> str:
-    """The value, if it is text that UTF-8 can write (JSON may hold half of a surrogate pair)."""
-    if not isinstance(value, str):
-        raise UserError(f"{where} holds {type(value).__name__}, not text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where} holds an unpaired surrogate at {error.start}") from None
-    return value
-
-
-def _name_of(paths: Paths) -> str:
-    given = [paths] if isinstance(paths, str | os.PathLike) else paths
-    return "+".join(Path(path).name or str(path) for path in given)

@@ -110,6 +110,8 @@ def kind_of(path: Path) -> str:
     """file, folder, or why it is neither; empty where there is nothing at all."""
     try:
         mode = path.stat().st_mode
+    except PermissionError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
     except OSError as error:
         if path.is_symlink():
             return CIRCLE if error.errno in (40, 62) else LINK
@@ -211,3 +213,39 @@ def _zstandard():
             "reading Zstandard files needs a package: pip install 'moe-routing[zst]'"
         ) from None
     return zstandard
+
+
+def told_nulls(places: list[str]) -> list[str]:
+    """A line on the places whose text was null; none where there are none."""
+    if not places:
+        return []
+    more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+    return [f"left out, null: {', '.join(places[:3])}{more}"]
+
+
+def decoded(data: bytes, path: Path, encoding: str, way_out: str, offset: int = 0) -> str:
+    """The text; UserError with the first byte that is none, and the way out."""
+    try:
+        return data.decode(encoding)
+    except LookupError:
+        raise UserError(f"encoding={encoding!r} is not an encoding that Python knows") from None
+    except UnicodeDecodeError as error:
+        where = f"{path}: byte {offset + error.start}"
+        raise UserError(f"{where} is not {encoding.upper()}; {way_out}") from None
+
+
+def checked_text(value: object, where: str) -> str:
+    """The value, if it is text that UTF-8 can write (JSON may hold half of a surrogate pair)."""
+    if not isinstance(value, str):
+        raise UserError(f"{where} holds {type(value).__name__}, not text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} holds an unpaired surrogate at {error.start}") from None
+    return value
+
+
+def name_of(paths: Paths) -> str:
+    """What a corpus of these paths is called."""
+    given = [paths] if isinstance(paths, str | os.PathLike) else paths
+    return "+".join(Path(path).name or str(path) for path in given)

@@ -242,7 +242,8 @@ class TextData:
 
     def _tell(self, train: Part, validation: Part, say: Say) -> None:
         """What was left out, and held-out text that is training text, too."""
-        for corpus in dict.fromkeys((train.corpus, validation.corpus)):
+        same = validation.corpus is train.corpus
+        for corpus in (train.corpus,) if same else (train.corpus, validation.corpus):
             for line in getattr(corpus, "left_out", tuple)():
                 say(line)
         twice = in_both(train, validation)

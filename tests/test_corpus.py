@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from tiny import environment
@@ -238,11 +239,8 @@ def test_a_folder_given_twice_or_through_its_parent_is_read_once(tmp_path):
     assert names(TextFiles(f"{folder}/**/*.txt")) == expected
 
 
-def test_a_folder_that_cannot_be_read_is_an_error(tmp_path):
-    """By a process that is not the superuser."""
-    folder = tmp_path / "folder"
-    write(folder, a="1", **{"closed/b": "2"})
-    os.chmod(folder / "closed", 0)
+def test_a_folder_that_cannot_be_read_is_an_error():
+    """By a process that is not the superuser, in a folder that all may enter."""
     code = """
 import os, sys
 from moe.corpus import TextFiles
@@ -254,12 +252,14 @@ try:
 except UserError as error:
     print(error)
 """
-    for above in (tmp_path, *tmp_path.parents):
-        if above.stat().st_uid == os.getuid() and above != Path("/tmp"):
-            os.chmod(above, above.stat().st_mode | 0o755)
-    command = [sys.executable, "-c", code, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
-    os.chmod(folder / "closed", 0o755)
+    with tempfile.TemporaryDirectory() as above:
+        os.chmod(above, 0o755)
+        folder = Path(above) / "folder"
+        write(folder, a="1", **{"closed/b": "2"})
+        os.chmod(folder / "closed", 0)
+        command = [sys.executable, "-c", code, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment())
+        os.chmod(folder / "closed", 0o755)
     assert f"{folder / 'closed'}: Permission denied" in done.stdout, done.stderr
 
 
