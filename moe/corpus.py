@@ -339,6 +339,11 @@ def whole(corpus: Corpus) -> Part:
     return Part(corpus, entries, [True] * len(entries))
 
 
+def left_out(corpus: Corpus) -> list[str]:
+    """What a corpus did not read, where it tells: a line for each reason."""
+    return getattr(corpus, "left_out", list)()
+
+
 def in_both(train: Part, validation: Part) -> list[Entry]:
     """Held-out documents whose text is that of a training document, word for word."""
     seen = {e.content for e in itertools.compress(train.entries, train.chosen) if e.num_bytes}

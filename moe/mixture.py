@@ -9,7 +9,7 @@ import gin
 import numpy as np
 
 from moe.batches import Share
-from moe.corpus import Corpus, Document, Part
+from moe.corpus import Corpus, Document, Part, left_out
 from moe.errors import UserError
 from moe.token_cache import TokenStream
 from routing.ranges import Positive
@@ -61,6 +61,10 @@ class Mixture:
         for number, corpus in enumerate(self.corpora):
             for document in corpus.documents():
                 yield Document(f"{number}/{document.name}", document.text)
+
+    def left_out(self) -> list[str]:
+        """What its corpora did not read, and why."""
+        return [line for corpus in self.corpora for line in left_out(corpus)]
 
     def holds_out(self, document_name: str, fraction: float, seed: int, /) -> bool:
         """As the document's own corpus does."""

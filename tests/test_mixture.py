@@ -108,3 +108,16 @@ def test_a_mixture_trains_and_goes_on(tmp_path):
     runs.done("paused", *settings)
     assert measured(runs.folder / "paused") == measured(whole)
     assert len(lines(whole / "metrics.jsonl")) == 4
+
+
+def test_what_the_corpora_leave_out_is_told(corpora, tmp_path):
+    """Of corpora that are given by lists, too, which can't be hashed."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("some text")
+    (tmp_path / "text" / "broken.txt").symlink_to("nowhere")
+    both = [*corpora, TextFiles([str(tmp_path / "text")])]
+    lines = []
+    held_out = corpora[0]
+    data = TextData(Mixture(both), Bytes(), validation_corpus=held_out, cache_dir=tmp_path)
+    data.prepare(lines.append)
+    assert [line for line in lines if "broken.txt" in line]
