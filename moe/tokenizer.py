@@ -36,6 +36,7 @@ Ids = Iterable[Any]  # of int, or an array of integers
 # Every piece is bounded: the time to merge one grows with the square of its length, and DNA,
 # base64 or a language without spaces is one piece.
 MOST = 64
+FITTED = 1 << 16  # characters of one text in fitting, since the library gathers 256 texts
 PIECES = "|".join(
     [
         rf"[^\r\n\p{{L}}\p{{N}}]?\p{{L}}{{1,{MOST}}}",
@@ -294,7 +295,8 @@ def _renamed(content: str, document_token: str, path: Path) -> str:
 def _counted(texts: Iterator[str], say: Say) -> Iterator[str]:
     """The texts, long ones in passages, telling how much of them was read."""
     size = 0
-    for _, text in itertools.chain.from_iterable(map(passages, texts)):
+    parts = (passages(text, FITTED) for text in texts)
+    for _, text in itertools.chain.from_iterable(parts):
         yield text
         size += len(text)
         say(f"fitting the tokenizer: read {size / 1e6:,.0f} million characters")
