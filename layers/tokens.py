@@ -1,9 +1,12 @@
 """What a block knows of its tokens beside their representations. B batch, T tokens."""
 
+from collections.abc import Sequence
 import dataclasses
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from layers.constrain import constrain
@@ -27,6 +30,27 @@ class Tokens(nnx.Pytree):
     train: bool = nnx.static()
     step: WholeStep | None = nnx.data(default=None)
     logits_BTE: Float[Array, "B T E"] | None = nnx.data(default=None)
+
+    @classmethod
+    def of(cls, token_BT: ArrayLike | Sequence, train: bool = False, seed: int = 0) -> "Tokens":
+        """Token ids (B, T), or (T,) for one sequence, each sequence a document without padding.
+
+        train: routers decide as in training, by draws that the seed names.
+
+        Raises:
+            ValueError: what is no integers of that shape.
+        """
+        ids = jnp.asarray(token_BT)
+        if ids.ndim not in (1, 2) or not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(
+                f"token ids are {ids.dtype} of shape {ids.shape}; they must be integers (B, T) or "
+                "(T,)"
+            )
+        ids = jnp.atleast_2d(ids).astype(jnp.int32)
+        position_BT = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+        index_B = jnp.arange(len(ids), dtype=jnp.int32)
+        key = jax.random.key(seed)
+        return cls(ids, jnp.ones_like(ids), position_BT, index_B, key, train=train)
 
     def for_layer(self, layer, step: WholeStep | None) -> "Tokens":
         """The same tokens with the layer's own key and its own whole-step statistics."""

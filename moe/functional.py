@@ -43,7 +43,10 @@ def split(model: nnx.Module) -> tuple[Graph, Arrays, Arrays]:
     params = {n: v.get_value() for n, v in variables.items() if isinstance(v, nnx.Param)}
     state = {n: v.get_value() for n, v in variables.items() if isinstance(v, RouterState)}
     assert len(params) + len(state) == len(flat), sorted(set(flat) - set(params) - set(state))
-    abstract = {n: v.replace(jax.ShapeDtypeStruct(v.shape, v.dtype)) for n, v in variables.items()}
+    abstract = {
+        n: v.replace(jax.ShapeDtypeStruct(v.shape, v.dtype), filled=True)
+        for n, v in variables.items()
+    }
     return Graph(graphdef, {n: p for n, (p, _) in flat.items()}, axes, abstract), params, state
 
 

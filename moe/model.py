@@ -11,6 +11,7 @@ from flax import nnx
 import gin
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from layers.attention import Attention
@@ -212,11 +213,15 @@ class Transformer(nnx.Module):
                 )
         return None
 
-    def __call__(self, tokens: Tokens, step: WholeStep | None = None) -> ModelOutput:
+    def __call__(
+        self, tokens: Tokens | ArrayLike | Sequence, step: WholeStep | None = None
+    ) -> ModelOutput:
         """Hidden states of every position and what the routers said.
 
+        tokens: or token ids (B, T) or (T,) alone, evaluated as documents without padding.
         step: whole-step statistics, stacked over sparse layers, in a micro-batch that needs them.
         """
+        tokens = tokens if isinstance(tokens, Tokens) else Tokens.of(tokens)
         dtype = DTYPES[self.compute_dtype]
         x_BTD = self.embedding_VD[...][tokens.token_BT] * (1 / 0.02)
         if self.learned is not None:

@@ -7,31 +7,54 @@ from how layers are stacked for the scan.
 
 from collections.abc import Callable
 import math
+from typing import TypeVar
 import zlib
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
+M = TypeVar("M", bound=nnx.Module)
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 # Axes along which every index gets its own key.
 KEYED_AXES = ("layer", "expert")
 
 
-class RouterState(nnx.Variable):
+class _Filled(nnx.Variable):
+    """A variable that is not read before `initialize`, or a value that is set, has filled it."""
+
+    def __getitem__(self, key):
+        if not self.get_metadata().get("filled", True):
+            raise ValueError(
+                "this module's parameters have no values yet: call routing.initialize(module, seed)"
+                " first, which fills them in place"
+            )
+        return super().__getitem__(key)
+
+    def set_value(self, value, **options):
+        super().set_value(value, **options)
+        if not self.get_metadata().get("filled", True):
+            self.set_metadata(filled=True)
+
+
+class Parameter(_Filled, nnx.Param):
+    """What the optimizer learns."""
+
+
+class RouterState(_Filled):
     """What a router remembers outside its parameters: the optimizer never touches it."""
 
 
 def parameter(shape: tuple[int, ...], axes: tuple[str | None, ...], init: Init) -> nnx.Param:
-    """A float32 parameter, zero until `initialize`; one logical axis name per dimension."""
+    """A float32 parameter, without values until `initialize`; one logical axis per dimension."""
     assert len(shape) == len(axes), (shape, axes)
-    return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes, init=init)
+    return Parameter(jnp.zeros(shape, jnp.float32), axes=axes, init=init, filled=False)
 
 
 def router_state(shape: tuple[int, ...], dtype, axes: tuple[str | None, ...], init: Init):
-    """A piece of router state, zero until `initialize`."""
+    """A piece of router state, without values until `initialize`."""
     assert len(shape) == len(axes), (shape, axes)
-    return RouterState(jnp.zeros(shape, dtype), axes=axes, init=init)
+    return RouterState(jnp.zeros(shape, dtype), axes=axes, init=init, filled=False)
 
 
 def zeros(key, shape, dtype):
@@ -84,10 +107,13 @@ def orthogonal(gain: float = 1.0) -> Init:
     return init
 
 
-def initialize(module: nnx.Module, seed: int | jax.Array) -> nnx.Module:
-    """The module with every parameter and router state at its first value. Works under jit."""
+def initialize(module: M, seed: int | jax.Array) -> M:
+    """Fill every parameter and router state with its first value, in place; returns the module.
+
+    Works under jit, on a module that is made there.
+    """
     root = jax.random.key(seed)
-    graphdef, state = nnx.split(module)
+    _, state = nnx.split(module)
 
     def fill(path, variable):
         if not isinstance(variable, nnx.Param | RouterState):
@@ -95,10 +121,12 @@ def initialize(module: nnx.Module, seed: int | jax.Array) -> nnx.Module:
         meta = variable.get_metadata()
         name = "/".join(str(part) for part in path if not isinstance(part, int))
         key = jax.random.fold_in(root, zlib.crc32(name.encode()))
-        return variable.replace(_keyed(key, variable, meta["axes"], meta["init"], meta))
+        value = _keyed(key, variable, meta["axes"], meta["init"], meta)
+        return variable.replace(value, filled=True)
 
     flat = [(path, fill(path, variable)) for path, variable in nnx.to_flat_state(state)]
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+    nnx.update(module, nnx.from_flat_state(flat))
+    return module
 
 
 def _keyed(key, variable, axes, init, meta):

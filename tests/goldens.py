@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from routing import RouterInputs, Sizes
+from routing import RouterInputs, Sizes, initialize
 
 FOLDER = Path(__file__).parent / "golden"
 
@@ -44,6 +44,6 @@ def on_logits(make, logits_TE, dtype):
     """The router of as many experts as logits, with the identity for weights."""
     logits_TE = np.asarray(logits_TE)
     width, experts = logits_TE.shape[1], logits_TE.shape[1]
-    router = make(Sizes(width, experts, 10))
+    router = initialize(make(Sizes(width, experts, 10)), 0)
     router.weight_DE.set_value(jnp.eye(experts, dtype=dtype))
     return router, inputs_of(logits_TE, dtype)

@@ -31,7 +31,7 @@ B, T, D, V = 4, 16, 16, 11
 
 
 def router_of(given, dtype, **options):
-    router = MixtureOfDepths(Sizes(2, 1, 5), capacity=given["k"] / 8, **options)
+    router = initialize(MixtureOfDepths(Sizes(2, 1, 5), capacity=given["k"] / 8, **options), 0)
     router.weight_D.set_value(jnp.asarray(given["w_router"], dtype))
     return router
 

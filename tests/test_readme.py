@@ -79,7 +79,7 @@ def test_every_shell_block_runs(shell, tmp_path):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```sh\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
     kinds = re.findall(r"^```(\w*)$", readme, re.MULTILINE)[::2]
-    assert set(kinds) == {"sh", "text"}, "every block says what it is"
+    assert set(kinds) == {"sh", "text", "python"}, "every block says what it is"
     assert len(blocks) == kinds.count("sh") >= 5
     out = ""
     for block in blocks:
@@ -89,3 +89,10 @@ def test_every_shell_block_runs(shell, tmp_path):
         out += done.stdout
     assert "this model" in out and "bits_per_byte" in out
     assert (tmp_path / "work/runs/quickstart/picture.png").stat().st_size > 10_000
+
+
+def test_the_python_block_runs(capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    exec(block, {})
+    assert capsys.readouterr().out.startswith("(1, 5, 257) [[")
