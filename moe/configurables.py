@@ -18,6 +18,7 @@ from layers import (
 from moe import (
     corpus,
     eval_command,
+    hugging_face,
     loggers,
     mixture,
     model,

@@ -71,6 +71,10 @@ class Mixture:
         number, _, name = document_name.partition("/")
         return self.corpora[int(number)].holds_out(name, fraction, seed)
 
+    def left_out(self) -> list[str]:
+        """What each corpus left out, where it tells."""
+        return [line for one in self.corpora for line in getattr(one, "left_out", list)()]
+
 
 def shares_of(corpus: Corpus, train: Part, stream: TokenStream) -> tuple[Share, ...]:
     """Where each corpus of a mixture lies in the training stream; nothing for any other corpus.
