@@ -140,7 +140,8 @@ def parse(command: Command, arguments: Sequence[str]) -> SimpleNamespace:
 def _check(command: Command, flag: Flag, value: object) -> None:
     if flag.required and not value:
         raise UserError(f"moe {command.name} needs --{flag.name}={flag.value} ({flag.help})")
-    if flag.value in ("TEXT", "SETTING") and not _is_utf8(value):
+    # Other paths may hold any bytes; checkpoints can't be written below such a folder.
+    if (flag.value in ("TEXT", "SETTING") or flag.name == "workdir") and not _is_utf8(value):
         raise UserError(f"moe {command.name}: --{flag.name} holds bytes that are not UTF-8")
     if flag.name == "json" and value and not Path(str(value)).absolute().parent.is_dir():
         # Told now: what is to be written there may take hours.

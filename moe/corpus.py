@@ -19,15 +19,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import gin
 
-from moe.corpus_files import (
-    Paths,
-    checked_text,
-    decoded,
-    find_files,
-    name_of,
-    opened,
-    told_nulls,
-)
+from moe.corpus_files import checked_text, decoded, name_of, opened
+from moe.corpus_walk import NULL, LeftOut, Paths, find_files, told
 from moe.errors import UserError, nearest
 from routing.ranges import Size
 
@@ -73,11 +66,15 @@ def hashed_hold_out(document_name: str, fraction: float, seed: int) -> bool:
 class TextFiles:
     """Each file is a document: files, folders (with all below but hidden files) and globs.
 
-    Files may be compressed by gzip or, with the extra `zst`, Zstandard.
+    Files may be compressed by gzip, bzip2, xz or, with the extra `zst`, Zstandard. A byte-order
+    mark at the start is no text. Links to folders are followed; each file is read once.
     """
 
     paths: Paths
     encoding: str = "utf-8"
+    _left_out: LeftOut = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     holds_out = staticmethod(hashed_hold_out)
 
@@ -86,14 +83,15 @@ class TextFiles:
         return name_of(self.paths)
 
     def documents(self) -> Iterator[Document]:
-        for name, path in find_files(self.paths).files:
+        self._left_out.clear()
+        for name, path in find_files(self.paths, left_out=self._left_out):
             with opened(path) as file:
                 data = file.read()
             yield Document(name, decoded(data, path, self.encoding, "name another by encoding="))
 
     def left_out(self) -> list[str]:
-        """What of the paths was not read, and why: a line for each reason."""
-        return find_files(self.paths).told()
+        """What the last reading did not take, and why: a line for each reason."""
+        return told(self._left_out)
 
 
 @gin.configurable
@@ -106,8 +104,8 @@ class JsonLines:
 
     paths: Paths
     field: str = "text"
-    _nulls: list[str] = dataclasses.field(
-        default_factory=list, init=False, repr=False, compare=False
+    _left_out: LeftOut = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
     )
 
     holds_out = staticmethod(hashed_hold_out)
@@ -117,8 +115,8 @@ class JsonLines:
         return name_of(self.paths)
 
     def documents(self) -> Iterator[Document]:
-        self._nulls.clear()
-        for name, path in find_files(self.paths, JSON_SUFFIXES).files:
+        self._left_out.clear()
+        for name, path in find_files(self.paths, JSON_SUFFIXES, self._left_out):
             offset = 0
             with opened(path) as lines:
                 for number, line in enumerate(lines, start=1):
@@ -128,13 +126,13 @@ class JsonLines:
                         continue
                     value = self._text(text, f"{path}:{number}")
                     if value is None:
-                        self._nulls.append(f"{path}:{number}")
+                        self._left_out.setdefault(NULL, []).append(f"{path}:{number}")
                     else:
                         yield Document(f"{name}:{number}", value)
 
     def left_out(self) -> list[str]:
-        """What of the paths was not read, and why; nulls those of the last reading."""
-        return [*find_files(self.paths, JSON_SUFFIXES).told(), *told_nulls(self._nulls)]
+        """What the last reading did not take, and why: a line for each reason."""
+        return told(self._left_out)
 
     def _text(self, line: str, where: str) -> str | None:
         try:
@@ -160,8 +158,8 @@ class Parquet:
 
     paths: Paths
     column: str = "text"
-    _nulls: list[str] = dataclasses.field(
-        default_factory=list, init=False, repr=False, compare=False
+    _left_out: LeftOut = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
     )
 
     holds_out = staticmethod(hashed_hold_out)
@@ -171,21 +169,21 @@ class Parquet:
         return name_of(self.paths)
 
     def documents(self) -> Iterator[Document]:
-        self._nulls.clear()
+        self._left_out.clear()
         if importlib.util.find_spec("pyarrow") is None:
             raise UserError("reading Parquet needs pyarrow: pip install pyarrow")
-        for name, path in find_files(self.paths, (".parquet",)).files:
+        for name, path in find_files(self.paths, (".parquet",), self._left_out):
             for number, text in enumerate(self._rows(path)):
                 where = f"{path}: row {number}"
                 if text is None:
-                    self._nulls.append(where)
+                    self._left_out.setdefault(NULL, []).append(where)
                 else:
                     text = checked_text(text, f"{where}: column {self.column!r}")
                     yield Document(f"{name}:{number}", text)
 
     def left_out(self) -> list[str]:
-        """What of the paths was not read, and why; nulls those of the last reading."""
-        return [*find_files(self.paths, (".parquet",)).told(), *told_nulls(self._nulls)]
+        """What the last reading did not take, and why: a line for each reason."""
+        return told(self._left_out)
 
     def _rows(self, path: Path) -> Iterator[Any]:
         """The column's values, in pieces; UserError where a page can't be read."""
@@ -198,10 +196,10 @@ class Parquet:
                 if self.column not in columns:
                     hint = nearest(self.column, columns) or f"; it has {', '.join(columns)}"
                     raise UserError(f"{path}: no column {self.column!r}{hint}")
-                for batch in table.iter_batches(columns=[self.column]):
+                for batch in table.iter_batches(1000, columns=[self.column]):
                     yield from batch.column(0).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            first = str(error).strip().splitlines()[0]
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path}: not a Parquet file that can be read: {first}") from error
 
 
@@ -325,7 +323,7 @@ def digest_of(entries: Iterable[Entry]) -> str:
 
 def entry_of(document: Document) -> Entry:
     """What is remembered of a document."""
-    text = document.text.encode("utf-8")
+    text = checked_text(document.text, f"document {document.name!r}").encode("utf-8")
     title = hashlib.sha256(document.name.encode("utf-8", "surrogateescape")).digest()
     digest, content = hashlib.sha256(title + text).digest(), hashlib.sha256(text).digest()
     return Entry(document.name, len(text), digest, content)
@@ -335,11 +333,12 @@ def whole(corpus: Corpus) -> Part:
     """All documents of a corpus, read once to measure them; UserError where there is no text."""
     entries = [entry_of(document) for document in corpus.documents()]
     if not any(entry.num_bytes for entry in entries):
-        raise UserError(f"the corpus {corpus.name!r} is empty ({len(entries)} documents, 0 bytes)")
+        why = "; ".join([f"{len(entries)} documents, 0 bytes", *left_out_of(corpus)])
+        raise UserError(f"the corpus {corpus.name!r} is empty ({why})")
     return Part(corpus, entries, [True] * len(entries))
 
 
-def left_out(corpus: Corpus) -> list[str]:
+def left_out_of(corpus: Corpus) -> list[str]:
     """What a corpus did not read, where it tells: a line for each reason."""
     return getattr(corpus, "left_out", list)()
 
@@ -378,8 +377,13 @@ def split(corpus: Corpus, fraction: float, seed: int) -> tuple[Part, Part]:
 
 def _library_files(root: Path) -> list[tuple[str, Path]]:
     """Python files under the standard library's folder, by name; what is not library left out."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: {error.strerror}") from error
+
     found = []
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root, onerror=refuse):
         folders[:] = [n for n in folders if n not in NOT_LIBRARY and not n.startswith(".")]
-        found += [Path(folder, name) for name in files if name.endswith(".py") and name[0] != "."]
+        paths = (Path(folder, name) for name in files if name.endswith(".py") and name[0] != ".")
+        found += [path for path in paths if path.is_file()]
     return sorted((path.relative_to(root).as_posix(), path) for path in found)

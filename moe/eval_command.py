@@ -3,13 +3,14 @@
 import dataclasses
 import json
 from pathlib import Path
+import sys
 from typing import Any
 
 import gin
 
 from moe import sharding
 from moe.assemble import Model
-from moe.corpus import Corpus
+from moe.corpus import Corpus, left_out_of
 from moe.errors import UserError
 from moe.evaluate import Evaluation, evaluate, evaluation_step
 from moe.metrics import Routing, health, load_scalars
@@ -63,6 +64,8 @@ def evaluate_run(
     else:
         spec = Fitted(run.tokenizer)
         data = TextData(corpus, spec, validation_corpus=corpus).prepare()
+        for line in left_out_of(corpus):
+            print(line, file=sys.stderr)
     causal = run.model.objective.causal
     # As many rows as the mesh needs; those without a sequence are padding.
     parts = sharding.batch_shards(run.mesh)

@@ -3,13 +3,15 @@
 from collections.abc import Iterator
 import dataclasses
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
 import gin
 
 from moe.corpus import Document, hashed_hold_out
-from moe.corpus_files import checked_text, nearest_path, told_nulls
+from moe.corpus_files import checked_text
+from moe.corpus_walk import NULL, LeftOut, nearest_path, told
 from moe.errors import UserError, nearest
 
 
@@ -35,8 +37,8 @@ class HuggingFaceDataset:
     column: str = "text"
     subset: str | None = None
     revision: str | None = None
-    _nulls: list[str] = dataclasses.field(
-        default_factory=list, init=False, repr=False, compare=False
+    _left_out: LeftOut = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
     )
 
     holds_out = staticmethod(hashed_hold_out)
@@ -44,7 +46,7 @@ class HuggingFaceDataset:
     @property
     def name(self) -> str:
         """The hub's name, or the folder's without what is above it; with the subset."""
-        folder = Path(self.path).expanduser()
+        folder = Path(os.path.expanduser(self.path))
         name = folder.resolve().name if folder.exists() else self.path
         return name if self.subset is None else f"{name}:{self.subset}"
 
@@ -55,18 +57,18 @@ class HuggingFaceDataset:
             UserError: `datasets` is missing, or what it says where it finds no such data set,
                 split or column, or can't read it.
         """
-        self._nulls.clear()
+        self._left_out.clear()
         for row, value in enumerate(self._values()):
             where = f"{self.path}: row {row} of {self.split}"
             if value is None:
-                self._nulls.append(where)
+                self._left_out.setdefault(NULL, []).append(where)
             else:
                 text = checked_text(value, f"{where}: column {self.column!r}")
                 yield Document(f"{self.split}:{row}", text)
 
     def left_out(self) -> list[str]:
         """The nulls of the last reading: one line, or none."""
-        return told_nulls(self._nulls)
+        return told(self._left_out)
 
     def _values(self) -> Iterator[Any]:
         """The column's values, in pieces."""
@@ -89,7 +91,7 @@ class HuggingFaceDataset:
             raise UserError(
                 "HuggingFaceDataset needs a package: pip install 'moe-routing[datasets]'"
             ) from None
-        folder = Path(self.path).expanduser()
+        folder = Path(os.path.expanduser(self.path))
         try:
             if any((folder / file).exists() for file in ("dataset_dict.json", "state.json")):
                 return self._saved(datasets.load_from_disk(str(folder)))
@@ -115,6 +117,6 @@ class HuggingFaceDataset:
         while error.__cause__ is not None:
             error = error.__cause__
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        folder = Path(self.path).expanduser()
+        folder = Path(os.path.expanduser(self.path))
         hint = "" if folder.exists() else nearest_path(folder)
         return UserError(f"the data set {self.path!r} can't be read: {first}{hint}")

@@ -9,7 +9,7 @@ import gin
 import numpy as np
 
 from moe.batches import Share
-from moe.corpus import Corpus, Document, Part, left_out
+from moe.corpus import Corpus, Document, Part, left_out_of
 from moe.errors import UserError
 from moe.token_cache import TokenStream
 from routing.ranges import Positive
@@ -64,16 +64,12 @@ class Mixture:
 
     def left_out(self) -> list[str]:
         """What its corpora did not read, and why."""
-        return [line for corpus in self.corpora for line in left_out(corpus)]
+        return [line for corpus in self.corpora for line in left_out_of(corpus)]
 
     def holds_out(self, document_name: str, fraction: float, seed: int, /) -> bool:
         """As the document's own corpus does."""
         number, _, name = document_name.partition("/")
         return self.corpora[int(number)].holds_out(name, fraction, seed)
-
-    def left_out(self) -> list[str]:
-        """What each corpus left out, where it tells."""
-        return [line for one in self.corpora for line in getattr(one, "left_out", list)()]
 
 
 def shares_of(corpus: Corpus, train: Part, stream: TokenStream) -> tuple[Share, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import gin
 import numpy as np
 
-from moe.corpus import Corpus, Document, Part, hashed_hold_out, left_out, whole
+from moe.corpus import Corpus, Document, Part, hashed_hold_out, left_out_of, whole
 from moe.errors import UserError
 from moe.text_data import DataInfo, PreparedData, Say, seldom
 from moe.token_cache import default_cache_dir, token_stream
@@ -116,7 +116,7 @@ class TokenShards:
         say(f"counting the tokens of {len(files)} shards")
         train = self._train_part(files, tokenizer, seldom(say))
         validation = whole(self._held_out(tokenizer))
-        for line in left_out(validation.corpus):
+        for line in left_out_of(validation.corpus):
             say(line)
         say(f"tokenising {validation.num_bytes:,} bytes")
         key = validation.sha256, tokenizer.fingerprint

@@ -24,7 +24,7 @@ from moe.batches import (
     pack,
     pieces_of,
 )
-from moe.corpus import Corpus, Part, digest_of, in_both, left_out, split, whole
+from moe.corpus import Corpus, Part, digest_of, in_both, left_out_of, split, whole
 from moe.errors import UserError
 from moe.mixture import shares_of
 from moe.token_cache import TokenStream, default_cache_dir, token_stream
@@ -242,7 +242,7 @@ class TextData:
 
     def _tell(self, train: Part, validation: Part, say: Say) -> None:
         """What was left out, and held-out text that is training text, too."""
-        for line in dict.fromkeys((*left_out(train.corpus), *left_out(validation.corpus))):
+        for line in dict.fromkeys((*left_out_of(train.corpus), *left_out_of(validation.corpus))):
             say(line)
         twice = in_both(train, validation)
         if not twice:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe.corpus_files import nearest_path
+from moe.corpus_walk import nearest_path
 from moe.errors import UserError
 
 PIECE = 1 << 22  # tokens that are read at a time

@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import gin
 import numpy as np
 
-from moe.corpus_files import nearest_path
+from moe.corpus_walk import nearest_path
 from moe.errors import UserError, nearest
 from moe.token_cache import passages, write_atomically
 from routing.ranges import Count

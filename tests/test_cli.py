@@ -239,6 +239,8 @@ def test_text_that_is_not_utf8_is_refused(capsys):
     assert "--prompt holds bytes that are not UTF-8" in capsys.readouterr().err
     assert cli.main(["train", "--workdir=w", "--gin_bindings=train.prompts = ('\udce9',)"]) == 2
     assert "--gin_bindings holds bytes that are not UTF-8" in capsys.readouterr().err
+    assert cli.main(["train", "--workdir=caf\udce9", "--gin_file=quickstart.gin"]) == 2
+    assert "--workdir holds bytes that are not UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["eval", "train"])

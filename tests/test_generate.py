@@ -184,11 +184,12 @@ def test_the_batch_size_of_an_evaluation_changes_nothing(learned):
         )
 
 
-def test_another_corpus_is_scored_whole(runs, learned):
+def test_another_corpus_is_scored_whole_and_what_is_left_out_is_told(runs, learned, capsys):
     folder = runs.folder / "other"
     folder.mkdir()
     (folder / "a.txt").write_text(TEXT * 3)
     (folder / "b.txt").write_text("zzyzx qqq 1234567890 %%%")
+    (folder / "c.txt").symlink_to("nothing")
     target = runs.folder / "other.json"
     status, _ = command(
         "eval",
@@ -200,6 +201,7 @@ def test_another_corpus_is_scored_whole(runs, learned):
     found = json.loads(target.read_text())
     assert status == 0
     assert found["documents"] == 2 and found["bytes"] == len(TEXT) * 3 + 24
+    assert f"left out, a broken link: {folder / 'c.txt'}" in capsys.readouterr().err
     summary = json.loads((runs.folder / "learned" / "summary.json").read_text())
     assert found["bits_per_byte"] > summary["val_bits_per_byte"] + 0.2
 

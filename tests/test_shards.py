@@ -86,8 +86,9 @@ def test_shards_train_and_score_as_the_text_does(files, text):
 
 
 def test_held_out_text_may_be_text(files, runs):
-    held_out = TextFiles(str(runs.text / "03.txt"))
-    data = shards(files, validation_paths=None, validation_corpus=held_out).prepare()
+    held_out, said = TextFiles([str(runs.text / "03.txt")] * 2), []
+    data = shards(files, validation_paths=None, validation_corpus=held_out).prepare(said.append)
+    assert f"left out, reached before by another name: {runs.text / '03.txt'}" in said
     assert data.info.validation_bytes == (runs.text / "03.txt").stat().st_size
     assert data.fingerprint() != shards(files).prepare().fingerprint()
 
