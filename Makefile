@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
-PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
+# A worker that dies is not replaced: with --dist loadfile the new one may wait without an end.
+WORKERS := -n 2 --max-worker-restart=0
+PYTEST_ARGS ?= $(WORKERS) --dist loadfile --no-loadscope-reorder
 BIN := $(VENV)/bin
 SETTINGS := setup.py pyproject.toml
 
@@ -22,7 +24,7 @@ test-oracles: $(VENV)/installed-oracle  ## compare with transformers (torch) and
 	$(BIN)/python -m pytest -m oracle
 
 test-thorough: $(VENV)/installed-test  ## six kinds of routers on every mesh, some minutes
-	$(BIN)/python -m pytest -n 2 -m thorough
+	$(BIN)/python -m pytest $(WORKERS) -m thorough
 
 check: $(VENV)/installed-dev  ## formatting, lint and types
 	$(BIN)/ruff format --check .

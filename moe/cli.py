@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from absl import flags as absl_flags
 
 import moe
+from moe import compile_cache
 from moe.allocator import keep_freed_memory
 from moe.commands import COMMANDS, Command, Flag
 from moe.errors import Problems, UserError, nearest
@@ -65,6 +66,7 @@ def _run(argv: list[str]) -> int:
         return 0
     flags = parse(command, argv[1:])
     keep_freed_memory()
+    compile_cache.prepare()
     return importlib.import_module(command.module).run(flags)
 
 

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from moe import compile_cache
+
 LINE_EVERY_SECONDS = 10
 T = TypeVar("T")
 
@@ -74,9 +76,10 @@ class Display:
                 return call(*given)
             known = True
             self.say(f"compiling {what}")
-            start = time.perf_counter()
+            start, before = time.perf_counter(), compile_cache.counts()
             result = call(*given)  # it returns once it is compiled, and runs on
-            self.say(f"compiled {what} in {time.perf_counter() - start:.1f} s")
+            seconds, cached = time.perf_counter() - start, compile_cache.counts().since(before)
+            self.say(f"compiled {what} in {seconds:.1f} s{cached}")
             return result
 
         return told

@@ -14,9 +14,10 @@ import numpy as np
 from moe.corpus import Corpus, Document, Part, hashed_hold_out, left_out_of, whole
 from moe.errors import UserError
 from moe.text_data import DataInfo, PreparedData, Say, seldom
-from moe.token_cache import default_cache_dir, token_stream
+from moe.token_cache import token_stream
 from moe.token_files import Paths, ShardedTokens, files_of, mapped, name_of
 from moe.tokenizer import DOCUMENT_TOKEN, Tokenizer, load_tokenizer
+from moe.user_cache import default_cache_dir
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,8 +27,9 @@ from moe.batches import (
 from moe.corpus import Corpus, Part, digest_of, in_both, left_out_of, split, whole
 from moe.errors import UserError
 from moe.mixture import shares_of
-from moe.token_cache import TokenStream, default_cache_dir, token_stream
+from moe.token_cache import TokenStream, token_stream
 from moe.tokenizer import Tokenizer, TokenizerSpec, TrainedBPE
+from moe.user_cache import default_cache_dir
 from routing.ranges import Natural, OpenShare
 
 if TYPE_CHECKING:

@@ -34,11 +34,6 @@ LONG = 1 << 20  # characters: a longer document is encoded in passages, of which
 LAYOUT = 3  # raise when the files' meaning changes
 
 
-def default_cache_dir() -> Path:
-    """`$MOE_CACHE`, or `~/.cache/moe`."""
-    return Path(os.environ.get("MOE_CACHE") or "~/.cache/moe").expanduser()
-
-
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that other processes see it whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

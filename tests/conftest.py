@@ -1,6 +1,7 @@
 """What every test runs under: 8 virtual CPU devices, strict JAX, a fresh gin, no skips in CI."""
 
 import contextlib
+import gc
 import os
 from pathlib import Path
 import shutil
@@ -48,6 +49,47 @@ def cache_of_this_session(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOE_CACHE", str(tmp_path_factory.mktemp("moe_cache")))
         yield
+
+
+class Programs:
+    """Compiled programs of this process. Each takes some ten memory maps, and beyond the kernel's
+    limit (vm.max_map_count, 65,530) compiling another one is a segmentation fault."""
+
+    MANY = 1500
+
+    def __init__(self):
+        import jax
+
+        self.new = 0
+        jax.monitoring.register_event_duration_secs_listener(self._count)
+
+    def _count(self, event: str, *_, **__) -> None:
+        self.new += event == "/jax/core/compile/backend_compile_duration"
+
+    def drop_if_many(self) -> None:
+        if self.new < self.MANY:
+            return
+        import jax
+
+        self.new = 0
+        jax.clear_caches()
+        gc.collect()
+        if MAPS.exists():
+            assert len(MAPS.read_bytes().splitlines()) < 50_000, "compiled programs are kept"
+
+
+MAPS = Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def programs():
+    return Programs()
+
+
+@pytest.fixture(autouse=True)
+def room_for_programs(programs):
+    yield
+    programs.drop_if_many()
 
 
 @pytest.fixture(autouse=True)

@@ -190,7 +190,7 @@ def test_a_full_disk_costs_no_checkpoint(runs, tmp_path):
     """No file may grow over 24 kB: the run ends with status 2, and the next one starts well."""
     code = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "from moe import cli; from moe.token_cache import default_cache_dir;"
+        "from moe import cli; from moe.user_cache import default_cache_dir;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, resource.RLIM_INFINITY));"
         "sys.exit(cli.main(sys.argv[1:]))"
     )

@@ -19,8 +19,8 @@ from moe.batches import pack
 from moe.corpus import StandardLibrary, TextFiles
 from moe.errors import UserError
 from moe.text_data import TextData
-from moe.token_cache import default_cache_dir
 from moe.tokenizer import Bytes, TokenizerFile, TrainedBPE
+from moe.user_cache import default_cache_dir
 
 FIELDS = ("token_BT", "target_BT", "segment_BT", "position_BT", "scored_BT", "index_B")
 
