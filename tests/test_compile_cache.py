@@ -75,8 +75,12 @@ def test_what_the_user_set_stays(tmp_path, no_cache_yet):
 
 @pytest.mark.parametrize(
     ("hits", "misses", "told"),
-    [(0, 0, ""), (2, 0, " (from the cache)"), (0, 2, " (new to the cache)")]
-    + [(2, 1, " (2 of 3 programs from the cache)")],
+    [
+        (0, 0, ""),
+        (2, 0, " (from the cache)"),
+        (0, 2, " (new to the cache)"),
+        (2, 1, " (2 of 3 programs from the cache)"),
+    ],
 )
 def test_hits_and_misses_are_told(hits, misses, told):
     assert Counts(5 + hits, 7 + misses).since(Counts(5, 7)) == told
