@@ -52,7 +52,7 @@ setup(
     # A wheel carries configs/ inside moe; a checkout and an editable install read it in place.
     package_dir={"moe.configs": "configs"},
     package_data={"moe.configs": ["**/*.gin"]},
-    entry_points={"console_scripts": ["moe = moe.cli:main"]},
+    entry_points={"console_scripts": ["moe = moe.cli.main:main"]},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12.8",
@@ -61,7 +61,7 @@ setup(
         "einops>=0.8",
         "numpy>=2.0",
         "absl-py>=2.1",
-        "gin-config>=0.5,<0.6",  # moe/gin_files.py reads private tables of 0.5
+        "gin-config>=0.5,<0.6",  # moe/settings/load.py reads private tables of 0.5
         "grain>=0.2.18",
         "tokenizers>=0.20",
         "jaxtyping>=0.3",

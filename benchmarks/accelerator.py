@@ -17,15 +17,17 @@ import time
 import jax
 import numpy as np
 
-from layers.dispatch import Dispatcher, SlotGather, Sorted
+from layers.dispatch.dispatchers import Dispatcher, SlotGather, Sorted
 from layers.moe_layer import MoELayer
-from moe import assemble, bench_layer, hardware
-from moe.batches import train_batch
-from moe.model import Transformer
-from moe.objective import NextToken
-from moe.optimizer import AdamW
-from moe.sharding import MeshShape
-from moe.step import to_devices
+from moe.bench import layer
+from moe.data.batches import train_batch
+from moe.machine import hardware
+from moe.model.sharding import MeshShape
+from moe.model.transformer import Transformer
+from moe.training import assemble
+from moe.training.objective import NextToken
+from moe.training.optimizer import AdamW
+from moe.training.train_step import to_devices
 from routing import Capacity, TopK
 
 CASES = ("8192,2048,1024,64,8", "8192,4096,14336,8,2")
@@ -88,12 +90,12 @@ def main():
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     print(f"{device}: {peak / 1e12:.3g} TFLOP/s of bfloat16 products")
-    cases = tuple(map(bench_layer.Case.read, SMALL_CASES if given.small else CASES))
-    for row in bench_layer.layers(cases, "bfloat16"):
+    cases = tuple(map(layer.Case.read, SMALL_CASES if given.small else CASES))
+    for row in layer.layers(cases, "bfloat16"):
         print(row, flush=True)
         record["layers"].append(row)
         save()
-    record["ratios"] = bench_layer.summary(record["layers"])
+    record["ratios"] = layer.summary(record["layers"])
     ways = {
         "Sorted": (Sorted(), Capacity(None)),
         "SlotGather": (SlotGather(), Capacity(1.25)),

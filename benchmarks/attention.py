@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from layers.attention import Attention
-from moe import hardware
-from moe.allocator import keep_freed_memory
-from moe.bench_routers import timed
+from moe.bench.routers import timed
+from moe.machine import hardware
+from moe.machine.allocator import keep_freed_memory
 from routing import initialize
 
 TOKENS, WIDTH, HEADS = 4096, 256, 4

@@ -40,9 +40,9 @@ def measure(folder: str) -> dict:
     import grain  # noqa: F401  what training imports in any case
     import tokenizers  # noqa: F401
 
-    from moe.baselines import baselines
-    from moe.corpus import TextFiles
-    from moe.text_data import TextData
+    from moe.data.compressors import baselines
+    from moe.data.corpora.corpus import TextFiles
+    from moe.data.text import TextData
 
     before, started = peak(), time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from moe import functional
+from moe.model import functional
 from routing import DSelectK, NoisyTopK, RouterInputs, Sizes, TermLoss, gates_GTE
 
 INPUTS, EXPERTS, EXAMPLES, STEPS = 20, 8, 512, 2000

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from routing import estimators
+from routing.solvers import estimators
 
 LOGITS = (-2.0, -0.5, 0.0, 1.0, 3.0)
 DRAWS = 200_000

@@ -11,8 +11,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from moe import hardware
-from moe.allocator import keep_freed_memory
+from moe.machine import hardware
+from moe.machine.allocator import keep_freed_memory
 
 BATCH, TOKENS, WIDTH, HIDDEN = 32, 128, 128, 512
 

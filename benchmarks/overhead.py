@@ -20,8 +20,8 @@ import jax
 from routers import ROUTERS, settings_of
 from steps import CompiledStep
 
-from moe import hardware
-from moe.allocator import keep_freed_memory
+from moe.machine import hardware
+from moe.machine.allocator import keep_freed_memory
 
 ROUNDS, STEPS = 6, 1
 # What round robin can't use: other experts, or means in place of the unchosen.

@@ -15,8 +15,8 @@ import statistics
 import jax
 from steps import CompiledStep, in_turns
 
-from moe import hardware
-from moe.allocator import keep_freed_memory
+from moe.machine import hardware
+from moe.machine.allocator import keep_freed_memory
 
 SHIPPED = "as shipped"
 ROWS = {

@@ -16,8 +16,9 @@ import statistics
 import jax
 from steps import CompiledStep, in_turns
 
-from moe import hardware, metrics
-from moe.allocator import keep_freed_memory
+from moe.machine import hardware
+from moe.machine.allocator import keep_freed_memory
+from moe.training import metrics
 
 WAYS = {
     "Sorted, nothing dropped": (),

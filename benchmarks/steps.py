@@ -7,17 +7,19 @@ import time
 import gin
 import jax
 
-from moe import assemble, gin_files, hardware, metrics
-from moe.objective import NextToken
-from moe.sharding import MeshShape
-from moe.step import to_devices
+from moe import settings
+from moe.machine import hardware
+from moe.model.sharding import MeshShape
+from moe.training import assemble, metrics
+from moe.training.objective import NextToken
+from moe.training.train_step import to_devices
 
 
 class CompiledStep:
     """A configuration's step on one batch of its text, and the seconds of each run of it."""
 
     def __init__(self, files: Sequence[str], bindings: Sequence[str] = ()):
-        gin_files.load(list(files), bindings)
+        settings.load(list(files), bindings)
         run = gin.get_bindings("train")
         text = run["data"].prepare()
         batch, length = run["batch_size"], run["sequence_length"]

@@ -9,7 +9,7 @@ import jax
 
 from layers.attention import Attention
 from layers.constrain import constrain
-from layers.feed_forward import FeedForward
+from layers.experts.feed_forward import FeedForward
 from layers.moe_layer import MoELayer
 from layers.norms import RMSNorm
 from layers.tokens import Tokens

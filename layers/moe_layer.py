@@ -12,16 +12,16 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from layers.cheap_experts import DefaultVectors, ZeroCopyConstant
 from layers.constrain import constrain
-from layers.dispatch import Dispatcher, Overflow, SlotGather
-from layers.feed_forward import Activation, Experts, FeedForward, hidden_width
-from layers.neuron_experts import NeuronExperts
-from layers.segmented_experts import SegmentedExperts
+from layers.dispatch.dispatchers import Dispatcher, Overflow, SlotGather
+from layers.experts.feed_forward import Activation, Experts, FeedForward, hidden_width
+from layers.experts.neurons import NeuronExperts
+from layers.experts.segmented import SegmentedExperts
+from layers.experts.zero_computation import DefaultVectors, ZeroCopyConstant
 from layers.tokens import Tokens
+from routing.algorithms.multi_hash import MultiHash
 from routing.balancers import Memory
 from routing.capacity import Capacity
-from routing.multi_hash import MultiHash
 from routing.ranges import Count, LessThanOne, Natural, Positive
 from routing.records import (
     ExpertMerge,

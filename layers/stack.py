@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.block import Block
-from layers.depths import DepthBlock, blocks_of
+from layers.mixture_of_depths import DepthBlock, blocks_of
 from layers.moe_layer import MoELayer
 from layers.tokens import Tokens
 from routing.records import RouterOutput, WholeStep

@@ -2,6 +2,6 @@
 
 import sys
 
-from moe.cli import main
+from moe.cli.main import main
 
 sys.exit(main())

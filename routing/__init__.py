@@ -1,22 +1,31 @@
 """Who goes where: routing algorithms. They decide and never move data."""
 
+from routing.algorithms.base import BASE
+from routing.algorithms.controls import AllExperts, Balanced, FrozenTopK, UniformRandom, Zipf
+from routing.algorithms.dselect_k import DSelectK
+from routing.algorithms.expert_choice import ExpertChoiceRouter
+from routing.algorithms.gshard import GShard
+from routing.algorithms.hash import Hash
+from routing.algorithms.hierarchical import Hierarchical, HierarchicalLoadLoss
+from routing.algorithms.merging import SMEAR, Lory
+from routing.algorithms.mixture_of_depths import MixtureOfDepths
+from routing.algorithms.multi_hash import MultiHash
+from routing.algorithms.noisy_top_k import NoisyTopK
+from routing.algorithms.product_keys import ProductKeys
+from routing.algorithms.remoe import ReMoE
+from routing.algorithms.sampled import Sampled
+from routing.algorithms.sinkhorn import Sinkhorn
+from routing.algorithms.soft_choice import SoftChoice
+from routing.algorithms.soft_moe import SoftMoE
+from routing.algorithms.strictly_balanced import StrictlyBalanced
+from routing.algorithms.switch import Switch
+from routing.algorithms.top_k import TopK
+from routing.algorithms.v_moe import VMoE
 from routing.balance_losses import BalanceLoss, ImportanceLoss, LoadLoss
 from routing.balancers import Balancer, BiasBalancer, Memory, QuantileBalancer
-from routing.base import BASE
 from routing.capacity import Capacity, slots_per_expert
-from routing.controls import AllExperts, Balanced, FrozenTopK, UniformRandom, Zipf
-from routing.depths import MixtureOfDepths
-from routing.dselect_k import DSelectK
-from routing.expert_choice import ExpertChoiceRouter
-from routing.gshard import GShard
-from routing.hash import Hash
-from routing.hierarchical import Hierarchical, HierarchicalLoadLoss
 from routing.losses import EntropyLoss, RouterLoss, TermLoss, ZLoss
-from routing.merging import SMEAR, Lory
-from routing.multi_hash import MultiHash
-from routing.noisy_top_k import NoisyTopK
 from routing.parameters import RouterState, initialize, parameter, router_state
-from routing.product_keys import ProductKeys
 from routing.records import (
     Causality,
     Decision,
@@ -35,16 +44,7 @@ from routing.records import (
     choices_GE,
     gates_GTE,
 )
-from routing.remoe import ReMoE
 from routing.router import Router
-from routing.sampled import Sampled
-from routing.sinkhorn import Sinkhorn
-from routing.soft_choice import SoftChoice
-from routing.soft_moe import SoftMoE
-from routing.strictly_balanced import StrictlyBalanced
-from routing.switch import Switch
-from routing.top_k import TopK
-from routing.v_moe import VMoE
 
 __all__ = [
     "BASE",

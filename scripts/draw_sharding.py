@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
-from moe import sharding
+from moe.model import sharding
 
 # What it is, its logical axes, its shape, and which two of its dimensions are drawn (down, across).
 ARRAYS = (

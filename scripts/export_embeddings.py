@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 
-from moe.restore import restore_run
+from moe.runs.restore import restore_run
 
 
 def main(workdir: str, path: str) -> None:

@@ -10,11 +10,11 @@ import tempfile
 
 import pytest
 
-from moe import quick_compile
+from moe.machine import xla_flags
 
 pytest.register_assert_rewrite("rows", "tiny", "goldens")
 
-quick_compile.prepare(devices=8)
+xla_flags.prepare(devices=8)
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("MPLBACKEND", "agg")
 

@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.cheap_experts import DefaultVectors, ZeroCopyConstant
-from layers.dispatch import OneHotEinsum, SlotGather, Sorted, as_soft_slots
+from layers.dispatch.dispatchers import OneHotEinsum, SlotGather, Sorted, as_soft_slots
+from layers.experts.neurons import NeuronExperts
+from layers.experts.segmented import SegmentedExperts
+from layers.experts.zero_computation import DefaultVectors, ZeroCopyConstant
 from layers.moe_layer import MoELayer
-from layers.neuron_experts import NeuronExperts
-from layers.segmented_experts import SegmentedExperts
 from layers.stack import rematerialised
 from layers.tokens import Tokens
-from moe import functional
-from moe.check import run_layer
+from moe.conformance.properties import run_layer
+from moe.model import functional
 from routing import (
     BASE,
     SMEAR,
@@ -60,7 +60,7 @@ from routing import (
     ZLoss,
     initialize,
 )
-from routing.hash_tables import BalancedTable
+from routing.solvers.hash_tables import BalancedTable
 
 B, T, D, E, F, V = 24, 11, 8, 4, 8, 13
 LOSSES = (

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.dispatch import OneHotEinsum, SlotGather, Sorted
+from layers.dispatch.dispatchers import OneHotEinsum, SlotGather, Sorted
 from layers.moe_layer import MoELayer
-from moe import assemble, functional, sharding
-from moe.batches import train_batch
-from moe.bench_routers import batch
-from moe.model import Transformer
-from moe.objective import NextToken
-from moe.optimizer import AdamW
+from moe.bench.routers import batch
+from moe.data.batches import train_batch
+from moe.model import functional, sharding
+from moe.model.transformer import Transformer
+from moe.training import assemble
+from moe.training.objective import NextToken
+from moe.training.optimizer import AdamW
 from routing import Capacity, TopK, initialize
 
 pytestmark = [

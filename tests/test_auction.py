@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from routing.auction import balanced_assignment, quotas
+from routing.solvers.auction import balanced_assignment, quotas
 
 assign = jax.jit(balanced_assignment)
 

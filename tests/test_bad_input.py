@@ -9,7 +9,7 @@ import time
 import pytest
 from tiny import Runs, arrays, environment, quick
 
-from moe import cli
+from moe.cli import main as cli
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,10 @@ def test_a_folder_without_a_run(runs, capsys):
         assert "holds no run" in capsys.readouterr().err
 
 
-def child(*arguments: str, code: str = "from moe.cli import main; sys.exit(main(sys.argv[1:]))"):
+PROGRAM = "from moe.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+def child(*arguments: str, code: str = PROGRAM):
     """The program in a process of its own."""
     command = [sys.executable, "-c", f"import sys; {code}", *arguments]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
@@ -190,7 +193,8 @@ def test_a_full_disk_costs_no_checkpoint(runs, tmp_path):
     """No file may grow over 24 kB: the run ends with status 2, and the next one starts well."""
     code = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "from moe import cli; from moe.user_cache import default_cache_dir;"
+        "from moe.cli import main as cli;"
+        "from moe.machine.user_cache import default_cache_dir;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, resource.RLIM_INFINITY));"
         "sys.exit(cli.main(sys.argv[1:]))"
     )

@@ -9,17 +9,17 @@ import random
 import numpy as np
 import pytest
 
-from moe.baselines import (
+from moe.data.compressors import (
     baselines,
     compressor_baselines,
     counts,
     sample,
     unigram_baseline,
 )
-from moe.corpus import Part, StandardLibrary, TextFiles, whole
+from moe.data.corpora.corpus import Part, StandardLibrary, TextFiles, whole
+from moe.data.text import TextData
+from moe.data.tokens.tokenizer import Bytes
 from moe.errors import UserError
-from moe.text_data import TextData
-from moe.tokenizer import Bytes
 
 
 def text_of(seed, length=20_000):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from moe import bench_layer, bench_routers, cli
+from moe.bench import layer, routers
+from moe.cli import main as cli
 
 
 def test_every_router_has_a_row(tmp_path, capsys):
@@ -12,7 +13,7 @@ def test_every_router_has_a_row(tmp_path, capsys):
     flags = ["--tokens=64", "--width=16", "--experts=16", f"--json={path}"]
     assert cli.main(["bench", "routers", *flags]) == 0
     rows = json.loads(path.read_text())
-    assert [row["router"] for row in rows[2:]] == list(bench_routers.ROUTERS)
+    assert [row["router"] for row in rows[2:]] == list(routers.ROUTERS)
     assert all(row["milliseconds"] > 0 for row in rows)
     assert rows[0]["fraction_of_layer"] == 1
     keys = {"router", "milliseconds", "fraction_of_layer", "tokens", "width", "experts"}
@@ -25,7 +26,7 @@ def test_a_layer_is_measured_in_every_way(tmp_path, capsys):
     assert cli.main(["bench", "layer", "--case=64,16,16,4,2", f"--json={path}"]) == 0
     rows = json.loads(path.read_text())
     found = [(row["routing"], row["dispatcher"]) for row in rows]
-    ours = [(routing, way[0]) for routing, ways in bench_layer.WAYS.items() for way in ways]
+    ours = [(routing, way[0]) for routing, ways in layer.WAYS.items() for way in ways]
     assert [pair for pair in found if not pair[1].startswith("transformers")] == ours
     for row in rows:
         assert row["case"] == "T=64 D=16 F=16 E=4 K=2"
@@ -53,7 +54,7 @@ def test_means_are_of_the_fastest_of_each_case():
         row("a", "transformers grouped_mm, memory kept", 1.5),
         row("b", "Sorted", 4.0),
     ]
-    found = bench_layer.summary(rows)
+    found = layer.summary(rows)
     assert found["best dispatcher, balanced, step, times dense"] == pytest.approx(2.0)
     fastest = found["best dispatcher, balanced, step, times dense, fastest calls"]
     assert fastest == pytest.approx(1.0)
@@ -68,11 +69,11 @@ def test_pairs_are_told_by_medians_and_by_the_fastest_calls(monkeypatch):
     calls = {
         name: iter([t for time in times for t in (9.0, time)]) for name, times in counted.items()
     }
-    monkeypatch.setattr(bench_layer, "ROUNDS", 3)
-    monkeypatch.setattr(bench_layer, "settle", lambda pair: None)
-    monkeypatch.setattr(bench_layer, "timed", lambda call: next(calls[call]))
+    monkeypatch.setattr(layer, "ROUNDS", 3)
+    monkeypatch.setattr(layer, "settle", lambda pair: None)
+    monkeypatch.setattr(layer, "timed", lambda call: next(calls[call]))
     # Ratios of 2, 1 and 4; the fastest are 1 and 4 seconds.
-    assert bench_layer.paired([("first", "second")]) == [bench_layer.Timing(4.0, 2.0, 4.0)]
+    assert layer.paired([("first", "second")]) == [layer.Timing(4.0, 2.0, 4.0)]
 
 
 @pytest.mark.parametrize("case", ["64,16,16,4", "64,16,x,4,2", "64,16,16,4,5", "64,16,16,0,1"])

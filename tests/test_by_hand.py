@@ -10,8 +10,8 @@ import pytest
 
 from layers.moe_layer import MoELayer
 from layers.tokens import Tokens
-from moe import functional
-from moe.model import Transformer
+from moe.model import functional
+from moe.model.transformer import Transformer
 from routing import Sizes, Switch, TopK, initialize
 
 IDS = np.random.default_rng(0).integers(0, 11, (2, 6))

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe import check, cli
+from moe.cli import main as cli
+from moe.conformance import properties
 from routing import Capacity, Causality, Router, Routing, TokenChoice, TopK, parameter
 from routing.parameters import truncated_normal
 from routing.selection import largest
@@ -56,38 +57,38 @@ class Broken(Router):
 
 
 BREAKAGES = [
-    ("leak", check.causality, "leaks the future"),
-    ("random", check.determinism, "still random"),
-    ("neighbours", check.neighbours, "the other sequences change it"),
-    ("padding", check.padding, "counts padding"),
-    ("starved", check.gradients, "starves weight_DE"),
-    ("half", check.precision, "has bfloat16"),
-    ("low", check.precision, "3 of 3 are bfloat16 on a TPU"),
-    ("mesh", check.micro_batches, "four micro-batches are not one batch"),
+    ("leak", properties.causality, "leaks the future"),
+    ("random", properties.determinism, "still random"),
+    ("neighbours", properties.neighbours, "the other sequences change it"),
+    ("padding", properties.padding, "counts padding"),
+    ("starved", properties.gradients, "starves weight_DE"),
+    ("half", properties.precision, "has bfloat16"),
+    ("low", properties.precision, "3 of 3 are bfloat16 on a TPU"),
+    ("mesh", properties.micro_batches, "four micro-batches are not one batch"),
 ]
 
 
 @pytest.mark.parametrize(("wrong", "look", "said"), BREAKAGES, ids=[b[0] for b in BREAKAGES])
 def test_a_broken_router_fails_where_it_is_broken(wrong, look, said):
     made = type("Made", (Broken,), {"wrong": wrong})
-    failed = [v for v in look(check.Bench(made, 4)) if v.holds is False]
+    failed = [v for v in look(properties.Bench(made, 4)) if v.holds is False]
     assert failed and all(said in verdict.seen for verdict in failed), failed
 
 
 def test_a_capacity_that_counts_the_whole_text_leaks_its_length():
-    bench = check.Bench(functools.partial(TopK, k=2), 4)
-    (verdict,) = check.length(bench)
+    bench = properties.Bench(functools.partial(TopK, k=2), 4)
+    (verdict,) = properties.length(bench)
     assert verdict.holds
     leak = Capacity(eval_factor=0.5, priority="gate")
-    bench = check.Bench(functools.partial(TopK, k=2), 4)
+    bench = properties.Bench(functools.partial(TopK, k=2), 4)
     bench.make_layer = functools.partial(bench.make_layer, capacity=leak)
-    (verdict,) = check.length(bench)
+    (verdict,) = properties.length(bench)
     assert verdict.holds is False and "leaks the future's length" in verdict.seen
 
 
 def test_a_leak_that_is_declared_and_not_there_fails():
     made = type("Made", (TopK,), {"causality": Causality.NEVER})
-    verdicts = list(check.causality(check.Bench(made, 4)))
+    verdicts = list(properties.causality(properties.Bench(made, 4)))
     assert all(v.holds is False and "declares a leak" in v.seen for v in verdicts)
 
 

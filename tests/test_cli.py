@@ -14,8 +14,8 @@ import gin
 import pytest
 
 import moe
-from moe import cli
-from moe.commands import COMMANDS, EVAL, GENERATE, TRAIN
+from moe.cli import main as cli
+from moe.cli.commands import COMMANDS, EVAL, GENERATE, TRAIN
 from moe.errors import Problems, UserError
 
 ROOT = Path(moe.__file__).resolve().parents[1]
@@ -42,7 +42,7 @@ def train(monkeypatch):
 @pytest.mark.smoke
 def test_help_is_quick_and_loads_nothing_heavy(tmp_path):
     code = (
-        "import sys; from moe import cli; status = cli.main(sys.argv[1:]);"
+        "import sys; from moe.cli import main as cli; status = cli.main(sys.argv[1:]);"
         "heavy = {'jax', 'flax', 'gin', 'numpy', 'orbax', 'grain', 'rich'} & set(sys.modules);"
         "sys.exit(status or (f'loaded {heavy}' if heavy else 0))"
     )

@@ -7,8 +7,8 @@ import sys
 import pytest
 from tiny import environment
 
-from moe import compile_cache
-from moe.compile_cache import Counts
+from moe.machine import compile_cache
+from moe.machine.compile_cache import Counts
 
 PROGRAM = """
 from moe import compile_cache

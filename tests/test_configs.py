@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 from tiny import Runs, quick
 
-from moe import assemble, gin_files, gin_read
-from moe.objective import MaskedToken, NextToken
-from moe.optimizer import AdamW
-from moe.restore import MeshShape
+from moe import settings
+from moe.runs.restore import MeshShape
+from moe.settings import read
+from moe.training import assemble
+from moe.training.objective import MaskedToken, NextToken
+from moe.training.optimizer import AdamW
 from routing import Causality, Sizes
 
-SHIPPED = sorted(path.relative_to(gin_read.shipped()) for path in gin_read.shipped().rglob("*.gin"))
+SHIPPED = sorted(path.relative_to(read.shipped()) for path in read.shipped().rglob("*.gin"))
 BY_FOLDER = {
     folder: [str(path) for path in SHIPPED if path.parts[0] == folder]
     for folder in ("runs", "models", "routers")
@@ -43,23 +45,23 @@ def runs(tmp_path_factory):
 
 def parts(gin_paths, bindings=()):
     """Model and program, with no data read and nothing trained."""
-    gin_files.load([str(path) for path in gin_paths], bindings)
-    settings = gin.get_bindings("train")
-    objective = settings.get("objective") or NextToken()
-    sizes = {name: settings[name] for name in ("batch_size", "sequence_length")}
+    settings.load([str(path) for path in gin_paths], bindings)
+    bound = gin.get_bindings("train")
+    objective = bound.get("objective") or NextToken()
+    sizes = {name: bound[name] for name in ("batch_size", "sequence_length")}
     text = np.arange(1000) % 257
     model = assemble.assemble(
-        settings["model"], objective, token_vocabulary=257, training_tokens=text, **sizes
+        bound["model"], objective, token_vocabulary=257, training_tokens=text, **sizes
     )
-    optimizer = settings.get("optimizer") or AdamW()
+    optimizer = bound.get("optimizer") or AdamW()
     with quick():
-        mesh = (settings.get("mesh") or MeshShape()).build()
+        mesh = (bound.get("mesh") or MeshShape()).build()
     program = assemble.program(
         model,
         optimizer,
         mesh,
         batch_size=sizes["batch_size"],
-        **{name: settings.get(name, default) for name, default in DEFAULTS.items()},
+        **{name: bound.get(name, default) for name, default in DEFAULTS.items()},
     )
     return model, program
 
@@ -79,7 +81,7 @@ def test_there_are_configs_of_each_kind():
 
 @pytest.mark.parametrize("path", list(map(str, SHIPPED)))
 def test_a_config_opens_with_what_it_is(path):
-    text = (gin_read.shipped() / path).read_text()
+    text = (read.shipped() / path).read_text()
     assert text.startswith("# ") and text.endswith("\n")
     if path.startswith("runs"):
         assert "#   moe train --gin_file=" in text
@@ -103,7 +105,7 @@ def test_a_router_is_swapped_by_one_file(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save("embeddings.npy", np.random.default_rng(0).standard_normal((257, 4)))
     names = ("runs/quickstart.gin", path)
-    written = gin_read.bindings_of((gin_read.shipped() / path).read_text())
+    written = read.bindings_of((read.shipped() / path).read_text())
     try:
         model, _ = parts([small(tmp_path, *names)])
     except ValueError as error:  # one that can't be causal says so
@@ -137,7 +139,7 @@ def test_the_files_of_papers_with_losses_of_their_own_say_which():
     def losses(name):
         with gin.unlock_config():
             gin.clear_config()
-        gin_files.load([f"routers/{name}.gin"])
+        settings.load([f"routers/{name}.gin"])
         layer = gin.get_bindings("MoELayer")
         return {loss.name: loss for loss in layer["router"](Sizes(8, 16, 7)).losses}
 
@@ -158,6 +160,6 @@ def test_a_router_is_swapped_by_one_flag(runs, tmp_path):
 def test_the_record_of_a_run_loads_to_the_same_record(runs):
     assert runs("recorded", "train.steps = 2", "train.stop_at = 1") == 0
     record = runs.folder / "recorded" / "config.gin"
-    gin_files.load([str(record)])
-    again = gin_read.bindings_of(gin_files.operative())
-    assert again == gin_read.bindings_of(record.read_text())
+    settings.load([str(record)])
+    again = read.bindings_of(settings.operative())
+    assert again == read.bindings_of(record.read_text())

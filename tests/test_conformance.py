@@ -47,8 +47,8 @@ from rows import (
     values_of,
 )
 
-from layers.dispatch import OneHotEinsum, SlotGather, Sorted, as_soft_slots
-from moe.check_bench import router_matmuls
+from layers.dispatch.dispatchers import OneHotEinsum, SlotGather, Sorted, as_soft_slots
+from moe.conformance.harness import router_matmuls
 import routing
 from routing import (
     Capacity,

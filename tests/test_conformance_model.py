@@ -33,12 +33,14 @@ from rows import (
 )
 
 from layers.constrain import placing
-from layers.dispatch import Dispatcher, OneHotEinsum, Sorted
+from layers.dispatch.dispatchers import Dispatcher, OneHotEinsum, Sorted
 from layers.moe_layer import MoELayer
-from moe import checkpoint, functional, sharding, step
-from moe.batch import Batch
-from moe.model import Transformer
-from moe.objective import EVALUATION, MaskedToken, NextToken, step_key, tokens_of
+from moe.data.batch import Batch
+from moe.model import functional, sharding
+from moe.model.transformer import Transformer
+from moe.runs.storage import checkpoint
+from moe.training import train_step
+from moe.training.objective import EVALUATION, MaskedToken, NextToken, step_key, tokens_of
 from routing import (
     Capacity,
     Causality,
@@ -176,7 +178,7 @@ def program(setting):
         optax.add_decayed_weights(0.1),
         optax.sgd(0.3, momentum=0.9),
     )
-    return graph, step.Step(
+    return graph, train_step.Step(
         graph,
         tuple(abstract),
         objective=objective,
@@ -365,7 +367,7 @@ def test_every_routers_state_survives_a_checkpoint_bit_for_bit(tmp_path):
         if value.dtype == jnp.float32:
             state[name] = jnp.asarray(bits.standard_normal(value.shape), jnp.float32)
     assert {row.state for row in ROUTERS.values() if row.state} and state
-    saved = step.TrainState(jnp.int32(3), values, state, ())
+    saved = train_step.TrainState(jnp.int32(3), values, state, ())
     with checkpoint.opened(tmp_path / "checkpoints") as saves:
         saves.save(saved, {})
         saves.wait()

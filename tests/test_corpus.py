@@ -13,12 +13,20 @@ import tempfile
 import pytest
 from tiny import environment
 
-from moe import corpus as corpora
-from moe.corpus import JsonLines, Parquet, StandardLibrary, StateOfTheUnion, TextFiles, split, whole
-from moe.corpus_walk import find_files
+from moe.data.corpora import corpus as corpora
+from moe.data.corpora.corpus import (
+    JsonLines,
+    Parquet,
+    StandardLibrary,
+    StateOfTheUnion,
+    TextFiles,
+    split,
+    whole,
+)
+from moe.data.corpora.walk import find_files
+from moe.data.text import TextData
+from moe.data.tokens.tokenizer import Bytes
 from moe.errors import UserError
-from moe.text_data import TextData
-from moe.tokenizer import Bytes
 
 
 def write(folder, **texts):

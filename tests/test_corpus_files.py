@@ -14,7 +14,7 @@ import pytest
 from tiny import environment
 import zstandard
 
-from moe.corpus import Document, JsonLines, Parquet, TextFiles, hashed_hold_out, whole
+from moe.data.corpora.corpus import Document, JsonLines, Parquet, TextFiles, hashed_hold_out, whole
 from moe.errors import UserError
 
 PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moe.corpus import JsonLines, TextFiles
-from moe.corpus_walk import find_files
+from moe.data.corpora.corpus import JsonLines, TextFiles
+from moe.data.corpora.walk import find_files
 from moe.errors import UserError
 
 

@@ -1,11 +1,11 @@
-"""layers/cross_entropy.py against the formula that a reader would write."""
+"""layers/kernels/cross_entropy.py against the formula that a reader would write."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers import cross_entropy
+from layers.kernels import cross_entropy
 
 
 def plain(weight_DV, hidden_BTD, target_BT, scored_BT):

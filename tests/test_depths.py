@@ -11,12 +11,12 @@ import pytest
 import test_flops
 from test_flops import built
 
-from layers.depths import DepthBlock
-from layers.feed_forward import hidden_width
+from layers.experts.feed_forward import hidden_width
+from layers.mixture_of_depths import DepthBlock
 from layers.moe_layer import MoELayer
 from layers.tokens import Tokens
-from moe import functional
-from moe.model import Transformer
+from moe.model import functional
+from moe.model.transformer import Transformer
 from routing import (
     Causality,
     ExpertChoiceRouter,

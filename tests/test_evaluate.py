@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from layers.moe_layer import MoELayer
-from moe import assemble, functional
-from moe.batches import Piece, ValidationBatches
+from moe.cli.eval import depths_of, loads_of
+from moe.data.batches import Piece, ValidationBatches
 from moe.errors import UserError
-from moe.eval_command import depths_of, loads_of
-from moe.evaluate import evaluate, evaluation_step
-from moe.metrics import health
-from moe.model import Transformer
-from moe.objective import NextToken
-from moe.sharding import MeshShape
+from moe.model import functional
+from moe.model.sharding import MeshShape
+from moe.model.transformer import Transformer
+from moe.training import assemble
+from moe.training.evaluate import evaluate, evaluation_step
+from moe.training.metrics import health
+from moe.training.objective import NextToken
 from routing import MixtureOfDepths, TopK
 
 T, V = 8, 11

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import pytest
 
 from layers.attention import Attention
-from layers.cheap_experts import ZeroCopyConstant
+from layers.experts.zero_computation import ZeroCopyConstant
 from layers.moe_layer import MoELayer
 from layers.tokens import Tokens
-from moe import assemble, hardware
-from moe.model import Transformer
-from moe.objective import MaskedToken, NextToken
+from moe.machine import hardware
+from moe.model.transformer import Transformer
+from moe.training import assemble
+from moe.training.objective import MaskedToken, NextToken
 from routing import (
     AllExperts,
     DSelectK,

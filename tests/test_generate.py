@@ -14,11 +14,12 @@ import pytest
 from tiny import Runs, environment, quick
 
 from layers.tokens import Tokens
-from moe import checkpoint, cli
+from moe.cli import main as cli
+from moe.cli.eval import evaluate_run
 from moe.errors import UserError
-from moe.eval_command import evaluate_run
-from moe.generate import Sampling, generate, nucleus
-from moe.restore import restore_run
+from moe.inference.generate import Sampling, generate, nucleus
+from moe.runs.restore import restore_run
+from moe.runs.storage import checkpoint
 
 TEXT = "the quick brown fox jumps over the lazy dog. "
 LOGITS = jnp.log(jnp.array([[0.1, 0.4, 0.05, 0.3, 0.15], [0.7, 0.05, 0.05, 0.1, 0.1]]))

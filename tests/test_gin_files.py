@@ -6,8 +6,9 @@ from pathlib import Path
 import gin
 import pytest
 
-from moe import gin_files, gin_read
+from moe import settings
 from moe.errors import UserError
+from moe.settings import read
 
 
 @gin.configurable(module="gin_tests")
@@ -56,7 +57,7 @@ def write(name: str, text: str) -> str:
 def problems(*texts: str, bindings=()) -> list[str]:
     files = [write(f"{'abc'[i]}.gin", text) for i, text in enumerate(texts)]
     with pytest.raises(UserError) as error:
-        gin_files.load(files, bindings)
+        settings.load(files, bindings)
     return str(error.value).splitlines()
 
 
@@ -124,21 +125,21 @@ def test_a_setting_without_its_configurable_is_told_the_whole_name():
 
 
 def test_a_refused_config_changes_nothing():
-    gin_files.load([write("good.gin", "kettle.size = 3")])
+    settings.load([write("good.gin", "kettle.size = 3")])
     problems("kettle.size = 4\nkettle.siz = 4")
     assert kettle()[0] == 3
 
 
 def test_a_new_load_forgets_the_last_one():
-    gin_files.load([], ["kettle.size = 3"])
-    gin_files.load([], ["kettle.hot = True"])
+    settings.load([], ["kettle.size = 3"])
+    settings.load([], ["kettle.hot = True"])
     assert kettle()[:3] == (1, None, True)
 
 
 def test_later_files_and_bindings_win():
     first = write("a.gin", "kettle.size = 1\nkettle.name = 'a'\nkettle.load = 5")
     second = write("b.gin", "include 'a.gin'\nkettle.size = 2\nkettle.name = 'b'")
-    gin_files.load([first, second], ["kettle.size = 3", "kettle.size = 4"])
+    settings.load([first, second], ["kettle.size = 3", "kettle.size = 4"])
     assert kettle() == (4, "b", False, 5, None, ())
 
 
@@ -159,7 +160,7 @@ stove.anything = 1e999
 def test_load_binds_what_gin_itself_would():
     gin.parse_config(RICH)
     expected = gin.config_str()
-    gin_files.load([write("rich.gin", RICH)])
+    settings.load([write("rich.gin", RICH)])
     assert gin.config_str() == expected and "tea/green/kettle" in expected
 
 
@@ -168,7 +169,7 @@ def test_every_cut_and_every_lost_character_is_loaded_or_refused_in_words():
     texts += [RICH[:n] + c + RICH[n + 1 :] for n in range(len(RICH)) for c in ("", "$", "(", "\t")]
     refused = 0
     for text in texts:
-        reading = gin_read.read([], [text])  # raises nothing
+        reading = read.read([], [text])  # raises nothing
         refused += bool(reading.problems)
     assert refused > len(texts) // 4
 
@@ -177,36 +178,36 @@ def test_the_current_folder_comes_before_the_shipped_configs(tmp_path, monkeypat
     shipped = tmp_path / "shipped"
     for name in ("runs/quick.gin", "routers/switch.gin", "models/dense.gin", "routers/dense.gin"):
         write(str(shipped / name), "")
-    monkeypatch.setattr(gin_read, "shipped", lambda: shipped)
-    assert gin_files.find("quick.gin") == shipped / "runs/quick.gin"
-    assert gin_files.find("routers/switch.gin") == shipped / "routers/switch.gin"
+    monkeypatch.setattr(read, "shipped", lambda: shipped)
+    assert read.find("quick.gin") == shipped / "runs/quick.gin"
+    assert read.find("routers/switch.gin") == shipped / "routers/switch.gin"
     write("quick.gin", "")
-    assert gin_files.find("quick.gin") == tmp_path / "quick.gin"
-    assert gin_files.find(str(shipped / "runs/quick.gin")) == shipped / "runs/quick.gin"
+    assert read.find("quick.gin") == tmp_path / "quick.gin"
+    assert read.find(str(shipped / "runs/quick.gin")) == shipped / "runs/quick.gin"
     with pytest.raises(UserError, match=r"write models/dense.gin or routers/dense.gin"):
-        gin_files.find("dense.gin")
+        read.find("dense.gin")
     with pytest.raises(UserError, match=r"swich.gin: no such file.*'routers/switch.gin'"):
-        gin_files.find("swich.gin")
+        read.find("swich.gin")
     with pytest.raises(UserError, match="no such file"):
-        gin_files.find("shipped")  # a folder is not a config
+        read.find("shipped")  # a folder is not a config
 
 
 def test_an_include_lies_beside_its_file_and_a_circle_is_refused():
     write("deep/a.gin", "include 'b.gin'\nkettle.size = %n")
     write("deep/b.gin", "n = 4")
-    gin_files.load(["deep/a.gin"])
+    settings.load(["deep/a.gin"])
     assert kettle()[0] == 4
     write("deep/b.gin", "n = 4\ninclude 'a.gin'")
     with pytest.raises(UserError, match=r"b.gin:2: include in a circle: .*a.gin -> .*b.gin -> "):
-        gin_files.load(["deep/a.gin"])
+        settings.load(["deep/a.gin"])
 
 
 def test_a_config_brings_its_own_configurable():
     write("own/own_cup.py", "import gin\n@gin.configurable\ndef cup(volume: int = 1): ...\n")
     write("own/a.gin", "import own_cup\ncup.volume = 3")
-    gin_files.load(["own/a.gin"])
+    settings.load(["own/a.gin"])
     assert gin.query_parameter("cup.volume") == 3
-    assert "import own_cup\n" in gin_files.operative()
+    assert "import own_cup\n" in settings.operative()
 
 
 def test_a_broken_module_is_reported_with_its_line():
@@ -219,7 +220,7 @@ def test_a_broken_module_is_reported_with_its_line():
 def test_unreadable_files_are_problems():
     Path("bytes.gin").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"bytes.gin: not a text file in UTF-8"):
-        gin_files.load(["bytes.gin"])
+        settings.load(["bytes.gin"])
 
 
 def snapshot() -> str:
@@ -227,13 +228,13 @@ def snapshot() -> str:
 
 
 def rebuilt(text: str) -> None:
-    gin_files.load([write("config.gin", text)])
+    settings.load([write("config.gin", text)])
 
 
 def test_the_record_rebuilds_every_setting_used_or_not():
-    gin_files.load([write("rich.gin", RICH)])
+    settings.load([write("rich.gin", RICH)])
     before = snapshot()
-    rebuilt(gin_files.operative())
+    rebuilt(settings.operative())
     assert snapshot() == before and "inner/deep" in before
 
 
@@ -243,7 +244,7 @@ VALUES = (math.inf, -math.inf, [math.inf, (1e-300,)], (), "%not @a 'macro'\n", 2
 @pytest.mark.parametrize("value", VALUES, ids=repr)
 def test_the_record_keeps_odd_values(value):
     gin.bind_parameter("kettle.lid", value)
-    rebuilt(gin_files.operative())
+    rebuilt(settings.operative())
     assert kettle()[4] == value and type(kettle()[4]) is type(value)
 
 
@@ -251,15 +252,15 @@ def test_the_record_keeps_odd_values(value):
 def test_what_has_no_text_is_refused_not_left_out(value):
     gin.bind_parameter("kettle.lid", value)
     with pytest.raises(UserError, match=r"kettle.lid = .* has no gin text"):
-        gin_files.operative()
+        settings.operative()
 
 
 def test_the_record_holds_the_defaults_in_force():
     """So that the run stays the same when the code's defaults change."""
-    gin_files.load([], ["tea/kettle.size = 3"])
+    settings.load([], ["tea/kettle.size = 3"])
     with gin.config_scope("tea"):
         kettle(hot=True)
-    text = gin_files.operative()
+    text = settings.operative()
     assert "tea/kettle.size = 3\n" in text and "tea/kettle.load = 1.0\n" in text
     assert "hot" not in text  # the code's own choice: no config can change it
     rebuilt(text)
@@ -267,32 +268,32 @@ def test_the_record_holds_the_defaults_in_force():
 
 
 def test_a_childs_defaults_do_not_override_its_bases_settings():
-    gin_files.load([], ["Lid.width = 8"])
+    settings.load([], ["Lid.width = 8"])
     assert HeavyLid().width == 8
-    rebuilt(gin_files.operative())
+    rebuilt(settings.operative())
     assert HeavyLid().width == 8
 
 
 def test_the_record_drops_a_macro_that_was_overridden_away():
-    gin_files.load([write("a.gin", "n = 3\nm = %n\nkettle.size = %m")], ["kettle.size = 4"])
-    text = gin_files.operative()
+    settings.load([write("a.gin", "n = 3\nm = %n\nkettle.size = %m")], ["kettle.size = 4"])
+    text = settings.operative()
     assert "m = " not in text and "n = " not in text
     rebuilt(text)
     assert kettle()[0] == 4
 
 
 def test_settings_that_nothing_takes_are_named():
-    gin_files.load(
+    settings.load(
         [],
         [
             *("Lid.width = 3", "kettle.size = 1", "tea/kettle.size = 2", "kettle.hot = True"),
             *("cofee/kettle.size = 5", "stove.x = 1", "kettle.load = 2"),
         ],
     )
-    assert len(gin_files.unused()) == 7
+    assert len(settings.unused()) == 7
     with gin.config_scope("tea"):
         kettle(hot=False)  # the code overrides the setting, the scope the unscoped size
     expected = ["Lid.width", "cofee/kettle.size", "kettle.hot", "kettle.size"]
-    assert gin_files.unused(later=["stove"]) == expected
+    assert settings.unused(later=["stove"]) == expected
     kettle()
-    assert gin_files.unused() == ["Lid.width", "cofee/kettle.size", "stove.x"]
+    assert settings.unused() == ["Lid.width", "cofee/kettle.size", "stove.x"]

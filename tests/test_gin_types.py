@@ -6,9 +6,11 @@ import typing
 import pytest
 from tiny import BASE
 
-from moe import configurables, gin_check, gin_files, gin_types
+from moe import settings
+from moe.cli import configurables
 from moe.errors import UserError
-from moe.gin_read import Reference
+from moe.settings import check, types
+from moe.settings.read import Reference
 from routing.ranges import Range
 
 assert configurables  # every configurable is registered
@@ -16,7 +18,7 @@ assert configurables  # every configurable is registered
 
 def refusal(binding: str) -> str:
     with pytest.raises(UserError) as caught:
-        gin_files.load(["quickstart.gin"], [binding])
+        settings.load(["quickstart.gin"], [binding])
     return str(caught.value)
 
 
@@ -71,21 +73,21 @@ def test_what_fits_is_taken():
         "MoELayer.router = @routing.ExpertChoice",
         "Transformer.moe = None",
     ):
-        gin_files.load(["quickstart.gin"], [binding])
+        settings.load(["quickstart.gin"], [binding])
 
 
 def every_parameter():
     """(name, annotation) of all that a config may set."""
-    for selector, short in sorted(gin_check.configurables().items()):
+    for selector, short in sorted(check.configurables().items()):
         if not selector.startswith(("moe.", "layers.", "routing.")):
             continue  # those of other tests
-        for name, parameter in (gin_check.parameters(selector) or {}).items():
-            yield f"{short}.{name}", gin_check.annotation_of(selector, parameter), parameter.default
+        for name, parameter in (check.parameters(selector) or {}).items():
+            yield f"{short}.{name}", check.annotation_of(selector, parameter), parameter.default
 
 
 def kinds(annotation):
     """The members of a union, or the annotation itself."""
-    return typing.get_args(annotation) if gin_types._is_union(annotation) else (annotation,)
+    return typing.get_args(annotation) if types._is_union(annotation) else (annotation,)
 
 
 def test_every_number_has_a_range_and_a_default_inside_it():
@@ -94,7 +96,7 @@ def test_every_number_has_a_range_and_a_default_inside_it():
         if any(kind in (int, float) for kind in kinds(annotation)):
             missing.append(name)
         if isinstance(default, int | float) and not isinstance(default, bool):
-            assert gin_types.fits(default, annotation), (name, default)
+            assert types.fits(default, annotation), (name, default)
     assert not missing
 
 
@@ -107,7 +109,7 @@ def test_no_value_of_any_kind_is_a_traceback():
     taken = refused = 0
     for name, annotation, _ in every_parameter():
         for value in VALUES:
-            said = gin_types.mismatch(value, annotation)
+            said = types.mismatch(value, annotation)
             assert said is None or (said and "\n" not in said), name
             taken, refused = taken + (said is None), refused + (said is not None)
     assert taken > 300 and refused > 1500, (taken, refused)
@@ -124,7 +126,7 @@ def test_small_numbers_build_a_model_or_are_refused_in_words(value, tmp_path):
     built = 0
     made_of = ("Transformer", "MoELayer", "Attention", "TopK", "Capacity", "FeedForward", "Experts")
     for name, annotation, _ in every_parameter():
-        if name.split(".")[0] not in made_of or not gin_types.fits(value, annotation):
+        if name.split(".")[0] not in made_of or not types.fits(value, annotation):
             continue
         try:
             parts([config], [f"{name} = {value}"])

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.cheap_experts import DefaultVectors, ZeroCopyConstant
-from layers.dispatch import OneHotEinsum, as_soft_slots
-from layers.feed_forward import Experts
-from layers.segmented_experts import SegmentedExperts
+from layers.dispatch.dispatchers import OneHotEinsum, as_soft_slots
+from layers.experts.feed_forward import Experts
+from layers.experts.segmented import SegmentedExperts
+from layers.experts.zero_computation import DefaultVectors, ZeroCopyConstant
 from routing import (
     BASE,
     BalanceLoss,
@@ -32,17 +32,17 @@ from routing import (
     StrictlyBalanced,
     TopK,
 )
-from routing.auction import balanced_assignment
+from routing.algorithms.dselect_k import selectors, smooth_step
+from routing.algorithms.hash import bigram_key, next_token, previous_token
+from routing.algorithms.hierarchical import hierarchical_load
+from routing.algorithms.noisy_top_k import chance_of_selection
+from routing.algorithms.product_keys import best_products
+from routing.algorithms.sinkhorn import transport_plan
+from routing.algorithms.top_k import in_best_groups, non_orthogonality
 from routing.balance_losses import cv_squared
-from routing.capped import capped_plan
-from routing.dselect_k import selectors, smooth_step
-from routing.hash import bigram_key, next_token, previous_token
-from routing.hash_tables import emptiest_first, spread
-from routing.hierarchical import hierarchical_load
-from routing.noisy_top_k import chance_of_selection
-from routing.product_keys import best_products
-from routing.sinkhorn import transport_plan
-from routing.top_k import in_best_groups, non_orthogonality
+from routing.solvers.auction import balanced_assignment
+from routing.solvers.dykstra import capped_plan
+from routing.solvers.hash_tables import emptiest_first, spread
 
 pytestmark = pytest.mark.smoke
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from tiny import Runs, quick
 
-from moe import cli
-from moe.restore import restore_run
+from moe.cli import main as cli
+from moe.runs.restore import restore_run
 from routing import Hash, Sizes, TrainingText, initialize
-from routing.hash_tables import ClusteredTable, DispersedTable, RandomTable, emptiest_first
+from routing.solvers.hash_tables import ClusteredTable, DispersedTable, RandomTable, emptiest_first
 
 BALANCED = ("MoELayer.router = @Hash", "Hash.table = @BalancedTable()", "train.steps = 2")
 

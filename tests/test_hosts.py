@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
-from moe import hosts
 from moe.errors import UserError
+from moe.machine import processes
 
 
 @pytest.fixture(scope="module")
@@ -84,5 +84,5 @@ def test_processes_train_what_one_trains(runs, tmp_path, count, devices, mesh):
 )
 def test_flags_that_do_not_go_together(given, part):
     with pytest.raises(UserError) as refusal:
-        hosts.join(*given)
+        processes.join(*given)
     assert part in str(refusal.value)

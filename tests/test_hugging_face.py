@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from moe.corpus import split, whole
+from moe.data.corpora.corpus import split, whole
+from moe.data.corpora.hugging_face import HuggingFaceDataset
+from moe.data.mixture import Mixture
+from moe.data.text import TextData
+from moe.data.tokens.tokenizer import Bytes
 from moe.errors import UserError
-from moe.hugging_face import HuggingFaceDataset
-from moe.mixture import Mixture
-from moe.text_data import TextData
-from moe.tokenizer import Bytes
 
 ROWS = [f"row {i}" for i in range(20)]
 
@@ -123,6 +123,6 @@ def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_reading_a_config_does_not_import_the_library():
-    importlib.reload(importlib.import_module("moe.configurables"))
+    importlib.reload(importlib.import_module("moe.cli.configurables"))
     assert HuggingFaceDataset("owner/name").name == "owner/name"
     assert HuggingFaceDataset("owner/name", subset="en").name == "owner/name:en"

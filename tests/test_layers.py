@@ -11,7 +11,7 @@ import pytest
 
 from layers.attention import Attention
 from layers.block import Block
-from layers.feed_forward import ACTIVATIONS, GATED, Experts, FeedForward, hidden_width
+from layers.experts.feed_forward import ACTIVATIONS, GATED, Experts, FeedForward, hidden_width
 from layers.linear import linear
 from layers.norms import LayerNorm, RMSNorm
 from layers.positions import LearnedPositions, Rotary, alibi, alibi_slopes, sinusoidal

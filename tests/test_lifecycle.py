@@ -14,9 +14,13 @@ import numpy as np
 import pytest
 from tiny import Runs, arrays, lines
 
-from moe import baselines, checkpoint, cli, progress, signals
-from moe.optimizer import AdamW
-from moe.step import TrainState
+from moe.cli import main as cli
+from moe.data import compressors
+from moe.machine import signals
+from moe.runs.storage import checkpoint
+from moe.runs.tracking import progress
+from moe.training.optimizer import AdamW
+from moe.training.train_step import TrainState
 
 ADAMW = ("train.optimizer = @AdamW()", "train.steps = 6")
 
@@ -79,7 +83,7 @@ def test_the_summary_is_written_before_anything_that_decorates_it(runs, capsys):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baselines, "baselines", dies)
+        patch.setattr(compressors, "baselines", dies)
         assert runs("compressing", *ADAMW) == cli.INTERRUPTED
     assert runs("compressing", *ADAMW) == 0
     out = capsys.readouterr().out

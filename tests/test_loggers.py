@@ -7,9 +7,9 @@ import sqlite3
 import pytest
 
 from moe.errors import UserError
-from moe.loggers import MLflow, WandB
-from moe.logs import Logs
-from moe.run_folder import RunFolder
+from moe.runs.storage.folder import RunFolder
+from moe.runs.tracking.loggers import MLflow, WandB
+from moe.runs.tracking.logs import Logs
 
 STEPS = {1: {"loss": 2.0, "load/dropped": 0.25}, 2: {"loss": 1.0, "load/dropped": 0.5}}
 

@@ -14,8 +14,9 @@ import pytest
 import rows
 
 from layers.moe_layer import MoELayer
-from moe import functional, metrics
-from moe.model import Transformer
+from moe.model import functional
+from moe.model.transformer import Transformer
+from moe.training import metrics
 from routing import (
     BalanceLoss,
     BiasBalancer,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tiny import ROOT, Runs, lines
 
-from moe.flops import Costs
-from moe.metrics import Routing, bits_per_byte, health, routing_scalars, speed_scalars
-from moe.progress import Pace, line
+from moe.model.flops import Costs
+from moe.runs.tracking.progress import Pace, line
+from moe.training.metrics import Routing, bits_per_byte, health, routing_scalars, speed_scalars
 from routing import RouterOutput, RouterStats
 
 EVEN = [[80, 80, 80, 80]]

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from tiny import Runs, corpus, lines, measured
 
-from moe.corpus import TextFiles
+from moe.data.corpora.corpus import TextFiles
+from moe.data.mixture import Mixture
+from moe.data.text import TextData
+from moe.data.tokens.tokenizer import Bytes
 from moe.errors import UserError
-from moe.mixture import Mixture
-from moe.text_data import TextData
-from moe.tokenizer import Bytes
 
 LETTERS = "abc"
 

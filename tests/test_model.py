@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from layers.attention import Attention
-from layers.cheap_experts import DefaultVectors, ZeroCopyConstant
-from layers.cross_entropy import cross_entropy_sum
+from layers.experts.neurons import NeuronExperts
+from layers.experts.segmented import SegmentedExperts
+from layers.experts.zero_computation import DefaultVectors, ZeroCopyConstant
+from layers.kernels.cross_entropy import cross_entropy_sum
 from layers.moe_layer import MoELayer
-from layers.neuron_experts import NeuronExperts
 from layers.norms import LayerNorm
-from layers.segmented_experts import SegmentedExperts
 from layers.tokens import Tokens
-from moe import functional
-from moe.model import Transformer, runs_of_layers, sparse_layers
+from moe.model import functional
+from moe.model.transformer import Transformer, runs_of_layers, sparse_layers
 from routing import (
     BalanceLoss,
     Capacity,

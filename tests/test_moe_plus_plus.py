@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.cheap_experts import ZeroCopyConstant
+from layers.experts.neurons import NeuronExperts
+from layers.experts.zero_computation import ZeroCopyConstant
 from layers.moe_layer import MoELayer
-from layers.neuron_experts import NeuronExperts
-from moe.check import draw, tokens
-from moe.model import Transformer
+from moe.conformance.properties import draw, tokens
+from moe.model.transformer import Transformer
 from routing import BalanceLoss, Capacity, Sizes, TokenChoice, TopK, initialize
 
 D, V, E, T = 8, 29, 4, 6  # V: the ids that `tokens` draws

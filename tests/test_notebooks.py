@@ -8,7 +8,7 @@ import nbclient
 import nbformat
 import pytest
 
-from moe import quick_compile
+from moe.machine import xla_flags
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -28,7 +28,7 @@ TINY = [
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     # A notebook has one device, not the eight of the tests.
-    monkeypatch.setenv("XLA_FLAGS", " ".join(quick_compile.flags(devices=1)))
+    monkeypatch.setenv("XLA_FLAGS", " ".join(xla_flags.flags(devices=1)))
     notebook = nbformat.read(path, as_version=4)
     settings = next(cell for cell in notebook.cells if "BINDINGS = []" in cell.source)
     settings.source = settings.source.replace("BINDINGS = []", f"BINDINGS = {TINY}")

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from tiny import Runs, lines
 
-from moe import objective as objectives
-from moe.batch import Batch
-from moe.batches import masked_pieces_of
-from moe.corpus import JsonLines
+from moe.data.batch import Batch
+from moe.data.batches import masked_pieces_of
+from moe.data.corpora.corpus import JsonLines
+from moe.data.text import TextData
+from moe.data.tokens.tokenizer import Bytes, TokenizerFile, TrainedBPE
 from moe.errors import UserError
-from moe.objective import MaskedToken, NextToken
-from moe.text_data import TextData
-from moe.tokenizer import Bytes, TokenizerFile, TrainedBPE
+from moe.training import objective as objectives
+from moe.training.objective import MaskedToken, NextToken
 
 DOCUMENTS, LETTERS, ENTROPY = 4000, 3, 4.0  # letters are drawn from 16: 4 bits each
 BYTES_2V = jnp.asarray([[1] * 256 + [0, 0]] * 2)  # of bytes, the document token and the mask

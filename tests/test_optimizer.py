@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from moe.optimizer import Adafactor, AdamW, Lion, Muon, matrix_axes
-from moe.schedules import Cosine, Linear, Rsqrt, WarmupStableDecay
+from moe.training.optimizer import Adafactor, AdamW, Lion, Muon, matrix_axes
+from moe.training.schedules import Cosine, Linear, Rsqrt, WarmupStableDecay
 
 # Parameters by name with their logical axes: two layers, three experts.
 AXES = {

@@ -16,12 +16,13 @@ from rows import T as TOKENS
 from rows import V, compiled, draw, same_tree, tokens, values_of
 
 from layers.constrain import placing
-from layers.dispatch import Sorted
-from layers.grouped import grouped_feed_forward
+from layers.dispatch.dispatchers import Sorted
+from layers.kernels.grouped_matmul import grouped_feed_forward
 from layers.moe_layer import MoELayer
-from moe import functional, gin_files, sharding
+from moe import settings
+from moe.model import functional, sharding
 from routing import Capacity
-from routing.sinkhorn import transport_plan
+from routing.algorithms.sinkhorn import transport_plan
 
 pytestmark = pytest.mark.oracle
 
@@ -117,7 +118,7 @@ def as_ours(theirs):
 
 def ours(router, bindings, values, x_BTD, weight_BTD):
     """Output and gradients of the layer that a shipped file describes, with these values."""
-    gin_files.load([f"routers/{router}.gin"], (*SMALL, *bindings))
+    settings.load([f"routers/{router}.gin"], (*SMALL, *bindings))
     layer = MoELayer(D, vocab_size=V)
     graph, params, state = functional.split(layer)
     assert set(values) == set(params) | set(state)

@@ -13,7 +13,8 @@ from types import ModuleType
 import pytest
 
 import moe
-from moe import cli, gin_read
+from moe.cli import main as cli
+from moe.settings import read
 
 ROOT = Path(moe.__file__).resolve().parents[1]
 
@@ -86,13 +87,13 @@ def test_configs_are_found_in_a_checkout_and_in_a_wheel(tmp_path, monkeypatch):
     package = tmp_path / "moe"
     (tmp_path / "configs" / "runs").mkdir(parents=True)
     (tmp_path / "configs" / "runs" / "quickstart.gin").touch()
-    monkeypatch.setattr(gin_read, "PACKAGE", package)
-    assert gin_read.shipped() == tmp_path / "configs"
-    assert gin_read.shipped_names() == ["runs/quickstart.gin"]
+    monkeypatch.setattr(read, "PACKAGE", package)
+    assert read.shipped() == tmp_path / "configs"
+    assert read.shipped_names() == ["runs/quickstart.gin"]
     (package / "configs" / "runs").mkdir(parents=True)
     (package / "configs" / "runs" / "wheel.gin").touch()
-    assert gin_read.shipped_names() == ["runs/wheel.gin"]
-    assert gin_read.find("wheel.gin") == package / "configs" / "runs" / "wheel.gin"
+    assert read.shipped_names() == ["runs/wheel.gin"]
+    assert read.find("wheel.gin") == package / "configs" / "runs" / "wheel.gin"
 
 
 def setup_arguments(monkeypatch) -> dict[str, object]:
@@ -110,7 +111,7 @@ def setup_arguments(monkeypatch) -> dict[str, object]:
 def test_setup_names_the_program_and_takes_the_version_from_the_source(monkeypatch):
     given = setup_arguments(monkeypatch)
     assert given["version"] == moe.__version__
-    assert given["entry_points"] == {"console_scripts": ["moe = moe.cli:main"]}
+    assert given["entry_points"] == {"console_scripts": ["moe = moe.cli.main:main"]}
     assert callable(cli.main)
 
 
@@ -139,12 +140,13 @@ def imports(path: Path) -> set[str]:
 
 
 def test_every_module_with_a_configurable_is_listed():
-    """A config is checked against those that moe/configurables.py imports."""
-    listed = (ROOT / "moe" / "configurables.py").read_text(encoding="utf-8")
+    """A config is checked against those that moe/cli/configurables.py imports."""
+    listed = (ROOT / "moe" / "cli" / "configurables.py").read_text(encoding="utf-8")
     for package in ("moe", "layers", "routing"):
         for path in (ROOT / package).rglob("*.py"):
             if re.search(
                 r"^@?gin\.(external_)?con(figurable|stant)", path.read_text(), re.MULTILINE
             ):
-                pattern = rf"from {package} import [^)]*?\b{path.stem}\b"
-                assert re.search(pattern, listed), f"{path} is not in moe/configurables.py"
+                room = ".".join(path.relative_to(ROOT).parent.parts)
+                pattern = rf"from {room} import [^)]*?\b{path.stem}\b"
+                assert re.search(pattern, listed), f"{path} is not in moe/cli/configurables.py"

@@ -9,19 +9,22 @@ import jax
 import pytest
 from tiny import Runs
 
-from layers.dispatch import SlotGather, Sorted
-from layers.feed_forward import FeedForward
+from layers.dispatch.dispatchers import SlotGather, Sorted
+from layers.experts.feed_forward import FeedForward
 from layers.moe_layer import MoELayer
-from moe import assemble, cli, gin_files, plan
-from moe.chips import Topology
-from moe.hlo import axes_of, by_kind, collectives, exchanges, group_of, result_bytes
-from moe.memory import step_bytes
-from moe.model import Transformer
-from moe.objective import NextToken
-from moe.optimizer import AdamW
-from moe.plan import changes, roofline
-from moe.plan_report import compiled_report, counted_report, idle_hint
-from moe.sharding import MESH_AXES, MeshShape
+from moe import settings
+from moe.cli import main as cli
+from moe.model.sharding import MESH_AXES, MeshShape
+from moe.model.transformer import Transformer
+from moe.planning import plan
+from moe.planning.chips import Topology
+from moe.planning.hlo import axes_of, by_kind, collectives, exchanges, group_of, result_bytes
+from moe.planning.memory import step_bytes
+from moe.planning.plan import changes, roofline
+from moe.planning.report import compiled_report, counted_report, idle_hint
+from moe.training import assemble
+from moe.training.objective import NextToken
+from moe.training.optimizer import AdamW
 from routing import AllExperts, ReMoE, TopK
 
 
@@ -181,11 +184,11 @@ def test_a_low_utilisation_says_what_the_chips_wait_for():
 
 
 def test_changes_take_what_costs_least_time_first():
-    gin_files.load([], ["train.accumulate = 2", "Transformer.remat = 'dots'"])
+    settings.load([], ["train.accumulate = 2", "Transformer.remat = 'dots'"])
     found = list(changes())
     assert found[0] == ("train.accumulate = 4",)
     assert found[3] == ("train.accumulate = 2", "Transformer.remat = 'full'")
-    gin_files.load([], ["Transformer.remat = 'full'"])
+    settings.load([], ["Transformer.remat = 'full'"])
     assert [len(change) for change in changes()] == [1, 1, 1]
 
 
@@ -343,7 +346,7 @@ def test_counting_is_within_a_tenth_of_the_compiler(path):
     told = json.loads(path.read_text())
     kind, _, _ = told["topology"].partition(":")
     name = path.stem.removeprefix("plan_").partition(f"_{kind}_")[0]
-    gin_files.load([f"pod_{name}.gin"], ())
+    settings.load([f"pod_{name}.gin"], ())
     vocab_size = gin.query_parameter("TrainedBPE.vocab_size")
     found = plan.counted(plan.build(Topology.read(told["topology"]), vocab_size))
     assert found["total"] == pytest.approx(told["compiled"]["total"], rel=0.1)

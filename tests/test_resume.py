@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from tiny import Runs, arrays, lines, measured
 
-from moe import assemble, checkpoint
 from moe.errors import UserError
-from moe.model import Transformer
-from moe.objective import NextToken
-from moe.optimizer import Adafactor, AdamW
-from moe.sharding import MeshShape
-from moe.step import to_devices
+from moe.model.sharding import MeshShape
+from moe.model.transformer import Transformer
+from moe.runs.storage import checkpoint
+from moe.training import assemble
+from moe.training.objective import NextToken
+from moe.training.optimizer import Adafactor, AdamW
+from moe.training.train_step import to_devices
 
 STATEFUL = (
     "train.optimizer = @Muon()",
@@ -159,13 +160,13 @@ def programs(mesh: MeshShape, optimizer):
 @pytest.fixture
 def sparse(runs):
     """The tiny model from gin."""
-    from moe import gin_files
+    from moe import settings
 
-    gin_files.load([str(runs.config)], ["train.sequence_length = 16"])
+    settings.load([str(runs.config)], ["train.sequence_length = 16"])
 
 
 def batch_of(program):
-    from moe.batch import Batch
+    from moe.data.batch import Batch
 
     draw = np.random.default_rng(0).integers(0, 256, (8, 17)).astype(np.int32)
     ones = np.ones((8, 16), np.int32)

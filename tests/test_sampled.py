@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from test_conformance_model import Setting, batch_of, program
 
-from moe.objective import policy_losses
-from routing import Policy, estimators
+from moe.training.objective import policy_losses
+from routing import Policy
+from routing.solvers import estimators
 
 N = 200_000
 

@@ -14,13 +14,14 @@ import optax
 import pytest
 
 from layers.constrain import constrain, placing
-from layers.dispatch import OneHotEinsum, SlotGather, Sorted
-from layers.grouped import spare_rows
+from layers.dispatch.dispatchers import OneHotEinsum, SlotGather, Sorted
+from layers.kernels.grouped_matmul import spare_rows
 from layers.moe_layer import MoELayer
-from moe import functional, sharding, step
-from moe.batches import train_batch
-from moe.model import Transformer
-from moe.objective import NextToken, step_key, tokens_of
+from moe.data.batches import train_batch
+from moe.model import functional, sharding
+from moe.model.transformer import Transformer
+from moe.training import train_step
+from moe.training.objective import NextToken, step_key, tokens_of
 from routing import BiasBalancer, TopK
 from routing.records import TokenChoice
 
@@ -238,7 +239,7 @@ def test_experts_live_where_the_mesh_says():
         lambda: Transformer(V, d_model=D, num_layers=2, num_heads=2, moe=make)
     )
     mesh = sharding.MeshShape(data=1, fsdp=2, expert=2, tensor=2).build()
-    program = step.Step(
+    program = train_step.Step(
         graph,
         tuple(abstract),
         objective=NextToken(),
@@ -278,14 +279,14 @@ def test_every_parameter_names_its_axes():
 def test_hosts_put_their_rows_together():
     mesh = sharding.MeshShape().build()
     where = sharding.sharding(mesh, ("batch",), (ROWS,))
-    batch = step.to_devices(batch_of(), where, ROWS)
+    batch = train_step.to_devices(batch_of(), where, ROWS)
     np.testing.assert_array_equal(batch.token_BT, batch_of().token_BT)
     assert len(batch.token_BT.sharding.device_set) == 8
 
 
 def test_micro_batches_are_whole_groups_and_spread_over_the_devices():
     batch = batch_of()
-    micro = step.micro_batches(batch, 4, 2)
+    micro = train_step.micro_batches(batch, 4, 2)
     index_AB = np.asarray(micro.index_B)
     assert sorted(index_AB.ravel()) == list(range(ROWS))
     assert index_AB[0].tolist() == [0, 1, 8, 9]  # groups 0 and 4 of eight

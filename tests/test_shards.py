@@ -8,14 +8,14 @@ import pytest
 from tiny import BASE, Runs, measured, quick
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from moe import cli
-from moe.baselines import baselines
-from moe.corpus import TextFiles
+from moe.cli import main as cli
+from moe.data.compressors import baselines
+from moe.data.corpora.corpus import TextFiles
+from moe.data.shards import TokenShards
+from moe.data.text import TextData
+from moe.data.tokens.files import ShardedTokens
+from moe.data.tokens.tokenizer import Bytes
 from moe.errors import UserError
-from moe.shards import TokenShards
-from moe.text_data import TextData
-from moe.token_files import ShardedTokens
-from moe.tokenizer import Bytes
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_slices_are_those_of_the_arrays_one_behind_the_other():
 
 @pytest.mark.parametrize("piece", [3, 7, 1 << 22])
 def test_documents_lie_between_the_marks_wherever_the_pieces_end(piece, monkeypatch):
-    monkeypatch.setattr("moe.token_files.PIECE", piece)
+    monkeypatch.setattr("moe.data.tokens.files.PIECE", piece)
     token_N = ShardedTokens(np.split(np.array([5, 6, 0, 7, 0, 0, 8, 9, 5, 6, 7, 0]), [4, 9]))
     found = [ids.tolist() for ids in token_N.documents(0)]
     assert [ids for ids in found if ids] == [[5, 6], [7], [8, 9, 5, 6, 7]]

@@ -14,13 +14,13 @@ import pytest
 from tiny import environment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from moe import token_cache
-from moe.batches import pack
-from moe.corpus import StandardLibrary, TextFiles
+from moe.data.batches import pack
+from moe.data.corpora.corpus import StandardLibrary, TextFiles
+from moe.data.text import TextData
+from moe.data.tokens import cache
+from moe.data.tokens.tokenizer import Bytes, TokenizerFile, TrainedBPE
 from moe.errors import UserError
-from moe.text_data import TextData
-from moe.tokenizer import Bytes, TokenizerFile, TrainedBPE
-from moe.user_cache import default_cache_dir
+from moe.machine.user_cache import default_cache_dir
 
 FIELDS = ("token_BT", "target_BT", "segment_BT", "position_BT", "scored_BT", "index_B")
 
@@ -239,7 +239,8 @@ def test_packing_wastes_little(seed):
 
 def test_the_second_time_comes_from_the_cache(settings, folder, monkeypatch):
     first = settings().prepare()
-    monkeypatch.setattr("moe.tokenizer.ByteTokenizer.encode_batch", lambda *_: pytest.fail("again"))
+    encode = "moe.data.tokens.tokenizer.ByteTokenizer.encode_batch"
+    monkeypatch.setattr(encode, lambda *_: pytest.fail("again"))
     np.testing.assert_array_equal(settings().prepare().train.token_N, first.train.token_N)
     assert not list((folder / "cache").rglob(".*"))  # no temporary file is left
 
@@ -357,9 +358,9 @@ def test_real_text_by_gin(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("make", [Bytes, TrainedBPE])
 def test_a_long_document_is_encoded_in_passages(make, tmp_path, monkeypatch):
-    monkeypatch.setattr("moe.token_cache.LONG", 50)
-    monkeypatch.setattr(token_cache.passages, "__defaults__", (50,))
-    monkeypatch.setattr("moe.token_cache.CHUNK_CHARACTERS", 120)
+    monkeypatch.setattr("moe.data.tokens.cache.LONG", 50)
+    monkeypatch.setattr(cache.passages, "__defaults__", (50,))
+    monkeypatch.setattr("moe.data.tokens.cache.CHUNK_CHARACTERS", 120)
     texts = ["", "short", "x" * 50, "x" * 51, "caf\u00e9 " * 40, "a line\n    and one more\n" * 30]
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(text)
@@ -376,18 +377,18 @@ def test_a_long_document_is_encoded_in_passages(make, tmp_path, monkeypatch):
 
 def test_passages_end_with_lines_and_are_the_text():
     for text in ("", "abc", "a" * 11, "ab\ncd\n" * 9, "\n" * 25, "abc\n" + "d" * 30):
-        found = list(token_cache.passages(text, 10))
+        found = list(cache.passages(text, 10))
         assert "".join(passage for _, passage in found) == text
         assert all(len(passage) <= 10 for _, passage in found)
         assert all(text[start:].startswith(passage) for start, passage in found)
-    assert [passage for _, passage in token_cache.passages("ab\ncd\nefghijkl", 10)] == [
+    assert [passage for _, passage in cache.passages("ab\ncd\nefghijkl", 10)] == [
         "ab\ncd\n",
         "efghijkl",
     ]
 
 
 def test_a_tokenizer_that_writes_a_space_before_a_text_sees_all_of_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("moe.token_cache.LONG", 50)
+    monkeypatch.setattr("moe.data.tokens.cache.LONG", 50)
     inner = Tokenizer(models.BPE(unk_token=None))
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
     inner.decoder = decoders.Metaspace()

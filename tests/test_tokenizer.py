@@ -5,10 +5,9 @@ import time
 
 import pytest
 
-from moe.corpus import StandardLibrary, TextFiles
-from moe.errors import UserError
-from moe.text_data import TextData
-from moe.tokenizer import (
+from moe.data.corpora.corpus import StandardLibrary, TextFiles
+from moe.data.text import TextData
+from moe.data.tokens.tokenizer import (
     DOCUMENT_TOKEN,
     MOST,
     PIECES,
@@ -17,6 +16,7 @@ from moe.tokenizer import (
     TrainedBPE,
     load_tokenizer,
 )
+from moe.errors import UserError
 
 ODD = [
     "",

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from tiny import Runs, arrays, environment, lines, measured
 
-from moe import evaluate
-from moe.gin_read import bindings_of
+from moe.settings.read import bindings_of
+from moe.training import evaluate
 
 SUMMARY = """
     val_bits_per_byte val_loss train_seconds tokens_per_second parameters_total parameters_active

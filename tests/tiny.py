@@ -10,8 +10,9 @@ import jax
 import pytest
 
 import moe
-from moe import cli, hardware, quick_compile
-from moe.sharding import MeshShape
+from moe.cli import main as cli
+from moe.machine import hardware, xla_flags
+from moe.model.sharding import MeshShape
 
 ROOT = Path(moe.__file__).resolve().parents[1]
 
@@ -38,7 +39,7 @@ train.prompts = ()
 
 def environment(devices: int = 1) -> dict[str, str]:
     """For a process of the program: this one, so many virtual devices, quick to compile."""
-    flags = " ".join(quick_compile.flags(devices=devices))
+    flags = " ".join(xla_flags.flags(devices=devices))
     return {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
 
 

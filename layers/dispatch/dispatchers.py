@@ -1,0 +1,365 @@
+"""Dispatchers move tokens to experts and home again for a decision, and decide nothing.
+
+`dispatch(x_GTD, decision)` gives x_EGCD, the rows of each expert; `combine(y_EGCD, decision)` gives
+y_GTD, the gate-weighted sum of what came home. A TokenChoice must have been fitted by a capacity
+policy, which gives every kept assignment its slot.
+
+G groups, T tokens per group, D model width, E experts, K experts per token, C (or S) slots.
+"""
+
+import abc
+import dataclasses
+import importlib.util
+import math
+from typing import ClassVar, Literal, NamedTuple
+
+import gin
+import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
+
+from layers.constrain import Parts, constrain, mesh_axes, on_each_part, parts_of, platform
+from layers.dispatch.all_to_all import EXCHANGES, Exchange, to_experts, to_tokens
+from layers.dispatch.gather_rows import combine_rows, dispatch_rows, sum_by_token
+from layers.kernels.grouped_matmul import KERNELS, SortedRows, spare_rows
+from routing.ranges import Positive
+from routing.records import Decision, ExpertChoice, ExpertMerge, SoftSlots, TokenChoice
+
+
+class Dispatcher(abc.ABC):
+    """Abstract: the two verbs. A dispatcher is a value without parameters."""
+
+    needs_slots: ClassVar[bool] = True  # whether every kept assignment must have a slot
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+    def admit(self, decision: Decision) -> tuple[Decision, "Overflow | None"]:
+        """What of the decision there is room for on the way, and what is to go another way."""
+        return decision, None
+
+    @abc.abstractmethod
+    def dispatch(self, x_GTD: jax.Array, decision: Decision) -> jax.Array | SortedRows:
+        """(E, G, C, D): what every expert receives; empty slots are zero. Or sorted rows."""
+
+    @abc.abstractmethod
+    def combine(self, y_EGCD: jax.Array, decision: Decision) -> jax.Array:
+        """(G, T, D): for every token the gate-weighted sum of its experts' outputs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Overflow:
+    """The rest of a decision, and the dispatcher that has room for it."""
+
+    decision: TokenChoice
+    dispatcher: Dispatcher
+
+
+def as_soft_slots(decision: Decision) -> SoftSlots:
+    """Any decision as dispatch (0 or 1) and combine weights over (T, E, C): the common form."""
+    if isinstance(decision, SoftSlots):
+        return decision
+    if isinstance(decision, ExpertChoice):
+        token_GECT = jax.nn.one_hot(decision.token_GEC, decision.num_tokens, dtype=bool)
+        token_GECT = token_GECT & decision.keep_GEC[..., None]
+        combine_GECT = token_GECT * decision.gate_GEC[..., None]
+        to_GTEC = (0, 3, 1, 2)
+        dispatch_GTEC = token_GECT.transpose(to_GTEC).astype(decision.gate_GEC.dtype)
+        return SoftSlots(dispatch_GTEC, combine_GECT.transpose(to_GTEC))
+    if isinstance(decision, ExpertMerge):
+        raise ValueError("an ExpertMerge moves no tokens: there is nothing to dispatch")
+    slot_GTK, capacity = fitted(decision)
+    dtype = decision.gate_GTK.dtype
+    expert_GTKE = jax.nn.one_hot(decision.expert_GTK, decision.num_experts, dtype=bool)
+    expert_GTKE = (expert_GTKE & decision.keep_GTK[..., None]).astype(dtype)
+    slot_GTKC = jax.nn.one_hot(slot_GTK, capacity, dtype=dtype)
+    dispatch_GTEC = jnp.einsum("gtke,gtkc->gtec", expert_GTKE, slot_GTKC)
+    gated_GTKE = expert_GTKE * decision.gate_GTK[..., None]
+    return SoftSlots(dispatch_GTEC, jnp.einsum("gtke,gtkc->gtec", gated_GTKE, slot_GTKC))
+
+
+def fitted(decision: TokenChoice) -> tuple[jax.Array, int]:
+    """slot_GTK and the number of slots; raise ValueError without a capacity policy's work."""
+    if decision.slot_GTK is None or decision.capacity is None:
+        raise ValueError("a TokenChoice needs slots: pass it through Capacity(...).fit first")
+    return decision.slot_GTK, decision.capacity
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class OneHotEinsum(Dispatcher):
+    """The reference: dense one-hot einsums, O(T E C D); what a compiler partitions best."""
+
+    def dispatch(self, x_GTD, decision) -> jax.Array:
+        weight_GTEC = as_soft_slots(decision).dispatch_GTES.astype(x_GTD.dtype)
+        x_EGCD = jnp.einsum("gtec,gtd->egcd", weight_GTEC, x_GTD)
+        # Computed where the tokens are, then one all-to-all to where the experts are.
+        x_EGCD = constrain(x_EGCD, None, "batch", "slot", None)
+        return constrain(x_EGCD, "expert", "expert_group", "slot", None)
+
+    def combine(self, y_EGCD, decision) -> jax.Array:
+        y_EGCD = constrain(y_EGCD, "expert", "expert_group", "slot", None)
+        y_EGCD = constrain(y_EGCD, None, "batch", "slot", None)
+        weight_GTEC = as_soft_slots(decision).combine_GTES.astype(y_EGCD.dtype)
+        return jnp.einsum("gtec,egcd->gtd", weight_GTEC, y_EGCD)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class SlotGather(Dispatcher):
+    """Gather rows into slots and back, O(E C D); soft slots are dense and go by einsum."""
+
+    def dispatch(self, x_GTD, decision) -> jax.Array:
+        if isinstance(decision, SoftSlots | ExpertMerge):
+            return OneHotEinsum().dispatch(x_GTD, decision)
+        if isinstance(decision, ExpertChoice):
+            token_GEC = jnp.where(decision.keep_GEC, decision.token_GEC, -1)
+            x_EGCD = dispatch_rows(x_GTD, token_GEC, None)
+        else:
+            source_GEC, home_GTK = _addresses(decision)
+            token_GEC = jnp.where(source_GEC < 0, -1, source_GEC // home_GTK.shape[2])
+            x_EGCD = dispatch_rows(x_GTD, token_GEC, home_GTK)
+        x_EGCD = constrain(x_EGCD, None, "batch", "slot", None)
+        return constrain(x_EGCD, "expert", "expert_group", "slot", None)
+
+    def combine(self, y_EGCD, decision) -> jax.Array:
+        if isinstance(decision, SoftSlots | ExpertMerge):
+            return OneHotEinsum().combine(y_EGCD, decision)
+        y_EGCD = constrain(y_EGCD, "expert", "expert_group", "slot", None)
+        y_EGCD = constrain(y_EGCD, None, "batch", "slot", None)
+        if isinstance(decision, ExpertChoice):
+            gate_EGC = jnp.swapaxes(decision.gate_GEC, 0, 1).astype(y_EGCD.dtype)
+            token_GEC = jnp.where(decision.keep_GEC, decision.token_GEC, -1)
+            return sum_by_token(y_EGCD * gate_EGC[..., None], token_GEC, decision.num_tokens)
+        source_GEC, home_GTK = _addresses(decision)
+        gate_GTK = decision.gate_GTK.astype(y_EGCD.dtype)
+        return combine_rows(y_EGCD, gate_GTK, source_GEC, home_GTK)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Sorted(Dispatcher):
+    """Assignments sorted by expert: no slots, so nothing is padded and nothing need be dropped.
+
+    Choices of experts and soft slots, which leave no slot empty, go by `SlotGather`. On a mesh
+    every device sorts its own tokens; along an expert axis the rows travel to the devices that hold
+    their experts, by one all-to-all, and home by another.
+
+    Attributes:
+        kernel: what multiplies the rows with their experts' weights: "loop" over blocks (CPU),
+            "ragged_dot" (one operation of the compiler: TPU, GPU), "tokamax" (that package's
+            kernels, on one TPU or GPU), "auto" for the first of these that the platform has.
+        exchange: the all-to-all: "padded" to equal parts, "ragged" (moves what there is; TPU, GPU),
+            "auto" for the platform's.
+        buffer: a device has room for this many times the rows that come to it in the mean, the same
+            share of it for each sender; None for all rows of all, the only way to be sure.
+        overflow: "drop" what the buffer has no room for (counted as dropped: sooner on more
+            devices, and at evaluation too, by the sequences before it in the batch), or "exact": a
+            second exchange, only where there is any, with room for all.
+    """
+
+    kernel: Literal["auto", "loop", "ragged_dot", "tokamax"] = "auto"
+    exchange: Exchange = "auto"
+    buffer: Positive | None = None
+    overflow: Literal["drop", "exact"] = "exact"
+    needs_slots: ClassVar[bool] = False
+
+    def __post_init__(self):
+        choices = {"kernel": KERNELS, "exchange": EXCHANGES, "overflow": ("drop", "exact")}
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"Sorted.{name}={value!r}: one of {', '.join(known)}")
+        if self.kernel == "tokamax" and not importlib.util.find_spec("tokamax"):
+            raise ValueError(
+                'Sorted.kernel="tokamax" needs a package that is not installed: '
+                "pip install 'moe-routing[tokamax]'"
+            )
+        if self.buffer is not None and self.buffer <= 0:
+            raise ValueError(f"Sorted.buffer={self.buffer} must be above 0, or None for all rows")
+
+    def __str__(self) -> str:
+        more = "" if self.buffer is None else f", buffer {self.buffer:g}, {self.overflow}"
+        return f"Sorted ({self.chosen_kernel}{more})"
+
+    @property
+    def chosen_kernel(self) -> str:
+        """What "auto" stands for here."""
+        if self.kernel != "auto":
+            return self.kernel
+        return "loop" if platform() == "cpu" else "ragged_dot"
+
+    def most_rows(self, rows: int, devices: int) -> int:
+        """How many of its own rows a device may send to each of so many that hold experts."""
+        if self.buffer is None:
+            return rows
+        return min(rows, math.ceil(self.buffer * rows / devices))
+
+    def admit(self, decision) -> tuple[Decision, Overflow | None]:
+        """Of the assignments from one device to another, the first `most_rows`."""
+        if not isinstance(decision, TokenChoice) or self.buffer is None:
+            return decision, None
+        way = _expert_axis(decision)
+        if way is None:
+            return decision, None
+        groups, tokens, k = decision.expert_GTK.shape
+        parts = parts_of(groups, tokens)
+        own = decision.num_experts // way.devices
+        device_GTK = jnp.where(decision.keep_GTK, decision.expert_GTK // own, way.devices)
+        device_PN = parts.split(device_GTK).reshape(parts.count, -1)
+        _, home_PN, edge_PX = _sorted_into(device_PN, way.devices, parts)
+        rank_PN = home_PN - jnp.take_along_axis(edge_PX, device_PN, axis=1)
+        room_PN = rank_PN < self.most_rows(home_PN.shape[1], way.devices)
+        room_GTK = parts.join(room_PN.reshape(parts.count, -1, k), groups)
+        keep_GTK = decision.keep_GTK
+        fits = dataclasses.replace(decision, keep_GTK=keep_GTK & room_GTK)
+        if self.overflow == "drop":
+            return fits, None
+        rest = dataclasses.replace(decision, keep_GTK=keep_GTK & ~room_GTK)
+        return fits, Overflow(rest, dataclasses.replace(self, buffer=None))
+
+    def dispatch(self, x_GTD, decision) -> jax.Array | SortedRows:
+        if not isinstance(decision, TokenChoice):
+            return SlotGather().dispatch(x_GTD, decision)
+        parts = parts_of(*x_GTD.shape[:2])
+        source_PN, home_PTK, count_PE = _sorted_addresses(decision, parts)
+        x_PTD = parts.split(x_GTD)
+        way = _expert_axis(decision)
+        if way is None:
+            source_PN = _with_spare_rows(source_PN)
+        token_PN = jnp.where(source_PN < 0, -1, source_PN // home_PTK.shape[2])
+        x_1PND = dispatch_rows(x_PTD, token_PN[:, None], home_PTK)
+        x_PND = constrain(x_1PND[0], parts.axis, None, None)
+        if way is None:
+            return SortedRows(x_PND, count_PE, self.chosen_kernel, part_axis=parts.axis)
+
+        slots = self.most_rows(x_PND.shape[1], way.devices)
+
+        def send(x_1ND, count_1E):
+            ragged = self._ragged
+            x_MD, count_F = to_experts(x_1ND[0], count_1E[0], way.axis, slots, ragged)
+            return x_MD[None], count_F[None]
+
+        rows_PMD, count_PF = on_each_part(send, (x_PND, count_PE), part_axis=parts.axis)
+        rows_PMD = checkpoint_name(rows_PMD, "exchanged")
+        return SortedRows(rows_PMD, count_PF, self.chosen_kernel, True, parts.axis)
+
+    def combine(self, y_EGCD, decision) -> jax.Array:
+        if not isinstance(decision, TokenChoice):
+            return SlotGather().combine(y_EGCD, decision)
+        groups, tokens, k = decision.expert_GTK.shape
+        parts = parts_of(groups, tokens)
+        source_PN, home_PTK, count_PE = _sorted_addresses(decision, parts)
+        y_PND = constrain(y_EGCD, parts.axis, None, None)
+        way = _expert_axis(decision)
+        if way is None:
+            source_PN = _with_spare_rows(source_PN)
+        else:
+            rows = source_PN.shape[1]
+            slots = self.most_rows(rows, way.devices)
+
+            def home(y_1MD, count_1E):
+                return to_tokens(y_1MD[0], count_1E[0], way.axis, slots, rows, self._ragged)[None]
+
+            y_PND = on_each_part(home, (y_PND, count_PE), part_axis=parts.axis)
+            y_PND = checkpoint_name(y_PND, "exchanged")
+        gate_PTK = parts.split(decision.gate_GTK.astype(y_PND.dtype))
+        y_PTD = combine_rows(y_PND[None], gate_PTK, source_PN[:, None], home_PTK)
+        return parts.join(y_PTD, groups)
+
+    @property
+    def _ragged(self) -> bool:
+        """Whether what travels is not padded."""
+        return self.exchange == "ragged" or (self.exchange == "auto" and platform() != "cpu")
+
+
+class _ExpertAxis(NamedTuple):
+    axis: str
+    devices: int
+
+
+def _expert_axis(decision: TokenChoice) -> _ExpertAxis | None:
+    """The mesh axis that both experts and tokens are spread over, so that rows have to travel."""
+    held = mesh_axes("expert", decision.num_experts)
+    shared = held.keys() & mesh_axes("batch", len(decision.expert_GTK)).keys()
+    if not shared:
+        return None
+    (axis,) = shared
+    return _ExpertAxis(axis, held[axis])
+
+
+def _sorted_addresses(
+    decision: TokenChoice, parts: Parts
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """source_PN: which assignment t*K+k lies in a row; home_PTK: its row; -1 for none; count_PE.
+
+    P parts, each with its tokens in a row. Assignments lie by expert, then in their order; those
+    that are not kept come last and count for nobody.
+    """
+    experts = decision.num_experts
+    kept_PTK = parts.split(jnp.where(decision.keep_GTK, decision.expert_GTK, experts))
+    expert_PN = kept_PTK.reshape(parts.count, -1)
+    source_PN, home_PN, edge_PX = _sorted_into(expert_PN, experts, parts)
+    count_PE = jnp.diff(edge_PX, axis=1).astype(jnp.int32)
+    row_1N = jnp.arange(source_PN.shape[1])[None]
+    source_PN = jnp.where(row_1N < edge_PX[:, -1:], source_PN, -1)
+    home_PTK = home_PN.reshape(kept_PTK.shape)
+    return source_PN, jnp.where(kept_PTK < experts, home_PTK, -1), count_PE
+
+
+def _with_spare_rows(source_PN):
+    """With the rows, all empty, that experts may read behind their own."""
+    more = ((0, 0), (0, spare_rows(source_PN.shape[1])))
+    return jnp.pad(source_PN, more, constant_values=-1)
+
+
+def _sorted_into(
+    bin_PN: jax.Array, bins: int, parts: Parts
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """source_PN, home_PN: what a stable sort by bin puts in each place, and its inverse.
+
+    edge_PX (P, bins + 1): where each bin begins, the last one's end behind it. A bin_PN of `bins`
+    is nobody's and comes last.
+    """
+    bin_PN = constrain(bin_PN, parts.axis, None)
+    rows = bin_PN.shape[1]
+    place_PN = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), bin_PN.shape)
+    if (bins + 1) * rows < 2**31:  # bin and place in one number sort in a quarter of the time
+        bin_PN = bin_PN.astype(jnp.int32)
+        key_PN = jax.lax.sort(bin_PN * rows + place_PN, dimension=1, is_stable=False)
+        sorted_PN, source_PN = key_PN // rows, key_PN % rows
+    else:
+        sorted_PN, source_PN = jax.lax.sort((bin_PN, place_PN), dimension=1, num_keys=1)
+    edge_PX = jax.vmap(lambda s: jnp.searchsorted(s, jnp.arange(bins + 1)))(sorted_PN)
+    home_PN = jax.vmap(_inverse)(source_PN, place_PN)
+    # Rematerialisation keeps these, as it keeps the decision.
+    source_PN, home_PN, edge_PX = (
+        checkpoint_name(a, "routing") for a in (source_PN, home_PN, edge_PX)
+    )
+    return source_PN, home_PN, edge_PX
+
+
+def _inverse(source_N: jax.Array, place_N: jax.Array) -> jax.Array:
+    """Where a permutation puts each place; place_N: 0, 1, 2, ..."""
+    if platform() == "cpu":
+        settings = {"unique_indices": True, "mode": "promise_in_bounds"}
+        return jnp.zeros_like(place_N).at[source_N].set(place_N, **settings)
+    return jax.lax.sort((source_N, place_N), num_keys=1)[1]  # where writing one by one is slow
+
+
+def _addresses(decision: TokenChoice) -> tuple[jax.Array, jax.Array]:
+    """source_GEC: which assignment t*K+k fills a slot; home_GTK: its slot e*C+c; -1 for none."""
+    slot_GTK, capacity = fitted(decision)
+    groups, tokens, k = slot_GTK.shape
+    slots = decision.num_experts * capacity
+    home_GTK = decision.expert_GTK * capacity + slot_GTK
+    number_N = jnp.arange(tokens * k, dtype=jnp.int32)
+
+    def invert(home_N, keep_N):
+        # Slots are distinct, so the order of the writes does not matter.
+        spread_N = jnp.where(keep_N, home_N, slots)
+        return jnp.full(slots, -1, jnp.int32).at[spread_N].set(number_N, mode="drop")
+
+    keep_GTK = decision.keep_GTK
+    source_GN = jax.vmap(invert)(home_GTK.reshape(groups, -1), keep_GTK.reshape(groups, -1))
+    source_GEC = source_GN.reshape(groups, decision.num_experts, capacity)
+    return source_GEC, jnp.where(keep_GTK, home_GTK, -1)

@@ -1,0 +1,134 @@
+"""A block that only some of the tokens go through (Mixture-of-Depths, Raposo et al. 2024).
+
+B batch, T tokens, D model width, C tokens that go through.
+"""
+
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from layers.block import Block
+from layers.constrain import constrain
+from layers.dispatch.dispatchers import SlotGather
+from layers.tokens import Tokens
+from routing.algorithms.mixture_of_depths import MixtureOfDepths
+from routing.records import Decision, ExpertChoice, RouterInputs, TokenChoice
+from routing.router import Router
+
+
+class DepthBlock(nnx.Module):
+    """x + r * (block(x) - x) for tokens that a router lets through; the others stay as they are.
+
+    Attention inside sees the tokens that go through alone; their positions are kept. In training
+    they are gathered, so that the block costs what they cost. At evaluation their number varies:
+    the block runs on all tokens, and the others are masked like padding.
+
+    Args:
+        block: attention and feed-forward, dense or a mixture of experts.
+        depth_router: decides with one expert, the block.
+    """
+
+    def __init__(self, block: Block, depth_router: MixtureOfDepths):
+        if not isinstance(depth_router, MixtureOfDepths):
+            raise ValueError(
+                f"Transformer.depth_router makes a {type(depth_router).__name__}; it has to be "
+                "MixtureOfDepths"
+            )
+        if block.router is not None and block.router.reads_logits_before:
+            raise ValueError(
+                f"{type(block.router).__name__} reads the logits of the sparse layer before "
+                "(TopK.residual), which tokens that pass by a Mixture-of-Depths don't have; leave "
+                "it at False"
+            )
+        if getattr(getattr(block, "attention", None), "window", None) is not None:
+            raise ValueError(
+                "Attention.window counts tokens that go through, not positions, inside a "
+                "Mixture-of-Depths; leave it at None"
+            )
+        self.block, self.depth_router = block, depth_router
+
+    @property
+    def is_moe(self) -> bool:
+        return self.block.is_moe
+
+    @property
+    def router(self) -> Router | None:
+        """That of the experts inside; None for a dense block."""
+        return self.block.router
+
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens):
+        """The output (B, T, D), what the experts' router said (or None), what the depth's said."""
+        valid_BT = tokens.segment_BT > 0
+        inputs = RouterInputs(
+            x_GTD=jnp.where(valid_BT[..., None], x_BTD.astype(jnp.float32), 0),
+            valid_GT=valid_BT,
+            token_id_GT=tokens.token_BT,
+            position_GT=tokens.position_BT,
+            index_G=tokens.index_B,
+            key=jax.random.fold_in(tokens.key, 1),
+            train=tokens.train,
+        )
+        depth = self.depth_router(inputs)
+        decision = depth.decision
+        if isinstance(decision, ExpertChoice):
+            y_BTD, output = self._gathered(x_BTD, tokens, decision)
+        else:
+            assert isinstance(decision, TokenChoice)
+            y_BTD, output = self._masked(x_BTD, tokens, decision)
+        return constrain(y_BTD, "batch", "length", None), output, depth
+
+    def _gathered(self, x_BTD, tokens: Tokens, decision: ExpertChoice):
+        token_BC, keep_BC = decision.token_GEC[:, 0], decision.keep_GEC[:, 0]
+
+        def pick(a_BT):
+            return jnp.take_along_axis(a_BT, token_BC, axis=1)
+
+        fewer = dataclasses.replace(
+            tokens,
+            token_BT=pick(tokens.token_BT),
+            segment_BT=jnp.where(keep_BC, pick(tokens.segment_BT), 0),
+            position_BT=pick(tokens.position_BT),
+        )
+        x_1BCD = SlotGather().dispatch(x_BTD, decision)
+        added_BCD, output = self.block.added(x_1BCD[0], fewer)
+        if output is not None and output.policy is not None:
+            raise ValueError("sampled routing can't learn by reward inside a Mixture-of-Depths")
+        if output is not None:
+            output = dataclasses.replace(output, decision=spread(output.decision, decision))
+        return x_BTD + SlotGather().combine(added_BCD[None], decision), output
+
+    def _masked(self, x_BTD, tokens: Tokens, decision: TokenChoice):
+        through_BT = decision.keep_GTK[..., 0]
+        segment_BT = jnp.where(through_BT, tokens.segment_BT, 0)
+        masked = dataclasses.replace(tokens, segment_BT=segment_BT)
+        added_BTD, output = self.block.added(x_BTD, masked)
+        gate_BT1 = jnp.where(through_BT[..., None], decision.gate_GTK, 0).astype(x_BTD.dtype)
+        return x_BTD + jnp.where(through_BT[..., None], gate_BT1 * added_BTD, 0), output
+
+
+def spread(inner: Decision | None, outer: ExpertChoice) -> TokenChoice:
+    """What the experts' router decided for the tokens that went through, as one over all tokens."""
+    if not isinstance(inner, TokenChoice):
+        raise ValueError(
+            "inside a Mixture-of-Depths the experts' router has to choose for each token, as TopK "
+            f"and Switch do; this one decides by {type(inner).__name__}"
+        )
+    token_BC = jnp.where(outer.keep_GEC[:, 0], outer.token_GEC[:, 0], outer.num_tokens)
+
+    def one(token_C, a_CK):
+        a_TK = jnp.zeros((outer.num_tokens, *a_CK.shape[1:]), a_CK.dtype)
+        return a_TK.at[token_C].set(a_CK, mode="drop")
+
+    def over_tokens(a_GNK):
+        groups, _, k = a_GNK.shape
+        spread_BTK = jax.vmap(one)(token_BC, a_GNK.reshape(*token_BC.shape, k))
+        return spread_BTK.reshape(groups, -1, k)
+
+    return jax.tree.map(over_tokens, inner)
+
+
+def blocks_of(units) -> list[Block]:
+    """The blocks of some layers, whether a depth router stands before them or not."""
+    return [layer.block if isinstance(layer, DepthBlock) else layer for layer in units]

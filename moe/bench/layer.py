@@ -1,0 +1,288 @@
+"""What an MoE layer costs beside the dense feed-forward of the same active FLOPs.
+
+T tokens in one group, D model width, F hidden width of an expert, E experts, K experts per token.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+import dataclasses
+import functools
+import importlib.util
+import resource
+import statistics
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layers.dispatch.dispatchers import Dispatcher, SlotGather, Sorted
+from layers.experts.feed_forward import FeedForward
+from layers.moe_layer import MoELayer
+from moe.bench.routers import VOCABULARY, batch, median_ms, timed
+from moe.machine import hardware
+from moe.model import functional
+from routing import Balanced, Capacity, Router, Sizes, Zipf, initialize
+
+ROUNDS, MOST_CALLS = 7, 8
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layer's sizes; the experts are SwiGLU."""
+
+    tokens: int
+    width: int
+    hidden: int
+    experts: int
+    k: int
+
+    @classmethod
+    def read(cls, text: str) -> "Case":
+        """From "T,D,F,E,K"; ValueError for anything else."""
+        parts = text.split(",")
+        if len(parts) != 5 or not all(part.strip().isdigit() and int(part) for part in parts):
+            raise ValueError(f"--case={text}: five numbers T,D,F,E,K, such as 4096,256,1024,16,2")
+        case = cls(*map(int, parts))
+        if case.k > case.experts:
+            raise ValueError(f"--case={text}: K={case.k} of E={case.experts} experts")
+        return case
+
+    def __str__(self) -> str:
+        return f"T={self.tokens} D={self.width} F={self.hidden} E={self.experts} K={self.k}"
+
+    def least_seconds(self, peak: float, bandwidth: float, size: int, *, step: bool) -> float:
+        """The roofline: products at the matmul peak, or every byte moved once, what takes longer.
+
+        A step reads the weights twice and writes their gradients; three times a forward's FLOPs.
+        size: bytes of a number.
+        """
+        rows, weights = self.tokens * self.k, 3 * self.experts * self.width * self.hidden
+        flops = 2 * rows * 3 * self.width * self.hidden
+        bytes_moved = size * (weights + 2 * rows * self.width)
+        times = 3 if step else 1
+        return times * max(flops / peak, bytes_moved / bandwidth)
+
+
+class Calls(NamedTuple):
+    """What is timed, without arguments, and the bytes that a step holds at its fullest."""
+
+    forward: Callable
+    step: Callable
+    bytes: int | None = None
+
+
+class Timing(NamedTuple):
+    """Of the second call of a pair: its median seconds, and how many times the first's it takes.
+
+    ratio: the median over the rounds. fastest: the fastest call of each over all rounds.
+    """
+
+    seconds: float
+    ratio: float
+    fastest: float
+
+
+CASES = (
+    Case(4096, 256, 1024, 16, 2),
+    Case(4096, 256, 512, 64, 4),
+    Case(8192, 512, 2048, 8, 2),
+    Case(8192, 512, 1024, 128, 1),
+)
+# Nothing is dropped: as many slots as round robin fills, or rows without slots.
+WAYS: dict[str, tuple[tuple[str, Dispatcher, Capacity], ...]] = {
+    "balanced": (
+        ("SlotGather", SlotGather(), Capacity(1.0)),
+        ("Sorted", Sorted(), Capacity(None)),
+    ),
+    "zipf": (("Sorted", Sorted(), Capacity(None)),),
+}
+
+
+def ways(routing: str) -> tuple[tuple[str, Dispatcher, Capacity], ...]:
+    """What is timed with a routing; on an accelerator with tokamax, its kernels too."""
+    if jax.default_backend() == "cpu" or not importlib.util.find_spec("tokamax"):
+        return WAYS[routing]
+    return *WAYS[routing], ("Sorted tokamax", Sorted("tokamax"), Capacity(None))
+
+
+ROUTERS: dict[str, Callable[..., Router]] = {"balanced": Balanced, "zipf": Zipf}
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a copy of 256 MiB: the median of repeated runs."""
+    copy = jax.jit(lambda x: x + 1)
+    x = jnp.zeros(64 * 2**20, jnp.float32)
+    return 2 * x.nbytes / (1e-3 * median_ms(copy, x))
+
+
+def layers(
+    cases: tuple[Case, ...], dtype: str = "float32", say: Say = lambda line: None
+) -> Iterator[dict]:
+    """A row for each case, routing and dispatcher; `say` tells what is under way.
+
+    Each is timed in turns with the dense layer on K*T tokens. memory_ratio: what a step holds at
+    its fullest, by the compiler, over what the dense one does beside its weights plus the experts'
+    weights and their gradients.
+    """
+    say("measuring the peaks of matmul and copy")
+    # The best of several: a slow moment of the machine is not its peak.
+    peak = max(hardware.matmul_peak(dtype) for _ in range(5))
+    bandwidth = max(copy_bandwidth() for _ in range(5))
+    for number, case in enumerate(cases, start=1):
+
+        def of_case(what, where=f"case {number} of {len(cases)} ({case})"):
+            say(f"{where}: {what}")
+
+        yield from _rows(case, peak, bandwidth, dtype, of_case)
+
+
+def _rows(case: Case, peak: float, bandwidth: float, dtype: str, say: Say) -> Iterator[dict]:
+    say("compiling")
+    random = np.random.default_rng(0)
+    x_TD = random.standard_normal((case.tokens, case.width)).astype(dtype)
+    dense = _dense(case, x_TD)
+    # The dense layer holds its weights and their gradients once, the sparse one E times.
+    weights = 2 * 3 * case.width * case.hidden * x_TD.dtype.itemsize
+    room = (dense.bytes or 0) + (case.experts - 1) * weights
+    least = case.least_seconds(peak, bandwidth, x_TD.dtype.itemsize, step=True)
+    with ExitStack() as stack:
+        programs = [(*names, stack.enter_context(calls)) for *names, calls in _programs(case, x_TD)]
+        pairs = [pair for *_, calls in programs for pair in zip(dense[:2], calls[:2], strict=True)]
+        timings = iter(paired(pairs, say))
+    for routing, name, calls in programs:
+        forward, step = next(timings), next(timings)
+        yield {
+            "case": str(case),
+            "routing": routing,
+            "dispatcher": name,
+            "milliseconds_forward": round(1e3 * forward.seconds, 3),
+            "milliseconds_step": round(1e3 * step.seconds, 3),
+            "ratio_to_dense_forward": round(forward.ratio, 4),
+            "ratio_to_dense_step": round(step.ratio, 4),
+            "fastest_to_dense_forward": round(forward.fastest, 4),
+            "fastest_to_dense_step": round(step.fastest, 4),
+            "roofline_fraction": round(least / step.seconds, 4),
+        } | ({} if calls.bytes is None else {"memory_ratio": round(calls.bytes / room, 4)})
+
+
+def _programs(case: Case, x_TD: np.ndarray) -> Iterator[tuple[str, str, AbstractContextManager]]:
+    """Routing and name of everything that is timed, and its calls for as long as they are open."""
+    for routing in WAYS:
+        make = functools.partial(ROUTERS[routing], k=case.k)
+        for name, dispatcher, capacity in ways(routing):
+            yield routing, name, nullcontext(_sparse(case, x_TD, make, dispatcher, capacity))
+    has_torch = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
+    on_cpu = x_TD.dtype == np.float32 and jax.default_backend() == "cpu"
+    if has_torch and on_cpu and case.experts <= 64:  # of more experts its backward pass takes 16 s
+        from moe.bench import torch_block
+
+        for name in torch_block.WAYS:
+            yield "balanced", name, torch_block.mixtral(case, x_TD, name)
+
+
+def paired(pairs: list[tuple[Callable, Callable]], say: Say = lambda line: None) -> list[Timing]:
+    """How long each pair's second call takes beside its first.
+
+    In every round each pair's calls follow one another twice, and only the second time counts: in
+    the first they find the memory that they then keep. A slow moment of the machine counts for both
+    calls of a pair, and a slow minute for few rounds of all pairs.
+    """
+    for pair in pairs:
+        settle(pair)
+    turns = []
+    for number in range(1, ROUNDS + 1):
+        say(f"timing {len(pairs)} pairs, round {number} of {ROUNDS}")
+        turns.append([[timed(call) for call in 2 * pair][2:] for pair in pairs])
+    times = np.array(turns)  # rounds, pairs, 2
+    ratios = np.median(times[:, :, 1] / times[:, :, 0], axis=0)
+    fastest = times.min(axis=0)
+    columns = (np.median(times[:, :, 1], axis=0), ratios, fastest[:, 1] / fastest[:, 0])
+    return [Timing(*row) for row in np.stack(columns, axis=1).tolist()]
+
+
+def settle(calls: Iterable[Callable]) -> None:
+    """Calls them until they need no new memory: the heap is then cut as they need it."""
+    for _ in range(MOST_CALLS):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for call in calls:
+            timed(call)
+        if resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 1_000:  # pages
+            return
+
+
+def _dense(case: Case, x_TD: np.ndarray) -> Calls:
+    """Forward pass and step of one feed-forward on K * T tokens."""
+    graph, params, state = functional.split(initialize(FeedForward(case.width, case.hidden), 0))
+    x_ND = jnp.asarray(np.tile(x_TD, (case.k, 1)))
+
+    def total(params, x_ND):
+        return jnp.sum(graph.join(params, state)(x_ND) * x_ND)
+
+    return _calls(total, params, x_ND)
+
+
+def _sparse(case: Case, x_TD, make: Callable[[Sizes], Router], dispatcher, capacity) -> Calls:
+    """The same of an MoE layer."""
+    settings = {"capacity": capacity, "dispatcher": dispatcher}
+    layer = MoELayer(case.width, VOCABULARY, make, case.experts, case.hidden, **settings)
+    graph, params, state = functional.split(initialize(layer, 0))
+    tokens = batch(case.tokens)
+
+    def total(params, x_BTD):
+        return jnp.sum(graph.join(params, state)(x_BTD, tokens)[0] * x_BTD)
+
+    return _calls(total, params, jnp.asarray(x_TD)[None])
+
+
+def _calls(total, *args) -> Calls:
+    functions = (total, jax.grad(total, (0, 1)))
+    forward, step = (jax.jit(function).lower(*args).compile() for function in functions)
+    memory = step.memory_analysis()
+    if memory is None:  # not every platform's compiler tells
+        held = None
+    else:
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        held += memory.temp_size_in_bytes
+    return Calls(functools.partial(forward, *args), functools.partial(step, *args), held)
+
+
+def summary(rows: list[dict]) -> dict[str, float]:
+    """Geometric means over the cases, by medians and by the fastest calls.
+
+    Of the better of our dispatchers in each: times the dense layer's; and how many times ours
+    transformers' block takes, in the better of its ways, where it was timed.
+    """
+    theirs = [row for row in rows if row["dispatcher"].startswith("transformers")]
+    kept = [row for row in theirs if row["dispatcher"].endswith("kept")]
+    others = {
+        "transformers": [row for row in theirs if row not in kept],
+        "transformers with memory kept": kept,
+    }
+    ours: dict[str, list[dict]] = {}
+    for row in rows:
+        if row not in theirs:
+            ours.setdefault(row["routing"], []).append(row)
+    found = {}
+    for kind, note in (("ratio", ""), ("fastest", ", fastest calls")):
+        for what in ("forward", "step"):
+            name = f"{kind}_to_dense_{what}"
+            best = {routing: _best(own, name) for routing, own in ours.items()}
+            for routing, cases in best.items():
+                mean = statistics.geometric_mean(cases.values())
+                found[f"best dispatcher, {routing}, {what}, times dense{note}"] = mean
+            for who, other in others.items():
+                if other:
+                    times = [v / best["balanced"][case] for case, v in _best(other, name).items()]
+                    mean = statistics.geometric_mean(times)
+                    found[f"{who}, {what}, times ours{note}"] = mean
+    return found
+
+
+def _best(rows: list[dict], name: str) -> dict[str, float]:
+    """The smallest of that name for each case."""
+    return {
+        case: min(row[name] for row in rows if row["case"] == case)
+        for case in dict.fromkeys(row["case"] for row in rows)
+    }

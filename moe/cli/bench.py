@@ -1,0 +1,66 @@
+"""`moe bench`: times of our own parts on this machine."""
+
+from collections.abc import Iterator
+import json
+from pathlib import Path
+
+from moe.errors import UserError, nearest
+
+SUITES = ("routers", "layer")
+DTYPES = ("float32", "bfloat16")
+
+
+def run(flags) -> int:
+    """Print a line for each case as it is measured; `--json` also writes the list of them."""
+    if flags.suite not in SUITES:
+        hint = nearest(flags.suite, SUITES) or f"; there is {', '.join(SUITES)}"
+        raise UserError(f"moe bench has no suite {flags.suite!r}{hint}")
+    rows = list(routers(flags) if flags.suite == "routers" else layer(flags))
+    if flags.json:
+        Path(flags.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def routers(flags) -> Iterator[dict]:
+    """A line for every router."""
+    from moe.bench import routers
+    from moe.machine import hardware
+
+    print(f"{hardware.describe_device()}; {flags.tokens:,} tokens, width {flags.width}, ", end="")
+    print(f"{flags.experts} experts, float32; medians of {routers.REPEATS}")
+    for row in routers.routers(flags.tokens, flags.width, flags.experts):
+        share = f"{row['fraction_of_layer']:7.1%}"
+        print(f"  {row['milliseconds']:10.2f} ms {share}  {row['router']}", flush=True)
+        yield row
+
+
+def layer(flags) -> Iterator[dict]:
+    """A line for every case, routing and dispatcher; then the means over the cases."""
+    from moe.bench import layer
+    from moe.machine import hardware
+    from moe.runs.tracking import progress
+
+    if flags.dtype not in DTYPES:
+        raise UserError(f"--dtype={flags.dtype}: one of {', '.join(DTYPES)}")
+    try:
+        cases = tuple(map(layer.Case.read, flags.case)) or layer.CASES
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    device = hardware.describe_device()
+    print(f"{device}; {flags.dtype}; medians of {layer.ROUNDS} paired calls")
+    print("forward and step in ms (times the dense layer's), the share of the roofline, and what a")
+    print("step holds over the dense activations and the experts' weights")
+    rows = []
+    for row in progress.told(lambda say: layer.layers(cases, flags.dtype, say)):
+        forward, step = (
+            f"{row[f'milliseconds_{what}']:9.1f} ({row[f'ratio_to_dense_{what}']:.2f})"
+            for what in ("forward", "step")
+        )
+        where = f"{row['case']:34} {row['routing']:9} {row['dispatcher']:36}"
+        memory = f"{row['memory_ratio']:5.2f}" if "memory_ratio" in row else ""
+        line = f"  {where} {forward} {step} {row['roofline_fraction']:5.2f} {memory}"
+        print(line.rstrip(), flush=True)
+        rows.append(row)
+        yield row
+    for name, mean in layer.summary(rows).items():
+        print(f"  geometric mean, {name}: {mean:.2f}")

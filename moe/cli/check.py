@@ -1,0 +1,77 @@
+"""`moe check`: the properties of any router, one line each."""
+
+import importlib
+import json
+from pathlib import Path
+import sys
+import time
+from types import ModuleType
+
+from moe.errors import UserError, nearest
+from moe.machine import xla_flags
+
+MARK = {True: "ok", False: "FAILS", None: "-"}
+
+
+def run(flags) -> int:
+    """Print a verdict for every property; 1 where one fails, else 0. `--json` also writes them."""
+    started = time.monotonic()
+    xla_flags.prepare(devices=8)  # before jax is imported
+    router = find(flags.router)
+
+    from moe import settings
+    from moe.conformance.properties import check
+
+    settings.load([], flags.gin_bindings)
+    found, width = [], 0
+    print(f"{router.__name__} with {flags.experts} experts")
+    try:
+        for verdict in check(router, flags.experts):
+            width = max(width, len("precision in a bfloat16 layer"))
+            print(
+                f"  {MARK[verdict.holds]:<6}{verdict.property:<{width}}  {verdict.seen}", flush=True
+            )
+            found.append(vars(verdict))
+    except (ValueError, TypeError) as error:
+        text = str(error).splitlines()[0]
+        raise UserError(
+            f"{flags.router} can't be checked: {type(error).__name__}: {text}"
+        ) from error
+    failed = sum(verdict["holds"] is False for verdict in found)
+    seconds = time.monotonic() - started
+    print(f"{'all hold' if not failed else f'{failed} fail'}; {seconds:.0f} s")
+    if flags.json:
+        Path(flags.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return 1 if failed else 0
+
+
+def find(name: str):
+    """The class or function that `MODULE:ROUTER`, `FILE.py:ROUTER` or `ROUTER` names.
+
+    Raises UserError with the nearest name there is.
+    """
+    module_name, _, attribute = name.rpartition(":")
+    module = _module(module_name or "routing")
+    if not hasattr(module, attribute):
+        names = [n for n, value in vars(module).items() if isinstance(value, type)]
+        raise UserError(f"{module.__name__} has no {attribute!r}{nearest(attribute, names)}")
+    return getattr(module, attribute)
+
+
+def _module(name: str) -> ModuleType:
+    """A module by its name, or by the path of its file."""
+    path = Path(name)
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise UserError(f"{name}: no such file")
+        sys.path.insert(0, str(path.resolve().parent))
+        name = path.stem
+    else:
+        sys.path.append(str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"no module {error.name!r} in the current folder or on PYTHONPATH; a file is named as "
+            "my_router.py:MyRouter"
+        ) from error

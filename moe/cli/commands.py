@@ -1,0 +1,147 @@
+"""The table of commands: what `moe COMMAND --help` says and what the command line accepts."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag. `kind` is str, int, float or list (repeatable text); bounds are inclusive."""
+
+    name: str
+    kind: type
+    value: str  # what stands after `=` in the help
+    help: str
+    default: object = None
+    required: bool = False
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def expected(self) -> str:
+        """Such as "a whole number of at least 1"."""
+        noun = {int: "a whole number", float: "a number", str: "text", list: "text"}[self.kind]
+        if self.high is not None:
+            return f"{noun} from {self.low:g} to {self.high:g}"
+        return noun if self.low is None else f"{noun} of at least {self.low:g}"
+
+
+@dataclass(frozen=True)
+class Command:
+    """`module` holds `run(flags) -> int`; it is imported only when the command runs."""
+
+    name: str
+    summary: str
+    module: str
+    example: str
+    flags: tuple[Flag, ...]
+    positional: str | None = None  # the name of the one argument that is no flag
+    form: str = ""  # and how the help writes it
+
+
+GIN_FILE = Flag(
+    "gin_file", list, "NAME", "a config, from this folder or a shipped one (repeatable)"
+)
+GIN_BINDINGS = Flag(
+    "gin_bindings", list, "SETTING", 'one setting, as "train.steps = 50" (repeatable)'
+)
+JSON = Flag("json", str, "PATH", "also write the results to this file")
+RUN = Flag("workdir", str, "FOLDER", "the folder of a run", required=True)
+
+PROCESSES = (
+    Flag("processes", str, "N", "train in N processes together, or auto: TPU pods, Slurm, ..."),
+    Flag("coordinator", str, "HOST:PORT", "with --processes=N: where the first one listens"),
+    Flag("process", int, "I", "with --processes=N: which one this is, from 0", low=0),
+)
+
+TRAIN = Command(
+    name="train",
+    summary="Train a model; continue the run that the folder holds.",
+    module="moe.cli.train",
+    example="moe train --gin_file=quickstart.gin --workdir=runs/quickstart",
+    flags=(
+        Flag("workdir", str, "FOLDER", "where the run is written", required=True),
+        GIN_FILE,
+        GIN_BINDINGS,
+        JSON,
+        *PROCESSES,
+    ),
+)
+
+EVAL = Command(
+    name="eval",
+    summary="Measure a trained model on a corpus.",
+    module="moe.cli.eval",
+    example="moe eval --workdir=runs/quickstart --json=eval.json",
+    flags=(
+        RUN,
+        GIN_BINDINGS,
+        Flag("step", int, "N", "the checkpoint to measure (default: the last one)", low=0),
+        JSON,
+    ),
+)
+
+GENERATE = Command(
+    name="generate",
+    summary="Continue a text with a trained model.",
+    module="moe.cli.generate",
+    example='moe generate --workdir=runs/quickstart --prompt="Once upon" --tokens=64',
+    flags=(
+        RUN,
+        Flag("prompt", str, "TEXT", "the text to continue (default: none)", ""),
+        Flag("tokens", int, "N", "tokens to add (default: 128)", 128, low=1),
+        Flag("temperature", float, "X", "0 takes the likeliest token (default: 1)", 1.0, low=0),
+        Flag("top_k", int, "N", "draw from the N likeliest tokens (default: all)", low=1),
+        Flag("top_p", float, "X", "draw from this share of probability", low=0, high=1),
+        Flag("seed", int, "N", "same seed, same text (default: 0)", 0, low=0),
+        Flag("count", int, "N", "how many texts (default: 1)", 1, low=1),
+        JSON,
+    ),
+)
+
+CHECK = Command(
+    name="check",
+    summary="Check a router: does it leak, starve its gradient, count padding, know the mesh?",
+    module="moe.cli.check",
+    example="moe check my_router.py:MyRouter",
+    flags=(
+        Flag("experts", int, "N", "experts of the layer it is checked in (default: 4)", 4, low=1),
+        GIN_BINDINGS,
+        JSON,
+    ),
+    positional="router",
+    form="MODULE:ROUTER",
+)
+
+BENCH = Command(
+    name="bench",
+    summary="Measure what routers cost beside a layer, or layers beside a dense one.",
+    module="moe.cli.bench",
+    example="moe bench layer --json=layer.json",
+    flags=(
+        Flag("tokens", int, "N", "routers: tokens of a step (default: 8192)", 8192, low=1),
+        Flag("width", int, "N", "routers: width of the model (default: 512)", 512, low=1),
+        Flag("experts", int, "N", "routers: experts (default: 64)", 64, low=8),
+        Flag("case", list, "T,D,F,E,K", "layer: sizes to measure (repeatable; default: four)"),
+        Flag("dtype", str, "TYPE", "layer: float32 or bfloat16 (default: float32)", "float32"),
+        JSON,
+    ),
+    positional="suite",
+    form="routers|layer",
+)
+
+PLAN = Command(
+    name="plan",
+    summary="Compile a config for a TPU slice: what it needs, and whether it fits.",
+    module="moe.cli.plan",
+    example="moe plan --gin_file=quickstart.gin --topology=v5e:2x2",
+    flags=(
+        Flag("topology", str, "KIND:AxB", "such as v5p:4x4x8, v6e:16x16 or v5e-8", required=True),
+        GIN_FILE,
+        GIN_BINDINGS,
+        Flag("vocab_size", int, "N", "token ids (default: 50304)", 50_304, low=2),
+        Flag("tries", int, "N", "changes to compile if it doesn't fit (default: 3)", 3, low=0),
+        JSON,
+    ),
+)
+
+COMMANDS = (TRAIN, EVAL, GENERATE, CHECK, BENCH, PLAN)

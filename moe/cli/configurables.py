@@ -1,0 +1,41 @@
+"""Imports every gin-configurable of the house, so that a config is checked against all of them.
+
+A new module with a configurable gets its line here; tests/test_packaging.py looks for it.
+"""
+
+from layers import attention, block, moe_layer, norms, positions
+from layers.dispatch import dispatchers
+from layers.experts import feed_forward, neurons, segmented, zero_computation
+from moe.cli import eval
+from moe.data import mixture, shards, text
+from moe.data.corpora import corpus, hugging_face
+from moe.data.tokens import tokenizer
+from moe.model import sharding, transformer
+from moe.runs import train
+from moe.runs.tracking import loggers
+from moe.training import objective, optimizer, schedules
+from routing import balance_losses, balancers, capacity, losses
+from routing.algorithms import (
+    base,
+    controls,
+    dselect_k,
+    expert_choice,
+    gshard,
+    hash,
+    hierarchical,
+    merging,
+    mixture_of_depths,
+    multi_hash,
+    noisy_top_k,
+    product_keys,
+    remoe,
+    sampled,
+    sinkhorn,
+    soft_choice,
+    soft_moe,
+    strictly_balanced,
+    switch,
+    top_k,
+    v_moe,
+)
+from routing.solvers import hash_tables

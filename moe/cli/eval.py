@@ -1,0 +1,126 @@
+"""`moe eval`: bits per byte of a run's checkpoint on its held-out split or on any corpus."""
+
+import dataclasses
+import json
+from pathlib import Path
+import sys
+from typing import Any
+
+import gin
+
+from moe.data.corpora.corpus import Corpus, left_out_of
+from moe.data.text import PreparedData, TextData
+from moe.data.tokens.tokenizer import Tokenizer
+from moe.errors import UserError
+from moe.model import sharding
+from moe.runs.restore import Restored, restore_run
+from moe.training.assemble import Model
+from moe.training.evaluate import Evaluation, evaluate, evaluation_step
+from moe.training.metrics import Routing, health, load_scalars
+from routing.ranges import Count, Size
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A tokenizer that is there already, where a spec of one is asked for."""
+
+    tokenizer: Tokenizer
+
+    def fit(self, texts, cache_dir: Path, fingerprint: str, say=None) -> Tokenizer:
+        return self.tokenizer
+
+
+@gin.configurable("eval", module="moe.cli.eval")  # pyright: ignore[reportCallIssue]
+def evaluate_run(
+    run: Restored,
+    corpus: Corpus | None = None,
+    batch_size: Count = 32,
+    stride: Count | None = None,
+    max_bytes: Size | None = None,
+    rule: str = "evaluation",
+) -> Evaluation:
+    """Score every token of held-out documents once.
+
+    Args:
+        run: model, values and tokenizer.
+        corpus: all of its documents are scored; the run's own held-out split where None.
+        batch_size: sequences at a time; changes the speed alone.
+        stride: how far the windows of a long document advance; half the sequence where None.
+        max_bytes: only so much text: documents in a fixed random order, the last one cut.
+        rule: "evaluation", or "training": routers decide as in training, with noise and capacity.
+            A router that sees the future in training looks better by that rule than it is.
+    """
+    if rule not in ("evaluation", "training"):
+        raise UserError(f"eval.rule={rule!r}: evaluation or training")
+    length = run.settings["sequence_length"]
+    data: PreparedData
+    if corpus is None:
+        data = run.settings["data"].prepare()
+        if data.tokenizer.fingerprint != run.tokenizer.fingerprint:
+            raise UserError(
+                "the run's text has changed since it was trained (its tokenizer no longer comes "
+                'out the same); name a corpus, such as --gin_bindings="eval.corpus = @TextFiles()"'
+            )
+    else:
+        spec = Fitted(run.tokenizer)
+        data = TextData(corpus, spec, validation_corpus=corpus).prepare()
+        for line in left_out_of(corpus):
+            print(line, file=sys.stderr)
+    causal = run.model.objective.causal
+    # As many rows as the mesh needs; those without a sequence are padding.
+    parts = sharding.batch_shards(run.mesh)
+    parts *= run.model.sequences_per_group if rule == "training" else 1
+    batch_size = -(-batch_size // parts) * parts
+    batches = data.validation_batches(batch_size, length, stride, max_bytes, causal)
+    step = evaluation_step(run.model, run.mesh, training_rule=rule == "training")
+    return evaluate(step, run, batches, run.mesh)
+
+
+def depths_of(model: Model) -> dict[str, Any]:
+    """The router of a Mixture-of-Depths, where there is one."""
+    depth = model.module.depth_router
+    if depth is None:
+        return {}
+    name, rule = type(depth).__name__, depth.decoding
+    return {"depth_router": name, "depth_capacity": depth.capacity, "depth_evaluation_rule": rule}
+
+
+def loads_of(routing: Routing) -> dict[str, Any]:
+    """Loads and drops of the layers that made choices, None where none did, and how many didn't."""
+    told = load_scalars(routing)
+    return {
+        "max_over_mean_load": told.get("max_over_mean"),
+        "max_over_mean_load_worst": told.get("max_over_mean_worst"),
+        "dropped": told.get("dropped"),
+        "dropped_worst": told.get("dropped_worst"),
+        "layers_without_choices": int((routing.count_LE.sum(1) == 0).sum()),
+    }
+
+
+def run(flags) -> int:
+    """Print the result; `--json` also writes it."""
+    restored = restore_run(flags.workdir, flags.gin_bindings, flags.step)
+    result = evaluate_run(restored)
+    layer = restored.model.moe_layer
+    found = {
+        "step": restored.step,
+        "bits_per_byte": result.bits_per_byte,
+        "loss": result.loss,
+        "tokens": result.tokens,
+        "bytes": result.bytes,
+        "documents": result.documents,
+        "router": None if layer is None else type(layer.router).__name__,
+        **depths_of(restored.model),
+        "rule": gin.get_bindings("eval").get("rule", "evaluation"),
+        "evaluation_rule": None if layer is None else layer.router.decoding,
+        "routing": health(result.routing, restored.model.kind),
+    }
+    if result.routing is not None:
+        found |= loads_of(result.routing)
+    width = max(map(len, found))
+    for name, value in found.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else "-" if value is None else value
+        print(f"{name:<{width}}  {shown}")
+    if flags.json:
+        Path(flags.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return 0

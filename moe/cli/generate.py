@@ -1,0 +1,29 @@
+"""`moe generate`: text from a run's checkpoint."""
+
+import json
+from pathlib import Path
+
+from moe.inference.generate import Sampling, generate
+from moe.runs.restore import restore_run
+
+
+def run(flags) -> int:
+    """Print `--count` continuations of the prompt; `--json` also writes them."""
+    restored = restore_run(flags.workdir)
+    texts = generate(
+        restored.model,
+        restored.params,
+        restored.router_state,
+        restored.tokenizer,
+        prompt=flags.prompt,
+        tokens=flags.tokens,
+        count=flags.count,
+        context=restored.settings["sequence_length"],
+        sampling=Sampling(flags.temperature, flags.top_k, flags.top_p),
+        seed=flags.seed,
+    )
+    print(("\n" + "-" * 80 + "\n").join(texts))
+    if flags.json:
+        content = {"step": restored.step, "prompt": flags.prompt, "texts": texts}
+        Path(flags.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return 0

@@ -1,0 +1,238 @@
+"""The program `moe`: help, flags and errors. Heavy modules load only when a command runs."""
+
+from collections.abc import Sequence
+import errno
+import importlib
+import io
+import os
+from pathlib import Path
+import re
+import sys
+from types import SimpleNamespace
+
+from absl import flags as absl_flags
+
+import moe
+from moe.cli.commands import COMMANDS, Command, Flag
+from moe.errors import Problems, UserError, nearest
+from moe.machine import compile_cache
+from moe.machine.allocator import keep_freed_memory
+
+MISTAKE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+HELP = ("--help", "-h", "-help")
+DEFINE = {
+    str: absl_flags.DEFINE_string,
+    int: absl_flags.DEFINE_integer,
+    float: absl_flags.DEFINE_float,
+    list: absl_flags.DEFINE_multi_string,
+}
+# The disk's or the caller's doing, not a fault of the program's.
+DISK = {
+    getattr(errno, name)
+    for name in "EROFS EACCES EPERM ENOSPC EDQUOT EFBIG ENOTDIR EISDIR EEXIST ENAMETOOLONG".split()
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status: 0, or 2 for a user's mistake."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without our letters shows a "?"
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:
+        print("moe: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `moe ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        if (text := _users_mistake(error, argv)) is None:
+            raise
+        print(f"moe: error: {text}", file=sys.stderr)
+        return MISTAKE
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in (*HELP, "help"):
+        print(overview() if len(argv) < 2 else usage(_command(argv[1])))
+        return 0 if argv else MISTAKE
+    if argv[0] == "--version":
+        print(f"moe {moe.__version__}")
+        return 0
+    command = _command(argv[0])
+    if any(argument in HELP for argument in argv[1:]):
+        print(usage(command))
+        return 0
+    flags = parse(command, argv[1:])
+    keep_freed_memory()
+    compile_cache.prepare()
+    return importlib.import_module(command.module).run(flags)
+
+
+def _command(name: str) -> Command:
+    names = [command.name for command in COMMANDS]
+    if name in names:
+        return COMMANDS[names.index(name)]
+    if name.startswith("-"):
+        raise UserError(f"the command comes first: moe {'|'.join(names)} {name}")
+    hint = nearest(name, names) or f"; there are {', '.join(names)}"
+    raise UserError(f"unknown command {name!r}{hint}")
+
+
+def overview() -> str:
+    """The text of `moe --help`."""
+    rows = "\n".join(f"  {command.name:<10}{command.summary}" for command in COMMANDS)
+    return f"""\
+usage: moe COMMAND [--FLAG=VALUE ...]
+
+Train mixture-of-experts transformers and compare how they route.
+
+commands:
+{rows}
+
+example:
+  {COMMANDS[0].example}
+
+`moe COMMAND --help` lists a command's flags; `moe --version` names the version."""
+
+
+def usage(command: Command) -> str:
+    """The text of `moe COMMAND --help`."""
+    forms = [f"--{flag.name}={flag.value}" for flag in command.flags]
+    width = max(map(len, forms)) + 2
+    required = [form for form, f in zip(forms, command.flags, strict=True) if f.required]
+    rows = [
+        f"  {form:<{width}}{flag.help}{' (required)' if flag.required else ''}"
+        for form, flag in zip(forms, command.flags, strict=True)
+    ]
+    named = [command.form] if command.positional else []
+    usage_line = " ".join(["usage: moe", command.name, *named, *required, "[--FLAG=VALUE ...]"])
+    parts = [usage_line, "", command.summary, "", "flags:", *rows]
+    return "\n".join([*parts, "", "example:", f"  {command.example}"])
+
+
+def parse(command: Command, arguments: Sequence[str]) -> SimpleNamespace:
+    """The command's flags as attributes; a repeatable flag is a list, an absent one its default.
+
+    Raises UserError for an unknown, missing or ill-valued flag.
+    """
+    values = absl_flags.FlagValues()
+    for flag in command.flags:
+        default = flag.default if flag.kind is not list else []
+        DEFINE[flag.kind](flag.name, default, flag.help, flag_values=values)
+    try:
+        left = values(["moe", *arguments])[1:]
+    except absl_flags.Error as error:
+        raise UserError(f"moe {command.name}: {_flag_mistake(command, error)}") from None
+    named = {}
+    if command.positional:
+        if len(left) != 1:
+            raise UserError(f"moe {command.name} needs one {command.form}, as {command.example!r}")
+        named[command.positional] = left.pop()
+    if left:
+        hint = f"; did you mean --gin_file={left[0]}?" if left[0].endswith(".gin") else ""
+        raise UserError(f"moe {command.name} takes flags only, got {left[0]!r}{hint}")
+    found = {flag.name: values[flag.name].value for flag in command.flags}
+    for flag in command.flags:
+        _check(command, flag, found[flag.name])
+    return SimpleNamespace(**found, **named)
+
+
+def _check(command: Command, flag: Flag, value: object) -> None:
+    if flag.required and not value:
+        raise UserError(f"moe {command.name} needs --{flag.name}={flag.value} ({flag.help})")
+    # Other paths may hold any bytes; checkpoints can't be written below such a folder.
+    if (flag.value in ("TEXT", "SETTING") or flag.name == "workdir") and not _is_utf8(value):
+        raise UserError(f"moe {command.name}: --{flag.name} holds bytes that are not UTF-8")
+    if flag.name == "json" and value and not Path(str(value)).absolute().parent.is_dir():
+        # Told now: what is to be written there may take hours.
+        raise UserError(f"moe {command.name}: --json={value}: there is no such folder")
+    if isinstance(value, int | float):
+        low = float("-inf") if flag.low is None else flag.low
+        high = float("inf") if flag.high is None else flag.high
+        if not low <= value <= high or value == float("inf"):
+            raise UserError(f"moe {command.name}: --{flag.name}={value}: expected {flag.expected}")
+
+
+def _is_utf8(value: object) -> bool:
+    """Python hands on what is not UTF-8 as halves of surrogate pairs, which nothing can write."""
+    texts = value if isinstance(value, list) else [value]
+    try:
+        for text in texts:
+            str(text).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _flag_mistake(command: Command, error: absl_flags.Error) -> str:
+    """absl's complaint in our words."""
+    names = [f"--{flag.name}" for flag in command.flags]
+    if isinstance(error, absl_flags.UnrecognizedFlagError):
+        name = f"--{error.flagname}"
+        near = nearest(name, names, most=1)  # the dashes alone make all of them a little alike
+        return f"unknown flag {name}{near or '; there are ' + ', '.join(names)}"
+    text = str(error)
+    if match := re.match(r"flag --(\w+)=(.*?): ", text, re.DOTALL):
+        expected = {flag.name: flag.expected for flag in command.flags}[match[1]]
+        return f"--{match[1]}={match[2]}: expected {expected}"
+    if match := re.match(r"Missing value for flag -*(\w+)", text):
+        return f"--{match[1]} has no value; write --{match[1]}=..."
+    return text
+
+
+def _users_mistake(error: Exception, argv: Sequence[str]) -> str | None:
+    """What to tell the user; None where the program is at fault and a traceback is due."""
+    # gin appends where it was, and hides errno and filename behind the text it changed.
+    text = re.split(r"\n +(?:In call to configurable|In file|In bindings string)", str(error))[0]
+    if isinstance(error, Problems) and len(error.lines) > 1:
+        return "\n  ".join([f"{len(error.lines)} problems", *error.lines])
+    if isinstance(error, UserError):
+        return "\n  ".join(text.splitlines())
+    if isinstance(error, OSError):
+        return _disk_mistake(error, text, argv)
+    unset = _unset_parameter(text, str(error))
+    return unset and unset + _missing_run(unset, argv)
+
+
+def _missing_run(unset: str, argv: Sequence[str]) -> str:
+    """What to put before a config that is a part of a run alone; empty for anything else."""
+    if "value for train" not in unset or "'data'" not in unset:
+        return ""
+    files = [a.split("=", 1)[1] for a in argv if a.startswith("--gin_file=")]
+    run = "--gin_file=quickstart.gin"
+    if not files:
+        return f"; name a run's config, such as {run}"
+    which = "are parts" if files[1:] else "is a part"
+    return f"; {' and '.join(files)} {which} of a run: name the run before, such as {run}"
+
+
+def _unset_parameter(text: str, whole: str) -> str | None:
+    """A configurable that was called without a value it needs, in gin's or in Python's words."""
+    required = r"Required bindings for `(.*)` not provided in config: \[(.*)\]"
+    if match := re.match(required, text):
+        return f"the config sets no value for {match[1]}: {match[2]}"
+    missing = r"([\w.<>]+)\(\) missing \d+ required [a-z-]+ arguments?: (.*)"
+    called = re.search(r"In call to configurable '(\w+)'", whole)
+    if called and (match := re.match(missing, text)):
+        name = match[1].removesuffix(".__init__").rsplit(".")[-1]
+        if name == called[1]:  # else a call inside it: a fault of the program's
+            return f"the config sets no value for {name}: {match[2]}"
+    return None
+
+
+def _disk_mistake(error: OSError, text: str, argv: Sequence[str]) -> str | None:
+    match = re.match(r"\[Errno (\d+)\] ([^:]*)(?:: (.*))?", text, re.DOTALL)
+    number = error.errno or (int(match[1]) if match else None)
+    if number is None or number not in DISK:
+        return None
+    quoted = match[3].strip("'\"") if match and match[3] else None
+    path = error.filename or quoted or _workdir(argv)
+    return f"{path}: {os.strerror(number)}"
+
+
+def _workdir(argv: Sequence[str]) -> str:
+    """The folder in question where the error names none."""
+    named = [a.split("=", 1)[1] for a in argv if a.startswith("--workdir=")]
+    return named[-1] if named else "writing"

@@ -1,0 +1,54 @@
+"""`moe plan`: what a config needs on a TPU slice, by the real compiler, without a TPU."""
+
+import json
+import os
+from pathlib import Path
+import re
+import subprocess
+import sys
+import tempfile
+
+from moe.errors import UserError
+from moe.planning.chips import Topology
+from moe.planning.report import compiled_report
+
+
+def run(flags) -> int:
+    """Print the answer; 0 whether it fits or not. `--json` also writes it."""
+    try:
+        topology = Topology.read(flags.topology)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.json"
+        # In a process and environment of its own: the compiler may end it, and JAX with libtpu
+        # would look for a TPU.
+        words = [str(path), topology.name, str(flags.vocab_size), str(flags.tries)]
+        words += [*flags.gin_file, "--", *flags.gin_bindings]
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+        environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several plans at a time
+        done = subprocess.run(
+            [sys.executable, "-m", "moe.planning.worker", *words],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    last = why(done.stderr) or f"exit status {done.returncode}"
+    if "error" in found:
+        raise UserError(found["error"])
+    if not found:
+        raise UserError(f"the plan could not be made: {last}")
+    if done.returncode:
+        found["reason"] = f"the compiler stopped by an error of its own: {last[:300]}"
+    if flags.json:
+        Path(flags.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(compiled_report(found))
+    return 0
+
+
+def why(stderr: str) -> str:
+    """The last line that names an error, else the last one."""
+    lines = stderr.strip().splitlines()
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|F\d{4})\b", line)]
+    return (named or lines or [""])[-1]

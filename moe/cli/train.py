@@ -1,0 +1,84 @@
+"""`moe train`: a run from a configuration, and the summary at its end."""
+
+import json
+from pathlib import Path
+import shutil
+from typing import Any
+
+from moe import settings
+from moe.errors import attempted
+from moe.machine import processes
+from moe.runs.storage.folder import RunFolder
+
+
+def run(flags) -> int:
+    """Train or continue; 0 when the run is complete, 128 + the signal when it was interrupted."""
+    settings.load(flags.gin_file, flags.gin_bindings)
+    processes.join(flags.processes, flags.coordinator, flags.process)
+    from moe.runs.train import train
+
+    summary = train(flags.workdir)
+    if summary.get("interrupted"):
+        return 128 + summary["signal"] if summary["signal"] else 0
+    if not processes.is_first():
+        return 0
+    samples = summary.pop("samples")
+    if flags.json:
+        Path(flags.json).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    folder = RunFolder(flags.workdir)
+    print(attempted("report", print, report, summary, samples, folder) or f"see {folder.summary}")
+    return 0
+
+
+def report(summary: dict[str, Any], samples: list[str], folder: RunFolder) -> str:
+    """The last screen of a run."""
+    lines = [
+        *bars(summary),
+        "",
+        f"parameters   {summary['parameters_total']:,} total, "
+        f"{summary['parameters_active']:,} active for a token",
+        f"speed        {summary['tokens_per_second']:,.0f} tokens/s; "
+        f"{summary['train_seconds']:.0f} s of training, {summary['wall_seconds']:.0f} s in all",
+        f"utilisation  {summary['effective_utilisation']:.2f} of this machine's measured "
+        f"{summary['matmul_peak_flops'] / 1e9:,.0f} GFLOP/s (kept work only; "
+        f"{summary['utilisation']:.2f} with what was dropped)",
+        f"memory       {summary['peak_memory_bytes'] / 2**20:,.0f} MiB at its peak",
+        f"written to   {folder.path}: {', '.join(sorted(_files(folder)))}",
+    ]
+    if folder.picture.exists():
+        lines.append(f"to look at   {folder.picture}: the loss, the loads, what each expert reads")
+    if samples:
+        width = min(shutil.get_terminal_size().columns, 100)
+        shown = samples[0].strip("\n").splitlines()[:16]
+        lines += ["", "a sample:", *("  | " + line[:width] for line in shown)]
+    return "\n".join(lines)
+
+
+def bars(summary: dict[str, Any]) -> list[str]:
+    """The model beside what compressors reach; of masked tokens, which see both sides, alone."""
+    if summary["objective"] == "MaskedToken":
+        value = f"{summary['val_bits_per_byte']:.3f}"
+        return [
+            "",
+            f"bits per byte of hidden tokens of held-out text: {value} (lower is better; each is "
+            "seen from both sides, which no compressor does)",
+        ]
+    marks = {"this model": summary["val_bits_per_byte"], **summary["baselines"]}
+    widest = max(marks.values()) or 1.0
+    lines = ["", "bits per byte of held-out text (lower is better)"]
+    for name, value in sorted(marks.items(), key=lambda mark: mark[1]):
+        bar = "#" * round(40 * value / widest)
+        lines.append(f"  {name:<12}{value:6.3f}  {bar}")
+    scored, there = summary["val_bytes"], summary["held_out_bytes"]
+    if scored < there and len(marks) > 1:
+        lines.append(f"  (this model on {scored:,} of {there:,} held-out bytes, the rest on all)")
+    return lines
+
+
+def _files(folder: RunFolder) -> list[str]:
+    """What a reader may open."""
+    return [
+        path.name + ("/" if path.is_dir() else "")
+        for path in folder.path.iterdir()
+        if not path.name.startswith(".")
+    ]

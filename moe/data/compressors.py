@@ -1,0 +1,153 @@
+"""What bits per byte cost without learning a language model: the marks that a run must beat.
+
+A compressor's figure is conditional, as a trained model's is: 8 (C(train + val) - C(train)) /
+|val|, where C counts the bytes of the compressed text. Of large corpora (over 14 MiB to
+learn from, 2 MiB held out) a sample of the documents is compressed.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+import dataclasses
+import functools
+import hashlib
+import json
+import lzma
+from pathlib import Path
+import time
+from typing import TYPE_CHECKING
+import zlib
+
+import numpy as np
+
+from moe.data.corpora.corpus import Part
+from moe.data.shards import ShardPart
+from moe.data.text import PreparedData
+from moe.data.tokens.cache import write_atomically
+from moe.errors import UserError
+
+if TYPE_CHECKING:
+    from routing.records import TokenSequence
+
+MAX_DICTIONARY = 1 << 24  # bytes: all that is compressed
+VERSION = 3  # raise when a figure's definition changes
+# Of larger corpora a sample of the documents stands for all: xz takes a second for each 2 MB, and
+# 11 bytes of memory for each that it sees.
+MOST_TRAINING, MOST_VALIDATION = 14 << 20, 2 << 20
+Say = Callable[[str], None]
+
+
+def baselines(data: PreparedData, say: Say = lambda line: None) -> dict[str, float]:
+    """Bits per byte of the validation split: `unigram` (over the run's tokens), `gzip`, `xz`.
+
+    Compressed once for each corpus and split, and kept in the cache folder by their hashes.
+    """
+    unigram = unigram_baseline(
+        data.train.token_N,
+        data.validation.token_N,
+        vocab_size=data.tokenizer.vocab_size,
+        document_id=data.tokenizer.document_id,
+        validation_bytes=data.info.validation_bytes,
+    )
+    key = [VERSION, data.train_part.sha256, data.validation_part.sha256]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    path = data.cache_dir / "baselines" / f"{name}.json"
+    if (known := _read(path)) is None:
+        part = data.train_part
+        make = part.sample if isinstance(part, ShardPart) else functools.partial(sample, part)
+        train = make(MOST_TRAINING)
+        validation = sample(data.validation_part, MOST_VALIDATION)
+        say(f"compressing {(len(train) + len(validation)) / 1e6:,.1f} MB for comparison")
+        known = compressor_baselines(train, validation, say)
+        write_atomically(path, json.dumps(known).encode())
+    return {"unigram": unigram} | known
+
+
+def sample(part: Part, most: int) -> bytes:
+    """The texts one after the other, or of more than `most` bytes so many, from all over them.
+
+    Documents in a fixed random order, as many as are needed: a beginning would be of one corpus of
+    a mixture, or one folder.
+    """
+    chosen_M = np.flatnonzero(part.chosen)
+    size_M = np.array([part.entries[int(m)].num_bytes for m in chosen_M], np.int64)
+    order_M = np.random.default_rng(0).permutation(len(chosen_M))
+    enough = np.searchsorted(np.cumsum(size_M[order_M]), most) + 1
+    taken = np.zeros(len(part.chosen), bool)
+    taken[chosen_M[order_M[:enough]]] = True
+    texts = dataclasses.replace(part, chosen=taken.tolist()).texts()
+    return b"".join(text.encode("utf-8") for text in texts)[:most]
+
+
+def unigram_baseline(
+    train_N: "TokenSequence",
+    validation_N: "TokenSequence",
+    *,
+    vocab_size: int,
+    document_id: int,
+    validation_bytes: int,
+) -> float:
+    """Bits per byte of the add-one smoothed token frequencies of the training split.
+
+    Document tokens are left out: no model is asked to predict them at evaluation.
+    """
+    train_V, validation_V = (counts(token_N, vocab_size) for token_N in (train_N, validation_N))
+    train_V, validation_V = (np.delete(count_V, document_id) for count_V in (train_V, validation_V))
+    bits_V = -np.log2((train_V + 1) / (train_V + 1).sum())
+    return float(validation_V @ bits_V / validation_bytes)
+
+
+def counts(token_N: "TokenSequence", vocab_size: int) -> np.ndarray:
+    """How often each token occurs, int64 (V,), in pieces: a whole file need not be in memory."""
+    count_V = np.zeros(vocab_size, np.int64)
+    for start in range(0, len(token_N), 1 << 22):
+        count_V += np.bincount(token_N[start : start + (1 << 22)], minlength=vocab_size)
+    return count_V
+
+
+def compressor_baselines(
+    train_bytes: bytes, validation_bytes: bytes, say: Say = lambda line: None
+) -> dict[str, float]:
+    """Conditional bits per byte of `gzip` (level 9) and `xz` (preset 9, dictionary over all).
+
+    About 6 s for 11 MB on two cores.
+    """
+    if not validation_bytes:
+        raise UserError("the validation text is empty: there is nothing to compress")
+    both = train_bytes + validation_bytes
+    with ThreadPoolExecutor(3) as pool:  # the compressors release the interpreter's lock
+        jobs = {
+            "gzip": pool.submit(_gzip_extra, train_bytes, validation_bytes),
+            "xz of all": pool.submit(_xz_size, both, len(both)),
+            "xz of the training text": pool.submit(_xz_size, train_bytes, len(both)),
+        }
+        names = {job: name for name, job in jobs.items()}
+        started = time.monotonic()
+        for number, job in enumerate(as_completed(names), start=1):
+            if (seconds := time.monotonic() - started) > 5:
+                say(f"compressed {number} of {len(jobs)}: {names[job]}, {seconds:.0f} s")
+    xz = jobs["xz of all"].result() - jobs["xz of the training text"].result()
+    extra = {"gzip": jobs["gzip"].result(), "xz": xz}
+    return {name: 8 * size / len(validation_bytes) for name, size in extra.items()}
+
+
+def _gzip_extra(train: bytes, validation: bytes) -> int:
+    """Bytes that the validation text adds. The copy spares a second pass over the training text."""
+    compressor = zlib.compressobj(9)
+    compressor.compress(train)
+    alone = compressor.copy()
+    more = compressor.compress(validation)
+    return len(more) + len(compressor.flush()) - len(alone.flush())
+
+
+def _xz_size(text: bytes, span: int) -> int:
+    """Bytes of the raw LZMA2 stream (no container), with a dictionary that holds `span` bytes."""
+    size = min(max(4096, 1 << (span - 1).bit_length()), MAX_DICTIONARY)
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": size}]
+    return len(lzma.compress(text, lzma.FORMAT_RAW, filters=filters))
+
+
+def _read(path: Path) -> dict[str, float] | None:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None

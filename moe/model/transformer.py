@@ -1,0 +1,316 @@
+"""The transformer: embeddings, stacks of blocks, a head. Dense where it has no MoE layer.
+
+B batch, T tokens, D model width, V vocabulary, L sparse layers, H heads.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+import functools
+
+from flax import nnx
+import gin
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from layers.attention import Attention
+from layers.block import Block
+from layers.constrain import constrain
+from layers.experts.feed_forward import FeedForward
+from layers.linear import linear
+from layers.mixture_of_depths import DepthBlock
+from layers.moe_layer import MoELayer
+from layers.norms import RMSNorm
+from layers.positions import POSITIONS, LearnedPositions, Positions, sinusoidal
+from layers.stack import REMAT, Remat, Stack, moe_layers
+from layers.tokens import Tokens
+from routing import (
+    Causality,
+    MixtureOfDepths,
+    RouterOutput,
+    RouterStats,
+    Sizes,
+    TrainingText,
+    WholeStep,
+)
+from routing.parameters import normal, parameter, truncated_normal
+from routing.ranges import Count, Natural
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@nnx.dataclass
+class ModelOutput(nnx.Pytree):
+    """hidden_BTD is normalised, ready for `Transformer.logits`.
+
+    routers is stacked over sparse layers, depths over the layers that only some tokens go through.
+    """
+
+    hidden_BTD: Float[Array, "B T D"] = nnx.data()
+    routers: RouterOutput | None = nnx.data(default=None)
+    depths: RouterOutput | None = nnx.data(default=None)
+
+
+def runs_of_layers(kinds: Iterable) -> list[tuple[tuple, int]]:
+    """(pattern, repeats) pairs that spell out the layers: the fewest traced blocks first.
+
+    [0,1,0,1] is one run of (0,1) twice; [0,1,1,1] is (0) once, then (1) three times.
+    """
+    layers = tuple(kinds)
+    for period in range(1, len(layers) // 2 + 1):
+        if len(layers) % period == 0 and layers[:period] * (len(layers) // period) == layers:
+            return [(layers[:period], len(layers) // period)]
+    runs: list[tuple[tuple, int]] = []
+    for kind in layers:
+        if runs and runs[-1][0] == (kind,):
+            runs[-1] = ((kind,), runs[-1][1] + 1)
+        else:
+            runs.append(((kind,), 1))
+    return runs
+
+
+def stacks_of(kinds: Iterable[tuple], make_block, remat: Remat, scan: bool) -> list[Stack]:
+    """The layers, each made by make_block(*kind)."""
+    stacks, first = [], 0
+    for pattern, repeats in runs_of_layers(kinds):
+
+        def make_blocks(pattern=pattern):
+            return [make_block(*kind) for kind in pattern]
+
+        stacks.append(Stack(make_blocks, repeats, first, remat, scan))
+        first += len(pattern) * repeats
+    return stacks
+
+
+def learned_positions(positions, max_length: int | None, d_model: int) -> LearnedPositions | None:
+    """Where positions are learned; raise ValueError where it is not said how many."""
+    if positions != "learned":
+        return None
+    if max_length is None:
+        raise ValueError("learned positions need Transformer.max_length")
+    return LearnedPositions(max_length, d_model)
+
+
+@gin.configurable
+class Transformer(nnx.Module):
+    """A decoder, or with causal=False an encoder for masked tokens.
+
+    Args:
+        vocab_size: V, given by the tokenizer and the objective.
+        causal: given by the objective.
+        text: given by the data, for routers that count in it before training.
+        d_model: D.
+        num_layers: all layers, dense and sparse.
+        num_heads: H; D / 64, at least 1, where None.
+        moe: `MoELayer`, or None for the dense model.
+        moe_every: layers n-1, 2n-1, ... (from 0) are sparse.
+        moe_layers: exactly these layers (from 0) are sparse; then moe_every must be 1.
+        depth_router: `MixtureOfDepths`, which lets only some tokens through a layer; None for all.
+        depth_every: layers n-1, 2n-1, ... (from 0) have one.
+        positions: rotary, alibi, learned, sinusoidal or none.
+        max_length: tokens per sequence at most; needed by learned positions alone.
+        norm, feed_forward, attention, block: the classes that layers are made of.
+        tie_embeddings: the head is the embedding's transpose.
+        remat: what the backward pass recomputes: none, full, dots or dots_with_batch. What the
+            routers decided is always kept.
+        compute_dtype: of matmuls and activations; parameters, routers and losses are float32.
+        scan: loop over equal layers (compiles once) or unroll them.
+        allow_leaks: a decoder may have a router that sees the future, to measure what that seems
+            to gain; it can't generate text.
+
+    Raises:
+        ValueError: sizes that don't fit each other; a router that can't be causal in a decoder.
+    """
+
+    def __init__(
+        self,
+        vocab_size: Count,
+        causal: bool = True,
+        text: TrainingText | None = None,
+        d_model: Count = 128,
+        num_layers: Count = 4,
+        num_heads: Count | None = None,
+        moe: Callable[..., MoELayer] | None = None,
+        moe_every: Count = 1,
+        moe_layers: Sequence[Natural] | None = None,
+        depth_router: Callable[[Sizes], MixtureOfDepths] | None = None,
+        depth_every: Count = 2,
+        positions: Positions = "rotary",
+        max_length: Count | None = None,
+        norm: Callable[[int], nnx.Module] = RMSNorm,
+        feed_forward: Callable[..., FeedForward] = FeedForward,
+        attention: Callable[..., Attention] = Attention,
+        block: Callable[..., Block] = Block,
+        tie_embeddings: bool = True,
+        remat: Remat = "none",
+        compute_dtype: str = "float32",
+        scan: bool = True,
+        allow_leaks: bool = False,
+    ):
+        check_choice("positions", positions, POSITIONS)
+        check_choice("remat", remat, REMAT)
+        check_choice("compute_dtype", compute_dtype, tuple(DTYPES))
+        is_moe = sparse_layers(num_layers, moe is not None, moe_every, moe_layers)
+        self.vocab_size, self.d_model, self.causal = vocab_size, d_model, causal
+        is_deep = sparse_layers(num_layers, depth_router is not None, depth_every, None, "depth")
+        self.is_moe, self.positions, self.compute_dtype = is_moe, positions, compute_dtype
+        self.embedding_VD = parameter((vocab_size, d_model), ("vocab", "embed"), normal(0.02))
+        self.learned = learned_positions(positions, max_length, d_model)
+        scale = 0.5 / num_layers
+        make_attention = functools.partial(
+            attention,
+            num_heads=num_heads or max(1, d_model // 64),
+            positions=positions,
+            causal=causal,
+            out_scale=scale,
+        )
+        make_dense = functools.partial(feed_forward, out_scale=scale)
+        given = {"vocab_size": vocab_size, "text": text, "out_scale": scale}
+        make_moe = moe and functools.partial(moe, **given, sparse_layers=sum(is_moe))
+        sizes = Sizes(d_model, 1, vocab_size, text)
+
+        def make_block(sparse, deep):
+            kind = make_moe if sparse else make_dense
+            made = block(d_model, make_attention, kind, norm=norm)
+            return DepthBlock(made, depth_router(sizes)) if depth_router and deep else made
+
+        kinds = zip(is_moe, is_deep, strict=True)
+        self.stacks = nnx.List(stacks_of(kinds, make_block, remat, scan))
+        self.final_norm = norm(d_model)
+        head = (d_model, vocab_size), ("embed", "vocab"), truncated_normal()
+        self.head_DV = None if tie_embeddings else parameter(*head)
+        self.leak = self._leak() if causal else None
+        if self.leak and not allow_leaks:
+            raise ValueError(self.leak)
+
+    def moe_layers_of_units(self) -> list[MoELayer]:
+        """One representative of the sparse layers of each unit (its parameters are stacked)."""
+        return [layer for stack in self.stacks for layer in moe_layers(stack.unit.blocks)]
+
+    @property
+    def depth_router(self) -> MixtureOfDepths | None:
+        """One of its routers of depth (their parameters are stacked); None where it has none."""
+        layers = [block for stack in self.stacks for block in stack.unit.blocks]
+        return next((b.depth_router for b in layers if isinstance(b, DepthBlock)), None)
+
+    def _leak(self) -> str | None:
+        """How a later token would change an earlier one at evaluation, and what to do instead."""
+        for layer in self.moe_layers_of_units():
+            if layer.capacity.leaks_at_evaluation:
+                return (
+                    f"Capacity.eval_factor={layer.capacity.eval_factor} with priority="
+                    f"{layer.capacity.priority!r} and order={layer.capacity.order!r} lets later "
+                    "tokens evict earlier ones when a decoder is evaluated; leave eval_factor at "
+                    'None, or use priority="position" with order="token-major"'
+                )
+            if layer.router.causality is Causality.NEVER:
+                return (
+                    f"{type(layer.router).__name__} is not causal and has no causal rule for "
+                    f"evaluation (decoding: {layer.router.decoding}); in a decoder use TopK, "
+                    "Switch or Hash, train a bidirectional model with train.objective = "
+                    "@MaskedToken(), or set Transformer.allow_leaks = True to measure the leak"
+                )
+        return None
+
+    def __call__(
+        self, tokens: Tokens | ArrayLike | Sequence, step: WholeStep | None = None
+    ) -> ModelOutput:
+        """Hidden states of every position and what the routers said.
+
+        tokens: or token ids (B, T) or (T,) alone, evaluated as documents without padding.
+        step: whole-step statistics, stacked over sparse layers, in a micro-batch that needs them.
+        """
+        tokens = tokens if isinstance(tokens, Tokens) else Tokens.of(tokens)
+        dtype = DTYPES[self.compute_dtype]
+        x_BTD = self.embedding_VD[...][tokens.token_BT] * (1 / 0.02)
+        if self.learned is not None:
+            x_BTD = x_BTD + self.learned(tokens.position_BT) * (1 / 0.02)
+        elif self.positions == "sinusoidal":
+            x_BTD = x_BTD + sinusoidal(tokens.position_BT, self.d_model)
+        x_BTD = constrain(x_BTD.astype(dtype), "batch", "length", None)
+        tokens = self._before_the_first(tokens)
+        outputs, depths, done = [], [], 0
+        for stack in self.stacks:
+            per_unit = sum(b.is_moe for b in stack.unit.blocks)
+            steps = per_block(step, done, per_unit, stack.repeats)
+            x_BTD, logits_BTE, output, depth = stack(x_BTD, tokens, steps)
+            tokens = dataclasses.replace(tokens, logits_BTE=logits_BTE)
+            done += per_unit * stack.repeats
+            outputs += [] if output is None else [output]
+            depths += [] if depth is None else [depth]
+        hidden_BTD = self.final_norm(x_BTD)  # pyright: ignore[reportCallIssue]
+        return ModelOutput(hidden_BTD, over_layers(outputs), over_layers(depths))
+
+    def _before_the_first(self, tokens: Tokens) -> Tokens:
+        """The tokens with logits of zero, where routers read those of the sparse layer before."""
+        for layer in self.moe_layers_of_units():
+            if layer.router.reads_logits_before:
+                shape = (*tokens.token_BT.shape, layer.router.num_experts)
+                logits_BTE = constrain(jnp.zeros(shape), "batch", "length", None)
+                return dataclasses.replace(tokens, logits_BTE=logits_BTE)
+        return tokens
+
+    def head(self) -> jax.Array:
+        """(D, V) float32: what hidden states are multiplied with."""
+        if self.head_DV is not None:
+            return self.head_DV[...]
+        return self.embedding_VD[...].T / (0.02 * self.d_model**0.5)
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """(B, T, V) float32."""
+        logits_BTV = linear(hidden_BTD, self.head(), dtype=jnp.float32)
+        return constrain(logits_BTV, "batch", None, "vocab")
+
+    def update_router_state(self, stats: RouterStats) -> None:
+        """The routers' state after a step with these statistics (stacked over sparse layers)."""
+        done = 0
+        for stack in self.stacks:
+            per_unit = sum(b.is_moe for b in stack.unit.blocks)
+            stats_per_block = per_block(stats, done, per_unit, stack.repeats)
+            if stats_per_block:
+                stack.update_router_state(stats_per_block)
+            done += per_unit * stack.repeats
+
+
+def over_layers(outputs: list[RouterOutput]) -> RouterOutput | None:
+    """The outputs of several stacks as one over all their layers."""
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *outputs) if outputs else None
+
+
+def per_block(tree, first: int, per_unit: int, repeats: int):
+    """Leaves stacked over sparse layers, cut for one stack: a list, each stacked over repeats."""
+    if tree is None or not per_unit:
+        return None
+    last = first + per_unit * repeats
+    return [
+        jax.tree.map(lambda a, j=j: a[first + j : last : per_unit], tree) for j in range(per_unit)
+    ]
+
+
+def sparse_layers(num_layers, has_moe, every, listed, name="moe") -> tuple[bool, ...]:
+    """Which layers are sparse (or have a depth router); ValueError for a choice that can't be."""
+    if num_layers < 1:
+        raise ValueError(f"Transformer.num_layers={num_layers} must be at least 1")
+    if not has_moe:
+        return (False,) * num_layers
+    if listed is not None:
+        wrong = sorted(set(listed) - set(range(num_layers)))
+        if wrong or every != 1:
+            raise ValueError(
+                f"Transformer.moe_layers={list(listed)} with moe_every={every}: list layers "
+                f"between 0 and {num_layers - 1}, and leave moe_every at 1"
+            )
+        return tuple(layer in listed for layer in range(num_layers))
+    if not 1 <= every <= num_layers:
+        raise ValueError(
+            f"Transformer.{name}_every={every} leaves no such layer among {num_layers}; "
+            f"choose 1 to {num_layers}, or no router at all"
+        )
+    return tuple(layer % every == every - 1 for layer in range(num_layers))
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError unless value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"Transformer.{name}={value!r}: one of {', '.join(choices)}")

@@ -1,0 +1,38 @@
+"""The process that compiles for `moe plan`: it may be stopped by the compiler, its caller not."""
+
+import json
+from pathlib import Path
+import sys
+
+from moe import settings
+from moe.errors import UserError
+from moe.planning.chips import Topology
+from moe.planning.report import counted_report
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def main(path: str, topology: str, vocab_size: str, tries: str, *words: str) -> int:
+    """words: config files, "--", settings. Every new finding replaces what stands in the file.
+
+    What can be counted is printed at once; the compiler's answer is left to the caller.
+    """
+    from moe.planning.plan import plan
+
+    cut = words.index("--")
+    try:
+        settings.load(list(words[:cut]), list(words[cut + 1 :]))
+        findings = plan(Topology.read(topology), int(vocab_size), int(tries), say)
+        for number, found in enumerate(findings):
+            if number == 0:
+                say(counted_report(found))
+            Path(path).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    except UserError as error:
+        Path(path).write_text(json.dumps({"error": str(error)}) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

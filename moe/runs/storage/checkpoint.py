@@ -1,0 +1,274 @@
+"""Checkpoints by Orbax, asynchronous: the last few and the best are kept, the newest read."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import errno
+import logging
+import math
+import os
+from pathlib import Path
+import sys
+from typing import Any
+import warnings
+
+import jax
+
+from moe.errors import UserError
+from moe.training.train_step import TrainState
+
+Say = Callable[[str], None]
+_NEVER_READ = "coroutine '_read_array_index_and_device_put' was never awaited"
+
+
+class Checkpoints:
+    """The checkpoints folder of a run.
+
+    What Orbax leaves to us: a save that failed in the background is raised by `wait` (and by the
+    next save), a step that can't be read is set aside and the one before it is used, and what is
+    restored has the dtypes that were saved.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, read_only: bool = False):
+        import absl.logging
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint.checkpoint_managers import preservation_policy as keeping
+
+        self.folder = folder.absolute()
+        _hush_cancelled_tasks()
+        absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax raises is told once, by us
+        best = keeping.BestN(
+            get_metric_fn=lambda m: m["val_loss"],
+            reverse=True,
+            n=1,
+            keep_checkpoints_without_metrics=False,  # or all that were not evaluated stay
+        )
+        policy = keeping.AnyPreservationPolicy([keeping.LatestN(n=keep), best])
+        options = ocp.CheckpointManagerOptions(
+            create=not read_only,
+            read_only=read_only,
+            preservation_policy=None if read_only else policy,
+            # Without it no metric reaches the disk, and a run that goes on has forgotten its best.
+            best_fn=lambda m: m["val_loss"],
+            best_mode="min",
+        )
+        self._ocp = ocp
+        self._options = options
+        self._manager = _manager_class(ocp)(self.folder, options=options)
+
+    def save(self, state: TrainState, extra: dict[str, Any], val_loss: float | None = None) -> None:
+        """Start writing; returns before it is on disk. `extra` is JSON: the data position."""
+        ocp = self._ocp
+        arrays = ocp.args.StandardSave(as_tree(state))
+        known = val_loss is not None and math.isfinite(val_loss)
+        metrics = {"val_loss": val_loss} if known else None
+        composite = ocp.args.Composite(state=arrays, extra=ocp.args.JsonSave(extra))
+        step = int(state.step)
+        with self._told():
+            if not self._manager.save(step, args=composite, metrics=metrics, force=True):
+                raise UserError(f"the checkpoint of step {step} was not written")
+
+    def wait(self) -> None:
+        """Until every save is on disk; raises what went wrong in the background."""
+        with self._told():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """A disk that is full, say, in one line; Orbax wraps it in errors of several kinds."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            causes = (os.strerror(n) for n in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO))
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            reason = next((cause for cause in causes if cause in str(error)), first)
+            raise UserError(
+                f"a checkpoint can't be written to {self.folder} ({reason}); those before "
+                f"it are whole: {self.steps()}"
+            ) from None
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def restore(
+        self, abstract: TrainState, step: int | None = None, say: Say = lambda line: None
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest state that can be read (or that of `step`), and its extra; None without any.
+
+        abstract: shapes, dtypes and shardings; any mesh will do, whatever the saving one was.
+
+        Raises:
+            UserError: there are checkpoints, but none can be read; or `step` has none.
+        """
+        return self._newest(lambda candidate: self._read(candidate, abstract), step, say)
+
+    def values(
+        self, wanted: dict[str, jax.ShapeDtypeStruct], step: int | None = None, say: Say = print
+    ) -> tuple[dict[str, jax.Array], int] | None:
+        """Some of the newest state's arrays (or those of `step`) by name, and its step.
+
+        wanted: shapes, dtypes and shardings by name, such as `params.embedding_VD`; nothing else
+            is read. Of a `Checkpoints` that reads states of training this can't be asked.
+
+        Raises:
+            UserError: as `restore`; and for names or shapes that are not those of the checkpoint.
+        """
+
+        def read(candidate: int):
+            differs = _differences(wanted, self.shapes(candidate))
+            if differs:
+                raise UserError(f"the checkpoint holds another model: {differs}")
+            ocp = self._ocp
+            arguments = ocp.args.PyTreeRestore(
+                item=wanted,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                partial_restore=True,
+            )
+            found = self._manager.restore(candidate, args=ocp.args.Composite(state=arguments))
+            return found["state"], candidate
+
+        return self._newest(read, step, say)
+
+    def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of a checkpoint's arrays by name."""
+        path = self.folder / str(step) / "state"
+        content: Any = self._ocp.StandardCheckpointer().metadata(path)
+        return {name: tuple(leaf.shape) for name, leaf in content.item_metadata.tree.items()}
+
+    def _newest(self, read: Callable[[int], Any], step: int | None, say: Say) -> Any:
+        """What `read` makes of the newest step that it can (or of `step`); None without any."""
+        steps = self.steps()
+        if step is not None:
+            if step not in steps:
+                raise UserError(f"{self.folder} has no checkpoint of step {step}; it has {steps}")
+            steps = [step]
+        damaged = []
+        for candidate in reversed(steps):
+            try:
+                found = read(candidate)
+            except UserError:
+                raise
+            except Exception as error:  # whatever a damaged file makes the readers raise
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                say(f"the checkpoint of step {candidate} can't be read ({reason[:160]})")
+                damaged.append(candidate)
+                continue
+            self._set_aside(damaged, say)
+            return found
+        if steps:  # they stay where they are, or the next start would train from the first step
+            raise UserError(
+                f"no checkpoint in {self.folder} can be read; restore one from a copy, or choose "
+                "another --workdir to start anew"
+            )
+        return None
+
+    def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        ocp = self._ocp
+        tree = as_tree(abstract)
+        found = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(tree, strict=True), extra=ocp.args.JsonRestore()
+            ),
+        )
+        # By name: a dict's leaves come sorted, a state's fields need not be.
+        leaves = [found["state"][name] for name in tree]
+        return jax.tree.unflatten(jax.tree.structure(abstract), leaves), found["extra"]
+
+    def _set_aside(self, steps: list[int], say: Say) -> None:
+        """Out of Orbax's sight, but not deleted."""
+        if self._options.read_only or not steps:
+            return
+        for step in steps:
+            aside = self.folder.parent / f"damaged-checkpoint-{step}"
+            if not aside.exists():
+                (self.folder / str(step)).rename(aside)
+                say(f"it was set aside as {aside}; going on with the one before it")
+        self._manager.reload()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def _manager_class(ocp: Any) -> Any:
+    class Manager(ocp.CheckpointManager):
+        def metrics(self, step: int) -> dict[str, float] | None:
+            """None for a damaged file, too, for which Orbax would not open the whole folder."""
+            try:
+                found = super().metrics(step)
+                return None if found is None else {"val_loss": float(found["val_loss"])}
+            except (ValueError, TypeError, KeyError):
+                return None
+
+    return Manager
+
+
+def _differences(wanted: dict[str, Any], there: dict[str, tuple[int, ...]]) -> str:
+    """In a few words how the arrays that are wanted are not those that are there."""
+    kinds = {name.split(".")[0] for name in wanted}
+    missing = [name for name in wanted if name not in there]
+    extra = [n for n in there if n.split(".")[0] in kinds and n not in wanted]
+    other = [
+        f"{name} is {there[name]} there, {tuple(want.shape)} here"
+        for name, want in wanted.items()
+        if name in there and there[name] != tuple(want.shape)
+    ]
+    parts = {"missing there": missing, "only there": extra, "other shapes": other}
+    return "; ".join(f"{what}: {_few(names)}" for what, names in parts.items() if names)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def as_tree(state: TrainState) -> dict[str, Any]:
+    """The state as plain containers: optimizer states of any kind are lists of their leaves."""
+    leaves = jax.tree.leaves(state)
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+    return {_name(path): leaf for path, leaf in zip(paths, leaves, strict=True)}
+
+
+def _name(path) -> str:
+    """Such as `params.embedding_VD`; sorts and reads well, and is unique."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+@contextlib.contextmanager
+def opened(folder: Path, keep: int = 2, read_only: bool = False) -> Iterator[Checkpoints]:
+    """Checkpoints that are closed, with every save on disk, when the block ends well."""
+    checkpoints = Checkpoints(folder, keep, read_only)
+    try:
+        yield checkpoints
+        checkpoints.wait()
+    finally:
+        checkpoints.close()
+
+
+def _hush_cancelled_tasks() -> None:
+    """What fails is told once, by us: the cancelled writers and readers of other files say nothing.
+
+    TensorStore would print an exception for each writer (its event loop is gone), Orbax one for
+    each reader that is given up, whenever that is collected, and asyncio what nobody fetched from
+    their tasks: pages of it, at times in the midst of our own line.
+    """
+    before = sys.unraisablehook
+    if getattr(before, "hushes_cancelled_tasks", False):
+        return
+
+    def hook(unraisable):
+        error = unraisable.exc_value
+        writer = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        reader = isinstance(getattr(error, "__cause__", None), GeneratorExit)
+        reader = reader and "reading array index" in str(error)
+        if not (writer or reader or _NEVER_READ in str(error)):
+            before(unraisable)
+
+    hook.hushes_cancelled_tasks = True  # pyright: ignore[reportFunctionMemberAccess]
+    sys.unraisablehook = hook
+    warnings.filterwarnings("ignore", _NEVER_READ)
+    theirs = ("orbax", "OCDBT")
+    logging.getLogger("asyncio").addFilter(
+        lambda record: not any(name in record.getMessage() for name in theirs)
+    )

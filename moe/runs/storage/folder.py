@@ -1,0 +1,160 @@
+"""A run's folder: what lies where, whose it is, and whether it may go on."""
+
+from collections.abc import Iterator
+import contextlib
+import fcntl
+import json
+import os
+from pathlib import Path
+import platform
+import socket
+from typing import Any
+
+from moe.data.tokens.cache import write_atomically
+from moe.data.tokens.tokenizer import Tokenizer
+from moe.errors import UserError
+from moe.settings.read import bindings_of
+
+# Settings that may change when a run goes on: they don't change what a step computes.
+MAY_CHANGE = (
+    "train.steps",
+    "train.stop_at",
+    "train.max_seconds",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep",
+    "train.prompts",
+    "train.eval_bytes",
+    "train.eval_stride",
+    "train.final_eval_bytes",
+    "train.loggers",
+    "train.metrics",
+)
+
+
+class RunFolder:
+    """Names of the files of a run, and the checks before it starts."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config = self.path / "config.gin"
+        self.run = self.path / "run.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.routing = self.path / "routing.jsonl"
+        self.summary = self.path / "summary.json"
+        self.samples = self.path / "samples.txt"
+        self.picture = self.path / "picture.png"
+        self.tensorboard = self.path / "tensorboard"
+        self.tokenizer = self.path / "tokenizer"
+        self.checkpoints = self.path / "checkpoints"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process; UserError where another one has it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise UserError(
+                    f"{self.path} is in use by {holder}; choose another --workdir"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+    @property
+    def steps(self) -> int | None:
+        """How many steps the run here was started for; None where there is none."""
+        if not self.config.exists():
+            return None
+        told = bindings_of(self.config.read_text(encoding="utf-8")).get("train.steps")
+        return int(told) if told and told.isdecimal() else None
+
+    def refuse_another_run(self, config: str, fingerprint: dict[str, Any], steps: int) -> None:
+        """UserError where the folder holds checkpoints of a run with other settings or data.
+
+        steps: those asked for, which may not be fewer than the run has trained.
+        """
+        if not (self.config.exists() and self.checkpoints.exists()):
+            return
+        theirs = json.loads(self.run.read_text())["data"] if self.run.exists() else {}
+        differs = _differences(self.config.read_text(), config)
+        differs += [
+            f"data {name}: {theirs[name]} there, {value} here"
+            for name, value in fingerprint.items()
+            if name in theirs and theirs[name] != value
+        ]
+        trained = [int(p.name) for p in self.checkpoints.iterdir() if p.name.isdecimal()]
+        if trained and max(trained) > steps:
+            differs.append(
+                f"train.steps: {max(trained)} are trained there, {steps} here; give as many or more"
+            )
+        if differs:
+            raise UserError(
+                f"{self.path} holds the checkpoints of another run; choose another --workdir, or "
+                "the same settings to continue it. What differs:\n  " + "\n  ".join(differs)
+            )
+
+    def complete(self, steps: int, max_seconds: float | None) -> dict[str, Any] | None:
+        """The summary of a run that has nothing left to do; None for any other."""
+        if not self.summary.exists():
+            return None
+        found = json.loads(self.summary.read_text())
+        over = max_seconds is not None and found["train_seconds"] > max_seconds
+        saved = (self.checkpoints / str(found["step"])).is_dir()
+        return found if saved and (found["step"] == steps or over) else None
+
+    def begin(self, config: str, run: dict[str, Any], tokenizer: Tokenizer, step: int) -> None:
+        """Write what the run is, and forget what was logged after the step it starts from.
+
+        The summary of an end that it goes beyond becomes summary-STEP.json.
+        """
+        self.write_json(self.run, run)
+        write_atomically(self.config, config.encode())
+        tokenizer.save(self.tokenizer)
+        self._cut_metrics(step)
+        if self.summary.exists():
+            ended = json.loads(self.summary.read_text(encoding="utf-8"))["step"]
+            self.summary.rename(self.path / f"summary-{ended}.json")
+
+    def write_json(self, path: Path, content: Any) -> None:
+        """Whole or not at all."""
+        write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+    def _cut_metrics(self, step: int) -> None:
+        for path in (self.metrics, self.routing):
+            if path.exists():
+                lines = path.read_text().splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("\n") and _step(line) <= step]
+                write_atomically(path, "".join(kept).encode())
+
+
+def _step(line: str) -> int:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # a line that a crash cut short
+        return 2**62
+
+
+def _differences(theirs: str, ours: str) -> list[str]:
+    """Settings of two config texts that are not the same, but for those that may change."""
+    old, new = bindings_of(theirs), bindings_of(ours)
+    return [
+        f"{name}: {old.get(name, 'not set')} there, {new.get(name, 'not set')} here"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not name.endswith(MAY_CHANGE)
+    ]
+
+
+def versions() -> dict[str, str]:
+    """What ran: Python, the libraries, the machine."""
+    import importlib.metadata as metadata
+
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
+    found = {name: metadata.version(name) for name in names}
+    return {"python": platform.python_version(), "machine": platform.machine(), **found}

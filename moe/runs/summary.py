@@ -1,0 +1,78 @@
+"""A run in words and in JSON, before it starts."""
+
+import dataclasses
+from typing import Any
+
+from moe.data.text import PreparedData
+from moe.machine import hardware
+from moe.runs.storage.folder import RunFolder, versions
+from moe.training import assemble
+from moe.training.evaluate import Evaluation
+
+
+def describe(say, built: assemble.Model, text: PreparedData, peak: float, folder: RunFolder):
+    """What is about to be trained, in a few lines."""
+    costs, info = built.costs, text.info
+    layer = built.moe_layer
+    router = "none (dense)"
+    if layer is not None:
+        router = f"{type(layer.router).__name__}; dispatcher: {layer.dispatcher}"
+        if layer.eval_dispatcher != layer.dispatcher:
+            router += f", at evaluation {layer.eval_dispatcher}"
+    losses = ", ".join(f"{c:g} * {n}" for n, c in built.loss_coefficients.items()) or "none"
+    say(
+        f"text: {info.name}, {info.train_bytes:,} bytes to learn from, "
+        f"{info.validation_bytes:,} held out in {info.validation_documents} documents; "
+        f"{info.bytes_per_token:.2f} bytes per token"
+    )
+    say(
+        f"model: {costs.parameters_total:,} parameters, {costs.parameters_active:,} active; "
+        f"{costs.flops_per_token:,} FLOPs per token; router: {router}; router losses: {losses}"
+    )
+    say(
+        f"machine: {hardware.describe_device()}, {peak / 1e9:,.0f} GFLOP/s measured in "
+        f"{built.module.compute_dtype} matmuls; run folder: {folder.path}"
+    )
+
+
+def costs_of(built: assemble.Model) -> dict[str, Any]:
+    """Parameters and FLOPs, for run.json and summary.json."""
+    costs = built.costs
+    return {
+        "parameters_total": costs.parameters_total,
+        "parameters_active": costs.parameters_active,
+        "flops_per_token": costs.flops_per_token,
+    }
+
+
+def describe_run(built, text: PreparedData, seed: int, peak: float) -> dict[str, Any]:
+    """What run.json holds: everything needed to say what this run was."""
+    return {
+        "versions": versions(),
+        "device": hardware.describe_device(),
+        "matmul_peak_flops": peak,
+        "corpus": dataclasses.asdict(text.info),
+        "data": text.fingerprint(),
+        "tokenizer": text.tokenizer.fingerprint,
+        "seed": seed,
+        "router_losses": built.loss_coefficients,
+        **costs_of(built),
+    }
+
+
+def summary_of(
+    result: Evaluation, built: assemble.Model, text: PreparedData, peak: float
+) -> dict[str, Any]:
+    """What was reached, by what, on which text and machine, for summary.json."""
+    return {
+        "objective": type(built.objective).__name__,
+        "val_bits_per_byte": result.bits_per_byte,
+        "val_loss": result.loss,
+        "val_documents": result.documents,
+        "val_bytes": result.bytes,
+        "held_out_bytes": text.info.validation_bytes,
+        **costs_of(built),
+        "corpus": {name: getattr(text.info, name) for name in ("name", "bytes", "sha256")},
+        "matmul_peak_flops": peak,
+        "peak_memory_bytes": hardware.peak_memory_bytes(),
+    }

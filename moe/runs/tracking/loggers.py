@@ -1,0 +1,202 @@
+"""Where else a run's numbers go: TensorBoard, Weights & Biases, MLflow, or a class of one's own.
+
+A logger is fed what metrics.jsonl gets, by the first process alone. One that fails is told of once
+and left out from then on: no run ends for it.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from pathlib import Path
+import secrets
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import gin
+
+from moe.errors import UserError
+from moe.runs.storage.folder import RunFolder
+
+Scalars = Mapping[str, float]
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """What takes the numbers of one start of a run."""
+
+    def scalars(self, step: int, values: Scalars) -> None:
+        """The numbers of a logged step, by name; `step` counts optimizer updates."""
+        ...
+
+    def close(self) -> None:
+        """The run ends or pauses."""
+        ...
+
+
+@runtime_checkable
+class Logger(Protocol):
+    """Settings of a writer, such as `WandB(project="moe")`."""
+
+    def open(self, folder: RunFolder, run: dict[str, Any]) -> Writer:
+        """Start, or go on with what an earlier start of the same run wrote.
+
+        run: what run.json holds.
+
+        Raises:
+            UserError: a package that is missing, or a service that refuses.
+        """
+        ...
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class TensorBoard:
+    """Curves in the run's folder tensorboard/; every run has them."""
+
+    def open(self, folder: RunFolder, run: dict[str, Any]) -> Writer:
+        from tensorboardX import SummaryWriter
+
+        board = SummaryWriter(str(folder.tensorboard))
+
+        def scalars(step, values):
+            for name, value in values.items():
+                board.add_scalar(name, value, step)
+
+        return _Writer(scalars, board.close)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class WandB:
+    """Weights & Biases. Needs the extra `wandb`.
+
+    Attributes:
+        project: where the run is listed.
+        entity: user or team; the account's own where None.
+        name: of the run; the folder's where None.
+        mode: "offline" writes to the run's folder, and `wandb sync` uploads it; "online" needs an
+            account.
+    """
+
+    project: str = "moe"
+    entity: str | None = None
+    name: str | None = None
+    mode: Literal["online", "offline"] = "offline"
+
+    def open(self, folder: RunFolder, run: dict[str, Any]) -> Writer:
+        wandb = _imported("wandb", "wandb")
+        try:
+            made = wandb.init(
+                project=self.project,
+                entity=self.entity,
+                name=self.name or folder.path.resolve().name,
+                id=_identity(folder.path / ".wandb_run", lambda: secrets.token_hex(4)),
+                resume="allow" if self.mode == "online" else None,
+                mode=self.mode,
+                dir=str(folder.path),
+                config=run,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.errors.Error as error:
+            raise UserError(f"WandB.mode={self.mode!r}: {error}") from error
+        return _Writer(lambda step, values: made.log(dict(values), step=step), made.finish)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class MLflow:
+    """MLflow. Needs the extra `mlflow`.
+
+    Attributes:
+        experiment: where the run is listed.
+        name: of the run; the folder's where None.
+        uri: of a tracking server or database; a database in the run's folder where None.
+    """
+
+    experiment: str = "moe"
+    name: str | None = None
+    uri: str | None = None
+
+    def open(self, folder: RunFolder, run: dict[str, Any]) -> Writer:
+        mlflow = _imported("mlflow", "mlflow")
+        import logging
+
+        logging.getLogger("mlflow").setLevel(logging.ERROR)  # of the tables that it makes
+        home = folder.path.resolve()
+        client = mlflow.MlflowClient(self.uri or f"sqlite:///{home / 'mlflow.db'}")
+        try:
+            known = client.get_experiment_by_name(self.experiment)
+            artifacts = None if self.uri else (home / "mlflow").as_uri()
+            experiment = (
+                known.experiment_id
+                if known
+                else client.create_experiment(self.experiment, artifacts)
+            )
+
+            def new_run() -> str:
+                made = client.create_run(experiment, run_name=self.name or home.name)
+                for name, value in run.items():
+                    client.log_param(made.info.run_id, name, str(value)[:500])
+                return made.info.run_id
+
+            run_id = _identity(home / ".mlflow_run", new_run)
+        except mlflow.exceptions.MlflowException as error:
+            raise UserError(f"MLflow.uri={self.uri!r}: {error}") from error
+
+        def scalars(step, values):
+            batch = [mlflow.entities.Metric(n, v, 0, step) for n, v in values.items()]
+            client.log_batch(run_id, metrics=batch)
+
+        return _Writer(scalars, lambda: client.set_terminated(run_id))
+
+
+class _Writer:
+    """Two functions as a writer."""
+
+    def __init__(self, scalars: Callable[[int, Scalars], None], close: Callable[[], None]):
+        self._scalars, self._close = scalars, close
+
+    def scalars(self, step: int, values: Scalars) -> None:
+        self._scalars(step, values)
+
+    def close(self) -> None:
+        self._close()
+
+
+class Fed:
+    """The writers of a run; one that fails is told of, closed to further numbers, and forgotten."""
+
+    def __init__(self, writers: Mapping[str, Writer], say: Callable[[str], None]):
+        self._writers, self._say = dict(writers), say
+
+    def scalars(self, step: int, values: Scalars) -> None:
+        for name in list(self._writers):
+            self._guarded(name, lambda writer: writer.scalars(step, values))
+
+    def close(self) -> None:
+        for name in list(self._writers):
+            self._guarded(name, lambda writer: writer.close())
+
+    def _guarded(self, name: str, call: Callable[[Writer], None]) -> None:
+        try:
+            call(self._writers[name])
+        except Exception as error:  # of a service or a package that is not ours
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            self._say(f"{name} takes no more numbers ({first}); the run goes on")
+            del self._writers[name]
+
+
+def _imported(module: str, extra: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(
+            f"this logger needs a package that is not there: pip install 'moe-routing[{extra}]'"
+        ) from None
+
+
+def _identity(path: Path, make: Callable[[], str]) -> str:
+    """A run's name in a service, kept beside the run so that a later start goes on with it."""
+    if not path.exists():
+        path.write_text(make(), encoding="utf-8")
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,145 @@
+"""What is done with a step's metrics: checked, shown, and written to the logs."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+from moe.errors import UserError
+from moe.runs.storage.checkpoint import Checkpoints
+from moe.runs.tracking import progress
+from moe.runs.tracking.logs import Logs
+from moe.runs.tracking.throughput import Clock
+from moe.training import metrics
+from moe.training.assemble import Model
+from moe.training.evaluate import Evaluation
+from moe.training.train_step import StepMetrics
+
+# A function of a step's routing (None for a dense model) and numbers, which gives further numbers.
+Metric = Callable[[metrics.Routing | None, dict[str, float]], dict[str, float]]
+
+
+class TrainingDiverged(UserError):
+    """The loss, its gradient or an update is no longer a number."""
+
+
+@dataclasses.dataclass
+class Recorder:
+    """Reads the metrics of steps, each when the next is under way, so that no device waits for it.
+
+    logs: None in all but the first process.
+    rate_N: the learning rate of every step. Not a JAX function: it would be queued behind the step
+        that runs, and the log would wait for it.
+    """
+
+    built: Model
+    clock: Clock
+    display: progress.Display
+    logs: Logs | None
+    saves: Checkpoints
+    rate_N: np.ndarray
+    own_metrics: Sequence[Metric]
+    log_every: int
+    _waiting: tuple[int, StepMetrics] | None = dataclasses.field(default=None, init=False)
+
+    def step(self, step: int, measured: StepMetrics) -> None:
+        """Read the step before this one, which waits; raise as `read` does."""
+        self.read()
+        self._waiting = step, measured
+
+    def read(self, last: bool = False) -> None:
+        """Check the step that waits, if one does, and show and log it when its turn has come.
+
+        last: no step follows, so that it is this one's turn.
+
+        Raises:
+            TrainingDiverged: something is not finite; names the last good checkpoint.
+        """
+        if self._waiting is None:
+            return
+        (step, measured), self._waiting = self._waiting, None
+        measured = jax.device_get(measured)
+        seconds = self.clock.tick()
+        with self.clock.logging():
+            require_finite(step, measured, self.saves)
+            slow = None if seconds is None else self.clock.pace.slow(seconds)
+            if slow:
+                self.display.say(f"step {step} {slow}")
+            if step % self.log_every == 0 or step == len(self.rate_N) or last:
+                self._log(step, measured)
+
+    def _log(self, step: int, measured: StepMetrics) -> None:
+        routing = metrics.Routing.of(measured.routers) if measured.routers else None
+        scalars = self._scalars(step, measured, routing)
+        kind = self.built.kind
+        line = progress.line(scalars, metrics.health(routing, kind), loads=kind == metrics.CHOICES)
+        self.display.update(step, line, self.clock.left)
+        if self.logs is not None:
+            self.logs.scalars(step, scalars)
+            if routing is not None:
+                self.logs.routing(routing.arrays(step))
+
+    def _scalars(self, step, measured, routing: metrics.Routing | None) -> dict[str, float]:
+        nats, num_bytes = float(measured.text_nats), int(measured.text_bytes)
+        told = {"bits_per_byte": metrics.bits_per_byte(nats, num_bytes)} if num_bytes else {}
+        scalars = {
+            "loss": float(measured.loss),
+            **told,  # a step may score document tokens alone
+            "learning_rate": float(self.rate_N[step - 1]),
+            **{f"grad_norm/{k}": float(v) for k, v in measured.grad_norms.items()},
+            "update_norm": float(measured.update_norm),
+            **self.clock.speed(routing),
+        }
+        if routing is not None:
+            scalars |= metrics.routing_scalars(
+                routing, self.built.loss_coefficients, self.built.kind
+            )
+        if measured.depths is not None:
+            scalars |= {f"depth/{name}": float(v.mean()) for name, v in measured.depths.items()}
+        assert len(scalars) <= metrics.MOST_SCALARS, sorted(scalars)
+        for metric in tuple(self.own_metrics):
+            scalars |= self._own(metric, routing, dict(scalars))
+        return scalars
+
+    def _own(self, metric: Metric, routing, scalars) -> dict[str, float]:
+        """A user's numbers; a function that fails is told of once, and left out from then on."""
+        try:
+            return {str(key): float(value) for key, value in metric(routing, scalars).items()}
+        except Exception as error:  # of code that is not ours
+            name = getattr(metric, "__name__", str(metric))
+            self.display.say(f"train.metrics: {name} is left out: {type(error).__name__}: {error}")
+            self.own_metrics = [one for one in self.own_metrics if one is not metric]
+            return {}
+
+    def held_out(self, step: int, part: Evaluation) -> None:
+        """An evaluation between two steps."""
+        self.display.say(f"step {step} held out: {part.bits_per_byte:.3f} bits per byte")
+        if self.logs is not None:
+            self.logs.scalars(step, {"val/loss": part.loss, "val/bpb": part.bits_per_byte})
+
+
+def require_finite(step: int, measured: StepMetrics, saves: Checkpoints) -> None:
+    """Raise TrainingDiverged with the layers' statistics and the last good checkpoint."""
+    norms = {f"gradient norm ({name})": value for name, value in measured.grad_norms.items()}
+    values = {"loss": measured.loss, **norms, "update norm": measured.update_norm}
+    broken = [name for name, value in values.items() if not math.isfinite(float(value))]
+    if not broken:
+        return
+    saves.wait()
+    good = saves.steps()
+    told = []
+    if measured.routers:
+        routing = metrics.Routing.of(measured.routers)
+        told = [
+            f"layer {i}: load {load:.2f}, dropped {dropped:.1%}, router logits {size:.3g}"
+            for i, (load, dropped, size) in enumerate(
+                zip(routing.load_L, routing.dropped_L, routing.logit_size_L, strict=True)
+            )
+        ]
+    where = f"{saves.folder} holds step {good[-1]}" if good else "there is no checkpoint yet"
+    raise TrainingDiverged(
+        f"step {step}: not finite: {', '.join(broken)}; the last good checkpoint: {where}. "
+        "Lower the learning rate or clip_norm.\n  " + "\n  ".join(told)
+    )

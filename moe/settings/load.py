@@ -1,0 +1,265 @@
+"""Gin configuration: checked whole before it takes effect, and written so that it can be repeated.
+
+`load` replaces the whole configuration; `operative` is the text that rebuilds a run; `unused`
+names the settings that a run would ignore. gin's registry has no public reader, so this module
+and gin_check read the private `_REGISTRY`, `_CONFIG` and `_OPERATIVE_CONFIG` of gin 0.5.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+import importlib
+import math
+import os
+from pathlib import Path
+import sys
+import traceback
+
+import gin
+from gin import config as gin_config
+from gin import config_parser
+
+from moe.errors import Problems, UserError
+from moe.settings import check, read
+from moe.settings.read import find, shipped, shipped_names
+
+__all__ = ["find", "load", "operative", "shipped", "shipped_names", "unused"]
+
+HEADER = """\
+# The whole configuration of a run. To run it again, with this file as config.gin:
+#   moe train --gin_file=config.gin --workdir=NEW_FOLDER
+"""
+Bindings = dict[tuple[str, str], dict[str, object]]  # (scope, selector) -> parameter -> value
+_by_hand: set[str] = set()  # settings that came with --gin_bindings
+
+
+def load(
+    gin_files: Sequence[str],
+    gin_bindings: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> None:
+    """Makes the files, then the bindings, the whole configuration; later settings win.
+
+    `say` is told of settings that look as if they were meant to win and don't.
+
+    Raises UserError with one line for every problem of any of them, and then changes nothing
+    (but for the modules that the files import, which may define configurables of their own).
+    """
+    importlib.import_module("moe.cli.configurables")
+    reading = read.read(gin_files, gin_bindings)
+    problems = [*reading.problems, *_import(reading), *check.problems(reading.settings)]
+    if problems:
+        raise Problems(problems)
+    for line in replaced_by_runs(reading):
+        say(line)
+    gin.clear_config()
+    _by_hand.clear()
+    for _, statement in reading.imports:
+        gin.parse_config(statement.format())  # on record, for `operative`
+    for setting in reading.settings:
+        target = (setting.scope, setting.selector, setting.parameter)
+        key = target if setting.parameter else (setting.key, check.MACRO, "value")
+        gin.bind_parameter(key, _gin_value(setting.value))
+        if setting.parameter and setting.where.startswith("--gin_bindings"):
+            selector = check.resolve(setting.selector)
+            _by_hand.add(_name(setting.scope, str(selector), setting.parameter))
+
+
+def replaced_by_runs(reading: read.Reading) -> Iterator[str]:
+    """Of every file that is a whole run and comes after others: what it replaces of theirs.
+
+    A part, such as a router's file, belongs behind the run that it changes.
+    """
+    for at, (name, first, last) in enumerate(reading.files):
+        own = {setting.key: setting for setting in reading.settings[first:last]}
+        if "train.data" not in own:
+            continue
+        for before, start, end in reading.files[:at]:
+            lost = [
+                f"{s.key} = {s.value!r} by {own[s.key].value!r}"
+                for s in reading.settings[start:end]
+                if s.key in own and own[s.key].value != s.value
+            ]
+            if lost:
+                yield (
+                    f"{name} is a whole run, comes after {before} and replaces its "
+                    f"{'; '.join(lost)}; name it first if {before} is to change it"
+                )
+
+
+def _import(reading: read.Reading) -> Iterator[str]:
+    """Runs the imports that the texts ask for; a module may lie beside its config file."""
+    for folder in (Path.cwd(), *reading.folders):
+        if reading.imports and str(folder) not in sys.path:
+            sys.path.append(str(folder))  # last: it shadows no installed package
+    for where, statement in reading.imports:
+        if statement.module.startswith(read.FEATURE):
+            yield f"{where}: {statement.format()}: import the module that defines the configurable"
+            continue
+        try:
+            _import_one(statement)
+        except Exception as error:
+            yield f"{where}: {statement.format()}: {_cause(error)}"
+
+
+def _import_one(statement: config_parser.ImportStatement) -> None:
+    """As gin does it: `from a import b` imports the module a.b."""
+    importlib.import_module(statement.module)
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong in a user's module, and on which line of it."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error} beside this file, in the current folder or on PYTHONPATH"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    own = not frame.filename.startswith("<") and frame.filename != __file__
+    place = f" ({os.path.relpath(frame.filename)}:{frame.lineno})" if own else ""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{place}"
+
+
+def _gin_value(value: object) -> object:
+    """The value as gin's own parser would have built it."""
+    delegate = gin_config.ParserDelegate()
+    match value:
+        case read.Reference(name, called):
+            return delegate.configurable_reference(name, called)
+        case read.Macro(name):
+            return delegate.macro(name)
+        case dict():
+            return {_gin_value(k): _gin_value(v) for k, v in value.items()}
+        case list() | tuple():
+            return type(value)(_gin_value(item) for item in value)
+    return value
+
+
+def operative() -> str:
+    """The text that rebuilds this run: every setting, used or not, and the defaults in force.
+
+    gin.operative_config_str() leaves out unused settings, and infinities and objects bound from
+    Python. Here infinities are written; what has no text raises UserError.
+    Macros that nothing reads any more are left out, since `load` refuses them.
+    """
+    imports = sorted(statement.format() for statement in gin_config._IMPORTS)
+    macros, settings = [], []
+    for name, value in _rows(_without_dead_macros(gin_config._CONFIG)):
+        if (text := _text(value)) is None:
+            raise UserError(
+                f"{name} = {value!r} has no gin text, so this run could not be repeated; bind a "
+                "number, a string, a list, a dict or a @reference"
+            )
+        (settings if "." in name else macros).append(f"{name} = {text}")
+    defaults = [f"{name} = {_text(value)}" for name, value in _rows(_defaults())]
+    blocks = [imports, macros, settings, defaults and ["# Defaults in force:", *defaults]]
+    return "\n".join([HEADER, *("\n".join([*block, ""]) for block in blocks if block)])
+
+
+def _rows(bindings: Bindings) -> list[tuple[str, object]]:
+    """Names as a config writes them, `scope/Name.parameter` or `macro`, in order."""
+    rows = []
+    for (scope, selector), values in bindings.items():
+        for parameter, value in values.items():
+            rows.append((_name(scope, selector, parameter), value))
+    return sorted(rows, key=lambda row: row[0])
+
+
+def _name(scope: str, selector: str, parameter: str) -> str:
+    if selector == check.MACRO:
+        return scope
+    short = gin_config._REGISTRY.minimal_selector(selector)
+    return f"{scope}/{short}.{parameter}" if scope else f"{short}.{parameter}"
+
+
+def _without_dead_macros(bindings: Bindings) -> Bindings:
+    """A macro is alive while a setting, or a living macro, reads it."""
+    while True:
+        references = gin_config.iterate_references(bindings)
+        read = ["/".join(r.scopes) for r in references if r.config_key[1] == check.MACRO]
+        alive = {
+            key: values
+            for key, values in bindings.items()
+            if key[1] != check.MACRO or any(f"{n}/".startswith(f"{key[0]}/") for n in read)
+        }
+        if len(alive) == len(bindings):
+            return alive
+        bindings = alive
+
+
+def _defaults() -> Bindings:
+    """Defaults that calls took where nothing was bound."""
+    found: Bindings = {}
+    with gin_config._OPERATIVE_CONFIG_LOCK:
+        calls = {key: dict(values) for key, values in gin_config._OPERATIVE_CONFIG.items()}
+    for (scope, selector), values in calls.items():
+        if selector.startswith("gin."):
+            continue
+        bound = {parameter for _, parameter in _effective(scope, selector)}
+        free = {p: v for p, v in values.items() if p not in bound and _text(v) is not None}
+        found[scope, selector] = free
+    return found
+
+
+def _effective(scope: str, selector: str) -> Iterator[tuple[str, str]]:
+    """(scope of the setting, parameter) pairs that count for a call in `scope`."""
+    parts = scope.split("/") if scope else []
+    winners: dict[str, str] = {}
+    for n in range(len(parts) + 1):
+        outer = "/".join(parts[:n])
+        winners |= dict.fromkeys(gin_config._CONFIG.get((outer, selector), {}), outer)
+    return ((where, parameter) for parameter, where in winners.items())
+
+
+def unused(later: Collection[str] = ()) -> list[str]:
+    """Settings that no call has taken: of things never built, or overridden by the code.
+
+    To be asked once model and data are built. `later` names the configurables that the run has
+    yet to call, such as `evaluate`.
+    """
+    taken = set()
+    for (scope, selector), values in gin_config._OPERATIVE_CONFIG.items():
+        for where, parameter in _effective(scope, selector):
+            if parameter in values:
+                taken.add((where, selector, parameter))
+    waiting = {check.resolve(name) for name in later}
+    return sorted(
+        _name(scope, selector, parameter)
+        for (scope, selector), values in gin_config._CONFIG.items()
+        for parameter in values
+        if (scope, selector, parameter) not in taken
+        and selector != check.MACRO
+        and selector not in waiting
+    )
+
+
+def refuse_ignored(say: Callable[[str], None], later: Collection[str] = ()) -> None:
+    """UserError for settings of the command line that `unused` finds; says the names of others.
+
+    Files may hold settings that another file has put out of use, as when a router is swapped.
+    """
+    ignored = unused(later)
+    wrong = [name for name in ignored if name in _by_hand]
+    if wrong:
+        raise UserError(
+            f"this run would ignore {', '.join(wrong)}: nothing that it builds reads "
+            f"{'them' if len(wrong) > 1 else 'it'}; take it out, or set what does"
+        )
+    if ignored:
+        say(f"settings that this run does not use: {', '.join(ignored)}")
+
+
+def _text(value: object) -> str | None:
+    """`value` as gin reads it back, or None where it has no such text."""
+    if isinstance(value, gin_config.ConfigurableReference):
+        return repr(value)
+    if type(value) is float and not math.isfinite(value):
+        return None if math.isnan(value) else f"{'-' if value < 0 else ''}1e999"
+    if value is None or type(value) in (bool, int, float, str, bytes):
+        return repr(value)
+    if isinstance(value, dict) and type(value) is dict:
+        pairs = [(_text(k), _text(v)) for k, v in value.items()]
+        whole = all(k is not None and v is not None for k, v in pairs)
+        return "{" + ", ".join(f"{k}: {v}" for k, v in pairs) + "}" if whole else None
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        items = [_text(item) for item in value]
+        if any(item is None for item in items):
+            return None
+        inner = ", ".join(str(item) for item in items)
+        return f"[{inner}]" if type(value) is list else f"({inner}{',' if len(items) == 1 else ''})"
+    return None

@@ -1,0 +1,231 @@
+"""Gin files read as data: where they lie, what they include, import and set. Nothing is run."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+import os
+from pathlib import Path
+import re
+import tokenize
+
+from gin import config as gin_config
+from gin import config_parser
+
+from moe.errors import UserError, nearest
+
+PACKAGE = Path(__file__).resolve().parents[1]
+SUBFOLDERS = ("runs", "models", "routers", "sweeps")  # of the shipped configs, searched by name
+FEATURE = "__gin__."  # imports that switch gin's own features on
+
+
+@dataclass(frozen=True)
+class Reference:
+    """`@scope/Name` or, called, `@scope/Name()`."""
+
+    name: str
+    called: bool
+
+    def __repr__(self) -> str:
+        return f"@{self.name}()" if self.called else f"@{self.name}"
+
+
+@dataclass(frozen=True)
+class Macro:
+    """`%name`: a macro's or a constant's value."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        return f"%{self.name}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One binding; a macro's has an empty `parameter`. `text` is one number per text read."""
+
+    where: str
+    text: int
+    line: int
+    scope: str
+    selector: str
+    parameter: str
+    value: object
+
+    @property
+    def key(self) -> str:
+        scope = f"{self.scope}/" if self.scope else ""
+        return f"{scope}{self.selector}" + (f".{self.parameter}" if self.parameter else "")
+
+
+@dataclass
+class Reading:
+    """All that the texts say, in the order in which it takes effect."""
+
+    settings: list[Setting] = field(default_factory=list)
+    imports: list[tuple[str, config_parser.ImportStatement]] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    files: list[tuple[str, int, int]] = field(default_factory=list)  # and which settings are theirs
+    texts: int = 0
+
+
+def shipped() -> Path:
+    """The folder of shipped configs: inside the package in a wheel, beside it in a checkout."""
+    inside = PACKAGE / "configs"
+    return inside if inside.is_dir() else PACKAGE.parent / "configs"
+
+
+def shipped_names() -> list[str]:
+    """Names such as `routers/switch.gin`."""
+    root = shipped()
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*.gin"))
+
+
+def find(name: str, beside: Path | None = None) -> Path:
+    """The file that `name` means: in the current folder, in `beside`, then among those shipped.
+
+    Raises UserError with the nearest shipped names where there is none, and where two shipped
+    folders hold the name.
+    """
+    own = [Path(name).expanduser()] + ([beside / name] if beside else [])
+    for path in own:
+        if path.is_file():
+            return path.absolute()
+    root = shipped()
+    if (root / name).is_file():
+        return root / name
+    hits = [f"{folder}/{name}" for folder in SUBFOLDERS if (root / folder / name).is_file()]
+    if len(hits) > 1:
+        raise UserError(f"{name}: several shipped files have this name; write {' or '.join(hits)}")
+    if hits:
+        return root / hits[0]
+    raise UserError(f"{name}: no such file here or among the shipped configs{_hint(name)}")
+
+
+def _hint(name: str) -> str:
+    names = shipped_names()
+    short = {Path(long).name: long for long in names}
+    near = nearest(name, names) or nearest(Path(name).name, short)
+    return near or (f"; shipped: {', '.join(names[:12])}" if names else "")
+
+
+class _Delegate(config_parser.ParserDelegate):
+    """Keeps references as data where gin's own delegate looks them up."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Reference:
+        return Reference(scoped_configurable_name, evaluate)
+
+    def macro(self, macro_name: str) -> Macro:
+        return Macro(macro_name)
+
+
+def read(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> Reading:
+    """Reads files, what they include, and the command line's bindings; gathers every problem."""
+    reading = Reading()
+    for name in gin_files:
+        try:
+            path = find(name)
+        except UserError as error:
+            reading.problems.append(f"--gin_file={error}")
+        else:
+            first = len(reading.settings)
+            _read_file(reading, name, path, above=())
+            reading.files.append((name, first, len(reading.settings)))
+    for binding in gin_bindings:
+        flag = f'--gin_bindings="{binding}"'
+        _read_text(reading, binding, name=flag, folder=None, above=(), numbered=False)
+    return reading
+
+
+def bindings_of(text: str) -> dict[str, str]:
+    """What a text sets, by name; the last setting of a name holds."""
+    reading = Reading()
+    _read_text(reading, text, name="", folder=None, above=(), numbered=True)
+    return {setting.key: repr(setting.value) for setting in reading.settings}
+
+
+def _read_file(reading: Reading, name: str, path: Path, above: tuple[Path, ...]) -> None:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
+        reading.problems.append(f"{name}: {reason}")
+        return
+    _read_text(reading, text, name, path.parent, (*above, path.resolve()), numbered=True)
+
+
+def _read_text(
+    reading: Reading,
+    text: str,
+    name: str,
+    folder: Path | None,
+    above: tuple[Path, ...],
+    numbered: bool,
+) -> None:
+    """`above` are the files that include this text, itself last; `numbered` shows line numbers."""
+    reading.texts += 1
+    number = reading.texts
+    if folder is not None and folder not in reading.folders:
+        reading.folders.append(folder)
+    for line, statement in _statements(text):
+        where = f"{name}:{line}" if numbered else name
+        if isinstance(statement, str):
+            reading.problems.append(f"{where}: {statement}")
+        elif isinstance(statement, config_parser.ImportStatement):
+            reading.imports.append((where, statement))
+        elif isinstance(statement, config_parser.IncludeStatement):
+            _include(reading, statement.filename, where, folder, above)
+        elif isinstance(statement, config_parser.BindingStatement):
+            scope, selector, parameter, value, _ = statement
+            setting = Setting(where, number, line, scope, selector, parameter, value)
+            reading.settings.append(setting)
+
+
+def _include(
+    reading: Reading, name: str, where: str, folder: Path | None, above: tuple[Path, ...]
+) -> None:
+    try:
+        path = find(name, beside=folder)
+    except UserError as error:
+        reading.problems.append(f"{where}: include {error}")
+        return
+    if path.resolve() in above:
+        chain = [os.path.relpath(p) for p in (*above[above.index(path.resolve()) :], path)]
+        reading.problems.append(f"{where}: include in a circle: {' -> '.join(chain)}")
+    else:
+        _read_file(reading, name, path, above)
+
+
+def _statements(text: str) -> Iterator[tuple[int, object]]:
+    """(line, statement) pairs; a text that can't be read ends with (line, what is wrong)."""
+    parser = None
+    try:
+        parser = config_parser.ConfigParser(text, _Delegate())
+        # Not `for statement in parser`: its iterator takes a cut-off text for the end.
+        while (statement := parser.parse_statement()) is not None:
+            yield statement.location.line_num, statement
+    except (SyntaxError, tokenize.TokenError, StopIteration, ValueError, RecursionError) as error:
+        yield _explain(error, parser, text)
+
+
+def _explain(
+    error: Exception, parser: config_parser.ConfigParser | None, text: str
+) -> tuple[int, str]:
+    """The line of a syntax error, and what is wrong there in words for a config's writer."""
+    lines = text.splitlines() or [""]
+    line = parser.current_token.start[0] if parser and parser.current_token else 1
+    reason = "it ends too early"
+    if isinstance(error, SyntaxError):
+        line, reason = error.lineno or line, str(error.msg).rstrip(".")
+    elif isinstance(error, tokenize.TokenError):
+        line, reason = error.args[1][0], "a bracket or a quote is left open"
+    elif isinstance(error, RecursionError):
+        reason = "it is nested too deeply"
+    if token := re.search(r"Failed to parse token '(.*)'", reason, re.DOTALL):
+        word = token[1].strip("'\"")
+        way_out = f"text needs quotes: '{word}'"
+        if gin_config._REGISTRY.matching_selectors(word):
+            way_out = f"write @{word}, or @{word}() for one that is made here"
+        reason = f"{token[1]} is no value ({way_out})"
+    line = min(line, len(lines))
+    shown = lines[line - 1].strip()
+    return line, f"can't read {shown[:80]!r}: {reason}"

@@ -1,0 +1,221 @@
+"""Does what a config binds fit the annotation of its parameter? Known before anything is run."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+import types
+import typing
+from typing import Annotated, Any, Literal
+
+from gin import config as gin_config
+
+from moe.settings.read import Reference
+from routing.ranges import Range
+
+SCALARS = (int, float, bool, str, type(None))
+NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "text",
+    type(None): "None",
+}
+UNKNOWN = object()  # what a function without an annotation returns
+
+
+def mismatch(value: object, annotation: Any) -> str | None:
+    """Why a value can't be what the annotation asks for, and what could; None where it can.
+
+    value: a scalar, a list, tuple or dict of values, or a `Reference`.
+    """
+    if fits(value, annotation):
+        return None
+    if isinstance(value, Reference):
+        return _of_reference(value, annotation)
+    if isinstance(value, list | tuple) and (items := _items_of(annotation)) is not None:
+        return next(f"item {i}: {why}" for i, v in enumerate(value) if (why := mismatch(v, items)))
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    ranges = _ranges(annotation)
+    if number and ranges and _is_kind(value, annotation):
+        if typing.cast(float, value) > max(r.high for r in ranges):
+            return f"expected at most {max(r.high for r in ranges):,.10g}, got {value:,}"
+        return f"expected {described(annotation)}, got {value!r}"
+    if isinstance(value, str):
+        for candidate in _candidates(annotation):
+            if value.removeprefix("@").removesuffix("()") == candidate.strip("@()"):
+                return f"{value!r} is text; write {candidate}"
+        if (items := _items_of(annotation)) is not None and fits(value, items):
+            return f"{value!r} is one text; write ({value!r},)"
+    return f"expected {described(annotation)}, got {value!r} ({type(value).__name__})"
+
+
+def fits(value: object, annotation: Any) -> bool:
+    """Whether the value is of the annotated type, numbers in their range included."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        ranges = [meta for meta in arguments[1:] if isinstance(meta, Range)]
+        if not fits(value, arguments[0]):
+            return False
+        return isinstance(value, Reference) or all(r.holds(typing.cast(Any, value)) for r in ranges)
+    if annotation in (None, inspect.Parameter.empty, Any):
+        return True if annotation is not None else value is None
+    if _is_union(annotation):
+        return any(fits(value, member) for member in arguments)
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in arguments)
+    if isinstance(value, Reference):
+        return _reference_fits(value, annotation)
+    if annotation in SCALARS:
+        return type(value) is annotation or (annotation is float and type(value) is int)
+    if (items := _items_of(annotation)) is not None:
+        return isinstance(value, list | tuple) and all(fits(item, items) for item in value)
+    kind = origin or annotation
+    if inspect.isclass(kind) and kind not in (list, tuple, dict) and not issubclass(kind, Mapping):
+        return False  # an instance or a callable, which only a reference gives
+    return not inspect.isclass(kind) or isinstance(value, Mapping | list | tuple)
+
+
+def _reference_fits(reference: Reference, annotation: Any) -> bool:
+    """`@X()` gives what X makes; `@X` gives X itself, to be called later."""
+    made = product(reference)
+    if _is_callable(annotation):
+        wanted = typing.get_args(annotation)[1] if typing.get_args(annotation) else UNKNOWN
+        if reference.called:
+            return made is UNKNOWN or _is_callable(made)
+        return made is UNKNOWN or is_a(made, wanted)
+    if not reference.called:
+        return False
+    if made is UNKNOWN:
+        return True
+    return is_a(made, typing.get_origin(annotation) or annotation)
+
+
+def product(reference: Reference) -> Any:
+    """The class of what a configurable makes when it is called; UNKNOWN where it doesn't say."""
+    name = reference.name.rsplit("/", 1)[-1]
+    matches = tuple(gin_config._REGISTRY.matching_selectors(name))
+    if len(matches) != 1:
+        return UNKNOWN
+    wrapped = gin_config._REGISTRY[matches[0]].wrapped
+    if inspect.isclass(wrapped):
+        return wrapped
+    try:
+        made = typing.get_type_hints(wrapped).get("return", UNKNOWN)
+    except Exception:  # an annotation that only a type checker can read
+        return UNKNOWN
+    return UNKNOWN if made is Any else made
+
+
+def is_a(made: Any, wanted: Any) -> bool:
+    """Whether what is made can stand where `wanted` is asked for; unknown kinds can."""
+    origin = typing.get_origin(wanted)
+    if _is_union(wanted):
+        return any(is_a(made, member) for member in typing.get_args(wanted))
+    kind = origin or wanted
+    if not inspect.isclass(kind) or not inspect.isclass(made):
+        return True
+    if getattr(kind, "_is_protocol", False):
+        fields = getattr(made, "__dataclass_fields__", {})
+        members = [name for name in _members(kind) if not name.startswith("_")]
+        return all(hasattr(made, name) or name in fields for name in members)
+    return issubclass(made, kind)
+
+
+def _members(protocol: type) -> set[str]:
+    own = {name for base in protocol.__mro__ for name in getattr(base, "__annotations__", {})}
+    own |= {n for base in protocol.__mro__ if base is not object for n in vars(base)}
+    return own - set(dir(typing.Protocol))
+
+
+def _of_reference(reference: Reference, annotation: Any) -> str:
+    """What is wrong with a reference, and the line to write."""
+    other = Reference(reference.name, not reference.called)
+    if fits(other, annotation):
+        why = "is made when it is needed" if reference.called else "has to be made here"
+        return f"write {other!r}, not {reference!r}: it {why}"
+    made = product(reference)
+    found = f"{reference!r} is no such thing" if made is UNKNOWN else f"got {reference!r}"
+    return f"expected {described(annotation)}, {found}"
+
+
+def described(annotation: Any) -> str:
+    """Such as "a number at least 1, or None" or "@Capacity()", with what could be written."""
+    parts = [*dict.fromkeys(_described(annotation))]
+    return " or ".join(parts)
+
+
+def _described(annotation: Any) -> Iterator[str]:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        for part in _described(arguments[0]):
+            yield f"{part} {' and '.join(str(m) for m in arguments[1:])}"
+    elif _is_union(annotation):
+        for member in arguments:
+            yield from _described(member)
+    elif origin is Literal:
+        yield from map(repr, arguments)
+    elif annotation in SCALARS:
+        yield NAMES[annotation]
+    elif (items := _items_of(annotation)) is not None:
+        yield f"a list of {described(items)}"
+    elif candidates := _candidates(annotation):
+        more = f" (or {', '.join(candidates[1:5])})" if candidates[1:] else ""
+        yield f"{candidates[0]}{more}"
+    elif inspect.isclass(kind := origin or annotation):
+        yield f"a {kind.__name__}"
+    else:
+        yield "another value"
+
+
+def _candidates(annotation: Any) -> list[str]:
+    """References that the annotation takes, by the names of configurables."""
+    if _is_union(annotation):
+        return [c for member in typing.get_args(annotation) for c in _candidates(member)]
+    if annotation in SCALARS or not (_is_callable(annotation) or inspect.isclass(annotation)):
+        return []
+    names = [name for name, _ in gin_config._REGISTRY.items() if not name.startswith("gin.")]
+    found = []
+    for name in names:
+        short = gin_config._REGISTRY.minimal_selector(name)
+        made = product(Reference(short, False))
+        reference = Reference(short, not _is_callable(annotation))
+        if made is not UNKNOWN and inspect.isclass(made) and _reference_fits(reference, annotation):
+            found.append(repr(reference))
+    return found
+
+
+def _items_of(annotation: Any) -> Any:
+    """What the items of a list are; None where the annotation is no kind of list."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if _is_union(annotation):
+        found = [items for member in arguments if (items := _items_of(member)) is not None]
+        return found[0] if found else None
+    if not inspect.isclass(origin) or not issubclass(origin, Sequence) or not arguments:
+        return None
+    return arguments[0]
+
+
+def _ranges(annotation: Any) -> list[Range]:
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return [meta for meta in arguments[1:] if isinstance(meta, Range)]
+    if _is_union(annotation):
+        return [r for member in arguments for r in _ranges(member)]
+    return []
+
+
+def _is_kind(value: object, annotation: Any) -> bool:
+    """Whether a number is a whole one where whole ones are asked for."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return fits(value, arguments[0])
+    if _is_union(annotation):
+        return any(_is_kind(value, member) for member in arguments)
+    return False
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+
+
+def _is_callable(annotation: Any) -> bool:
+    return annotation is Callable or typing.get_origin(annotation) is Callable

@@ -1,0 +1,198 @@
+"""Optimizers as values: `build(axes, steps)` gives an optax transformation.
+
+All of them clip by the global norm, choose a direction, and step by the rate: p -= rate *
+(direction + weight_decay * p). `axes` holds every parameter's logical axes by name; from them
+follows what is a matrix, and which axes only stack matrices. Weight decay leaves norms and biases
+alone; router state is no parameter and never comes here.
+"""
+
+import abc
+import dataclasses
+from typing import Any
+
+import gin
+import jax
+import optax
+import optax.contrib
+
+from moe.training.schedules import Cosine, Schedule
+from routing.ranges import Count, LessThanOne, NonNegative, Positive
+
+Axes = dict[str, tuple[str | None, ...]]
+# Axes along which every index has a weight of its own.
+STACKED = ("layer", "expert", "segment")
+
+
+class Optimizer(abc.ABC):
+    """Abstract: peak learning rate, schedule, decay, clipping; and the transformation they make."""
+
+    learning_rate: float
+    schedule: Schedule | None
+    weight_decay: float
+    clip_norm: float | None
+
+    @abc.abstractmethod
+    def direction(self, axes: Axes) -> optax.GradientTransformation:
+        """From gradients to what the rate multiplies, uphill as they are; without decay."""
+
+    def rate(self, steps: int) -> optax.Schedule:
+        """Learning rate by step; `Cosine()` where no schedule is given."""
+        schedule = Cosine() if self.schedule is None else self.schedule
+        return schedule.build(self.learning_rate, steps)
+
+    def build(self, axes: Axes, steps: int) -> optax.GradientTransformation:
+        """Clip, direct, decay, scale; state lives under the parameters' names."""
+        clip = optax.identity()
+        if self.clip_norm is not None:
+            clip = optax.clip_by_global_norm(self.clip_norm)
+        return optax.chain(
+            clip,
+            self.direction(axes),
+            optax.add_decayed_weights(self.weight_decay, decayed(axes)),
+            optax.scale_by_learning_rate(self.rate(steps)),
+        )
+
+
+def own_axes(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+    """The axes of one weight: without the layers, experts and segments it is stacked over."""
+    return tuple(a for a in axes if a not in STACKED)
+
+
+def is_matrix(axes: tuple[str | None, ...]) -> bool:
+    """True for what weight decay applies to."""
+    return len(own_axes(axes)) >= 2
+
+
+def stacked(axes: tuple[str | None, ...]) -> int:
+    """How many leading axes count layers and experts, each of whose entries is a weight."""
+    return len(axes) - len(own_axes(axes))
+
+
+def per_weight(rule: optax.GradientTransformation, axes: Axes) -> optax.GradientTransformation:
+    """A rule for one weight, applied to every layer's and expert's by itself.
+
+    State lies under the parameters' names, with the stacked axes in front.
+    """
+
+    def over(function, name):
+        for _ in range(stacked(axes[name])):
+            function = jax.vmap(function)
+        return function
+
+    def init(params):
+        return {name: over(rule.init, name)(value) for name, value in params.items()}
+
+    def update(updates, state, params=None):
+        assert params is not None
+        both = {
+            name: over(rule.update, name)(updates[name], state[name], params[name])
+            for name in updates
+        }
+        return {n: u for n, (u, _) in both.items()}, {n: s for n, (_, s) in both.items()}
+
+    return optax.GradientTransformation(init, update)
+
+
+def decayed(axes: Axes) -> dict[str, bool]:
+    """Weight decay by name: matrices and embeddings, not norms, biases or scales."""
+    return {name: is_matrix(a) for name, a in axes.items()}
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class AdamW(Optimizer):
+    """Loshchilov & Hutter 2019."""
+
+    learning_rate: NonNegative = 1e-3
+    schedule: Schedule | None = None
+    b1: LessThanOne = 0.9
+    b2: LessThanOne = 0.95
+    epsilon: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
+    clip_norm: Positive | None = 1.0
+
+    def direction(self, axes):
+        return optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.epsilon)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Adafactor(Optimizer):
+    """Shazeer & Stern 2018: second moments by row and column, clipped to a size of 1 (section 6).
+
+    Both for every layer's and expert's weight by itself. Rates are absolute, not relative to the
+    parameter's size.
+    """
+
+    learning_rate: NonNegative = 1e-2
+    schedule: Schedule | None = None
+    weight_decay: NonNegative = 0.0
+    clip_norm: Positive | None = 1.0
+
+    def direction(self, axes):
+        rule = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+        return per_weight(rule, axes)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Lion(Optimizer):
+    """Chen et al. 2023."""
+
+    learning_rate: NonNegative = 3e-4
+    schedule: Schedule | None = None
+    b1: LessThanOne = 0.9
+    b2: LessThanOne = 0.99
+    weight_decay: NonNegative = 0.3
+    clip_norm: Positive | None = 1.0
+
+    def direction(self, axes):
+        return optax.scale_by_lion(b1=self.b1, b2=self.b2)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class Muon(Optimizer):
+    """Orthogonalised momentum for the weight matrices (Jordan 2024), every expert by itself.
+
+    Embeddings, head, routers and vectors get Adam with the same rate and decay; updates are scaled
+    to Adam's size (Liu et al. 2025, `consistent_rms` 0.2).
+    """
+
+    learning_rate: NonNegative = 4e-3
+    schedule: Schedule | None = None
+    momentum: LessThanOne = 0.95
+    iterations: Count = 5
+    b1: LessThanOne = 0.9
+    b2: LessThanOne = 0.95
+    weight_decay: NonNegative = 0.1
+    clip_norm: Positive | None = 1.0
+
+    def direction(self, axes):
+
+        def numbers(params: Any):
+            return {name: matrix_axes(name, axes[name]) for name in params}
+
+        return optax.contrib.muon(
+            -1.0,  # the direction alone: decay and rate follow in `build`
+            ns_steps=self.iterations,
+            beta=self.momentum,
+            adam_b1=self.b1,
+            adam_b2=self.b2,
+            muon_weight_dimension_numbers=numbers,
+            consistent_rms=0.2,
+        )
+
+
+def matrix_axes(name: str, axes: tuple[str | None, ...]):
+    """Which axes Muon reads as rows and columns; None for what Adam updates.
+
+    Weights that start at the model width ("embed" first) are read as width by the rest, e.g.
+    (D, H*K); the others as the rest by their last axis, e.g. (H*K, D).
+    """
+    if not is_matrix(axes) or "vocab" in axes or ".router." in name:
+        return None
+    first = len(axes) - len(own_axes(axes))
+    every = tuple(range(first, len(axes)))
+    cut = 1 if axes[first] == "embed" else len(every) - 1
+    return optax.contrib.MuonDimensionNumbers(every[:cut], every[cut:])

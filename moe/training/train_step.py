@@ -1,0 +1,275 @@
+"""One optimizer step as a pure function. B batch, T tokens, L sparse layers, E experts."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+import numpy as np
+import optax
+
+from layers.constrain import placing
+from layers.kernels.cross_entropy import cross_entropy_of_each, cross_entropy_sums
+from moe.data.batch import Batch
+from moe.machine import processes
+from moe.model import sharding
+from moe.model.functional import Arrays, Graph, first_values, split
+from moe.training import objective as objectives
+from moe.training.optimizer import stacked
+from routing import RouterOutput, WholeStep
+
+# Without these the TPU's compiler runs nothing beside rows that travel to their experts.
+BESIDE_EXCHANGES = {
+    "xla_tpu_enable_async_all_to_all": "true",
+    "xla_tpu_enable_async_ragged_all_to_all": "true",
+}
+
+
+@nnx.dataclass
+class TrainState(nnx.Pytree):
+    """All that a step changes: this, and nothing else, is what a checkpoint holds."""
+
+    step: Int[Array, ""] = nnx.data()
+    params: dict[str, Array] = nnx.data()
+    router_state: dict[str, Array] = nnx.data()
+    opt_state: Any = nnx.data()
+
+
+@nnx.dataclass
+class StepMetrics(nnx.Pytree):
+    """What one step measured; stays on the device until it is read.
+
+    loss: nats per scored token, what is learned. text_nats: of scored tokens of text, summed, and
+    text_bytes the bytes behind just these: what bits per byte is made of.
+    depths: what routers of depth lost and, as a share of the tokens, counted, by layer.
+    """
+
+    loss: Float[Array, ""] = nnx.data()
+    scored: Int[Array, ""] = nnx.data()
+    text_nats: Float[Array, ""] = nnx.data()
+    text_bytes: Int[Array, ""] = nnx.data()
+    routers: RouterOutput | None = nnx.data()
+    grad_norms: dict[str, Array] = nnx.data()
+    update_norm: Float[Array, ""] | None = nnx.data(default=None)
+    depths: dict[str, Array] | None = nnx.data(default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The jitted functions of a run; shapes, types and places of its arrays."""
+
+    init: Callable[[int], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+    gradients: Callable[[TrainState, Batch], tuple[Arrays, StepMetrics]]
+    abstract_state: TrainState
+    batch_sharding: NamedSharding
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """The pure functions of a run: for a model, an objective, an optimizer and a mesh.
+
+    num_bytes_2V: bytes of text that each token gives back, as a document's first and elsewhere.
+    whole_step_losses: with more than one micro-batch, run all of them forward first, so that
+    losses on the whole step's statistics are exact.
+    """
+
+    graph: Graph
+    abstract: tuple[Arrays, Arrays]
+    objective: objectives.Objective
+    optimizer: optax.GradientTransformation
+    num_bytes_2V: np.ndarray
+    mesh: Mesh
+    seed: int
+    accumulate: int = 1
+    sequences_per_group: int = 1
+    whole_step_losses: bool = False
+
+    def init(self, seed) -> TrainState:
+        """The state before the first step."""
+        params, router_state = first_values(self.graph, *self.abstract, seed)
+        return TrainState(jnp.int32(0), params, router_state, self.optimizer.init(params))
+
+    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        """The state after an update with a whole batch, and what was measured."""
+        grads, metrics = self.gradients(state, batch)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, updates)
+        router_state = state.router_state
+        if metrics.routers is not None and router_state:
+            model = self.graph.join(params, router_state)
+            model.update_router_state(metrics.routers.stats)
+            router_state = split(model)[2]
+        metrics = dataclasses.replace(metrics, update_norm=optax.tree.norm(updates))
+        return TrainState(state.step + 1, params, router_state, opt_state), metrics
+
+    def gradients(self, state: TrainState, batch: Batch) -> tuple[Arrays, StepMetrics]:
+        """Exact gradients of the batch, whatever the number of micro-batches."""
+        key = objectives.step_key(self.seed, state.step)
+        num_bytes_2V = jnp.asarray(self.num_bytes_2V)
+        batch = objectives.prepared(self.objective, batch, key, num_bytes_2V)
+        scored = jnp.maximum(batch.scored_BT.sum(), 1)
+        valid = jnp.maximum((batch.segment_BT > 0).sum(), 1)
+        grad = jax.value_and_grad(self._loss, has_aux=True)
+
+        def one(micro: Batch, whole: WholeStep | None):
+            with placing(sharding.rule(self.mesh)):
+                (_, measured), grads = grad(state.params, state, micro, key, whole, scored, valid)
+            return grads, measured
+
+        if self.accumulate == 1:
+            grads, (loss, text_nats, routers, depths) = one(batch, None)
+        else:
+            micros = micro_batches(batch, self.accumulate, self.sequences_per_group)
+            statistics = None
+            if self.whole_step_losses:
+                only = jax.lax.map(lambda micro: self._statistics(state, micro, key), micros)
+                statistics = jax.tree.map(lambda a: a.sum(0), only)
+            grads, (loss, text_nats, routers, depths) = summed(
+                lambda micro: one(micro, share_of(statistics, micro, valid)), micros
+            )
+        text_bytes = objectives.text_of(self.objective, batch, num_bytes_2V)[1]
+        norms = grad_norms(grads)
+        return grads, StepMetrics(
+            loss, scored, text_nats, text_bytes, routers, norms, depths=depths
+        )
+
+    def _loss(self, params, state, batch: Batch, key, whole: WholeStep | None, scored, valid):
+        """This micro-batch's part of the step's loss, and what it measured."""
+        model = self.graph.join(params, state.router_state)
+        out = model(objectives.tokens_of(batch, key, train=True), whole)
+        num_bytes_2V = jnp.asarray(self.num_bytes_2V)
+        text_BT, _ = objectives.text_of(self.objective, batch, num_bytes_2V)
+        nats, text_nats = cross_entropy_sums(
+            model.head(), out.hidden_BTD, batch.target_BT, batch.scored_BT, text_BT
+        )
+        loss, share = nats / scored, (batch.segment_BT > 0).sum() / valid
+        depths, deep = None, 0.0
+        if out.depths is not None:
+            depths = {name: share * value for name, value in out.depths.losses.items()}
+            depths |= {name: value / valid for name, value in out.depths.stats.own.items()}
+            deep = share * out.depths.penalty.sum()
+        if out.routers is None:
+            return loss + deep, (loss, text_nats, None, depths)
+        losses = {name: share * value for name, value in out.routers.losses.items()}
+        penalty_L = share * out.routers.penalty
+        if out.routers.policy is not None:
+            completed = self._completed(model, out, batch, scored)
+            losses |= completed
+            weights = dict(model.moe_layers_of_units()[0].router.completed)
+            penalty_L += sum(weights[name] * value for name, value in completed.items())
+        routers = RouterOutput(None, losses, penalty_L, out.routers.stats)
+        return loss + deep + penalty_L.sum(), (loss, text_nats, routers, depths)
+
+    def _completed(self, model, out, batch: Batch, scored) -> dict[str, Array]:
+        """The losses of routers whose choices are rewarded by each token's likelihood."""
+        nats_BT = cross_entropy_of_each(model.head(), out.hidden_BTD, batch.target_BT)
+        scored_BT = jnp.asarray(batch.scored_BT)
+        sums = objectives.policy_losses(out.routers.policy, nats_BT, scored_BT)
+        return {name: value_L / scored for name, value_L in sums.items()}
+
+    def _statistics(self, state: TrainState, micro: Batch, key):
+        """What the routers count in a micro-batch."""
+        model = self.graph.join(state.params, state.router_state)
+        with placing(sharding.rule(self.mesh)):
+            return model(objectives.tokens_of(micro, key, train=True)).routers.stats
+
+    def program(self) -> Program:
+        """The functions jitted for the mesh."""
+        # Not from `init`: a model that is restored may lack the text that first values come from.
+        params, router_state = self.abstract
+        opt_state = jax.eval_shape(self.optimizer.init, params)
+        step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+        shapes = TrainState(step, params, router_state, opt_state)
+        places = place_state(self.graph, shapes, self.mesh)
+        by_batch = NamedSharding(self.mesh, PartitionSpec(sharding.RULES["batch"]))
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        exchanges = self.mesh.shape["expert"] > 1
+        is_tpu = self.mesh.devices.flat[0].platform == "tpu"
+        return Program(
+            init=jax.jit(self.init, out_shardings=places),
+            step=jax.jit(
+                self.step,
+                in_shardings=(places, by_batch),
+                out_shardings=(places, everywhere),
+                donate_argnums=0,
+                compiler_options=BESIDE_EXCHANGES if exchanges and is_tpu else None,
+            ),
+            gradients=jax.jit(self.gradients, in_shardings=(places, by_batch)),
+            abstract_state=jax.tree.map(
+                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places
+            ),
+            batch_sharding=by_batch,
+        )
+
+
+def place_state(graph: Graph, shapes: TrainState, mesh: Mesh) -> TrainState:
+    """Shardings of a train state: optimizer leaves live where their parameter lives."""
+
+    def place(path, leaf):
+        name = next((p.key for p in reversed(path) if getattr(p, "key", None) in graph.axes), None)
+        axes = graph.axes[name] if name is not None else ()
+        if len(axes) != len(leaf.shape):  # counters, and Adafactor's moments of rows and columns
+            lead = axes[: stacked(axes)] if len(leaf.shape) >= stacked(axes) else ()
+            axes = (*lead, *(None,) * (len(leaf.shape) - len(lead)))
+        return sharding.sharding(mesh, axes, leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def micro_batches(batch: Batch, accumulate: int, sequences_per_group: int) -> Batch:
+    """Leaves (A, B/A, ...): whole groups dealt in turn, so that every device has some of each."""
+
+    def deal(a):
+        groups = a.shape[0] // (accumulate * sequences_per_group)
+        dealt = a.reshape(groups, accumulate, sequences_per_group, *a.shape[1:])
+        return jnp.moveaxis(dealt, 1, 0).reshape(accumulate, -1, *a.shape[1:])
+
+    return jax.tree.map(deal, batch)
+
+
+def share_of(statistics, micro: Batch, valid) -> WholeStep | None:
+    """Whole-step statistics with this micro-batch's share of the tokens, for every sparse layer."""
+    if statistics is None:
+        return None
+    share = (micro.segment_BT > 0).sum() / valid
+    layers = statistics.token_count.shape[0]
+    return WholeStep(statistics, jnp.full(layers, jnp.maximum(share, 1e-9)))
+
+
+def summed(one: Callable, micros: Batch):
+    """The sum of one(micro-batch) over all of them, one at a time."""
+    first = jax.tree.map(lambda a: a[0], micros)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, first))
+
+    def add(total, micro):
+        return jax.tree.map(jnp.add, total, one(micro)), None
+
+    return jax.lax.scan(add, zeros, micros)[0]
+
+
+def grad_norms(grads: Arrays) -> dict[str, Array]:
+    """L2 norms of all gradients, of the routers' and of the experts'."""
+    kinds = {"all": "", "router": "router.", "experts": ".experts."}
+    chosen = {kind: [g for n, g in grads.items() if part in n] for kind, part in kinds.items()}
+    return {kind: optax.tree.norm(found) for kind, found in chosen.items() if found}
+
+
+def to_devices(batch: Batch, where: NamedSharding, batch_size: int) -> Batch:
+    """This process's rows (`hosts.rows`) as part of the global batch of batch_size sequences."""
+    first = processes.rows(where, batch_size).start
+
+    def put(own):
+        own = np.asarray(own)
+
+        def part(index):
+            start, stop, _ = index[0].indices(batch_size)
+            return own[start - first : stop - first]
+
+        return jax.make_array_from_callback((batch_size, *own.shape[1:]), where, part)
+
+    return jax.tree.map(put, batch)

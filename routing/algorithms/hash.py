@@ -1,0 +1,112 @@
+"""Hash routing: what stands in the text names the expert; nothing is learned (Roller et al. 2021).
+
+G groups, T tokens per group, V vocabulary, E experts; K = 1.
+"""
+
+from typing import Literal
+
+import gin
+import jax
+import jax.numpy as jnp
+
+from routing.parameters import router_state
+from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
+from routing.router import Router
+from routing.solvers.hash_tables import RandomTable, Table, mixed
+
+KEYS = ("token", "previous", "bigram", "position", "future", "predicted")
+
+
+@gin.configurable
+class Hash(Router):
+    """expert = table[key], gate 1. The table is router state: saved and restored with the model.
+
+    Args:
+        sizes: width, number of experts, vocabulary; the training text for tables made from it.
+        key: "token"; "previous" token; "bigram" of both; "position" in the document (no table);
+            "predicted": the next token that most often follows this one in the training text;
+            "future": the next token itself, which is a cheat that shows what routing could gain.
+        table: `RandomTable()` where None, `BalancedTable()`, `ClusteredTable(embeddings)` or
+            `DispersedTable(embeddings)`.
+    """
+
+    causality = Causality.CAUSAL
+    needs_token_ids = True
+    decoding = "as in training"
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        key: Literal["token", "previous", "bigram", "position", "future", "predicted"] = "token",
+        table: Table | None = None,
+    ):
+        if key not in KEYS:
+            raise ValueError(f"Hash.key={key!r}: one of {', '.join(KEYS)}")
+        if key == "future":
+            self.causality = Causality.NEVER
+            self.decoding = "not possible: it reads the token that is to be predicted"
+        self.order_matters = key not in ("token", "predicted")
+        self.needs_token_ids = key != "position"
+        self.num_experts, self.vocab_size, self.losses = sizes.num_experts, sizes.vocab_size, ()
+        self.key = key
+
+        if table is not None and key in ("position", "bigram"):
+            raise ValueError(f"Hash.key={key!r} reads no table; leave Hash.table out")
+        table = RandomTable() if table is None else table
+
+        def start(key, shape, dtype):
+            return jnp.asarray(table(key, sizes), dtype)
+
+        def predict(key, shape, dtype):
+            return jnp.asarray(sizes.training_text("Hash.key='predicted'").next_V, dtype)
+
+        def salt(key, shape, dtype):
+            return jax.random.randint(key, shape, 0, 2**31 - 1, dtype)
+
+        size, axes = (sizes.vocab_size,), (None,)
+        has_table = key not in ("position", "bigram")
+        self.table_V = router_state(size, jnp.int32, axes, start) if has_table else None
+        self.next_V = router_state(size, jnp.int32, axes, predict) if key == "predicted" else None
+        self.salt = router_state((), jnp.int32, (), salt) if key == "bigram" else None
+
+    def route(self, inputs: RouterInputs) -> Routing:
+        expert_GT1 = self._experts_GT(inputs)[..., None]
+        gate_GT1 = jnp.ones(expert_GT1.shape, jnp.float32)
+        keep_GT1 = jnp.ones_like(expert_GT1, bool)
+        return Routing(TokenChoice(expert_GT1, gate_GT1, keep_GT1, self.num_experts))
+
+    def _experts_GT(self, inputs: RouterInputs) -> jax.Array:
+        token_GT = inputs.token_id_GT
+        if self.key == "position":
+            return inputs.position_GT % self.num_experts
+        if self.salt is not None:
+            pair_GT = bigram_key(previous_token(inputs), token_GT, self.vocab_size)
+            mixed_GT = mixed(pair_GT ^ self.salt[...].astype(jnp.uint32))
+            return (mixed_GT % self.num_experts).astype(jnp.int32)
+        if self.key == "previous":
+            token_GT = previous_token(inputs)
+        elif self.key == "future":
+            token_GT = jnp.maximum(next_token(inputs), 0)
+        elif self.next_V is not None:
+            token_GT = self.next_V[...][token_GT]
+        assert self.table_V is not None
+        return self.table_V[...][token_GT]
+
+
+def previous_token(inputs: RouterInputs) -> jax.Array:
+    """The token before in the same document; id 0 before the first."""
+    before_GT = jnp.roll(inputs.token_id_GT, 1, axis=1)
+    return jnp.where(inputs.position_GT > 0, before_GT, 0)
+
+
+def next_token(inputs: RouterInputs) -> jax.Array:
+    """The token after in the same document; -1 after the last."""
+    after_GT = jnp.roll(inputs.token_id_GT, -1, axis=1)
+    follows_GT = jnp.roll(inputs.position_GT, -1, axis=1) == inputs.position_GT + 1
+    follows_GT &= jnp.roll(inputs.valid_GT, -1, axis=1)
+    return jnp.where(follows_GT, after_GT, -1)
+
+
+def bigram_key(previous_GT, token_GT, vocab_size: int) -> jax.Array:
+    """previous * V + token, modulo 2^32: uint32."""
+    return previous_GT.astype(jnp.uint32) * jnp.uint32(vocab_size) + token_GT.astype(jnp.uint32)

@@ -1,0 +1,130 @@
+"""Hierarchical gating: a primary gate picks groups of experts, each group has a gate of its own.
+
+N tokens of all groups; G groups, T tokens, D model width, A groups of experts with B experts each.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+
+import gin
+import jax
+import jax.numpy as jnp
+
+from routing.algorithms.noisy_top_k import chance_of_selection, standard_normal
+from routing.balance_losses import ImportanceLoss, cv_squared
+from routing.losses import RouterLoss, of_the_step
+from routing.parameters import parameter, zeros
+from routing.ranges import Count, NonNegative
+from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
+from routing.router import Router
+from routing.selection import pick
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class HierarchicalLoadLoss(RouterLoss):
+    """CV^2 of Load_H[i, j] = Load_primary[i] * Load_i(X_i)[j] / |X_i| (Shazeer 2017, eq. 14).
+
+    The quotient lets the primary gate keep its gradient. For `Hierarchical` alone.
+    """
+
+    coefficient: NonNegative = 0.1
+    name: str = "load"
+
+    @property
+    def of_the_whole_step(self) -> bool:
+        return True
+
+    def __call__(self, routing, inputs, stats):
+        if "primary_load" not in stats.own:
+            raise ValueError("HierarchicalLoadLoss is for Hierarchical; NoisyTopK has LoadLoss")
+        primary_A, secondary_AB, size_A = (
+            of_the_step(stats, inputs, lambda stats, name=name: stats.own[name])
+            for name in ("primary_load", "secondary_load", "group_tokens")
+        )
+        return cv_squared(hierarchical_load(primary_A, secondary_AB, size_A).ravel())
+
+
+def hierarchical_load(primary_A, secondary_AB, size_A) -> jax.Array:
+    """Load_H (A, B); a group that no token chose has none."""
+    size_A1 = jnp.maximum(size_A, 1)[:, None]
+    return primary_A[:, None] * secondary_AB / size_A1
+
+
+@gin.configurable
+class Hierarchical(Router):
+    """Noisy top-k twice: among A groups of experts, then inside each chosen one (appendix B).
+
+    Args:
+        sizes: width, number of experts, vocabulary.
+        branches: A, the number of groups; must divide the number of experts.
+        k: as many groups, and experts in each, as a token uses: k * k experts.
+        losses: importance and hierarchical load where None.
+    """
+
+    causality = Causality.CAUSAL
+    decoding = "as in training, without noise"
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        branches: Count = 4,
+        k: Count = 2,
+        losses: Sequence[RouterLoss] | None = None,
+    ):
+        experts = sizes.num_experts
+        if branches < 1 or experts % branches:
+            raise ValueError(f"Hierarchical.branches={branches} must divide the {experts} experts")
+        if not 2 <= k <= min(branches, experts // branches):
+            raise ValueError(
+                f"Hierarchical.k={k} must lie between 2 and both the number of branches "
+                f"({branches}) and that of experts in each ({experts // branches})"
+            )
+        self.num_experts, self.branches, self.k = experts, branches, k
+        defaults = (ImportanceLoss(), HierarchicalLoadLoss())
+        self.losses = defaults if losses is None else tuple(losses)
+        axes = ("embed", None)
+        self.primary_DA = parameter((sizes.d_model, branches), axes, zeros)
+        self.primary_noise_DA = parameter((sizes.d_model, branches), axes, zeros)
+        self.weight_DE = parameter((sizes.d_model, experts), axes, zeros)
+        self.noise_DE = parameter((sizes.d_model, experts), axes, zeros)
+
+    def route(self, inputs: RouterInputs) -> Routing:
+        x_GTD, a, b = inputs.x_GTD, self.branches, self.num_experts // self.branches
+        clean_GTA = jnp.einsum("gtd,da->gta", x_GTD, self.primary_DA[...])
+        clean_GTE = jnp.einsum("gtd,de->gte", x_GTD, self.weight_DE[...])
+        std_GTA = jax.nn.softplus(jnp.einsum("gtd,da->gta", x_GTD, self.primary_noise_DA[...]))
+        std_GTE = jax.nn.softplus(jnp.einsum("gtd,de->gte", x_GTD, self.noise_DE[...]))
+        noisy_GTA, noisy_GTE = clean_GTA, clean_GTE
+        if inputs.train:
+            draw_GTX = standard_normal(inputs, a + self.num_experts)
+            noisy_GTA = clean_GTA + std_GTA * draw_GTX[..., :a]
+            noisy_GTE = clean_GTE + std_GTE * draw_GTX[..., a:]
+        branch_GTK = pick(noisy_GTA, self.k)
+        outer_GTK = jax.nn.softmax(jnp.take_along_axis(noisy_GTA, branch_GTK, -1))
+        clean_GTAB, noisy_GTAB, std_GTAB = (
+            value.reshape(*value.shape[:2], a, b) for value in (clean_GTE, noisy_GTE, std_GTE)
+        )
+        # Every group's own gate; those of the chosen groups are kept.
+        inside_GTAK = pick(noisy_GTAB, self.k)
+        inner_GTAK = jax.nn.softmax(jnp.take_along_axis(noisy_GTAB, inside_GTAK, -1))
+        chosen = branch_GTK[..., None]
+        inside_GTKK = jnp.take_along_axis(inside_GTAK, chosen, 2)
+        gate_GTKK = outer_GTK[..., None] * jnp.take_along_axis(inner_GTAK, chosen, 2)
+        flat = (*x_GTD.shape[:2], self.k * self.k)
+        expert_GTK = (chosen * b + inside_GTKK).reshape(flat)
+        decision = TokenChoice(
+            expert_GTK, gate_GTKK.reshape(flat), jnp.ones(flat, bool), self.num_experts
+        )
+        score_GTAB = jax.nn.softmax(clean_GTA)[..., None] * jax.nn.softmax(clean_GTAB)
+        valid_GT1 = inputs.valid_GT[..., None]
+        used_GTA = jax.nn.one_hot(branch_GTK, a, dtype=bool).any(-2) & valid_GT1
+        outer_load_GTA = chance_of_selection(clean_GTA, noisy_GTA, std_GTA, self.k)
+        inner_load_GTAB = chance_of_selection(clean_GTAB, noisy_GTAB, std_GTAB, self.k)
+        tally = {
+            "primary_load": jnp.where(valid_GT1, outer_load_GTA, 0).sum((0, 1)),
+            "secondary_load": jnp.where(used_GTA[..., None], inner_load_GTAB, 0).sum((0, 1)),
+            "group_tokens": used_GTA.sum((0, 1)).astype(clean_GTA.dtype),
+        }
+        # Two levels of logits: no single one that a loss could read.
+        return Routing(decision, None, score_GTAB.reshape(clean_GTE.shape), tally=tally)

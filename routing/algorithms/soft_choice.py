@@ -1,0 +1,94 @@
+"""Soft choice: from Soft MoE's dense slots to hard choices, by two temperatures.
+
+Our own; neither end is. It joins Soft MoE (Puigcerver et al. 2023) and expert choice (Zhou et al.
+2022) on one side with token choice on the other, and is differentiable everywhere between.
+
+G groups, T tokens per group, D model width, E experts, S slots per expert.
+"""
+
+from collections.abc import Sequence
+
+import gin
+import jax.numpy as jnp
+
+from routing.algorithms.soft_moe import slot_logits, soft_routing
+from routing.balancers import Memory
+from routing.losses import RouterLoss
+from routing.parameters import ones, parameter, router_state, truncated_normal
+from routing.ranges import Count, Natural, Positive
+from routing.records import Causality, RouterInputs, RouterStats, Routing, Sizes
+from routing.router import Router
+
+
+@gin.configurable
+class SoftChoice(Router):
+    """Slots read tokens by softmax(z / read), tokens read slots by softmax(z / write).
+
+    z are Soft MoE's logits of unit vectors. At read = write = 1 this is Soft MoE. As `read` falls
+    to 0 every slot reads its one best token: experts choose. As `write` falls to 0 every token
+    takes from its one best slot: tokens choose. In between every token has a gradient to every
+    slot. Both temperatures start at 1 and cool geometrically over so many optimizer steps; they
+    are router state, so that a resumed run and evaluation know them.
+
+    Args:
+        sizes: width, number of experts, vocabulary.
+        slots_per_expert: S; dense FLOPs at E * S = T (or, in segments, at E * S = segment).
+        read: the temperature that the slots end at.
+        write: the temperature that the tokens end at.
+        cooling_steps: optimizer steps from 1 to those.
+        segment: a length makes it causal, as in `SoftMoE`; None sees the whole sequence.
+        losses: none are needed.
+    """
+
+    causality = Causality.NEVER
+    whole_sequences = True
+    balanced = True
+    decoding = "not possible: every slot mixes the whole sequence; with `segment` it is"
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        slots_per_expert: Count = 1,
+        read: Positive = 0.1,
+        write: Positive = 0.1,
+        cooling_steps: Natural = 300,
+        segment: Count | None = None,
+        losses: Sequence[RouterLoss] = (),
+    ):
+        for name, value in (("slots_per_expert", slots_per_expert), ("segment", segment or 1)):
+            if value < 1:
+                raise ValueError(f"SoftChoice.{name}={value} must be at least 1")
+        for name, value in (("read", read), ("write", write)):
+            if not value > 0:
+                raise ValueError(f"SoftChoice.{name}={value} must be above 0")
+        if segment is not None:
+            self.causality, self.order_matters = Causality.CAUSAL, True
+            self.decoding = "slots change only where a segment begins"
+        self.num_experts, self.losses, self.segment = sizes.num_experts, tuple(losses), segment
+        shape = (sizes.d_model, sizes.num_experts, slots_per_expert)
+        self.phi_DES = parameter(shape, ("embed", None, None), truncated_normal())
+        self.scale = parameter((), (), ones)
+        self.cooling = Cooling((read, write), cooling_steps)
+
+    def route(self, inputs: RouterInputs) -> Routing:
+        logits_GTES = slot_logits(inputs.x_GTD, self.phi_DES[...], self.scale[...])
+        read, write = self.cooling.heat_2[...]
+        return soft_routing(logits_GTES / read, logits_GTES / write, inputs.valid_GT, self.segment)
+
+
+class Cooling(Memory):
+    """Temperatures (2,): 1 before the first step, at `ends` after so many."""
+
+    def __init__(self, ends: tuple[float, float], steps: int):
+        if steps < 1:
+            raise ValueError(f"SoftChoice.cooling_steps={steps} must be at least 1")
+        self.ends = ends
+        self.factors = tuple(end ** (1 / steps) for end in ends)
+        self.heat_2 = router_state((2,), jnp.float32, (None,), ones)
+
+    def update(self, stats: RouterStats) -> None:
+        cooled_2 = self.heat_2[...] * jnp.asarray(self.factors)
+        ends_2 = jnp.asarray(self.ends)
+        # Whichever way a temperature goes, it stops at its end.
+        low_2, high_2 = jnp.minimum(ends_2, 1), jnp.maximum(ends_2, 1)
+        self.heat_2[...] = jnp.clip(cooled_2, low_2, high_2)

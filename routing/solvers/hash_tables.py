@@ -1,0 +1,117 @@
+"""The tables of hash routing: which expert each token id goes to (Roller et al. 2021, section 3).
+
+A table is a value: called with a key and sizes it gives the experts of all V ids.
+
+V vocabulary, D width of an embedding, E experts.
+"""
+
+import abc
+import dataclasses
+from pathlib import Path
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from routing.records import Sizes
+
+
+class Table(abc.ABC):
+    """Abstract: the expert of every token id."""
+
+    @abc.abstractmethod
+    def __call__(self, key: jax.Array, sizes: Sizes) -> jax.Array | np.ndarray:
+        """Integers in [0, E) of shape (V,)."""
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class RandomTable(Table):
+    """Every id to an expert drawn uniformly."""
+
+    def __call__(self, key, sizes):
+        return jax.random.randint(key, (sizes.vocab_size,), 0, sizes.num_experts)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class BalancedTable(Table):
+    """The most frequent id first, each to the expert with the least of the training text so far."""
+
+    def __call__(self, key, sizes):
+        return emptiest_first(sizes.training_text("BalancedTable").count_V, sizes.num_experts)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class ClusteredTable(Table):
+    """One expert for each k-means cluster of a model's embeddings: a .npy file (V, D)."""
+
+    embeddings: str
+
+    def __call__(self, key, sizes):
+        return clusters(self.embeddings, sizes)
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class DispersedTable(Table):
+    """The members of every k-means cluster spread evenly over the experts: the opposite."""
+
+    embeddings: str
+
+    def __call__(self, key, sizes):
+        return spread(clusters(self.embeddings, sizes), sizes.num_experts)
+
+
+def emptiest_first(count_V: np.ndarray, num_experts: int) -> np.ndarray:
+    """A greedy balance of the counts over the experts; ties: the lowest id, the lowest expert."""
+    table_V = np.zeros(len(count_V), np.int32)
+    load_E = np.zeros(num_experts, np.int64)
+    for token in np.argsort(-count_V.astype(np.int64), kind="stable"):
+        table_V[token] = expert = load_E.argmin()
+        load_E[expert] += count_V[token]
+    return table_V
+
+
+def spread(cluster_V: np.ndarray, num_experts: int) -> np.ndarray:
+    """Inside each cluster, member number n goes to expert n mod E."""
+    table_V = np.zeros(len(cluster_V), np.int32)
+    for cluster in np.unique(cluster_V):
+        members = np.flatnonzero(cluster_V == cluster)
+        table_V[members] = np.arange(len(members)) % num_experts
+    return table_V
+
+
+def clusters(embeddings: str, sizes: Sizes) -> np.ndarray:
+    """E clusters of the embeddings of all V ids.
+
+    Raises:
+        ValueError: the file is missing or holds something else.
+    """
+    from scipy.cluster import vq  # half a second, for these tables alone
+
+    if not Path(embeddings).is_file():
+        raise ValueError(
+            f"embeddings={embeddings!r} is no file; scripts/export_embeddings.py writes one from "
+            "a run"
+        )
+    embedding_VD = np.load(embeddings)
+    if embedding_VD.ndim != 2 or embedding_VD.shape[0] != sizes.vocab_size:
+        raise ValueError(
+            f"{embeddings} has shape {embedding_VD.shape}; it must be (vocabulary, width) with a "
+            f"vocabulary of {sizes.vocab_size}"
+        )
+    # The same for every seed and layer: the embeddings are what differs between two tables.
+    _, cluster_V = vq.kmeans2(
+        embedding_VD.astype(np.float64), sizes.num_experts, iter=30, minit="++", rng=0
+    )
+    return cluster_V.astype(np.int32)
+
+
+def mixed(key: jax.Array) -> jax.Array:
+    """A uint32 whose every bit depends on every bit of the key (MurmurHash3's last step)."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        key = (key ^ (key >> shift)) * jnp.uint32(factor)
+    return key ^ (key >> 16)
