@@ -17,7 +17,7 @@ import time
 import jax
 import numpy as np
 
-from layers.dispatch.dispatchers import Dispatcher, SlotGather, Sorted
+from layers.dispatch import Dispatcher, SlotGather, Sorted
 from layers.moe_layer import MoELayer
 from moe.bench import layer
 from moe.data.batches import train_batch

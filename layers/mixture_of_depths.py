@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from layers.block import Block
 from layers.constrain import constrain
-from layers.dispatch.dispatchers import SlotGather
+from layers.dispatch import SlotGather
 from layers.tokens import Tokens
 from routing.algorithms.mixture_of_depths import MixtureOfDepths
 from routing.records import Decision, ExpertChoice, RouterInputs, TokenChoice

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from layers.constrain import constrain
-from layers.dispatch.dispatchers import Dispatcher, Overflow, SlotGather
+from layers.dispatch import Dispatcher, Overflow, SlotGather
 from layers.experts.feed_forward import Activation, Experts, FeedForward, hidden_width
 from layers.experts.neurons import NeuronExperts
 from layers.experts.segmented import SegmentedExperts

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.dispatch.dispatchers import OneHotEinsum, SlotGather, Sorted, as_soft_slots
+from layers.dispatch import OneHotEinsum, SlotGather, Sorted, as_soft_slots
 from layers.experts.neurons import NeuronExperts
 from layers.experts.segmented import SegmentedExperts
 from layers.experts.zero_computation import DefaultVectors, ZeroCopyConstant

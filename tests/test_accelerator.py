@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.dispatch.dispatchers import OneHotEinsum, SlotGather, Sorted
+from layers.dispatch import OneHotEinsum, SlotGather, Sorted
 from layers.moe_layer import MoELayer
 from moe.bench.routers import batch
 from moe.data.batches import train_batch

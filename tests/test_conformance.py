@@ -47,7 +47,7 @@ from rows import (
     values_of,
 )
 
-from layers.dispatch.dispatchers import OneHotEinsum, SlotGather, Sorted, as_soft_slots
+from layers.dispatch import OneHotEinsum, SlotGather, Sorted, as_soft_slots
 from moe.conformance.harness import router_matmuls
 import routing
 from routing import (

@@ -33,7 +33,7 @@ from rows import (
 )
 
 from layers.constrain import placing
-from layers.dispatch.dispatchers import Dispatcher, OneHotEinsum, Sorted
+from layers.dispatch import Dispatcher, OneHotEinsum, Sorted
 from layers.moe_layer import MoELayer
 from moe.data.batch import Batch
 from moe.model import functional, sharding

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.dispatch.dispatchers import as_soft_slots
+from layers.dispatch import as_soft_slots
 from routing import (
     BalanceLoss,
     BiasBalancer,

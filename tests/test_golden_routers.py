@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.dispatch.dispatchers import OneHotEinsum, as_soft_slots
+from layers.dispatch import OneHotEinsum, as_soft_slots
 from layers.experts.feed_forward import Experts
 from layers.experts.segmented import SegmentedExperts
 from layers.experts.zero_computation import DefaultVectors, ZeroCopyConstant

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rows import compiled, draw, finite, tokens, values_of
 
-from layers.dispatch.dispatchers import Sorted
+from layers.dispatch import Sorted
 from routing import (
     DSelectK,
     ExpertChoiceRouter,

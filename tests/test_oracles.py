@@ -16,7 +16,7 @@ from rows import T as TOKENS
 from rows import V, compiled, draw, same_tree, tokens, values_of
 
 from layers.constrain import placing
-from layers.dispatch.dispatchers import Sorted
+from layers.dispatch import Sorted
 from layers.kernels.grouped_matmul import grouped_feed_forward
 from layers.moe_layer import MoELayer
 from moe import settings

@@ -9,7 +9,7 @@ import jax
 import pytest
 from tiny import Runs
 
-from layers.dispatch.dispatchers import SlotGather, Sorted
+from layers.dispatch import SlotGather, Sorted
 from layers.experts.feed_forward import FeedForward
 from layers.moe_layer import MoELayer
 from moe import settings

@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from layers.constrain import constrain, placing
-from layers.dispatch.dispatchers import OneHotEinsum, SlotGather, Sorted
+from layers.dispatch import OneHotEinsum, SlotGather, Sorted
 from layers.kernels.grouped_matmul import spare_rows
 from layers.moe_layer import MoELayer
 from moe.data.batches import train_batch

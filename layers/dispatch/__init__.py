@@ -1,0 +1,16 @@
+"""Dispatchers move tokens to experts and home again for a decision; they decide nothing."""
+
+from layers.dispatch.base import Dispatcher, Overflow, as_soft_slots, fitted
+from layers.dispatch.one_hot import OneHotEinsum
+from layers.dispatch.slot_gather import SlotGather
+from layers.dispatch.sorted import Sorted
+
+__all__ = [
+    "Dispatcher",
+    "OneHotEinsum",
+    "Overflow",
+    "SlotGather",
+    "Sorted",
+    "as_soft_slots",
+    "fitted",
+]

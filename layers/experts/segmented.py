@@ -10,7 +10,7 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from layers.dispatch.dispatchers import Dispatcher
+from layers.dispatch import Dispatcher
 from layers.experts.feed_forward import ACTIVATIONS, GATED, Activation
 from routing.capacity import Capacity
 from routing.parameters import parameter, truncated_normal

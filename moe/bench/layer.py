@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.dispatch.dispatchers import Dispatcher, SlotGather, Sorted
+from layers.dispatch import Dispatcher, SlotGather, Sorted
 from layers.experts.feed_forward import FeedForward
 from layers.moe_layer import MoELayer
 from moe.bench.routers import VOCABULARY, batch, median_ms, timed

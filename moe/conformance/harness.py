@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.dispatch.dispatchers import Dispatcher, SlotGather
+from layers.dispatch import Dispatcher, SlotGather
 from layers.experts.neurons import NeuronExperts
 from layers.moe_layer import MoELayer
 from layers.stack import rematerialised

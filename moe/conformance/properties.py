@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from layers.dispatch.dispatchers import OneHotEinsum, SlotGather
+from layers.dispatch import OneHotEinsum, SlotGather
 from moe.conformance.harness import (
     ATOL,
     RTOL,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.block import Block
-from layers.dispatch.dispatchers import Sorted
+from layers.dispatch import Sorted
 from layers.experts.feed_forward import GATED
 from layers.kernels.cross_entropy import ACCELERATOR_BLOCK_LOGITS
 from layers.mixture_of_depths import blocks_of

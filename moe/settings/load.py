@@ -19,9 +19,6 @@ from gin import config_parser
 
 from moe.errors import Problems, UserError
 from moe.settings import check, read
-from moe.settings.read import find, shipped, shipped_names
-
-__all__ = ["find", "load", "operative", "shipped", "shipped_names", "unused"]
 
 HEADER = """\
 # The whole configuration of a run. To run it again, with this file as config.gin:

@@ -1,13 +1,9 @@
-"""Dispatchers move tokens to experts and home again for a decision, and decide nothing.
+"""A dispatcher that sorts assignments by expert: no slots, no padding, nothing dropped.
 
-`dispatch(x_GTD, decision)` gives x_EGCD, the rows of each expert; `combine(y_EGCD, decision)` gives
-y_GTD, the gate-weighted sum of what came home. A TokenChoice must have been fitted by a capacity
-policy, which gives every kept assignment its slot.
-
-G groups, T tokens per group, D model width, E experts, K experts per token, C (or S) slots.
+G groups, T tokens per group, D model width, E experts, K experts per token; P parts of a mesh, N
+rows of one.
 """
 
-import abc
 import dataclasses
 import importlib.util
 import math
@@ -20,120 +16,12 @@ import jax.numpy as jnp
 
 from layers.constrain import Parts, constrain, mesh_axes, on_each_part, parts_of, platform
 from layers.dispatch.all_to_all import EXCHANGES, Exchange, to_experts, to_tokens
-from layers.dispatch.gather_rows import combine_rows, dispatch_rows, sum_by_token
+from layers.dispatch.base import Dispatcher, Overflow
+from layers.dispatch.gather_rows import combine_rows, dispatch_rows
+from layers.dispatch.slot_gather import SlotGather
 from layers.kernels.grouped_matmul import KERNELS, SortedRows, spare_rows
 from routing.ranges import Positive
-from routing.records import Decision, ExpertChoice, ExpertMerge, SoftSlots, TokenChoice
-
-
-class Dispatcher(abc.ABC):
-    """Abstract: the two verbs. A dispatcher is a value without parameters."""
-
-    needs_slots: ClassVar[bool] = True  # whether every kept assignment must have a slot
-
-    def __str__(self) -> str:
-        return type(self).__name__
-
-    def admit(self, decision: Decision) -> tuple[Decision, "Overflow | None"]:
-        """What of the decision there is room for on the way, and what is to go another way."""
-        return decision, None
-
-    @abc.abstractmethod
-    def dispatch(self, x_GTD: jax.Array, decision: Decision) -> jax.Array | SortedRows:
-        """(E, G, C, D): what every expert receives; empty slots are zero. Or sorted rows."""
-
-    @abc.abstractmethod
-    def combine(self, y_EGCD: jax.Array, decision: Decision) -> jax.Array:
-        """(G, T, D): for every token the gate-weighted sum of its experts' outputs."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Overflow:
-    """The rest of a decision, and the dispatcher that has room for it."""
-
-    decision: TokenChoice
-    dispatcher: Dispatcher
-
-
-def as_soft_slots(decision: Decision) -> SoftSlots:
-    """Any decision as dispatch (0 or 1) and combine weights over (T, E, C): the common form."""
-    if isinstance(decision, SoftSlots):
-        return decision
-    if isinstance(decision, ExpertChoice):
-        token_GECT = jax.nn.one_hot(decision.token_GEC, decision.num_tokens, dtype=bool)
-        token_GECT = token_GECT & decision.keep_GEC[..., None]
-        combine_GECT = token_GECT * decision.gate_GEC[..., None]
-        to_GTEC = (0, 3, 1, 2)
-        dispatch_GTEC = token_GECT.transpose(to_GTEC).astype(decision.gate_GEC.dtype)
-        return SoftSlots(dispatch_GTEC, combine_GECT.transpose(to_GTEC))
-    if isinstance(decision, ExpertMerge):
-        raise ValueError("an ExpertMerge moves no tokens: there is nothing to dispatch")
-    slot_GTK, capacity = fitted(decision)
-    dtype = decision.gate_GTK.dtype
-    expert_GTKE = jax.nn.one_hot(decision.expert_GTK, decision.num_experts, dtype=bool)
-    expert_GTKE = (expert_GTKE & decision.keep_GTK[..., None]).astype(dtype)
-    slot_GTKC = jax.nn.one_hot(slot_GTK, capacity, dtype=dtype)
-    dispatch_GTEC = jnp.einsum("gtke,gtkc->gtec", expert_GTKE, slot_GTKC)
-    gated_GTKE = expert_GTKE * decision.gate_GTK[..., None]
-    return SoftSlots(dispatch_GTEC, jnp.einsum("gtke,gtkc->gtec", gated_GTKE, slot_GTKC))
-
-
-def fitted(decision: TokenChoice) -> tuple[jax.Array, int]:
-    """slot_GTK and the number of slots; raise ValueError without a capacity policy's work."""
-    if decision.slot_GTK is None or decision.capacity is None:
-        raise ValueError("a TokenChoice needs slots: pass it through Capacity(...).fit first")
-    return decision.slot_GTK, decision.capacity
-
-
-@gin.configurable
-@dataclasses.dataclass(frozen=True)
-class OneHotEinsum(Dispatcher):
-    """The reference: dense one-hot einsums, O(T E C D); what a compiler partitions best."""
-
-    def dispatch(self, x_GTD, decision) -> jax.Array:
-        weight_GTEC = as_soft_slots(decision).dispatch_GTES.astype(x_GTD.dtype)
-        x_EGCD = jnp.einsum("gtec,gtd->egcd", weight_GTEC, x_GTD)
-        # Computed where the tokens are, then one all-to-all to where the experts are.
-        x_EGCD = constrain(x_EGCD, None, "batch", "slot", None)
-        return constrain(x_EGCD, "expert", "expert_group", "slot", None)
-
-    def combine(self, y_EGCD, decision) -> jax.Array:
-        y_EGCD = constrain(y_EGCD, "expert", "expert_group", "slot", None)
-        y_EGCD = constrain(y_EGCD, None, "batch", "slot", None)
-        weight_GTEC = as_soft_slots(decision).combine_GTES.astype(y_EGCD.dtype)
-        return jnp.einsum("gtec,egcd->gtd", weight_GTEC, y_EGCD)
-
-
-@gin.configurable
-@dataclasses.dataclass(frozen=True)
-class SlotGather(Dispatcher):
-    """Gather rows into slots and back, O(E C D); soft slots are dense and go by einsum."""
-
-    def dispatch(self, x_GTD, decision) -> jax.Array:
-        if isinstance(decision, SoftSlots | ExpertMerge):
-            return OneHotEinsum().dispatch(x_GTD, decision)
-        if isinstance(decision, ExpertChoice):
-            token_GEC = jnp.where(decision.keep_GEC, decision.token_GEC, -1)
-            x_EGCD = dispatch_rows(x_GTD, token_GEC, None)
-        else:
-            source_GEC, home_GTK = _addresses(decision)
-            token_GEC = jnp.where(source_GEC < 0, -1, source_GEC // home_GTK.shape[2])
-            x_EGCD = dispatch_rows(x_GTD, token_GEC, home_GTK)
-        x_EGCD = constrain(x_EGCD, None, "batch", "slot", None)
-        return constrain(x_EGCD, "expert", "expert_group", "slot", None)
-
-    def combine(self, y_EGCD, decision) -> jax.Array:
-        if isinstance(decision, SoftSlots | ExpertMerge):
-            return OneHotEinsum().combine(y_EGCD, decision)
-        y_EGCD = constrain(y_EGCD, "expert", "expert_group", "slot", None)
-        y_EGCD = constrain(y_EGCD, None, "batch", "slot", None)
-        if isinstance(decision, ExpertChoice):
-            gate_EGC = jnp.swapaxes(decision.gate_GEC, 0, 1).astype(y_EGCD.dtype)
-            token_GEC = jnp.where(decision.keep_GEC, decision.token_GEC, -1)
-            return sum_by_token(y_EGCD * gate_EGC[..., None], token_GEC, decision.num_tokens)
-        source_GEC, home_GTK = _addresses(decision)
-        gate_GTK = decision.gate_GTK.astype(y_EGCD.dtype)
-        return combine_rows(y_EGCD, gate_GTK, source_GEC, home_GTK)
+from routing.records import Decision, TokenChoice
 
 
 @gin.configurable
@@ -344,22 +232,3 @@ def _inverse(source_N: jax.Array, place_N: jax.Array) -> jax.Array:
         settings = {"unique_indices": True, "mode": "promise_in_bounds"}
         return jnp.zeros_like(place_N).at[source_N].set(place_N, **settings)
     return jax.lax.sort((source_N, place_N), num_keys=1)[1]  # where writing one by one is slow
-
-
-def _addresses(decision: TokenChoice) -> tuple[jax.Array, jax.Array]:
-    """source_GEC: which assignment t*K+k fills a slot; home_GTK: its slot e*C+c; -1 for none."""
-    slot_GTK, capacity = fitted(decision)
-    groups, tokens, k = slot_GTK.shape
-    slots = decision.num_experts * capacity
-    home_GTK = decision.expert_GTK * capacity + slot_GTK
-    number_N = jnp.arange(tokens * k, dtype=jnp.int32)
-
-    def invert(home_N, keep_N):
-        # Slots are distinct, so the order of the writes does not matter.
-        spread_N = jnp.where(keep_N, home_N, slots)
-        return jnp.full(slots, -1, jnp.int32).at[spread_N].set(number_N, mode="drop")
-
-    keep_GTK = decision.keep_GTK
-    source_GN = jax.vmap(invert)(home_GTK.reshape(groups, -1), keep_GTK.reshape(groups, -1))
-    source_GEC = source_GN.reshape(groups, decision.num_experts, capacity)
-    return source_GEC, jnp.where(keep_GTK, home_GTK, -1)
