@@ -22,11 +22,9 @@ from layers.moe_layer import MoELayer
 from moe.bench import layer
 from moe.data.batches import train_batch
 from moe.machine import hardware
-from moe.model.sharding import MeshShape
 from moe.model.transformer import Transformer
-from moe.training import assemble
-from moe.training.objective import NextToken
-from moe.training.optimizer import AdamW
+from moe.training.abstract_model import Vocabulary
+from moe.training.run_spec import RunSpec
 from moe.training.train_step import to_devices
 from routing import Capacity, TopK
 
@@ -56,11 +54,8 @@ def step_seconds(dispatcher: Dispatcher, capacity: Capacity, *, small: bool) -> 
         remat="dots_with_batch",
         tie_embeddings=False,
     )
-    size = {"batch_size": batch, "sequence_length": length}
-    model = assemble.assemble(make, NextToken(), token_vocabulary=vocab, **size)
-    mesh = MeshShape().build(jax.devices()[:1])
-    settings = {"steps": 100, "seed": 0, "accumulate": 1}
-    program = assemble.program(model, AdamW(), mesh, batch_size=batch, **settings)
+    spec = RunSpec(None, make, steps=100, batch_size=batch, sequence_length=length)
+    model, program = spec.build(Vocabulary(vocab), spec.build_mesh(jax.devices()[:1]))
     window_BW = np.random.default_rng(0).integers(0, vocab, (batch, length + 1), np.int32)
     rows = train_batch(window_BW, np.arange(batch, dtype=np.int32))
     rows = to_devices(rows, program.batch_sharding, batch)

@@ -1,17 +1,16 @@
 """What benchmarks of single steps share: a configuration's training step, compiled and timed."""
 
 from collections.abc import Iterable, Sequence
+import math
 import statistics
 import time
 
-import gin
 import jax
 
-from moe import settings
+from moe.cli import config
 from moe.machine import hardware
-from moe.model.sharding import MeshShape
-from moe.training import assemble, metrics
-from moe.training.objective import NextToken
+from moe.training import metrics
+from moe.training.abstract_model import Vocabulary
 from moe.training.train_step import to_devices
 
 
@@ -19,33 +18,16 @@ class CompiledStep:
     """A configuration's step on one batch of its text, and the seconds of each run of it."""
 
     def __init__(self, files: Sequence[str], bindings: Sequence[str] = ()):
-        settings.load(list(files), bindings)
-        run = gin.get_bindings("train")
-        text = run["data"].prepare()
-        batch, length = run["batch_size"], run["sequence_length"]
-        model = assemble.assemble(
-            run["model"],
-            run.get("objective") or NextToken(),
-            token_vocabulary=text.tokenizer.vocab_size,
-            training_tokens=text.train.token_N,
-            batch_size=batch,
-            sequence_length=length,
-        )
+        spec = config.load(files, bindings)
+        text = spec.prepare_data()
+        vocabulary, tokens = Vocabulary.of(text.tokenizer), text.train.token_N
+        model, program = spec.build(vocabulary, spec.build_mesh(), tokens)
         self.costs = model.costs
-        self.tokens = batch * length
+        self.tokens = math.prod(spec.shape)
         self.flops = model.costs.flops_per_token * self.tokens
-        program = assemble.program(
-            model,
-            run["optimizer"],
-            MeshShape().build(),
-            steps=run["steps"],
-            seed=0,
-            accumulate=run.get("accumulate", 1),
-            batch_size=batch,
-        )
         self.step, self.state = program.step, program.init(0)
-        rows = text.train_batches(batch, length, 0).batch(0)
-        self.batch = to_devices(rows, program.batch_sharding, batch)
+        rows = text.train_batches(*spec.shape, spec.seed).batch(0)
+        self.batch = to_devices(rows, program.batch_sharding, spec.batch_size)
         self.seconds: list[float] = []
         self.run(1)
         self.seconds.clear()  # the first step compiled

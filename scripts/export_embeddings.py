@@ -7,11 +7,13 @@ import sys
 
 import numpy as np
 
+from moe.cli import config
 from moe.runs.restore import restore_run
 
 
 def main(workdir: str, path: str) -> None:
-    embedding_VD = np.asarray(restore_run(workdir).params["embedding_VD"])
+    run = restore_run(workdir, config.of_folder(workdir))
+    embedding_VD = np.asarray(run.params["embedding_VD"])
     np.save(path, embedding_VD)
     print(f"{path}: {embedding_VD.shape[0]} tokens of width {embedding_VD.shape[1]}")
 

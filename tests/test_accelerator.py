@@ -15,11 +15,11 @@ from layers.dispatch import OneHotEinsum, SlotGather, Sorted
 from layers.moe_layer import MoELayer
 from moe.bench.routers import batch
 from moe.data.batches import train_batch
-from moe.model import functional, sharding
+from moe.model import functional
 from moe.model.transformer import Transformer
-from moe.training import assemble
-from moe.training.objective import NextToken
+from moe.training.abstract_model import Vocabulary
 from moe.training.optimizer import AdamW
+from moe.training.run_spec import RunSpec
 from routing import Capacity, TopK, initialize
 
 pytestmark = [
@@ -75,12 +75,9 @@ def test_a_model_learns():
     make = functools.partial(
         Transformer, d_model=D, num_layers=2, num_heads=2, moe=moe, compute_dtype="bfloat16"
     )
-    size = {"batch_size": 8, "sequence_length": 128}
-    model = assemble.assemble(make, NextToken(), token_vocabulary=V, **size)
-    mesh = sharding.MeshShape().build(jax.devices()[:1])
-    program = assemble.program(
-        model, AdamW(learning_rate=1e-2), mesh, steps=30, seed=0, accumulate=1, batch_size=8
-    )
+    optimizer = AdamW(learning_rate=1e-2)
+    spec = RunSpec(None, make, None, optimizer, steps=30, batch_size=8, sequence_length=128)
+    _, program = spec.build(Vocabulary(V), spec.build_mesh(jax.devices()[:1]))
     state, losses = program.init(0), []
     window_BW = np.random.default_rng(0).integers(0, V, (8, 129), np.int32)
     rows = train_batch(window_BW, np.arange(8, dtype=np.int32))

@@ -12,7 +12,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from moe import cli
+from moe.cli import main as cli
 
 if sys.argv[1] == "command":
     cli.main(["bench", "nothing"])

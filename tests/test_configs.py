@@ -8,11 +8,11 @@ import pytest
 from tiny import Runs, quick
 
 from moe import settings
-from moe.runs.restore import MeshShape
+from moe.cli import config
 from moe.settings import read
-from moe.training import assemble
-from moe.training.objective import MaskedToken, NextToken
-from moe.training.optimizer import AdamW
+from moe.training.abstract_model import Vocabulary
+from moe.training.objective import MaskedToken
+from moe.training.run_spec import RunSpec
 from routing import Causality, Sizes
 
 SHIPPED = sorted(path.relative_to(read.shipped()) for path in read.shipped().rglob("*.gin"))
@@ -45,28 +45,10 @@ def runs(tmp_path_factory):
 
 def parts(gin_paths, bindings=()):
     """Model and program, with no data read and nothing trained."""
-    settings.load([str(path) for path in gin_paths], bindings)
-    bound = gin.get_bindings("train")
-    objective = bound.get("objective") or NextToken()
-    sizes = {name: bound[name] for name in ("batch_size", "sequence_length")}
-    text = np.arange(1000) % 257
-    model = assemble.assemble(
-        bound["model"], objective, token_vocabulary=257, training_tokens=text, **sizes
-    )
-    optimizer = bound.get("optimizer") or AdamW()
+    config.bind([str(path) for path in gin_paths], bindings)
     with quick():
-        mesh = (bound.get("mesh") or MeshShape()).build()
-    program = assemble.program(
-        model,
-        optimizer,
-        mesh,
-        batch_size=sizes["batch_size"],
-        **{name: bound.get(name, default) for name, default in DEFAULTS.items()},
-    )
-    return model, program
-
-
-DEFAULTS = {"steps": 1000, "seed": 0, "accumulate": 1}
+        spec = RunSpec(data=None)
+        return spec.build(Vocabulary(257), spec.build_mesh(), np.arange(1000) % 257)
 
 
 def small(folder: Path, *names: str, more: str = "") -> Path:
@@ -139,7 +121,7 @@ def test_the_files_of_papers_with_losses_of_their_own_say_which():
     def losses(name):
         with gin.unlock_config():
             gin.clear_config()
-        settings.load([f"routers/{name}.gin"])
+        config.bind([f"routers/{name}.gin"])
         layer = gin.get_bindings("MoELayer")
         return {loss.name: loss for loss in layer["router"](Sizes(8, 16, 7)).losses}
 
@@ -160,6 +142,6 @@ def test_a_router_is_swapped_by_one_flag(runs, tmp_path):
 def test_the_record_of_a_run_loads_to_the_same_record(runs):
     assert runs("recorded", "train.steps = 2", "train.stop_at = 1") == 0
     record = runs.folder / "recorded" / "config.gin"
-    settings.load([str(record)])
+    config.bind([str(record)])
     again = read.bindings_of(settings.operative())
     assert again == read.bindings_of(record.read_text())

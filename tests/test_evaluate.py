@@ -15,7 +15,7 @@ from moe.errors import UserError
 from moe.model import functional
 from moe.model.sharding import MeshShape
 from moe.model.transformer import Transformer
-from moe.training import assemble
+from moe.training.abstract_model import Vocabulary, abstract_model
 from moe.training.evaluate import evaluate, evaluation_step
 from moe.training.metrics import health
 from moe.training.objective import NextToken
@@ -36,14 +36,8 @@ def deep():
         depth_router=functools.partial(MixtureOfDepths, capacity=0.25),
     )
     num_bytes_2V = np.array([[1] * (V - 1) + [0]] * 2, np.int32)
-    model = assemble.assemble(
-        make,
-        NextToken(),
-        token_vocabulary=V,
-        num_bytes_2V=num_bytes_2V,
-        batch_size=2,
-        sequence_length=T,
-    )
+    vocabulary = Vocabulary(V, num_bytes_2V)
+    model = abstract_model(make, NextToken(), vocabulary, batch_size=2, sequence_length=T)
     params, router_state = functional.first_values(model.graph, *model.shapes, 0)
     mesh = MeshShape().build(jax.devices()[:1])
     step = evaluation_step(model, mesh)

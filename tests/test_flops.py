@@ -12,7 +12,7 @@ from layers.moe_layer import MoELayer
 from layers.tokens import Tokens
 from moe.machine import hardware
 from moe.model.transformer import Transformer
-from moe.training import assemble
+from moe.training.abstract_model import Vocabulary, abstract_model
 from moe.training.objective import MaskedToken, NextToken
 from routing import (
     AllExperts,
@@ -36,7 +36,7 @@ def built(router=None, objective=NextToken(), **settings):
         moe = functools.partial(MoELayer, router=router, num_experts=E, d_ff=F, **settings)
         settings = {}
     make = functools.partial(Transformer, d_model=D, num_layers=L, num_heads=H, moe=moe, **settings)
-    return assemble.assemble(make, objective, token_vocabulary=V, batch_size=2, sequence_length=T)
+    return abstract_model(make, objective, Vocabulary(V), batch_size=2, sequence_length=T)
 
 
 def by_hand(routed: float, router: int, shared: int = 0, causal: bool = True, vocab: int = V):

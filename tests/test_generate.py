@@ -14,6 +14,7 @@ import pytest
 from tiny import Runs, environment, quick
 
 from layers.tokens import Tokens
+from moe.cli import config
 from moe.cli import main as cli
 from moe.cli.eval import evaluate_run
 from moe.errors import UserError
@@ -23,6 +24,10 @@ from moe.runs.storage import checkpoint
 
 TEXT = "the quick brown fox jumps over the lazy dog. "
 LOGITS = jnp.log(jnp.array([[0.1, 0.4, 0.05, 0.3, 0.15], [0.7, 0.05, 0.05, 0.1, 0.1]]))
+
+
+def restored(folder, step=None):
+    return restore_run(folder, config.of_folder(folder), step)
 
 
 def picks(sampling, count=200):
@@ -84,7 +89,7 @@ def learned(runs):
     bindings = ("train.steps = 120", "train.optimizer = @AdamW()", "AdamW.learning_rate = 0.02")
     run = runs.done("learned", *bindings, "train.batch_size = 8", "train.log_every = 20")
     with quick():
-        found = restore_run(str(run))
+        found = restored(str(run))
     gin.clear_config()
     return found
 
@@ -232,7 +237,7 @@ def test_a_decoder_that_sees_the_future_is_trained_on_demand_and_writes_no_text(
 
 def test_what_a_masked_evaluation_hides_does_not_depend_on_the_batch_size(masked):
     with quick():
-        run = restore_run(str(masked))
+        run = restored(str(masked))
         found = [evaluate_run(run, batch_size=size) for size in (1, 2, 32)]
     assert len({one.tokens for one in found}) == 1
     for one in found[1:]:
@@ -241,9 +246,9 @@ def test_what_a_masked_evaluation_hides_does_not_depend_on_the_batch_size(masked
 
 def test_a_checkpoint_that_is_not_there_is_named(masked):
     with quick():
-        assert restore_run(str(masked)).step == 2
+        assert restored(str(masked)).step == 2
         with pytest.raises(UserError, match="no checkpoint of step 1"):
-            restore_run(str(masked), step=1)
+            restored(str(masked), step=1)
 
 
 @pytest.fixture(scope="module")
@@ -271,18 +276,18 @@ def test_a_run_of_eight_devices_is_used_on_one(spread):
 def test_a_run_of_one_device_is_used_on_eight(masked, spread):
     """Whatever batch it is asked for: rows that fill up the mesh are padding."""
     with quick():
-        alone = evaluate_run(restore_run(str(masked)), batch_size=3)
-    run = restore_run(str(masked))
+        alone = evaluate_run(restored(str(masked)), batch_size=3)
+    run = restored(str(masked))
     assert run.mesh.size == 8
     assert evaluate_run(run, batch_size=3).loss == pytest.approx(alone.loss, rel=1e-5)
-    assert evaluate_run(restore_run(str(spread)), batch_size=6).bytes > 0
-    assert evaluate_run(restore_run(str(spread)), batch_size=6, rule="training").bytes > 0
+    assert evaluate_run(restored(str(spread)), batch_size=6).bytes > 0
+    assert evaluate_run(restored(str(spread)), batch_size=6, rule="training").bytes > 0
 
 
 def test_only_parameters_and_router_state_are_read(masked):
     """An optimizer's state is twice as large as the parameters."""
     with quick():
-        run = restore_run(str(masked))
+        run = restored(str(masked))
     with checkpoint.opened(masked / "checkpoints", read_only=True) as saves:
         there = saves.shapes(2)
         assert any(name.startswith("opt_state") for name in there)

@@ -6,8 +6,7 @@ import typing
 import pytest
 from tiny import BASE
 
-from moe import settings
-from moe.cli import configurables
+from moe.cli import config, configurables
 from moe.errors import UserError
 from moe.settings import check, types
 from moe.settings.read import Reference
@@ -18,7 +17,7 @@ assert configurables  # every configurable is registered
 
 def refusal(binding: str) -> str:
     with pytest.raises(UserError) as caught:
-        settings.load(["quickstart.gin"], [binding])
+        config.bind(["quickstart.gin"], [binding])
     return str(caught.value)
 
 
@@ -73,7 +72,7 @@ def test_what_fits_is_taken():
         "MoELayer.router = @routing.ExpertChoice",
         "Transformer.moe = None",
     ):
-        settings.load(["quickstart.gin"], [binding])
+        config.bind(["quickstart.gin"], [binding])
 
 
 def every_parameter():

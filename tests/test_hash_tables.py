@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny import Runs, quick
 
+from moe.cli import config
 from moe.cli import main as cli
 from moe.runs.restore import restore_run
 from routing import Hash, Sizes, TrainingText, initialize
@@ -24,9 +25,9 @@ def runs(tmp_path_factory):
 def test_a_table_from_the_text_is_trained_with_saved_and_evaluated(runs, capsys):
     folder = runs.done("balanced", *BALANCED)
     with quick():
-        restored = restore_run(str(folder))
+        restored = restore_run(str(folder), config.of_folder(str(folder)))
     (table_LV,) = restored.router_state.values()
-    tokens = restored.settings["data"].prepare(lambda line: None).train.token_N
+    tokens = restored.spec.prepare_data(lambda line: None).train.token_N
     count_V = np.bincount(tokens, minlength=table_LV.shape[1])
     expected_V = emptiest_first(count_V, 4)
     np.testing.assert_array_equal(table_LV, np.stack([expected_V] * 2))

@@ -22,7 +22,7 @@ class Kept:
     seen: list = dataclasses.field(default_factory=list)
 
     def open(self, folder, run):
-        self.seen.append((folder.path.name, run["seed"]))
+        self.seen.append((folder.name, run["seed"]))
         return self
 
     def scalars(self, step, values):

@@ -19,7 +19,7 @@ from layers.constrain import placing
 from layers.dispatch import Sorted
 from layers.kernels.grouped_matmul import grouped_feed_forward
 from layers.moe_layer import MoELayer
-from moe import settings
+from moe.cli import config
 from moe.model import functional, sharding
 from routing import Capacity
 from routing.algorithms.sinkhorn import transport_plan
@@ -118,7 +118,7 @@ def as_ours(theirs):
 
 def ours(router, bindings, values, x_BTD, weight_BTD):
     """Output and gradients of the layer that a shipped file describes, with these values."""
-    settings.load([f"routers/{router}.gin"], (*SMALL, *bindings))
+    config.bind([f"routers/{router}.gin"], (*SMALL, *bindings))
     layer = MoELayer(D, vocab_size=V)
     graph, params, state = functional.split(layer)
     assert set(values) == set(params) | set(state)

@@ -12,7 +12,7 @@ from tiny import Runs
 from layers.dispatch import SlotGather, Sorted
 from layers.experts.feed_forward import FeedForward
 from layers.moe_layer import MoELayer
-from moe import settings
+from moe.cli import config
 from moe.cli import main as cli
 from moe.model.sharding import MESH_AXES, MeshShape
 from moe.model.transformer import Transformer
@@ -22,9 +22,8 @@ from moe.planning.hlo import axes_of, by_kind, collectives, exchanges, group_of,
 from moe.planning.memory import step_bytes
 from moe.planning.plan import changes, roofline
 from moe.planning.report import compiled_report, counted_report, idle_hint
-from moe.training import assemble
-from moe.training.objective import NextToken
-from moe.training.optimizer import AdamW
+from moe.training.abstract_model import Vocabulary
+from moe.training.run_spec import RunSpec
 from routing import AllExperts, ReMoE, TopK
 
 
@@ -184,11 +183,11 @@ def test_a_low_utilisation_says_what_the_chips_wait_for():
 
 
 def test_changes_take_what_costs_least_time_first():
-    settings.load([], ["train.accumulate = 2", "Transformer.remat = 'dots'"])
+    config.bind([], ["train.accumulate = 2", "Transformer.remat = 'dots'"])
     found = list(changes())
     assert found[0] == ("train.accumulate = 4",)
     assert found[3] == ("train.accumulate = 2", "Transformer.remat = 'full'")
-    settings.load([], ["Transformer.remat = 'full'"])
+    config.bind([], ["Transformer.remat = 'full'"])
     assert [len(change) for change in changes()] == [1, 1, 1]
 
 
@@ -266,12 +265,16 @@ def test_what_runs_beside_an_exchange():
 def counted(mesh=None, accumulate=1, **settings):
     """Bytes of a dense model's step on so many devices, 8 sequences of 16 tokens."""
     make = functools.partial(Transformer, d_model=16, num_layers=3, num_heads=2, **settings)
-    size = {"batch_size": 8, "sequence_length": 16}
-    model = assemble.assemble(make, NextToken(), token_vocabulary=32, **size)
-    mesh = MeshShape(**(mesh or {"data": 1})).build(jax.devices()[: 8 if mesh else 1])
-    program = assemble.program(
-        model, AdamW(), mesh, steps=1, seed=0, accumulate=accumulate, batch_size=8
+    spec = RunSpec(
+        None,
+        make,
+        mesh=MeshShape(**(mesh or {"data": 1})),
+        accumulate=accumulate,
+        steps=1,
+        batch_size=8,
+        sequence_length=16,
     )
+    model, program = spec.build(Vocabulary(32), spec.build_mesh(jax.devices()[: 8 if mesh else 1]))
     return step_bytes(model, program, 8 // accumulate, accumulate)
 
 
@@ -346,7 +349,7 @@ def test_counting_is_within_a_tenth_of_the_compiler(path):
     told = json.loads(path.read_text())
     kind, _, _ = told["topology"].partition(":")
     name = path.stem.removeprefix("plan_").partition(f"_{kind}_")[0]
-    settings.load([f"pod_{name}.gin"], ())
+    config.bind([f"pod_{name}.gin"], ())
     vocab_size = gin.query_parameter("TrainedBPE.vocab_size")
     found = plan.counted(plan.build(Topology.read(told["topology"]), vocab_size))
     assert found["total"] == pytest.approx(told["compiled"]["total"], rel=0.1)

@@ -16,9 +16,9 @@ from moe.errors import UserError
 from moe.model.sharding import MeshShape
 from moe.model.transformer import Transformer
 from moe.runs.storage import checkpoint
-from moe.training import assemble
-from moe.training.objective import NextToken
+from moe.training.abstract_model import Vocabulary
 from moe.training.optimizer import Adafactor, AdamW
+from moe.training.run_spec import RunSpec
 from moe.training.train_step import to_devices
 
 STATEFUL = (
@@ -148,21 +148,19 @@ def test_a_reader_that_orbax_gives_up_says_nothing_whenever_it_is_collected(tmp_
 
 
 def programs(mesh: MeshShape, optimizer):
-    built = assemble.assemble(
-        Transformer, NextToken(), token_vocabulary=257, batch_size=8, sequence_length=16
+    spec = RunSpec(
+        None, Transformer, None, optimizer, mesh, steps=4, batch_size=8, sequence_length=16
     )
     devices = jax.devices()[:1] if mesh == MeshShape(data=1) else jax.devices()
-    where = mesh.build(devices)
-    settings = {"steps": 4, "seed": 0, "accumulate": 1, "batch_size": 8}
-    return assemble.program(built, optimizer, where, **settings)
+    return spec.build(Vocabulary(257), spec.build_mesh(devices))[1]
 
 
 @pytest.fixture
 def sparse(runs):
     """The tiny model from gin."""
-    from moe import settings
+    from moe.cli import config
 
-    settings.load([str(runs.config)], ["train.sequence_length = 16"])
+    config.bind([str(runs.config)], ["train.sequence_length = 16"])
 
 
 def batch_of(program):

@@ -15,11 +15,11 @@ from moe.data.batch import Batch
 from moe.data.tokens.tokenizer import Tokenizer
 from moe.model.functional import Arrays
 from moe.training import objective as objectives
-from moe.training.assemble import Model
+from moe.training.abstract_model import AbstractModel
 from routing import gates_GTE
 
 
-def gates_step(model: Model) -> Callable[[Arrays, Arrays, Batch], np.ndarray]:
+def gates_step(model: AbstractModel) -> Callable[[Arrays, Arrays, Batch], np.ndarray]:
     """A function of (parameters, router state, batch): gates (L, B, T, E) at evaluation."""
 
     @jax.jit
@@ -39,7 +39,7 @@ def gates_step(model: Model) -> Callable[[Arrays, Arrays, Batch], np.ndarray]:
 
 def gates_of_text(run, text: str) -> tuple[list[str], np.ndarray]:
     """The tokens of a text (at most one sequence) and their gates (L, T, E), for a restored run."""
-    length = run.settings["sequence_length"]
+    length = run.spec.sequence_length
     ids = [run.tokenizer.document_id, *run.tokenizer.encode_batch([text])[0]][:length]
     batch = batch_of(ids, length)
     gates_LBTE = gates_step(run.model)(run.params, run.router_state, batch)
@@ -74,7 +74,9 @@ class TokenTable:
         return [self.tokenizer.decode([int(v)]) for v in best if share_V[v] > 0]
 
 
-def token_table(model: Model, params, router_state, tokenizer: Tokenizer, batches) -> TokenTable:
+def token_table(
+    model: AbstractModel, params, router_state, tokenizer: Tokenizer, batches
+) -> TokenTable:
     """Which tokens each expert works on, over some batches."""
     step, load_LVE = gates_step(model), None
     for batch in batches:

@@ -19,10 +19,10 @@ def run(flags) -> int:
     xla_flags.prepare(devices=8)  # before jax is imported
     router = find(flags.router)
 
-    from moe import settings
+    from moe.cli import config
     from moe.conformance.properties import check
 
-    settings.load([], flags.gin_bindings)
+    config.bind([], flags.gin_bindings)
     found, width = [], 0
     print(f"{router.__name__} with {flags.experts} experts")
     try:

@@ -11,9 +11,8 @@ from moe.data import mixture, shards, text
 from moe.data.corpora import corpus, hugging_face
 from moe.data.tokens import tokenizer
 from moe.model import sharding, transformer
-from moe.runs import train
 from moe.runs.tracking import loggers
-from moe.training import objective, optimizer, schedules
+from moe.training import objective, optimizer, run_spec, schedules
 from routing import balance_losses, balancers, capacity, losses
 from routing.algorithms import (
     base,

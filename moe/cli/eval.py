@@ -8,13 +8,14 @@ from typing import Any
 
 import gin
 
+from moe.cli import config
 from moe.data.corpora.corpus import Corpus, left_out_of
 from moe.data.text import PreparedData, TextData
 from moe.data.tokens.tokenizer import Tokenizer
 from moe.errors import UserError
 from moe.model import sharding
 from moe.runs.restore import Restored, restore_run
-from moe.training.assemble import Model
+from moe.training.abstract_model import AbstractModel
 from moe.training.evaluate import Evaluation, evaluate, evaluation_step
 from moe.training.metrics import Routing, health, load_scalars
 from routing.ranges import Count, Size
@@ -52,10 +53,10 @@ def evaluate_run(
     """
     if rule not in ("evaluation", "training"):
         raise UserError(f"eval.rule={rule!r}: evaluation or training")
-    length = run.settings["sequence_length"]
+    length = run.spec.sequence_length
     data: PreparedData
     if corpus is None:
-        data = run.settings["data"].prepare()
+        data = run.spec.prepare_data()
         if data.tokenizer.fingerprint != run.tokenizer.fingerprint:
             raise UserError(
                 "the run's text has changed since it was trained (its tokenizer no longer comes "
@@ -76,7 +77,7 @@ def evaluate_run(
     return evaluate(step, run, batches, run.mesh)
 
 
-def depths_of(model: Model) -> dict[str, Any]:
+def depths_of(model: AbstractModel) -> dict[str, Any]:
     """The router of a Mixture-of-Depths, where there is one."""
     depth = model.module.depth_router
     if depth is None:
@@ -99,7 +100,8 @@ def loads_of(routing: Routing) -> dict[str, Any]:
 
 def run(flags) -> int:
     """Print the result; `--json` also writes it."""
-    restored = restore_run(flags.workdir, flags.gin_bindings, flags.step)
+    spec = config.of_folder(flags.workdir, flags.gin_bindings)
+    restored = restore_run(flags.workdir, spec, flags.step)
     result = evaluate_run(restored)
     layer = restored.model.moe_layer
     found = {

@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
+from moe.cli import config
 from moe.inference.generate import Sampling, generate
 from moe.runs.restore import restore_run
 
 
 def run(flags) -> int:
     """Print `--count` continuations of the prompt; `--json` also writes them."""
-    restored = restore_run(flags.workdir)
+    restored = restore_run(flags.workdir, config.of_folder(flags.workdir))
     texts = generate(
         restored.model,
         restored.params,
@@ -18,7 +19,7 @@ def run(flags) -> int:
         prompt=flags.prompt,
         tokens=flags.tokens,
         count=flags.count,
-        context=restored.settings["sequence_length"],
+        context=restored.spec.sequence_length,
         sampling=Sampling(flags.temperature, flags.top_k, flags.top_p),
         seed=flags.seed,
     )

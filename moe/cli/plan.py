@@ -28,7 +28,7 @@ def run(flags) -> int:
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
         environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several plans at a time
         done = subprocess.run(
-            [sys.executable, "-m", "moe.planning.worker", *words],
+            [sys.executable, "-m", "moe.cli.plan_worker", *words],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,

@@ -5,7 +5,6 @@ from pathlib import Path
 import shutil
 from typing import Any
 
-from moe import settings
 from moe.errors import attempted
 from moe.machine import processes
 from moe.runs.storage.folder import RunFolder
@@ -13,11 +12,14 @@ from moe.runs.storage.folder import RunFolder
 
 def run(flags) -> int:
     """Train or continue; 0 when the run is complete, 128 + the signal when it was interrupted."""
-    settings.load(flags.gin_file, flags.gin_bindings)
+    from moe.cli import config
+
+    config.bind(flags.gin_file, flags.gin_bindings)
     processes.join(flags.processes, flags.coordinator, flags.process)
     from moe.runs.train import train
+    from moe.training.run_spec import RunSpec
 
-    summary = train(flags.workdir)
+    summary = train(RunSpec(), flags.workdir)
     if summary.get("interrupted"):
         return 128 + summary["signal"] if summary["signal"] else 0
     if not processes.is_first():

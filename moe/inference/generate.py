@@ -14,7 +14,7 @@ from layers.tokens import Tokens
 from moe.data.tokens.tokenizer import Tokenizer
 from moe.errors import UserError
 from moe.model.functional import Arrays
-from moe.training.assemble import Model
+from moe.training.abstract_model import AbstractModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
 
 
 def generate(
-    model: Model,
+    model: AbstractModel,
     params: Arrays,
     router_state: Arrays,
     tokenizer: Tokenizer,
@@ -94,7 +94,9 @@ def generate(
     return [tokenizer.decode(_until_end(row_N[1:], tokenizer.document_id)) for row_N in text_BN]
 
 
-def _next_token(model: Model, sampling: Sampling, params, router_state, window_BT, length, key):
+def _next_token(
+    model: AbstractModel, sampling: Sampling, params, router_state, window_BT, length, key
+):
     """int32 (B,): what follows the first `length` tokens of each window."""
     module = model.graph.join(params, router_state)
     count, context = window_BT.shape

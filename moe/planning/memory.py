@@ -21,13 +21,15 @@ from layers.moe_layer import MoELayer
 from layers.stack import Stack, moe_layers, rematerialised
 from moe.model import sharding
 from moe.model.transformer import DTYPES
-from moe.training.assemble import Model, abstract_tokens
+from moe.training.abstract_model import AbstractModel, abstract_tokens
 from moe.training.train_step import Program
 
 SCORE_BYTES = 10  # of an attention score: float32 twice, and once in the compute type
 
 
-def step_bytes(model: Model, program: Program, sequences: int, accumulate: int) -> dict[str, int]:
+def step_bytes(
+    model: AbstractModel, program: Program, sequences: int, accumulate: int
+) -> dict[str, int]:
     """Bytes by kind on one device at the fullest moment of a step.
 
     A program keeps, beside its state, the parameters in the compute type and what each layer saves
@@ -121,7 +123,7 @@ def _gathered(params, prefix: str, mesh: Mapping[str, int], small: int) -> int:
     return count * small
 
 
-def _working(block: Block, model: Model, mesh, shape: tuple[int, int], small: int) -> int:
+def _working(block: Block, model: AbstractModel, mesh, shape: tuple[int, int], small: int) -> int:
     """What a block's backward pass works with, attention or feed-forward, whichever is more."""
     attention, sequences = block.attention, shape[0]
     queries = min(shape[1], attention.chunk or shape[1])
@@ -129,7 +131,7 @@ def _working(block: Block, model: Model, mesh, shape: tuple[int, int], small: in
     return max(scores, small * sum(_rows(block.feed_forward, model, mesh, math.prod(shape))))
 
 
-def _rows(layer, model: Model, mesh, tokens: int) -> Iterator[int]:
+def _rows(layer, model: AbstractModel, mesh, tokens: int) -> Iterator[int]:
     """How many numbers a feed-forward works with: rows of width D and of hidden width F.
 
     Of a row at its expert: what goes in and comes out and their gradients; on its way: a copy of

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import dataclasses
+import math
 import time
 from typing import Any
 
@@ -13,14 +14,12 @@ import numpy as np
 
 from moe.data.batch import Batch
 from moe.errors import UserError
-from moe.model.sharding import MESH_AXES, MeshShape
-from moe.model.transformer import Transformer
+from moe.model.sharding import MESH_AXES
 from moe.planning import hlo, memory
 from moe.planning.chips import Topology
 from moe.planning.report import of_state
-from moe.training import assemble
-from moe.training.objective import NextToken
-from moe.training.optimizer import AdamW
+from moe.training.abstract_model import AbstractModel, Vocabulary
+from moe.training.run_spec import RunSpec
 from moe.training.train_step import Program
 
 
@@ -28,7 +27,7 @@ from moe.training.train_step import Program
 class Built:
     """A config's training step for a slice, not compiled; `reason` says why it can't be."""
 
-    model: assemble.Model
+    model: AbstractModel
     program: Program
     mesh: Mesh
     batch: Batch
@@ -100,33 +99,13 @@ def plan(topology: Topology, vocab_size: int, tries: int, say) -> Iterator[dict[
 
 def build(topology: Topology, vocab_size: int) -> Built:
     """The step that gin's `train` stands for; UserError for one that can't be."""
-    settings = gin.get_bindings("train")
-    size, accumulate = {"batch_size": settings.get("batch_size", 32)}, settings.get("accumulate", 1)
-    length = settings.get("sequence_length", 256)
-    model = assemble.assemble(
-        settings.get("model") or Transformer,
-        settings.get("objective") or NextToken(),
-        token_vocabulary=vocab_size,
-        sequence_length=length,
-        training_tokens=np.arange(2) % vocab_size,
-        **size,
-    )
+    spec = RunSpec(data=None)
     devices, reason = tpu_devices(topology)
-    try:
-        mesh = (settings.get("mesh") or MeshShape()).build(devices)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    program = assemble.program(
-        model,
-        settings.get("optimizer") or AdamW(),
-        mesh,
-        steps=settings.get("steps", 1000),
-        seed=0,
-        accumulate=accumulate,
-        **size,
-    )
-    batch, tokens = batch_of(program, size, length), size["batch_size"] * length
-    return Built(model, program, mesh, batch, tokens, accumulate, reason)
+    mesh = spec.build_mesh(devices)
+    tokens = np.arange(2) % vocab_size
+    model, program = spec.build(Vocabulary(vocab_size), mesh, training_tokens=tokens)
+    batch = batch_of(program, *spec.shape)
+    return Built(model, program, mesh, batch, math.prod(spec.shape), spec.accumulate, reason)
 
 
 def counted(built: Built) -> dict[str, int]:
@@ -179,9 +158,9 @@ def tpu_devices(topology: Topology) -> tuple[list, str | None]:
     return list(described.devices), None
 
 
-def batch_of(program: Program, size: dict[str, int], length: int) -> Batch:
+def batch_of(program: Program, batch_size: int, length: int) -> Batch:
     """The shapes of a batch."""
-    shape, rows = (size["batch_size"], length), (size["batch_size"],)
+    shape, rows = (batch_size, length), (batch_size,)
 
     def of(shape, dtype=jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=program.batch_sharding)

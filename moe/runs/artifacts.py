@@ -19,7 +19,7 @@ from moe.model.functional import Arrays
 from moe.runs.storage.folder import RunFolder
 from moe.runs.tracking.progress import Display
 from moe.training import evaluate
-from moe.training.assemble import Model
+from moe.training.abstract_model import AbstractModel
 from moe.training.train_step import TrainState
 
 PICTURE_BYTES = 60_000
@@ -40,7 +40,7 @@ class Pages:
     """What samples and picture are made from. shape: sequences per batch and their length."""
 
     folder: RunFolder
-    built: Model
+    built: AbstractModel
     text: PreparedData
     prompts: tuple[str, ...]
     shape: tuple[int, int]

@@ -1,25 +1,21 @@
 """A finished or paused run as something to evaluate and to generate with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
-from typing import Any
 
-import gin
 import jax
 from jax.sharding import Mesh
 
-from moe import settings
 from moe.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from moe.errors import UserError
 from moe.machine.allocator import keep_freed_memory
 from moe.model import sharding
 from moe.model.functional import Arrays
 from moe.model.sharding import MeshShape
-from moe.model.transformer import Transformer
 from moe.runs.storage import checkpoint
 from moe.runs.storage.folder import RunFolder
-from moe.training import assemble
-from moe.training.objective import NextToken
+from moe.training.abstract_model import AbstractModel, Vocabulary
+from moe.training.run_spec import RunSpec
 
 Say = Callable[[str], None]
 
@@ -28,44 +24,33 @@ Say = Callable[[str], None]
 class Restored:
     """A run's model with the values of one of its checkpoints."""
 
-    model: assemble.Model
+    model: AbstractModel
     params: Arrays
     router_state: Arrays
     step: int
     mesh: Mesh
     tokenizer: Tokenizer
-    settings: dict[str, Any]
+    spec: RunSpec
 
 
-def restore_run(
-    workdir: str, gin_bindings: Sequence[str] = (), step: int | None = None, say: Say = print
-) -> Restored:
-    """Load a run's config, with further settings on top, and a checkpoint (the last, or `step`'s).
+def restore_run(workdir: str, spec: RunSpec, step: int | None = None, say: Say = print) -> Restored:
+    """The run in a folder with the values of a checkpoint (the last, or `step`'s).
 
     Parameters and router state alone are read, onto the devices that are here: neither the mesh
     nor the batch of training has a say.
 
+    spec: that of the folder's config, with further settings.
+
     Raises:
-        UserError: no run there, no checkpoint, or none that can be read.
+        UserError: no checkpoint, or none that can be read.
     """
     keep_freed_memory()
     folder = RunFolder(workdir)
-    if not folder.config.exists():
-        raise UserError(f"{workdir} holds no run: there is no config.gin in it")
-    settings.load([str(folder.config)], gin_bindings)
-    bound = gin.get_bindings("train")
     tokenizer = load_tokenizer(folder.tokenizer)
-    mesh = mesh_here(bound["mesh"] or MeshShape(), say)
-    sizes = {name: bound[name] for name in ("batch_size", "sequence_length")}
-    model = assemble.assemble(
-        bound.get("model", Transformer),
-        bound["objective"] or NextToken(),
-        token_vocabulary=tokenizer.vocab_size,
-        num_bytes_2V=tokenizer.num_bytes_2V,
-        **sizes,
-    )
+    mesh = mesh_here(spec.mesh or MeshShape(), say)
+    model = spec.build_model(Vocabulary.of(tokenizer))
     params, router_state, step = read_values(folder, model, mesh, step, say)
-    return Restored(model, params, router_state, step, mesh, tokenizer, bound)
+    return Restored(model, params, router_state, step, mesh, tokenizer, spec)
 
 
 def mesh_here(shape: MeshShape, say: Say) -> Mesh:
@@ -80,7 +65,7 @@ def mesh_here(shape: MeshShape, say: Say) -> Mesh:
 
 
 def read_values(
-    folder: RunFolder, model: assemble.Model, mesh: Mesh, step: int | None, say: Say
+    folder: RunFolder, model: AbstractModel, mesh: Mesh, step: int | None, say: Say
 ) -> tuple[Arrays, Arrays, int]:
     """Parameters and router state of a run's checkpoint (the last, or `step`'s), and its step.
 

@@ -14,7 +14,7 @@ from moe.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from moe.errors import UserError
 from moe.runs.storage import checkpoint
 from moe.runs.storage.folder import RunFolder
-from moe.training.optimizer import Optimizer
+from moe.training.run_spec import RunSpec
 from moe.training.train_step import Program, TrainState
 
 Say = Callable[[str], None]
@@ -31,12 +31,6 @@ class Given:
     seed: int
     run: str | None
     optimizer: bool
-
-    def __post_init__(self):
-        if self.optimizer and self.run is None:
-            raise UserError(
-                "train.start_from_optimizer=True needs train.start_from: a run's folder"
-            )
 
     def place(self) -> tuple[RunFolder, int | None]:
         """The other run's folder, and the step that is named, if one is."""
@@ -116,21 +110,13 @@ def _schedule_from_zero(opt_state: Any) -> Any:
     return jax.tree.map(reset, opt_state, is_leaf=is_schedule)
 
 
-def told(
-    first: int,
-    stop_at: int | None,
-    folder: RunFolder,
-    optimizer: Optimizer,
-    rate_N: np.ndarray,
-    say: Say,
-) -> None:
+def told(first: int, spec: RunSpec, folder: RunFolder, rate_N: np.ndarray, say: Say) -> None:
     """Say how a run goes on that has trained `first` steps: of how many, by which schedule."""
-    steps = len(rate_N)
+    steps, stop_at, before = spec.steps, spec.stop_at, folder.steps
     if first:
         say(f"continuing at step {first} of {steps}")
-    before = folder.steps
     if first and before not in (None, steps) and first < steps:
-        rate = float(np.asarray(optimizer.rate(before)(first - 1)))
+        rate = float(dataclasses.replace(spec, steps=before).rates()[first - 1])
         say(
             f"train.steps was {before} and is {steps}: the schedule is built for all {steps}, so "
             f"that the learning rate of step {first + 1} is {rate_N[first]:.3g}; that of step "

@@ -6,11 +6,11 @@ from typing import Any
 from moe.data.text import PreparedData
 from moe.machine import hardware
 from moe.runs.storage.folder import RunFolder, versions
-from moe.training import assemble
+from moe.training.abstract_model import AbstractModel
 from moe.training.evaluate import Evaluation
 
 
-def describe(say, built: assemble.Model, text: PreparedData, peak: float, folder: RunFolder):
+def describe(say, built: AbstractModel, text: PreparedData, peak: float, folder: RunFolder):
     """What is about to be trained, in a few lines."""
     costs, info = built.costs, text.info
     layer = built.moe_layer
@@ -35,7 +35,7 @@ def describe(say, built: assemble.Model, text: PreparedData, peak: float, folder
     )
 
 
-def costs_of(built: assemble.Model) -> dict[str, Any]:
+def costs_of(built: AbstractModel) -> dict[str, Any]:
     """Parameters and FLOPs, for run.json and summary.json."""
     costs = built.costs
     return {
@@ -61,7 +61,7 @@ def describe_run(built, text: PreparedData, seed: int, peak: float) -> dict[str,
 
 
 def summary_of(
-    result: Evaluation, built: assemble.Model, text: PreparedData, peak: float
+    result: Evaluation, built: AbstractModel, text: PreparedData, peak: float
 ) -> dict[str, Any]:
     """What was reached, by what, on which text and machine, for summary.json."""
     return {

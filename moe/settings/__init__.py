@@ -1,5 +1,5 @@
 """Gin files: read without executing, checked whole, then bound. `load`, `operative`, `unused`."""
 
-from moe.settings.load import load, operative, refuse_ignored, replaced_by_runs, unused
+from moe.settings.load import load, operative, record, refuse_ignored, replaced_by_runs, unused
 
-__all__ = ["load", "operative", "refuse_ignored", "replaced_by_runs", "unused"]
+__all__ = ["load", "operative", "record", "refuse_ignored", "replaced_by_runs", "unused"]

@@ -40,7 +40,6 @@ def load(
     Raises UserError with one line for every problem of any of them, and then changes nothing
     (but for the modules that the files import, which may define configurables of their own).
     """
-    importlib.import_module("moe.cli.configurables")
     reading = read.read(gin_files, gin_bindings)
     problems = [*reading.problems, *_import(reading), *check.problems(reading.settings)]
     if problems:
@@ -146,6 +145,12 @@ def operative() -> str:
     defaults = [f"{name} = {_text(value)}" for name, value in _rows(_defaults())]
     blocks = [imports, macros, settings, defaults and ["# Defaults in force:", *defaults]]
     return "\n".join([HEADER, *("\n".join([*block, ""]) for block in blocks if block)])
+
+
+def record(say: Callable[[str], None]) -> str:
+    """`operative`, for a run whose parts are built; refuses or tells of what none of them read."""
+    refuse_ignored(say, later=("eval",))
+    return operative()
 
 
 def _rows(bindings: Bindings) -> list[tuple[str, object]]:

@@ -16,7 +16,7 @@ from moe.machine import processes
 from moe.model import sharding
 from moe.model.functional import Arrays
 from moe.training import objective as objectives
-from moe.training.assemble import Model
+from moe.training.abstract_model import AbstractModel
 from moe.training.metrics import Routing, bits_per_byte
 from moe.training.train_step import to_devices
 
@@ -46,7 +46,7 @@ class Values(Protocol):
     def router_state(self) -> Arrays: ...
 
 
-def evaluation_step(model: Model, mesh: Mesh, *, training_rule: bool = False) -> Callable:
+def evaluation_step(model: AbstractModel, mesh: Mesh, *, training_rule: bool = False) -> Callable:
     """The jitted forward pass of one batch: nats, tokens and bytes of scored text, summed, and
     what the routers said.
 

@@ -15,23 +15,6 @@ from moe.data.tokens.tokenizer import Tokenizer
 from moe.errors import UserError
 from moe.settings.read import bindings_of
 
-# Settings that may change when a run goes on: they don't change what a step computes.
-MAY_CHANGE = (
-    "train.steps",
-    "train.stop_at",
-    "train.max_seconds",
-    "train.log_every",
-    "train.eval_every",
-    "train.save_every",
-    "train.keep",
-    "train.prompts",
-    "train.eval_bytes",
-    "train.eval_stride",
-    "train.final_eval_bytes",
-    "train.loggers",
-    "train.metrics",
-)
-
 
 class RunFolder:
     """Names of the files of a run, and the checks before it starts."""
@@ -75,15 +58,18 @@ class RunFolder:
         told = bindings_of(self.config.read_text(encoding="utf-8")).get("train.steps")
         return int(told) if told and told.isdecimal() else None
 
-    def refuse_another_run(self, config: str, fingerprint: dict[str, Any], steps: int) -> None:
+    def refuse_another_run(
+        self, config: str, fingerprint: dict[str, Any], steps: int, may_change: tuple[str, ...]
+    ) -> None:
         """UserError where the folder holds checkpoints of a run with other settings or data.
 
-        steps: those asked for, which may not be fewer than the run has trained.
+        steps: those asked for, which may not be fewer than the run has trained. may_change: names
+        of settings that may differ.
         """
         if not (self.config.exists() and self.checkpoints.exists()):
             return
         theirs = json.loads(self.run.read_text())["data"] if self.run.exists() else {}
-        differs = _differences(self.config.read_text(), config)
+        differs = _differences(self.config.read_text(), config, may_change)
         differs += [
             f"data {name}: {theirs[name]} there, {value} here"
             for name, value in fingerprint.items()
@@ -141,13 +127,13 @@ def _step(line: str) -> int:
         return 2**62
 
 
-def _differences(theirs: str, ours: str) -> list[str]:
+def _differences(theirs: str, ours: str, may_change: tuple[str, ...]) -> list[str]:
     """Settings of two config texts that are not the same, but for those that may change."""
     old, new = bindings_of(theirs), bindings_of(ours)
     return [
         f"{name}: {old.get(name, 'not set')} there, {new.get(name, 'not set')} here"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not name.endswith(MAY_CHANGE)
+        if old.get(name) != new.get(name) and not name.endswith(may_change)
     ]
 
 

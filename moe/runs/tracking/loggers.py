@@ -8,42 +8,12 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from pathlib import Path
 import secrets
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import gin
 
 from moe.errors import UserError
-from moe.runs.storage.folder import RunFolder
-
-Scalars = Mapping[str, float]
-
-
-@runtime_checkable
-class Writer(Protocol):
-    """What takes the numbers of one start of a run."""
-
-    def scalars(self, step: int, values: Scalars) -> None:
-        """The numbers of a logged step, by name; `step` counts optimizer updates."""
-        ...
-
-    def close(self) -> None:
-        """The run ends or pauses."""
-        ...
-
-
-@runtime_checkable
-class Logger(Protocol):
-    """Settings of a writer, such as `WandB(project="moe")`."""
-
-    def open(self, folder: RunFolder, run: dict[str, Any]) -> Writer:
-        """Start, or go on with what an earlier start of the same run wrote.
-
-        run: what run.json holds.
-
-        Raises:
-            UserError: a package that is missing, or a service that refuses.
-        """
-        ...
+from moe.training.logger import Scalars, Writer
 
 
 @gin.configurable
@@ -51,10 +21,10 @@ class Logger(Protocol):
 class TensorBoard:
     """Curves in the run's folder tensorboard/; every run has them."""
 
-    def open(self, folder: RunFolder, run: dict[str, Any]) -> Writer:
+    def open(self, folder: Path, run: dict[str, Any]) -> Writer:
         from tensorboardX import SummaryWriter
 
-        board = SummaryWriter(str(folder.tensorboard))
+        board = SummaryWriter(str(folder / "tensorboard"))
 
         def scalars(step, values):
             for name, value in values.items():
@@ -81,17 +51,17 @@ class WandB:
     name: str | None = None
     mode: Literal["online", "offline"] = "offline"
 
-    def open(self, folder: RunFolder, run: dict[str, Any]) -> Writer:
+    def open(self, folder: Path, run: dict[str, Any]) -> Writer:
         wandb = _imported("wandb", "wandb")
         try:
             made = wandb.init(
                 project=self.project,
                 entity=self.entity,
-                name=self.name or folder.path.resolve().name,
-                id=_identity(folder.path / ".wandb_run", lambda: secrets.token_hex(4)),
+                name=self.name or folder.resolve().name,
+                id=_identity(folder / ".wandb_run", lambda: secrets.token_hex(4)),
                 resume="allow" if self.mode == "online" else None,
                 mode=self.mode,
-                dir=str(folder.path),
+                dir=str(folder),
                 config=run,
                 settings=wandb.Settings(silent=True, console="off"),
             )
@@ -115,12 +85,12 @@ class MLflow:
     name: str | None = None
     uri: str | None = None
 
-    def open(self, folder: RunFolder, run: dict[str, Any]) -> Writer:
+    def open(self, folder: Path, run: dict[str, Any]) -> Writer:
         mlflow = _imported("mlflow", "mlflow")
         import logging
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)  # of the tables that it makes
-        home = folder.path.resolve()
+        home = folder.resolve()
         client = mlflow.MlflowClient(self.uri or f"sqlite:///{home / 'mlflow.db'}")
         try:
             known = client.get_experiment_by_name(self.experiment)

@@ -5,7 +5,8 @@ import json
 from typing import IO, Any
 
 from moe.runs.storage.folder import RunFolder
-from moe.runs.tracking.loggers import Fed, Logger, TensorBoard
+from moe.runs.tracking.loggers import Fed, TensorBoard
+from moe.training.logger import Logger
 
 
 class Logs:
@@ -22,7 +23,7 @@ class Logs:
         say: Callable[[str], None] = print,
     ):
         every = [TensorBoard(), *loggers]
-        self._fed = Fed({str(one): one.open(folder, run or {}) for one in every}, say)
+        self._fed = Fed({str(one): one.open(folder.path, run or {}) for one in every}, say)
         self._metrics: IO[str] = open(folder.metrics, "a", encoding="utf-8")
         self._routing: IO[str] = open(folder.routing, "a", encoding="utf-8")
 

@@ -1,6 +1,6 @@
 """What is done with a step's metrics: checked, shown, and written to the logs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import math
 
@@ -13,12 +13,10 @@ from moe.runs.tracking import progress
 from moe.runs.tracking.logs import Logs
 from moe.runs.tracking.throughput import Clock
 from moe.training import metrics
-from moe.training.assemble import Model
+from moe.training.abstract_model import AbstractModel
 from moe.training.evaluate import Evaluation
+from moe.training.logger import Metric
 from moe.training.train_step import StepMetrics
-
-# A function of a step's routing (None for a dense model) and numbers, which gives further numbers.
-Metric = Callable[[metrics.Routing | None, dict[str, float]], dict[str, float]]
 
 
 class TrainingDiverged(UserError):
@@ -34,7 +32,7 @@ class Recorder:
         that runs, and the log would wait for it.
     """
 
-    built: Model
+    built: AbstractModel
     clock: Clock
     display: progress.Display
     logs: Logs | None

@@ -8,7 +8,8 @@ import time
 from typing import Any
 
 from moe.runs.tracking import progress
-from moe.training import assemble, metrics
+from moe.training import metrics
+from moe.training.abstract_model import AbstractModel
 
 
 class Clock:
@@ -21,7 +22,7 @@ class Clock:
     def __init__(
         self,
         peak: float,
-        built: assemble.Model,
+        built: AbstractModel,
         tokens_per_step: int,
         before: dict | None = None,
         max_seconds: float | None = None,

@@ -1,33 +1,29 @@
-"""From a configuration to the parts of a run: model, data, mesh, program and what they cost."""
+"""A model without values: its graph, shapes and costs. V tokens in the vocabulary."""
 
 from collections.abc import Callable
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 import numpy as np
 
 from layers.experts.neurons import NeuronExperts
 from layers.tokens import Tokens
-from moe.data.text import PreparedData
+from moe.data.tokens.tokenizer import Tokenizer
 from moe.errors import UserError
-from moe.machine import hardware
-from moe.model import flops, functional, sharding
+from moe.model import flops, functional
 from moe.model.functional import Arrays, Graph
 from moe.model.transformer import Transformer
-from moe.training import metrics, train_step
+from moe.training import metrics
 from moe.training.objective import Objective
-from moe.training.optimizer import Optimizer
 from routing import Decision, ExpertMerge, SoftSlots, TrainingText
 from routing.records import TokenSequence
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class AbstractModel:
     """A model without values: its graph, its shapes, and one module to ask for its settings."""
 
     graph: Graph
@@ -62,27 +58,37 @@ class Model:
         return told
 
 
-def assemble(
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """Of a tokenizer. num_bytes_2V: bytes of text that each token gives back, as a document's first
+    and anywhere else; one where None."""
+
+    size: int
+    num_bytes_2V: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Vocabulary":
+        return cls(tokenizer.vocab_size, tokenizer.num_bytes_2V)
+
+
+def abstract_model(
     make: Callable[..., Transformer],
     objective: Objective,
+    vocabulary: Vocabulary,
     *,
-    token_vocabulary: int,
-    num_bytes_2V: np.ndarray | None = None,
     batch_size: int,
     sequence_length: int,
     training_tokens: TokenSequence | None = None,
-) -> Model:
-    """The model that a configuration describes.
+) -> AbstractModel:
+    """The model that `make` and an objective stand for.
 
-    num_bytes_2V: bytes of text that each of the tokenizer's tokens gives back, as a document's
-        first and anywhere else; one where None.
     training_tokens: the training text (N,), for routers that count in it before they start; a
     model whose values are restored needs none.
 
     Raises:
         UserError: sizes that don't fit; a router that can't do what the objective asks.
     """
-    vocab_size = token_vocabulary + objective.extra_tokens
+    vocab_size = vocabulary.size + objective.extra_tokens
     text = None if training_tokens is None else TrainingText(training_tokens, vocab_size)
     build = functools.partial(make, vocab_size=vocab_size, causal=objective.causal, text=text)
     try:
@@ -98,13 +104,16 @@ def assemble(
     except ValueError as error:
         raise UserError(_first_line(error)) from error
     costs = flops.costs(module, shapes[0], decision, sequence_length)
+    num_bytes_2V = vocabulary.num_bytes_2V
     if num_bytes_2V is None:
-        num_bytes_2V = np.ones((2, token_vocabulary), np.int32)
+        num_bytes_2V = np.ones((2, vocabulary.size), np.int32)
     # The objective's own tokens give nothing back.
     num_bytes_2V = np.pad(num_bytes_2V, ((0, 0), (0, objective.extra_tokens)))
     shapes = (shapes[0], shapes[1])
     kind = kind_of(module, decision)
-    return Model(graph, shapes, module, objective, costs, sequence_length, num_bytes_2V, kind)
+    return AbstractModel(
+        graph, shapes, module, objective, costs, sequence_length, num_bytes_2V, kind
+    )
 
 
 def kind_of(module: Transformer, decision: Decision | None) -> str:
@@ -116,51 +125,6 @@ def kind_of(module: Transformer, decision: Decision | None) -> str:
     return {SoftSlots: metrics.SOFT, ExpertMerge: metrics.MERGED}.get(
         type(decision), metrics.CHOICES
     )
-
-
-def for_training(
-    make: Callable[..., Transformer],
-    objective: Objective,
-    optimizer: Optimizer,
-    mesh: Mesh,
-    text: PreparedData,
-    shape: tuple[int, int],
-    steps: int,
-    seed: int,
-    accumulate: int,
-) -> tuple[Model, train_step.Program]:
-    """Model and program of a run on a text; shape: sequences per step, and their length.
-
-    Raises:
-        UserError: as `assemble` and `program`.
-    """
-    model = assemble(
-        make,
-        objective,
-        token_vocabulary=text.tokenizer.vocab_size,
-        num_bytes_2V=text.tokenizer.num_bytes_2V,
-        batch_size=shape[0],
-        sequence_length=shape[1],
-        training_tokens=text.train.token_N,
-    )
-    sizes = {"steps": steps, "seed": seed, "accumulate": accumulate, "batch_size": shape[0]}
-    made = program(model, optimizer, mesh, **sizes)
-    check_memory(made)
-    return model, made
-
-
-def check_memory(program: train_step.Program) -> None:
-    """Raise UserError where the state alone takes more memory than the devices here have."""
-    places = jax.tree.leaves(program.abstract_state)
-    per_device = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in places)
-    devices = len(program.batch_sharding.addressable_devices)
-    needed, there = per_device * devices, hardware.memory_bytes()
-    if there is not None and needed > there:
-        raise UserError(
-            f"parameters and optimizer state take {needed / 2**30:,.0f} GiB, and there are "
-            f"{there / 2**30:,.0f} here: smaller sizes (Transformer.d_model, MoELayer.d_ff, "
-            "MoELayer.num_experts), or a mesh of more machines; `moe plan` tells what they need"
-        )
 
 
 def _first_line(error: Exception) -> str:
@@ -181,38 +145,3 @@ def abstract_tokens(shape: tuple[int, int]) -> Tokens:
     index_B: Any = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return Tokens(integers, integers, integers, index_B, key, train=True)
-
-
-def program(model: Model, optimizer, mesh: Mesh, *, steps, seed, accumulate, batch_size):
-    """The jitted step of a run.
-
-    Raises:
-        UserError: a batch that doesn't divide over micro-batches, groups or the mesh; sequences
-            that don't.
-    """
-    per_group = min(model.sequences_per_group, batch_size)
-    if accumulate < 1 or batch_size % (accumulate * per_group):
-        raise UserError(
-            f"train.batch_size={batch_size} doesn't divide into train.accumulate={accumulate} "
-            f"micro-batches of groups of {per_group} sequences; choose a multiple"
-        )
-    num_experts = model.moe_layer.num_experts if model.moe_layer else None
-    try:
-        sharding.check_batch(mesh, batch_size // (accumulate * per_group), num_experts)
-        sharding.check_length(mesh, model.sequence_length, per_group)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    axes = {name: model.graph.axes[name] for name in model.shapes[0]}
-    router = model.moe_layer.router if model.moe_layer else None
-    return train_step.Step(
-        model.graph,
-        model.shapes,
-        objective=model.objective,
-        optimizer=optimizer.build(axes, steps),
-        num_bytes_2V=model.num_bytes_2V,
-        mesh=mesh,
-        seed=seed,
-        accumulate=accumulate,
-        sequences_per_group=per_group,
-        whole_step_losses=router is not None and router.needs_the_whole_step,
-    ).program()

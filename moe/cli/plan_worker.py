@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 import sys
 
-from moe import settings
+from moe.cli import config
 from moe.errors import UserError
 from moe.planning.chips import Topology
 from moe.planning.report import counted_report
@@ -23,7 +23,7 @@ def main(path: str, topology: str, vocab_size: str, tries: str, *words: str) -> 
 
     cut = words.index("--")
     try:
-        settings.load(list(words[:cut]), list(words[cut + 1 :]))
+        config.bind(list(words[:cut]), list(words[cut + 1 :]))
         findings = plan(Topology.read(topology), int(vocab_size), int(tries), say)
         for number, found in enumerate(findings):
             if number == 0:

@@ -1,0 +1,38 @@
+"""Configs, checked against every configurable there is: how commands and notebooks load runs."""
+
+from collections.abc import Callable, Sequence
+
+from moe import settings
+from moe.cli import configurables
+from moe.errors import UserError
+from moe.runs.storage.folder import RunFolder
+from moe.training.run_spec import RunSpec
+
+assert configurables  # imported to be registered
+
+
+def bind(
+    gin_files: Sequence[str],
+    gin_bindings: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> None:
+    """Make files, then settings, the configuration; arguments and errors: `settings.load`."""
+    settings.load(gin_files, gin_bindings, say)
+
+
+def load(gin_files: Sequence[str], gin_bindings: Sequence[str] = ()) -> RunSpec:
+    """The run that files and further settings describe; errors: `settings.load`."""
+    bind(gin_files, gin_bindings)
+    return RunSpec()
+
+
+def of_folder(workdir: str, gin_bindings: Sequence[str] = ()) -> RunSpec:
+    """The run that a folder holds, with further settings on top.
+
+    Raises:
+        UserError: no run there, or settings that can't be.
+    """
+    folder = RunFolder(workdir)
+    if not folder.config.exists():
+        raise UserError(f"{workdir} holds no run: there is no config.gin in it")
+    return load([str(folder.config)], gin_bindings)

@@ -1,0 +1,194 @@
+"""A run as a value: what is trained, on what and for how long; and the program it stands for."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import math
+from typing import Any
+
+import gin
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from moe.data.shards import TokenShards
+from moe.data.text import PreparedData, TextData
+from moe.errors import UserError
+from moe.machine import hardware
+from moe.model import sharding
+from moe.model.sharding import MeshShape
+from moe.model.transformer import Transformer
+from moe.training import train_step
+from moe.training.abstract_model import AbstractModel, Vocabulary, abstract_model
+from moe.training.logger import Logger, Metric
+from moe.training.objective import NextToken, Objective
+from moe.training.optimizer import AdamW, Optimizer
+from moe.training.train_step import Program
+from routing.ranges import Count, Natural, Positive, Size
+from routing.records import TokenSequence
+
+MAY_CHANGE = {"may_change": True}  # when a run goes on: it doesn't change what a step computes
+
+
+@gin.configurable("train")  # pyright: ignore[reportCallIssue]
+@dataclasses.dataclass(frozen=True)
+class RunSpec:
+    """A training run; in a config it is `train`.
+
+    Attributes:
+        data: the text; only where nothing is to be trained or evaluated may it be None.
+        model: the transformer's class, with its settings.
+        objective: `NextToken()` (where None) or `MaskedToken()`.
+        optimizer: with its learning rate and schedule; `AdamW()` where None.
+        mesh: sizes of the mesh axes; all devices on the data axis where None.
+        steps: optimizer steps; the schedule ends there. More of them than a run has trained make it
+            longer, with a schedule for all of them.
+        batch_size: sequences per optimizer step, over all devices.
+        sequence_length: tokens per sequence.
+        accumulate: micro-batches per optimizer step; the result is the same.
+        seed: of first values, data order and every random draw.
+        log_every: steps between two lines of metrics.
+        eval_every: steps between evaluations on part of the held-out documents, each followed by
+            a checkpoint; only at the end where None.
+        eval_bytes: how much of the held-out text those use.
+        final_eval_bytes: how much of it the last evaluation uses; all where None.
+        eval_stride: how far the windows of a long document advance; half the sequence where None.
+        save_every: steps between checkpoints without an evaluation.
+        keep: how many of the last checkpoints stay, beside the best.
+        stop_at: pause after this step, as if interrupted; without it the same command goes on.
+        max_seconds: end after so much training time, wherever the schedule is.
+        prompts: texts to continue in samples.txt.
+        start_from: the folder of another run, whose parameters and router state a new run starts
+            with (fine-tuning); start_from_optimizer: and with its optimizer's state.
+        loggers: where else the numbers go, such as `WandB()`.
+        metrics: functions of a step's routing and numbers, which give further numbers.
+    """
+
+    data: TextData | TokenShards | None = gin.REQUIRED  # pyright: ignore[reportAssignmentType]
+    model: Callable[..., Transformer] = Transformer
+    objective: Objective | None = None
+    optimizer: Optimizer | None = None
+    mesh: MeshShape | None = None
+    steps: Count = dataclasses.field(default=1000, metadata=MAY_CHANGE)
+    batch_size: Count = 32
+    sequence_length: Count = 256
+    accumulate: Count = 1
+    seed: Natural = 0
+    log_every: Count = dataclasses.field(default=10, metadata=MAY_CHANGE)
+    eval_every: Count | None = dataclasses.field(default=None, metadata=MAY_CHANGE)
+    eval_bytes: Size | None = dataclasses.field(default=200_000, metadata=MAY_CHANGE)
+    final_eval_bytes: Size | None = dataclasses.field(default=None, metadata=MAY_CHANGE)
+    eval_stride: Count | None = dataclasses.field(default=None, metadata=MAY_CHANGE)
+    save_every: Count | None = dataclasses.field(default=None, metadata=MAY_CHANGE)
+    keep: Count = dataclasses.field(default=2, metadata=MAY_CHANGE)
+    stop_at: Count | None = dataclasses.field(default=None, metadata=MAY_CHANGE)
+    max_seconds: Positive | None = dataclasses.field(default=None, metadata=MAY_CHANGE)
+    prompts: tuple[str, ...] = dataclasses.field(default=("",), metadata=MAY_CHANGE)
+    start_from: str | None = None
+    start_from_optimizer: bool = False
+    loggers: Sequence[Logger] = dataclasses.field(default=(), metadata=MAY_CHANGE)
+    metrics: Sequence[Metric] = dataclasses.field(default=(), metadata=MAY_CHANGE)
+
+    def __post_init__(self):
+        for name in ("steps", "log_every", "keep", "batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name}={getattr(self, name)} must be at least 1")
+        if self.start_from_optimizer and self.start_from is None:
+            raise UserError(
+                "train.start_from_optimizer=True needs train.start_from: a run's folder"
+            )
+
+    @classmethod
+    def may_change(cls) -> tuple[str, ...]:
+        """Settings, as a config writes them, that a run which goes on may have otherwise."""
+        return tuple(f"train.{f.name}" for f in dataclasses.fields(cls) if f.metadata == MAY_CHANGE)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Sequences per optimizer step, and their length in tokens."""
+        return self.batch_size, self.sequence_length
+
+    def prepare_data(self, say: Callable[[str], None] = lambda line: None) -> PreparedData:
+        """The text, read and tokenised; UserError where there is none."""
+        if self.data is None:
+            raise UserError("train.data=None: this needs text, such as train.data = @TextData()")
+        return self.data.prepare(say)
+
+    def build_mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
+        """Of these devices, or of all; UserError where they can't make it up."""
+        try:
+            return (self.mesh or MeshShape()).build(devices)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def rates(self) -> np.ndarray:
+        """(N,): the learning rate of every step."""
+        rate = (self.optimizer or AdamW()).rate(self.steps)
+        return np.asarray(jax.vmap(rate)(np.arange(self.steps)))
+
+    def build_model(
+        self, vocabulary: Vocabulary, training_tokens: TokenSequence | None = None
+    ) -> AbstractModel:
+        """The model without values; arguments and errors are those of `abstract_model`."""
+        return abstract_model(
+            self.model,
+            self.objective or NextToken(),
+            vocabulary,
+            batch_size=self.batch_size,
+            sequence_length=self.sequence_length,
+            training_tokens=training_tokens,
+        )
+
+    def build(
+        self, vocabulary: Vocabulary, mesh: Mesh, training_tokens: TokenSequence | None = None
+    ) -> tuple[AbstractModel, Program]:
+        """The model without values, and the jitted training step on a mesh.
+
+        Raises:
+            UserError: as `abstract_model`; a batch that doesn't divide over micro-batches, groups
+                or the mesh; sequences that don't.
+        """
+        model = self.build_model(vocabulary, training_tokens)
+        return model, self._program(model, mesh)
+
+    def _program(self, model: AbstractModel, mesh: Mesh) -> Program:
+        batch_size, accumulate = self.batch_size, self.accumulate
+        per_group = min(model.sequences_per_group, batch_size)
+        if batch_size % (accumulate * per_group):
+            raise UserError(
+                f"train.batch_size={batch_size} doesn't divide into train.accumulate={accumulate} "
+                f"micro-batches of groups of {per_group} sequences; choose a multiple"
+            )
+        num_experts = model.moe_layer.num_experts if model.moe_layer else None
+        try:
+            sharding.check_batch(mesh, batch_size // (accumulate * per_group), num_experts)
+            sharding.check_length(mesh, model.sequence_length, per_group)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        axes = {name: model.graph.axes[name] for name in model.shapes[0]}
+        router = model.moe_layer.router if model.moe_layer else None
+        return train_step.Step(
+            model.graph,
+            model.shapes,
+            objective=model.objective,
+            optimizer=(self.optimizer or AdamW()).build(axes, self.steps),
+            num_bytes_2V=model.num_bytes_2V,
+            mesh=mesh,
+            seed=self.seed,
+            accumulate=accumulate,
+            sequences_per_group=per_group,
+            whole_step_losses=router is not None and router.needs_the_whole_step,
+        ).program()
+
+
+def check_memory(program: Program) -> None:
+    """Raise UserError where the state alone takes more memory than the devices here have."""
+    places = jax.tree.leaves(program.abstract_state)
+    per_device = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in places)
+    devices = len(program.batch_sharding.addressable_devices)
+    needed, there = per_device * devices, hardware.memory_bytes()
+    if there is not None and needed > there:
+        raise UserError(
+            f"parameters and optimizer state take {needed / 2**30:,.0f} GiB, and there are "
+            f"{there / 2**30:,.0f} here: smaller sizes (Transformer.d_model, MoELayer.d_ff, "
+            "MoELayer.num_experts), or a mesh of more machines; `moe plan` tells what they need"
+        )
