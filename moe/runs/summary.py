@@ -1,17 +1,29 @@
 """A run in words and in JSON, before it starts."""
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
 from moe.data.text import PreparedData
 from moe.machine import hardware
 from moe.runs.storage.folder import RunFolder, versions
+from moe.settings import resolved
 from moe.training.abstract_model import AbstractModel
 from moe.training.evaluate import Evaluation
 
 
-def describe(say, built: AbstractModel, text: PreparedData, peak: float, folder: RunFolder):
-    """What is about to be trained, in a few lines."""
+def describe(
+    say: Callable[[str], None],
+    table: resolved.Table,
+    built: AbstractModel,
+    text: PreparedData,
+    peak: float,
+    folder: RunFolder,
+) -> None:
+    """What is about to be trained: every setting in force, then text, model and machine."""
+    say(f"settings in force (with those that are None: {folder.settings}):")
+    for line in resolved.text(table, unset=False).splitlines():
+        say(f"  {line}")
     costs, info = built.costs, text.info
     layer = built.moe_layer
     router = "none (dense)"

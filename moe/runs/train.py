@@ -22,6 +22,7 @@ from moe.runs.tracking import progress
 from moe.runs.tracking.logs import Logs
 from moe.runs.tracking.recorder import Recorder
 from moe.runs.tracking.throughput import Clock
+from moe.settings import resolved
 from moe.training import evaluate
 from moe.training.abstract_model import Vocabulary
 from moe.training.run_spec import RunSpec, check_memory
@@ -78,7 +79,8 @@ def train(
             say(f"this run is complete at step {done['step']}; its results are in {folder.summary}")
             return done | {"samples": []}
         peak = hardware.matmul_peak(model.module.compute_dtype)
-        describe(say, model, text, peak, folder)
+        table = resolved.rows(spec, *spec.in_force, model.module)
+        describe(say, table, model, text, peak, folder)
 
         # The state: from the last checkpoint, from another run, or from the seed.
         saves = stack.enter_context(checkpoint.opened(folder.checkpoints, spec.keep))
@@ -91,7 +93,7 @@ def train(
             return {"interrupted": True, "signal": None, "step": first}
         run = describe_run(model, text, spec.seed, peak) | source
         if not quiet:
-            folder.begin(config_text, run, text.tokenizer, first)
+            folder.begin(config_text, resolved.text(table), run, text.tokenizer, first)
 
         # The loop. Step n + 1 is dispatched before `record` reads the metrics of step n, so that
         # the device never waits for the host.

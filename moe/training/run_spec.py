@@ -103,6 +103,11 @@ class RunSpec:
         return tuple(f"train.{f.name}" for f in dataclasses.fields(cls) if f.metadata == MAY_CHANGE)
 
     @property
+    def in_force(self) -> tuple[Objective, Optimizer, MeshShape]:
+        """Objective, optimizer and mesh, with what stands for None."""
+        return self.objective or NextToken(), self.optimizer or AdamW(), self.mesh or MeshShape()
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Sequences per optimizer step, and their length in tokens."""
         return self.batch_size, self.sequence_length
@@ -116,13 +121,13 @@ class RunSpec:
     def build_mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
         """Of these devices, or of all; UserError where they can't make it up."""
         try:
-            return (self.mesh or MeshShape()).build(devices)
+            return self.in_force[2].build(devices)
         except ValueError as error:
             raise UserError(str(error)) from error
 
     def rates(self) -> np.ndarray:
         """(N,): the learning rate of every step."""
-        rate = (self.optimizer or AdamW()).rate(self.steps)
+        rate = self.in_force[1].rate(self.steps)
         return np.asarray(jax.vmap(rate)(np.arange(self.steps)))
 
     def build_model(
@@ -131,7 +136,7 @@ class RunSpec:
         """The model without values; arguments and errors are those of `abstract_model`."""
         return abstract_model(
             self.model,
-            self.objective or NextToken(),
+            self.in_force[0],
             vocabulary,
             batch_size=self.batch_size,
             sequence_length=self.sequence_length,
@@ -170,7 +175,7 @@ class RunSpec:
             model.graph,
             model.shapes,
             objective=model.objective,
-            optimizer=(self.optimizer or AdamW()).build(axes, self.steps),
+            optimizer=self.in_force[1].build(axes, self.steps),
             num_bytes_2V=model.num_bytes_2V,
             mesh=mesh,
             seed=self.seed,

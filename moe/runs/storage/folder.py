@@ -22,6 +22,7 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config = self.path / "config.gin"
+        self.settings = self.path / "settings.txt"
         self.run = self.path / "run.json"
         self.metrics = self.path / "metrics.jsonl"
         self.routing = self.path / "routing.jsonl"
@@ -95,13 +96,17 @@ class RunFolder:
         saved = (self.checkpoints / str(found["step"])).is_dir()
         return found if saved and (found["step"] == steps or over) else None
 
-    def begin(self, config: str, run: dict[str, Any], tokenizer: Tokenizer, step: int) -> None:
+    def begin(
+        self, config: str, settings: str, run: dict[str, Any], tokenizer: Tokenizer, step: int
+    ) -> None:
         """Write what the run is, and forget what was logged after the step it starts from.
 
+        config: the text that repeats it. settings: every one in force, to be read by people.
         The summary of an end that it goes beyond becomes summary-STEP.json.
         """
         self.write_json(self.run, run)
         write_atomically(self.config, config.encode())
+        write_atomically(self.settings, (settings + "\n").encode())
         tokenizer.save(self.tokenizer)
         self._cut_metrics(step)
         if self.summary.exists():
