@@ -11,7 +11,12 @@ from routing.ranges import Count, Positive
 
 @gin.configurable
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale (Zhang & Sennrich 2019)."""
+    """x / rms(x) * scale (Zhang & Sennrich 2019).
+
+    Args:
+        width: D.
+        epsilon: added under the root.
+    """
 
     def __init__(self, width: Count, epsilon: Positive = 1e-6):
         self.epsilon = epsilon
@@ -25,7 +30,12 @@ class RMSNorm(nnx.Module):
 
 @gin.configurable
 class LayerNorm(nnx.Module):
-    """(x - mean) / std * scale + bias (Ba et al. 2016)."""
+    """(x - mean) / std * scale + bias (Ba et al. 2016).
+
+    Args:
+        width: D.
+        epsilon: added under the root.
+    """
 
     def __init__(self, width: Count, epsilon: Positive = 1e-6):
         self.epsilon = epsilon

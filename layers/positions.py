@@ -22,7 +22,11 @@ POSITIONS = ("rotary", "alibi", "learned", "sinusoidal", "none")
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Rotary:
-    """Turn pairs (i, i + D/2) by position * base^(-2i/D), in float32 (Su et al. 2021, eq. 34)."""
+    """Turn pairs (i, i + D/2) by position * base^(-2i/D), in float32 (Su et al. 2021, eq. 34).
+
+    Attributes:
+        base: of the wavelengths; larger for longer texts.
+    """
 
     base: Positive = 10_000.0
 

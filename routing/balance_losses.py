@@ -44,7 +44,7 @@ class BalanceLoss(RouterLoss):
         devices: E is taken as so many equal parts in a row, one a device (DeepSeekMoE, eq. 15-17).
         cheap: so many of the last experts cost nothing, and count `cheap_weight` times (MoE++,
             eq. 7: tau, as `ZeroCopyConstant.share`), so that perfect balance is below 1.
-        over_layers: "sum" or "mean", as of every RouterLoss.
+        cheap_weight: see `cheap`.
     """
 
     coefficient: NonNegative = 0.01
@@ -207,9 +207,10 @@ def by_document(counted: Decision, score_GTE, inputs: RouterInputs):
 class ImportanceLoss(RouterLoss):
     """CV^2 over the experts of their summed gates (Shazeer et al. 2017, eq. 6-7).
 
-    of "scores": of their full scores, chosen or not (V-MoE, appendix A). scope "global": sums over
-    the whole optimizer step (Shazeer et al.: the batch); "group": over each group, averaged (as
-    V-MoE's own code).
+    Attributes:
+        of: "gates" of the chosen experts, or "scores" of all, chosen or not (V-MoE, appendix A).
+        scope: "global": sums over the whole optimizer step (Shazeer et al.: the batch); "group":
+            over each group, averaged (as V-MoE's own code).
     """
 
     coefficient: NonNegative = 0.1
@@ -244,8 +245,10 @@ class ImportanceLoss(RouterLoss):
 class LoadLoss(RouterLoss):
     """CV^2 over the experts of their smooth expected load (Shazeer et al. 2017, eq. 10-11).
 
-    For routers that draw noise and know how likely each expert was to be chosen. scope: as of
-    ImportanceLoss.
+    For routers that draw noise and know how likely each expert was to be chosen.
+
+    Attributes:
+        scope: "global": sums over the whole optimizer step; "group": over each group, averaged.
     """
 
     coefficient: NonNegative = 0.1

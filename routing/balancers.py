@@ -37,6 +37,11 @@ class BiasBalancer(Balancer):
 
     b_e += rate * sign(mean count - count_e): overloaded experts lose. `recentre` then takes the
     mean off, which changes no selection and keeps the bias from drifting.
+
+    Args:
+        num_experts: E.
+        rate: by how much a bias moves in a step.
+        recentre: take the mean off.
     """
 
     def __init__(self, num_experts: Count, rate: NonNegative = 1e-3, recentre: bool = True):

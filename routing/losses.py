@@ -22,8 +22,11 @@ from routing.records import RouterInputs, RouterStats, Routing
 class RouterLoss(abc.ABC):
     """Abstract: a name, a coefficient, and the unscaled value for one layer.
 
-    over_layers: what enters the objective is the coefficient times the "sum" of the values of all
-        sparse layers (Switch, GShard, DeepSeek), or times their "mean" (OLMoE).
+    Attributes:
+        name: under which it is logged; two losses of a router need two names.
+        coefficient: what the loss is multiplied with in the objective.
+        over_layers: what enters the objective is the coefficient times the "sum" of the values of
+            all sparse layers (Switch, GShard, DeepSeek), or times their "mean" (OLMoE).
     """
 
     name: str
@@ -72,7 +75,11 @@ def check_one_of(who: str, values: object, **choices: tuple) -> None:
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class TermLoss(RouterLoss):
-    """The mean over valid tokens of a loss term that the router itself computes, by its name."""
+    """The mean over valid tokens of a loss term that the router itself computes, by its name.
+
+    Attributes:
+        name: of the router's own term.
+    """
 
     name: str = gin.REQUIRED  # pyright: ignore[reportAssignmentType]
     coefficient: NonNegative = 1.0

@@ -11,7 +11,7 @@ from moe.machine import compile_cache
 from moe.machine.compile_cache import Counts
 
 PROGRAM = """
-from moe import compile_cache
+from moe.machine import compile_cache
 compile_cache.prepare()
 import jax, jax.numpy as jnp
 before = compile_cache.counts()

@@ -252,7 +252,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(pattern):
     """By a process that is not the superuser, in a folder that all may enter."""
     code = """
 import os, sys
-from moe.corpus import TextFiles
+from moe.data.corpora.corpus import TextFiles
 from moe.errors import UserError
 if os.getuid() == 0:
     os.setuid(65534)

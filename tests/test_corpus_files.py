@@ -139,7 +139,7 @@ def test_a_file_that_cannot_be_opened_is_named():
     """By a process that is not the superuser, in a folder that all may enter."""
     code = """
 import os, sys
-from moe.corpus import TextFiles
+from moe.data.corpora.corpus import TextFiles
 from moe.errors import UserError
 if os.getuid() == 0:
     os.setuid(65534)

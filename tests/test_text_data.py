@@ -430,9 +430,9 @@ def test_preparing_a_text_takes_memory_for_a_piece_of_it_alone(documents, tmp_pa
         (folder / f"{i}.txt").write_text(f"{i} some words that repeat " * (1_600_000 // documents))
     code = """
 import resource, sys
-from moe.corpus import TextFiles
-from moe.text_data import TextData
-from moe.tokenizer import Bytes
+from moe.data.corpora.corpus import TextFiles
+from moe.data.text import TextData
+from moe.data.tokens.tokenizer import Bytes
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
 data = TextData(TextFiles(sys.argv[1]), Bytes(), cache_dir=sys.argv[2]).prepare()

@@ -50,7 +50,14 @@ def hidden_width(d_model: int, activation: str) -> int:
 
 @gin.configurable
 class FeedForward(nnx.Module):
-    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) for the gated kinds."""
+    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) for the gated kinds.
+
+    Args:
+        d_model: D.
+        d_ff: F, the hidden width; 4 D, or 8/3 D for the gated kinds, where None.
+        activation: the gated kinds are "swiglu" and "geglu".
+        out_scale: variance scale of the output weights.
+    """
 
     def __init__(
         self,
@@ -76,7 +83,15 @@ class FeedForward(nnx.Module):
 
 @gin.configurable
 class Experts(nnx.Module):
-    """E feed-forwards, each on its own rows."""
+    """E feed-forwards, each on its own rows.
+
+    Args:
+        num_experts: E.
+        d_model: D.
+        d_ff: F, the hidden width of one.
+        activation: as of FeedForward.
+        out_scale: variance scale of the output weights.
+    """
 
     def __init__(
         self,

@@ -35,6 +35,7 @@ class Command:
     example: str
     flags: tuple[Flag, ...]
     positional: str | None = None  # the name of the one argument that is no flag
+    optional: bool = False  # whether it may be left out
     form: str = ""  # and how the help writes it
 
 
@@ -144,4 +145,29 @@ PLAN = Command(
     ),
 )
 
-COMMANDS = (TRAIN, EVAL, GENERATE, CHECK, BENCH, PLAN)
+LIST = Command(
+    name="list",
+    summary="List what can be configured: routers, losses, optimizers, corpora, configs, ...",
+    module="moe.cli.explain",
+    example="moe list routers",
+    flags=(),
+    positional="kind",
+    optional=True,
+    form="[KIND]",
+)
+
+DESCRIBE = Command(
+    name="describe",
+    summary="Say what a config is: parameters, FLOPs, routing, settings; nothing is trained.",
+    module="moe.cli.describe",
+    example="moe describe --gin_file=quickstart.gin --gin_file=routers/switch.gin",
+    flags=(
+        Flag("workdir", str, "FOLDER", "describe this run instead of files"),
+        GIN_FILE,
+        GIN_BINDINGS,
+        Flag("vocab_size", int, "N", "token ids (default: what the tokenizer asks for)", low=2),
+        JSON,
+    ),
+)
+
+COMMANDS = (TRAIN, EVAL, GENERATE, CHECK, BENCH, PLAN, LIST, DESCRIBE)

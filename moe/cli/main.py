@@ -20,6 +20,7 @@ from moe.machine.allocator import keep_freed_memory
 
 MISTAKE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 HELP = ("--help", "-h", "-help")
+CONFIGURED = ("train", "eval")  # commands that a config configures, too
 DEFINE = {
     str: absl_flags.DEFINE_string,
     int: absl_flags.DEFINE_integer,
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     if not argv or argv[0] in (*HELP, "help"):
-        print(overview() if len(argv) < 2 else usage(_command(argv[1])))
+        print(overview() if len(argv) < 2 else _help(argv[1]))
         return 0 if argv else MISTAKE
     if argv[0] == "--version":
         print(f"moe {moe.__version__}")
@@ -68,6 +69,15 @@ def _run(argv: list[str]) -> int:
     keep_freed_memory()
     compile_cache.prepare()
     return importlib.import_module(command.module).run(flags)
+
+
+def _help(name: str) -> str:
+    """Of a command, or of what can be configured."""
+    command = usage(_command(name)) if name in [c.name for c in COMMANDS] else ""
+    if command and name not in CONFIGURED:
+        return command
+    told = importlib.import_module("moe.cli.explain").help_of(name)
+    return f"{command}\n\n{told}" if command else told
 
 
 def _command(name: str) -> Command:
@@ -94,21 +104,23 @@ commands:
 example:
   {COMMANDS[0].example}
 
-`moe COMMAND --help` lists a command's flags; `moe --version` names the version."""
+`moe COMMAND --help` lists a command's flags, `moe help NAME` explains what a config names
+(`moe help AdamW`), `moe list` shows what there is; `moe --version` names the version."""
 
 
 def usage(command: Command) -> str:
     """The text of `moe COMMAND --help`."""
     forms = [f"--{flag.name}={flag.value}" for flag in command.flags]
-    width = max(map(len, forms)) + 2
+    width = max(map(len, forms), default=0) + 2
     required = [form for form, f in zip(forms, command.flags, strict=True) if f.required]
     rows = [
         f"  {form:<{width}}{flag.help}{' (required)' if flag.required else ''}"
         for form, flag in zip(forms, command.flags, strict=True)
     ]
     named = [command.form] if command.positional else []
-    usage_line = " ".join(["usage: moe", command.name, *named, *required, "[--FLAG=VALUE ...]"])
-    parts = [usage_line, "", command.summary, "", "flags:", *rows]
+    more = ["[--FLAG=VALUE ...]"] if forms else []
+    usage_line = " ".join(["usage: moe", command.name, *named, *required, *more])
+    parts = [usage_line, "", command.summary, *(["", "flags:", *rows] if rows else [])]
     return "\n".join([*parts, "", "example:", f"  {command.example}"])
 
 
@@ -127,6 +139,8 @@ def parse(command: Command, arguments: Sequence[str]) -> SimpleNamespace:
         raise UserError(f"moe {command.name}: {_flag_mistake(command, error)}") from None
     named = {}
     if command.positional:
+        if not left and command.optional:
+            left = [""]
         if len(left) != 1:
             raise UserError(f"moe {command.name} needs one {command.form}, as {command.example!r}")
         named[command.positional] = left.pop()

@@ -38,7 +38,15 @@ RULES: dict[str, tuple[str, ...]] = {
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """The size of each mesh axis; at most one may be -1, which takes the devices that are left."""
+    """The size of each mesh axis; at most one may be -1, which takes the devices that are left.
+
+    Attributes:
+        data: cuts the sequences of a batch.
+        fsdp: cuts sequences, and parameters along the model width.
+        expert: cuts sequences, and experts.
+        tensor: cuts heads, hidden units and the vocabulary.
+        sequence: cuts every sequence's tokens.
+    """
 
     data: MeshSize = -1
     fsdp: MeshSize = 1

@@ -31,7 +31,7 @@ def mismatch(value: object, annotation: Any) -> str | None:
         return None
     if isinstance(value, Reference):
         return _of_reference(value, annotation)
-    if isinstance(value, list | tuple) and (items := _items_of(annotation)) is not None:
+    if isinstance(value, list | tuple) and (items := items_of(annotation)) is not None:
         return next(f"item {i}: {why}" for i, v in enumerate(value) if (why := mismatch(v, items)))
     number = isinstance(value, int | float) and not isinstance(value, bool)
     ranges = _ranges(annotation)
@@ -43,7 +43,7 @@ def mismatch(value: object, annotation: Any) -> str | None:
         for candidate in _candidates(annotation):
             if value.removeprefix("@").removesuffix("()") == candidate.strip("@()"):
                 return f"{value!r} is text; write {candidate}"
-        if (items := _items_of(annotation)) is not None and fits(value, items):
+        if (items := items_of(annotation)) is not None and fits(value, items):
             return f"{value!r} is one text; write ({value!r},)"
     return f"expected {described(annotation)}, got {value!r} ({type(value).__name__})"
 
@@ -66,7 +66,7 @@ def fits(value: object, annotation: Any) -> bool:
         return _reference_fits(value, annotation)
     if annotation in SCALARS:
         return type(value) is annotation or (annotation is float and type(value) is int)
-    if (items := _items_of(annotation)) is not None:
+    if (items := items_of(annotation)) is not None:
         return isinstance(value, list | tuple) and all(fits(item, items) for item in value)
     kind = origin or annotation
     if inspect.isclass(kind) and kind not in (list, tuple, dict) and not issubclass(kind, Mapping):
@@ -155,7 +155,7 @@ def _described(annotation: Any) -> Iterator[str]:
         yield from map(repr, arguments)
     elif annotation in SCALARS:
         yield NAMES[annotation]
-    elif (items := _items_of(annotation)) is not None:
+    elif (items := items_of(annotation)) is not None:
         yield f"a list of {described(items)}"
     elif candidates := _candidates(annotation):
         more = f" (or {', '.join(candidates[1:5])})" if candidates[1:] else ""
@@ -183,11 +183,11 @@ def _candidates(annotation: Any) -> list[str]:
     return found
 
 
-def _items_of(annotation: Any) -> Any:
+def items_of(annotation: Any) -> Any:
     """What the items of a list are; None where the annotation is no kind of list."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if _is_union(annotation):
-        found = [items for member in arguments if (items := _items_of(member)) is not None]
+        found = [items for member in arguments if (items := items_of(member)) is not None]
         return found[0] if found else None
     if not inspect.isclass(origin) or not issubclass(origin, Sequence) or not arguments:
         return None

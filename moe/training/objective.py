@@ -40,6 +40,9 @@ class MaskedToken:
     Only hidden tokens are scored, each replaced by one extra token of the vocabulary. Hidden are
     tokens of text, never those that mark documents; in a sequence where the draw hides none, the
     one with the smallest draw.
+
+    Attributes:
+        rate: share of the tokens that is hidden.
     """
 
     rate: OpenShare = 0.15

@@ -24,7 +24,15 @@ STACKED = ("layer", "expert", "segment")
 
 
 class Optimizer(abc.ABC):
-    """Abstract: peak learning rate, schedule, decay, clipping; and the transformation they make."""
+    """Abstract: peak learning rate, schedule, decay, clipping; and the transformation they make.
+
+    Attributes:
+        learning_rate: the peak; schedules are shares of it.
+        schedule: `Cosine()` where None.
+        weight_decay: p -= rate * weight_decay * p, for whatever is a matrix.
+        clip_norm: gradients longer than this, over all parameters, are scaled to it; None for none.
+        b1, b2: how much of the running means of gradients and of their squares each step keeps.
+    """
 
     learning_rate: float
     schedule: Schedule | None
@@ -101,7 +109,11 @@ def decayed(axes: Axes) -> dict[str, bool]:
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class AdamW(Optimizer):
-    """Loshchilov & Hutter 2019."""
+    """Loshchilov & Hutter 2019.
+
+    Attributes:
+        epsilon: added to the root of the mean square.
+    """
 
     learning_rate: NonNegative = 1e-3
     schedule: Schedule | None = None
@@ -157,6 +169,11 @@ class Muon(Optimizer):
 
     Embeddings, head, routers and vectors get Adam with the same rate and decay; updates are scaled
     to Adam's size (Liu et al. 2025, `consistent_rms` 0.2).
+
+    Attributes:
+        momentum: how much of the running mean of gradients each step keeps.
+        iterations: Newton-Schulz steps of the orthogonalisation.
+        b1, b2: of Adam, for what is no matrix.
     """
 
     learning_rate: NonNegative = 4e-3

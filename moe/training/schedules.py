@@ -11,7 +11,12 @@ from routing.ranges import Share
 
 
 class Schedule(abc.ABC):
-    """Abstract: (peak, steps) to an optax schedule. warmup is a share of all steps."""
+    """Abstract: (peak, steps) to an optax schedule.
+
+    Attributes:
+        warmup: share of all steps in which the rate rises from 0.
+        final: share of the peak that the last step has.
+    """
 
     @abc.abstractmethod
     def build(self, peak: float, steps: int) -> optax.Schedule:
@@ -86,7 +91,11 @@ class Rsqrt(Schedule):
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class WarmupStableDecay(Schedule):
-    """Constant at the peak, then a straight line over the last `decay` share (Hu et al. 2024)."""
+    """Constant at the peak, then a straight line over the last `decay` share (Hu et al. 2024).
+
+    Attributes:
+        decay: share of all steps in which the rate falls.
+    """
 
     warmup: Share = 0.05
     decay: Share = 0.2

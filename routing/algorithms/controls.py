@@ -22,6 +22,9 @@ class UniformRandom(Router):
     """K distinct experts drawn uniformly for every token and step; gate 1/K.
 
     At evaluation the draw is a fixed function of the token's place in its group.
+
+    Args:
+        k: experts per token.
     """
 
     causality = Causality.CAUSAL
@@ -42,6 +45,9 @@ class Balanced(Router):
     """Round robin: assignment number n of a group goes to expert n mod E; gate 1/K.
 
     The load is equal to within one token, at no cost: what a router's own time is compared with.
+
+    Args:
+        k: experts per token.
     """
 
     causality = Causality.CAUSAL
@@ -65,6 +71,10 @@ class Zipf(Router):
 
     A skewed load of known size, to test dispatch and buffers with; gate 1/K. As `UniformRandom`,
     fixed at evaluation.
+
+    Args:
+        k: experts per token.
+        exponent: of the skew; 0 is uniform.
     """
 
     causality = Causality.CAUSAL
@@ -89,7 +99,11 @@ class Zipf(Router):
 
 @gin.configurable
 class AllExperts(Router):
-    """Every expert works on every token, weighted by a softmax: the dense mixture, K = E."""
+    """Every expert works on every token, weighted by a softmax: the dense mixture, K = E.
+
+    Args:
+        losses: values such as `ZLoss()`.
+    """
 
     causality = Causality.CAUSAL
     balanced = True
@@ -112,7 +126,11 @@ class AllExperts(Router):
 
 @gin.configurable
 class FrozenTopK(Router):
-    """Top-k of softmax(x W) with a W that is drawn once and never learned (router state)."""
+    """Top-k of softmax(x W) with a W that is drawn once and never learned (router state).
+
+    Args:
+        k: experts per token.
+    """
 
     causality = Causality.CAUSAL
     decoding = "as in training"

@@ -37,8 +37,8 @@ class TopK(Router):
         scale: gates are multiplied by this (DeepSeek-V3's route scale).
         init_scale: variance scale of the weights (Switch: 0.1).
         balancer: a class such as `BiasBalancer`; its bias enters selection, never the gates.
-        expert_groups: the experts are so many equal groups in a row, and a token may use those of
-            the `groups_per_token` best ones alone (DeepSeek-V3: 8 and 4).
+        expert_groups: the experts are so many equal groups in a row (DeepSeek-V3: 8).
+        groups_per_token: a token may use the experts of so many best groups alone (DeepSeek-V3: 4).
         group_best: a group's score is the sum of so many of its best, bias included; where None
             k / groups_per_token, rounded up (DeepSeek-V3, section 2.1.2: K / M).
             DeepSeek-V2 takes 1.

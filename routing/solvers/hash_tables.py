@@ -46,7 +46,11 @@ class BalancedTable(Table):
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class ClusteredTable(Table):
-    """One expert for each k-means cluster of a model's embeddings: a .npy file (V, D)."""
+    """One expert for each k-means cluster of a model's embeddings: a .npy file (V, D).
+
+    Attributes:
+        embeddings: path of a .npy file, float (V, D).
+    """
 
     embeddings: str
 
@@ -57,7 +61,11 @@ class ClusteredTable(Table):
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class DispersedTable(Table):
-    """The members of every k-means cluster spread evenly over the experts: the opposite."""
+    """The members of every k-means cluster spread evenly over the experts: the opposite.
+
+    Attributes:
+        embeddings: path of a .npy file, float (V, D).
+    """
 
     embeddings: str
 

@@ -68,6 +68,10 @@ class TextFiles:
 
     Files may be compressed by gzip, bzip2, xz or, with the extra `zst`, Zstandard. A byte-order
     mark at the start is no text. Links to folders are followed; each file is read once.
+
+    Attributes:
+        paths: a file, folder or glob, or a list of them.
+        encoding: of the text, by a name that Python knows.
     """
 
     paths: Paths
@@ -100,6 +104,10 @@ class JsonLines:
     """Each line is a JSON object and a document: its text is `field`. Folders: *.jsonl, *.json.
 
     Lines whose field is null are left out. Files may be compressed, as those of TextFiles.
+
+    Attributes:
+        paths: a file, folder or glob, or a list of them.
+        field: of each object, the one that holds the text.
     """
 
     paths: Paths
@@ -154,6 +162,10 @@ class Parquet:
     """Each row with text in `column` is a document. Needs pyarrow. Folders: *.parquet.
 
     Rows whose column is null are left out.
+
+    Attributes:
+        paths: a file, folder or glob, or a list of them.
+        column: the one that holds the text.
     """
 
     paths: Paths
@@ -210,6 +222,9 @@ class StandardLibrary:
 
     Its tests, bundled programs and installed packages are left out, and files that are not UTF-8.
     It differs between versions of Python. `max_bytes` keeps each document that still fits.
+
+    Attributes:
+        max_bytes: how much of it; all where None.
     """
 
     max_bytes: Size | None = None

@@ -203,6 +203,9 @@ class TrainedBPE:
     """A byte-level BPE of `vocab_size` tokens (256 bytes and the document token among them).
 
     Trained on the training split and cached. A small corpus may give fewer tokens.
+
+    Attributes:
+        vocab_size: number of tokens; at least 257.
     """
 
     vocab_size: Count = 2048
@@ -234,6 +237,9 @@ class TokenizerFile:
     """A tokenizer.json of the `tokenizers` library, or the folder of a saved tokenizer.
 
     Text that it does not give back is refused when it is tokenised: bits per byte would be wrong.
+
+    Attributes:
+        path: of the file or folder.
     """
 
     path: str

@@ -1,0 +1,80 @@
+"""`moe describe`: what a config is, without reading its text or training."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from moe import settings
+from moe.cli import config
+from moe.settings import resolved
+from moe.training.abstract_model import AbstractModel, Vocabulary
+from moe.training.run_spec import RunSpec
+
+DEFAULT_VOCABULARY = 50_304
+
+
+def run(flags) -> int:
+    """Print parameters, FLOPs, routing and settings of a config; `--json` also writes them."""
+    if flags.workdir:
+        spec = config.of_folder(flags.workdir, flags.gin_bindings)
+    else:
+        spec = config.load(flags.gin_file, flags.gin_bindings)
+    vocabulary = Vocabulary(flags.vocab_size or vocabulary_of(spec))
+    model = spec.build_model(vocabulary)
+    found = described(spec, model, vocabulary.size)
+    width = max(map(len, found)) + 2
+    for name, value in found.items():
+        if isinstance(value, int):
+            value = f"{value:,}"
+        print(f"{name.replace('_', ' '):<{width}}{value}")
+    ignored = settings.unused(later=("eval",))
+    print(f"{'ignored settings':<{width}}{', '.join(ignored) or 'none'}")
+    table = resolved.rows(spec, *spec.in_force, model.module)
+    print(f"\nsettings in force\n{resolved.text(table, unset=False)}")
+    if flags.json:
+        shown = {
+            name: {key: resolved.shown(value) for key, value in row.items()}
+            for name, row in table.items()
+        }
+        whole = found | {"ignored_settings": ignored, "settings": shown}
+        Path(flags.json).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def vocabulary_of(spec: RunSpec) -> int:
+    """The size that the config's tokenizer asks for, where it says; as of `moe plan` elsewhere."""
+    tokenizer = getattr(spec.data, "tokenizer", None)
+    return getattr(tokenizer, "vocab_size", DEFAULT_VOCABULARY)
+
+
+def described(spec: RunSpec, model: AbstractModel, vocab_size: int) -> dict[str, Any]:
+    """Numbers and words of a run, in the order in which they are read."""
+    costs, tokens = model.costs, math.prod(spec.shape)
+    found: dict[str, Any] = {
+        "vocabulary": vocab_size,
+        "parameters_total": costs.parameters_total,
+        "parameters_active": costs.parameters_active,
+        "flops_per_token": costs.flops_per_token,
+        "tokens_per_step": tokens,
+        "steps": spec.steps,
+        "flops_in_all": costs.flops_per_token * tokens * spec.steps,
+        "mesh": ", ".join(f"{k}={v}" for k, v in vars(spec.in_force[2]).items()),
+    }
+    layer = model.moe_layer
+    found["sparse_layers"] = layer.router.sparse_layers if layer else "none (dense)"
+    if layer is not None:
+        router = layer.router
+        found |= {
+            "router": type(router).__name__,
+            "causality": str(router.causality.value),
+            "decodes": router.decoding,
+            "experts": layer.num_experts,
+            "experts_per_token": getattr(router, "k", "as it decides"),
+            "capacity": str(layer.capacity),
+            "dispatcher": str(layer.dispatcher),
+            "eval_dispatcher": str(layer.eval_dispatcher),
+        }
+        losses = ", ".join(f"{c:g} * {n}" for n, c in model.loss_coefficients.items())
+        found["router_losses"] = losses or "none"
+    return found

@@ -1,0 +1,156 @@
+"""`moe help NAME`, `moe list KIND` and docs/settings.md: what can be set, in words."""
+
+from collections.abc import Iterable, Iterator
+import re
+import textwrap
+
+from moe.cli import configurables
+from moe.errors import UserError, nearest
+from moe.settings import read, reference
+from moe.settings.reference import Entry
+
+assert configurables  # imported to be registered
+
+WIDTH = 98
+CONFIGS = "configs"
+PAGE = """\
+# Every setting
+
+Made from the code by `python -m moe.cli.explain > docs/settings.md`; `moe help NAME` prints one of
+them, `moe list KIND` a kind. A setting is written `Name.setting = value`, in a file or as
+`--gin_bindings="Name.setting = value"`. `@Name` stands for a class, `@Name()` for an object of it.
+"""
+
+
+def help_of(name: str) -> str:
+    """What a configurable is, or one setting of it (`TopK.k`), where it goes and how it is set.
+
+    Raises:
+        UserError: neither is there.
+    """
+    name, _, setting = name.removeprefix("@").removesuffix("()").partition(".")
+    try:
+        found = reference.entry(name)
+    except KeyError:
+        raise UserError(unknown(name)) from None
+    rows = {one.name: row for one, row in zip(found.settings, paragraphs(found), strict=True)}
+    if setting:
+        if setting not in rows:
+            raise UserError(f"{name} has no setting {setting!r}{nearest(setting, list(rows))}")
+        return f"{name}.{rows[setting]}"
+    lines = [title(found), "", textwrap.indent(found.text, "  ")]
+    if goes := reference.places(name):
+        more = f", and {len(goes) - 4} more" if len(goes) > 4 else ""
+        told = f"goes into  {', '.join(goes[:4])}{more}"
+        lines += ["", *textwrap.wrap(told, WIDTH, subsequent_indent=" " * 11)]
+    if rows:
+        first = found.settings[0]
+        lines += ["", f"settings, such as {name}.{first.name} = {first.default or '...'}"]
+        lines += [textwrap.indent(row, "  ") for row in rows.values()]
+    return "\n".join(lines)
+
+
+def title(found: Entry) -> str:
+    """Such as Switch (routers, causal)."""
+    more = f", {found.causality}" if found.causality else ""
+    return f"{found.name} ({found.kind}{more})"
+
+
+def paragraphs(found: Entry) -> Iterator[str]:
+    """A setting with its default, and below it what it may be and means."""
+    for head, told in reference.rows(found.settings):
+        below = textwrap.wrap(told, WIDTH, initial_indent="    ", subsequent_indent="    ")
+        yield "\n".join([head, *below])
+
+
+def unknown(name: str) -> str:
+    """That there is no such name, and the nearest command or configurable."""
+    from moe.cli.commands import COMMANDS
+
+    names = {command.name for command in COMMANDS} | {e.name for e in reference.entries()}
+    hint = nearest(name, sorted(names)) or "; `moe list` shows what there is"
+    return f"there is no command and nothing to configure named {name!r}{hint}"
+
+
+def kinds() -> dict[str, list[Entry]]:
+    """Everything that can be configured, by kind."""
+    found: dict[str, list[Entry]] = {}
+    for one in reference.entries():
+        found.setdefault(one.kind, []).append(one)
+    return dict(sorted(found.items()))
+
+
+def list_of(kind: str) -> str:
+    """One line for each of a kind; for an empty one, the kinds.
+
+    Raises:
+        UserError: an unknown kind.
+    """
+    known = kinds()
+    if not kind:
+        rows = [(name, ", ".join(e.name for e in entries)) for name, entries in known.items()]
+        return table([*rows, (CONFIGS, "the gin files that come with it")])
+    if kind == CONFIGS:
+        return table(shipped())
+    if kind not in known:
+        names = [*known, CONFIGS]
+        hint = nearest(kind, names) or f"; there are {', '.join(names)}"
+        raise UserError(f"moe list: there is no kind {kind!r}{hint}")
+    return table(
+        (e.name, f"{e.summary} [{e.causality}]" if e.causality else e.summary) for e in known[kind]
+    )
+
+
+def shipped() -> Iterator[tuple[str, str]]:
+    """Every gin file that comes along, by the name that --gin_file takes, and its first comment."""
+    for path in sorted(read.shipped().rglob("*.gin")):
+        name = path.relative_to(read.shipped()).as_posix().removeprefix("runs/")
+        comment = re.match(r"((?:#.*\n)+)", path.read_text(encoding="utf-8"))
+        words = " ".join(line.strip("# ") for line in (comment[1] if comment else "").splitlines())
+        yield name, re.split(r"(?<=[a-z)\d]\.) (?=[A-Z])", words)[0]
+
+
+def table(rows: Iterable[tuple[str, str]]) -> str:
+    """Two columns, the second one wrapped."""
+    rows = list(rows)
+    width = max(len(name) for name, _ in rows) + 2
+    lines = []
+    for name, told in rows:
+        wrapped = textwrap.wrap(told, WIDTH - width) or [""]
+        lines.append(f"{name:<{width}}{wrapped[0]}".rstrip())
+        lines += [" " * width + line for line in wrapped[1:]]
+    return "\n".join(lines)
+
+
+def page() -> str:
+    """docs/settings.md."""
+    parts = [PAGE]
+    for kind, entries in kinds().items():
+        if kind == reference.OTHERS:  # of whoever imports this
+            continue
+        parts.append(f"\n## {kind.replace('_', ' ')}\n")
+        for one in entries:
+            more = f" ({one.causality})" if one.causality else ""
+            parts.append(f"\n### {one.name}{more}\n\n{fenced(one.text)}\n")
+            if one.settings:
+                parts.append("\n| setting | default | is | means |\n|---|---|---|---|\n")
+            for s in one.settings:
+                default = "" if s.default is None else f"`{s.default}`"
+                cells = f"`{s.name}`", default, s.expected, s.meaning
+                parts.append(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in cells)} |\n")
+    return "".join(parts)
+
+
+def fenced(text: str) -> str:
+    """A docstring as Markdown: formulas would lose their underscores and stars."""
+    return f"```text\n{text}\n```"
+
+
+def run(flags) -> int:
+    """`moe list`."""
+    print(list_of(flags.kind))
+    return 0
+
+
+if __name__ == "__main__":
+    print(page(), end="")

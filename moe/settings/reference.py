@@ -1,0 +1,174 @@
+"""What can be set, read off the code: every configurable with its settings, by kind."""
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import inspect
+import re
+import typing
+
+from gin import config as gin_config
+
+from moe.settings import check, types
+from moe.settings.read import Reference
+from moe.settings.resolved import shown
+from routing.losses import RouterLoss
+
+# Where a configurable is defined says what it is: the longest name that fits counts.
+KINDS = {
+    "routing.algorithms": "routers",
+    "routing.balance_losses": "losses",
+    "routing.losses": "losses",
+    "routing.balancers": "balancers",
+    "routing.capacity": "capacity",
+    "routing.solvers.hash_tables": "hash_tables",
+    "layers": "layers",
+    "layers.dispatch": "dispatchers",
+    "layers.experts": "experts",
+    "moe.model": "model",
+    "moe.data": "data",
+    "moe.data.corpora": "corpora",
+    "moe.data.mixture": "corpora",
+    "moe.data.tokens": "tokenizers",
+    "moe.model.sharding": "mesh",
+    "moe.training.objective": "objectives",
+    "moe.training.optimizer": "optimizers",
+    "moe.training.run_spec": "run",
+    "moe.training.schedules": "schedules",
+    "moe.runs.tracking": "loggers",
+    "moe.cli": "run",
+}
+OTHERS = "others"  # of a user's own modules
+MADE_BY_OTHERS = {"routers", "balancers", "layers", "experts", "model"}  # with sizes of the model's
+HEADINGS = ("Args:", "Attributes:")
+ENDS = ("Returns:", "Raises:", "Yields:")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One parameter. default: as a config writes it, None where there is none."""
+
+    name: str
+    expected: str
+    default: str | None
+    meaning: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One configurable. text: what its docstring says beside the settings."""
+
+    name: str
+    kind: str
+    text: str
+    settings: tuple[Setting, ...]
+    causality: str | None
+
+    @property
+    def summary(self) -> str:
+        """The first sentence, or paragraph where that is shorter."""
+        paragraph = " ".join(self.text.split("\n\n")[0].split())
+        return re.split(r"(?<=[\w)\]]\.) (?=[A-Z])", paragraph)[0]
+
+
+def entries() -> list[Entry]:
+    """Every configurable that is known, by name."""
+    names = [n for n in check.configurables().values() if not n.startswith("gin.")]
+    return [entry(name) for name in sorted(names, key=str.lower)]
+
+
+def entry(name: str) -> Entry:
+    """A configurable by its name in a config.
+
+    Raises:
+        KeyError: there is none, or several.
+    """
+    selector = check.resolve(name)
+    if not isinstance(selector, str):
+        raise KeyError(name)
+    wrapped = gin_config._REGISTRY[selector].wrapped
+    text, words = _read(inspect.getdoc(wrapped) or "")
+    for base in getattr(wrapped, "__mro__", ())[1:]:  # what a base class says of its settings
+        words = _read(inspect.cleandoc(base.__doc__ or ""))[1] | words
+    hints = typing.get_type_hints(
+        wrapped.__init__ if inspect.isclass(wrapped) else wrapped, include_extras=True
+    )
+    kind = kind_of(wrapped)
+    parameters = check.parameters(selector) or {}
+    if kind in MADE_BY_OTHERS:  # what they cannot do without is not for a config to say
+        parameters = {k: p for k, p in parameters.items() if p.default is not p.empty}
+    settings = tuple(
+        Setting(
+            key,
+            types.described(hints[key]) if key in hints else "a value",
+            None if one.default in (one.empty, gin_config.REQUIRED) else shown(one.default),
+            words.get(key, ""),
+        )
+        for key, one in parameters.items()
+    )
+    causality = getattr(wrapped, "causality", None)
+    told = str(getattr(causality, "value", causality)) if causality is not None else None
+    return Entry(name, kind, text, settings, told)
+
+
+def kind_of(wrapped: Callable) -> str:
+    """By where it is defined, but for losses, which may stand beside the router they are for."""
+    if inspect.isclass(wrapped) and issubclass(wrapped, RouterLoss):
+        return "losses"
+    fits = [name for name in KINDS if f"{wrapped.__module__}.".startswith(f"{name}.")]
+    return KINDS[max(fits, key=len)] if fits else OTHERS
+
+
+def _read(doc: str) -> tuple[str, dict[str, str]]:
+    """A docstring's text without its list of settings, and what the list says of each."""
+    text, words, names, inside = [], {}, [], False
+    for line in doc.splitlines():
+        if line.strip() in (*HEADINGS, *ENDS):
+            inside = line.strip() in HEADINGS
+            names = []
+            if line.strip() in ENDS:
+                break
+        elif not inside:
+            text.append(line)
+        elif match := re.match(r"    ([a-z]\w*(?:, [a-z]\w*)*): (.*)", line):
+            names = match[1].split(", ")
+            words |= dict.fromkeys(names, match[2])
+        elif line.strip():
+            words |= {name: f"{words[name]} {line.strip()}" for name in names}
+    for meaning in list(words.values()):  # "a: this; b: that"
+        for other in re.finditer(r"[;.] ([a-z]\w*): (.*)", meaning):
+            words.setdefault(other[1], other[2])
+    return "\n".join(text).strip(), words
+
+
+def places(name: str) -> list[str]:
+    """Settings of others that take it, as a config writes them: MoELayer.router = @Switch.
+
+    Not those that take modules of any kind.
+    """
+    found, any_module = [], Reference("MoELayer", False)
+    for other in check.configurables().values():
+        if other.startswith("gin."):
+            continue
+        selector = str(check.resolve(other))
+        wrapped = gin_config._REGISTRY[selector].wrapped
+        hints = typing.get_type_hints(
+            wrapped.__init__ if inspect.isclass(wrapped) else wrapped, include_extras=True
+        )
+        for key in check.parameters(selector) or ():
+            for form in (Reference(name, False), Reference(name, True)):
+                hint = hints.get(key, typing.Any)
+                if hint is typing.Any or (form != any_module and types.fits(any_module, hint)):
+                    continue
+                if types.fits(form, hint):
+                    found.append(f"{other}.{key} = {form!r}")
+                elif (items := types.items_of(hint)) is not None and types.fits(form, items):
+                    found.append(f"{other}.{key} = [{form!r}]")
+    return found
+
+
+def rows(settings: Sequence[Setting]) -> Iterator[tuple[str, str]]:
+    """For each setting its name with the default, and what it may be and means."""
+    for one in settings:
+        default = "" if one.default is None else f" = {one.default}"
+        meaning = f"; {one.meaning}" if one.meaning else ""
+        yield f"{one.name}{default}", f"{one.expected}{meaning}"

@@ -1,0 +1,109 @@
+"""`moe help`, `moe list`, `moe describe` and the page of settings: read off the code, complete."""
+
+import json
+from pathlib import Path
+
+import gin
+import pytest
+
+import moe
+from moe.cli import explain
+from moe.cli import main as cli
+from moe.settings import read, reference
+
+ROOT = Path(moe.__file__).resolve().parents[1]
+
+
+def own():
+    return [one for one in reference.entries() if one.kind != reference.OTHERS]
+
+
+def test_the_page_of_settings_is_what_the_code_says():
+    page = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert page == explain.page(), "python -m moe.cli.explain > docs/settings.md"
+
+
+def test_everything_of_ours_has_a_kind_and_every_setting_a_meaning():
+    strangers = [e.name for e in reference.entries() if e.kind == reference.OTHERS]
+    ours = {name.name for name in own()}
+    assert {"TopK", "AdamW", "train", "Capacity", "StandardLibrary"} <= ours
+    for name in strangers:  # of other tests
+        assert not gin.config._REGISTRY.get_match(name).module.startswith(("moe.", "layers."))
+    assert not [f"{e.name}.{s.name}" for e in own() for s in e.settings if not s.meaning]
+    assert not [e.name for e in own() if not e.text]
+
+
+def test_a_setting_is_told_with_its_range_default_and_meaning(capsys):
+    assert cli.main(["help", "Switch.jitter"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(
+        "Switch.jitter = 0.01\n    a number of at least 0 and below 1; in training"
+    )
+
+
+def test_a_configurable_is_told_with_its_place(capsys):
+    assert cli.main(["help", "@Switch"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("Switch (routers, causal)") and "Fedus" not in told.splitlines()[0]
+    assert "goes into  MoELayer.router = @Switch\n" in told
+    assert "sizes" not in told  # which the model gives
+    assert cli.main(["help", "BalanceLoss"]) == 0
+    assert "more" in capsys.readouterr().out  # not every router
+
+
+def test_a_command_that_is_configured_tells_both(capsys):
+    assert cli.main(["help", "train"]) == 0
+    told = capsys.readouterr().out
+    assert "--workdir=FOLDER" in told and "a run that goes on" not in told
+    assert "sequence_length = 256" in told
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["help", "Swich"], "named 'Swich'; did you mean 'Switch'?"),
+        (["help", "trian"], "did you mean 'train'?"),
+        (["help", "TopK.kk"], "TopK has no setting 'kk'; did you mean 'k'?"),
+        (["help", "zzzzzz"], "`moe list` shows what there is"),
+        (["list", "router"], "there is no kind 'router'; did you mean 'routers'"),
+        (["list", "routers", "losses"], "moe list needs one [KIND]"),
+    ],
+)
+def test_a_wrong_name_is_one_line(given, expected, capsys):
+    assert cli.main(given) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1
+
+
+def test_kinds_are_listed(capsys):
+    assert cli.main(["list"]) == 0
+    told = capsys.readouterr().out
+    assert "optimizers   Adafactor, AdamW, Lion, Muon" in told and "configs" in told
+    assert cli.main(["list", "routers"]) == 0
+    told = capsys.readouterr().out
+    assert "ExpertChoice" in told and "[causal at evaluation only]" in told
+
+
+def test_every_shipped_file_is_listed_with_what_it_is(capsys):
+    assert cli.main(["list", "configs"]) == 0
+    rows = dict(explain.shipped())
+    assert len(rows) == len(list(read.shipped().rglob("*.gin"))) and all(rows.values())
+    assert all(read.find(name).is_file() for name in rows)
+    assert "routers/switch.gin" in capsys.readouterr().out
+
+
+def test_a_config_is_described_without_training(tmp_path, capsys):
+    given = ["--gin_file=quickstart.gin", "--gin_file=routers/switch.gin"]
+    out = tmp_path / "described.json"
+    assert cli.main(["describe", *given, "--vocab_size=4096", f"--json={out}"]) == 0
+    told, found = capsys.readouterr().out, json.loads(out.read_text())
+    assert found["parameters_total"] == 4_461_696 and "4,461,696" in told
+    assert found["router"] == "Switch" and found["causality"] == "causal"
+    assert found["flops_in_all"] == found["flops_per_token"] * 4096 * 400
+    assert found["ignored_settings"] == ["TopK.gates", "TopK.k"]
+    assert found["settings"]["Capacity"]["factor"] == "1.25"
+
+
+def test_a_dense_config_is_described(capsys):
+    assert cli.main(["describe", "--gin_file=quickstart_dense.gin"]) == 0
+    assert "none (dense)" in capsys.readouterr().out
