@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 # After a change: python scripts/set_addresses.py, which writes it into the notebooks.
 REPOSITORY = "moe-routing/moe-routing"
 TEST = [
-    "pytest",
+    "pytest>=9",  # faulthandler_exit_on_timeout
     "pytest-xdist",
     "beartype",
     "nbformat",

@@ -1,7 +1,7 @@
 """How much memory and time preparing a text takes: `python benchmarks/data_memory.py --json=PATH`.
 
 Each size in a process of its own: a corpus of words on disk, a BPE fitted to it, both splits
-tokenised, the comparison with compressors. Memory is the process's peak beyond its imports.
+tokenised, the comparison with compressors. StepState is the process's peak beyond its imports.
 """
 
 import argparse

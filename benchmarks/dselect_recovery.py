@@ -57,9 +57,9 @@ def recovered(name: str, seeds: int) -> dict:
         fresh = functional.first_values(graph, params, state, seed)[0]
 
         def loss(params, key):
-            output = graph.join(params, state)(inputs_of(key, True))
+            output = graph.merge(params, state)(inputs_of(key, True))
             gate_E = gates_GTE(output.decision)[0, 0]
-            return jnp.square(out_NE @ gate_E - target_N).mean() + output.penalty
+            return jnp.square(out_NE @ gate_E - target_N).mean() + output.auxiliary_loss
 
         def step(carry, key):
             params, opt_state = carry
@@ -68,7 +68,7 @@ def recovered(name: str, seeds: int) -> dict:
 
         keys = jax.random.split(jax.random.fold_in(jax.random.key(1), seed), STEPS)
         (fresh, _), _ = jax.lax.scan(step, (fresh, optimizer.init(fresh)), keys)
-        decision = graph.join(fresh, state)(inputs_of(keys[0], False)).decision
+        decision = graph.merge(fresh, state)(inputs_of(keys[0], False)).decision
         gate_E = gates_GTE(decision)[0, 0]
         wanted_E = jnp.zeros(EXPERTS, bool).at[pair].set(True)
         right = jnp.where(wanted_E, gate_E, jnp.inf).min() > 0.01

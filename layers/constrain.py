@@ -1,6 +1,7 @@
 """Logical axes for activations: layers name them, whoever runs the model maps them to a mesh.
 
-Layers call `constrain(x_GTD, "batch", None, None)`. Outside `with placing(rule):` it does nothing.
+Layers call `constrain(x_GTD, "batch", None, None)`; outside `with sharding_rules(rule):` it does
+nothing.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ _rule: contextvars.ContextVar[Rule | None] = contextvars.ContextVar("rule", defa
 
 
 @contextlib.contextmanager
-def placing(rule: Rule | None) -> Iterator[None]:
+def sharding_rules(rule: Rule | None) -> Iterator[None]:
     """While this is open, `constrain` asks `rule` for the sharding of logical axes."""
     token = _rule.set(rule)
     try:
@@ -62,7 +63,7 @@ def is_cut(axis: str) -> bool:
     return bool(mesh_axes(axis, 0))
 
 
-class Parts(NamedTuple):
+class Shards(NamedTuple):
     """Groups of tokens as a mesh cuts them: P = groups * tokens pieces, one on each device.
 
     axis: the logical axis of a dimension that counts the pieces.
@@ -91,12 +92,12 @@ class Parts(NamedTuple):
         return constrain(a_GT, "batch", "length", *(None for _ in rest))
 
 
-def parts_of(groups: int, tokens: int) -> Parts:
+def shards_of(groups: int, tokens: int) -> Shards:
     """Of (groups, tokens) activations; one part off a mesh."""
     by_group = math.prod(mesh_axes("batch", groups).values())
     by_token = math.prod(mesh_axes("length", tokens).values())
     axis = "batch" if by_token == 1 else "length" if by_group == 1 else "part"
-    return Parts(by_group, by_token, axis)
+    return Shards(by_group, by_token, axis)
 
 
 def _names(part) -> tuple[str, ...]:
@@ -104,31 +105,31 @@ def _names(part) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else tuple(part or ())
 
 
-def on_each_part(
+def per_shard(
     function: Callable,
     split: tuple[jax.Array, ...],
     whole: tuple[jax.Array, ...] = (),
     axes: tuple[tuple[str | None, ...], ...] = (),
-    part_axis: str = "batch",
+    shard_axis: str = "batch",
 ):
     """function(*split, *whole), on a mesh by each device for its own part of `split`.
 
-    The leading axis of every array of `split` and of the results counts the parts (`parts_of`,
-    whose axis is `part_axis`); each call sees one of them. Of each array of `whole`, a call sees
+    The leading axis of every array of `split` and of the results counts the shards (`shards_of`,
+    whose axis is `shard_axis`); each call sees one of them. Of each array of `whole`, a call sees
     the piece that its logical `axes` give to the device, with "embed" put together. Where several
     devices work on one part, with different pieces, their results add up.
     """
     rule = _rule.get()
     if rule is None:
         return function(*split, *whole)
-    placed = rule((part_axis,), split[0].shape[:1])
+    placed = rule((shard_axis,), split[0].shape[:1])
     cut = jax.sharding.PartitionSpec(placed.spec[0])
     own = set(_names(placed.spec[0]))
     pieces, gathers = [], []
     for named, a in zip(axes, whole, strict=True):
         spec = list(rule(named, a.shape).spec)
         # Put together by every device itself, so that gradients are summed into pieces; only
-        # where devices with different pieces work on different parts.
+        # where devices with different pieces work on different shards.
         at = [n for n, axis in enumerate(named) if axis == "embed" and spec[n]]
         apart = [n for n in at if own.issuperset(_names(spec[n]))]
         gathers.append([(n, _names(spec[n])) for n in apart])

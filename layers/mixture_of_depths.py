@@ -82,14 +82,14 @@ class DepthBlock(nnx.Module):
     def _gathered(self, x_BTD, tokens: Tokens, decision: ExpertChoice):
         token_BC, keep_BC = decision.token_GEC[:, 0], decision.keep_GEC[:, 0]
 
-        def pick(a_BT):
+        def chosen(a_BT):
             return jnp.take_along_axis(a_BT, token_BC, axis=1)
 
         fewer = dataclasses.replace(
             tokens,
-            token_BT=pick(tokens.token_BT),
-            segment_BT=jnp.where(keep_BC, pick(tokens.segment_BT), 0),
-            position_BT=pick(tokens.position_BT),
+            token_BT=chosen(tokens.token_BT),
+            segment_BT=jnp.where(keep_BC, chosen(tokens.segment_BT), 0),
+            position_BT=chosen(tokens.position_BT),
         )
         x_1BCD = SlotGather().dispatch(x_BTD, decision)
         added_BCD, output = self.block.added(x_1BCD[0], fewer)

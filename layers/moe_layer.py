@@ -20,7 +20,7 @@ from layers.experts.segmented import SegmentedExperts
 from layers.experts.zero_computation import DefaultVectors, ZeroCopyConstant
 from layers.tokens import Tokens
 from routing.algorithms.multi_hash import MultiHash
-from routing.balancers import Memory
+from routing.balancers import StepState
 from routing.capacity import Capacity
 from routing.ranges import Count, LessThanOne, Natural, Positive
 from routing.records import (
@@ -143,14 +143,14 @@ class MoELayer(nnx.Module):
         if isinstance(decision, TokenChoice) and isinstance(self.experts, Experts) and not fits:
             decision = self.capacity.fit(decision, inputs, among)
         decision = _save_by_name(decision)
-        admitted, overflow = mover.admit(decision)
+        admitted, overflow = mover.split_overflow(decision)
         if overflow is None:  # what was not admitted is dropped
             decision = admitted
         # Padding is zero here, so NaN in it reaches neither the experts nor their gradients.
         x_GTD = inputs.x_GTD.astype(x_BTD.dtype)
-        y_GTD, own = self._experts(x_GTD, admitted, inputs, mover)
+        y_GTD, batch_sums = self._experts(x_GTD, admitted, inputs, mover)
         if overflow is not None:
-            y_GTD = y_GTD + self._second_way(x_GTD, overflow, inputs)
+            y_GTD = y_GTD + self._overflowing(x_GTD, overflow, inputs)
         kept_E = choices_GE(decision).sum(0)
         if self.cheap is not None and cheap is not None:
             y_GTD = y_GTD + self.cheap(x_GTD, gates_GTE(cheap))
@@ -159,10 +159,11 @@ class MoELayer(nnx.Module):
         if self.shared is not None:
             with jax.named_scope("shared_experts"):
                 y_BTD = y_BTD + self.shared(x_GTD.reshape(x_BTD.shape))
-        stats = dataclasses.replace(output.stats, kept_E=kept_E, own=output.stats.own | own)
+        batch_sums = output.stats.batch_sums | batch_sums
+        stats = dataclasses.replace(output.stats, kept_E=kept_E, batch_sums=batch_sums)
         return y_BTD, dataclasses.replace(output, decision=decision, stats=stats)
 
-    def _second_way(self, x_GTD, overflow: Overflow, inputs) -> jax.Array:
+    def _overflowing(self, x_GTD, overflow: Overflow, inputs) -> jax.Array:
         """What the experts make of the assignments that the first exchange had no room for."""
 
         def compute(x_GTD):
@@ -182,8 +183,8 @@ class MoELayer(nnx.Module):
     def _experts(
         self, x_GTD, decision, inputs, mover: Dispatcher
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """What the experts make of the tokens, home again (G, T, D), and sums for memories."""
-        if self.defaults is not None and getattr(decision, "rest_GTE", None) is None:
+        """What the experts make of the tokens, home again (G, T, D), and sums of the batch."""
+        if self.defaults is not None and getattr(decision, "unchosen_gate_GTE", None) is None:
             raise ValueError(
                 "MoELayer.default_vectors need the gates of experts that were not chosen: use TopK "
                 "with keep_rest=True"
@@ -212,11 +213,13 @@ class MoELayer(nnx.Module):
             y_GTD = mover.combine(y_EGCD, decision)
         if self.defaults is None:
             return y_GTD, {}
-        return y_GTD + self.defaults(decision.rest_GTE, x_GTD.dtype), self.defaults.tally(y_EGCD)
+        return y_GTD + self.defaults(
+            decision.unchosen_gate_GTE, x_GTD.dtype
+        ), self.defaults.batch_sums(y_EGCD)
 
-    def memories(self) -> list[Memory]:
+    def step_states(self) -> list[StepState]:
         """Every part of it whose state changes between optimizer steps."""
-        return [module for _, module in nnx.iter_modules(self) if isinstance(module, Memory)]
+        return [module for _, module in nnx.iter_modules(self) if isinstance(module, StepState)]
 
     def _group(self, x_BTD, tokens: Tokens) -> RouterInputs:
         """The router's inputs: groups of whole sequences, float32, padding set to zero.
@@ -245,7 +248,7 @@ class MoELayer(nnx.Module):
             index_G=tokens.index_B[::per_group],
             key=tokens.key,
             train=tokens.train,
-            step=tokens.step,
+            global_batch=tokens.global_batch,
             logits_before_GTE=before_GTE,
             segment_GT=tokens.segment_BT.reshape(shape),
             sequences=per_group,

@@ -15,7 +15,7 @@ from layers.block import Block
 from layers.mixture_of_depths import DepthBlock, blocks_of
 from layers.moe_layer import MoELayer
 from layers.tokens import Tokens
-from routing.records import RouterOutput, WholeStep
+from routing.records import GlobalBatch, RouterOutput
 
 Remat = Literal["none", "full", "dots", "dots_with_batch"]
 _SAVEABLE = {
@@ -45,12 +45,12 @@ class Unit(nnx.Module):
     def __init__(self, blocks: Sequence[Block | DepthBlock]):
         self.blocks = nnx.List(blocks)
 
-    def __call__(self, x_BTD, tokens: Tokens, first_layer, steps):
+    def __call__(self, x_BTD, tokens: Tokens, first_layer, global_batch):
         """x after the blocks, the last router's logits, and what experts' and depth's said."""
         outputs, depths = [], []
         for j, block in enumerate(self.blocks):
-            step = steps[len(outputs)] if steps and block.is_moe else None
-            x_BTD, output, *depth = block(x_BTD, tokens.for_layer(first_layer + j, step))
+            whole = global_batch[len(outputs)] if global_batch and block.is_moe else None
+            x_BTD, output, *depth = block(x_BTD, tokens.for_layer(first_layer + j, whole))
             if output is not None:
                 tokens = tokens.after(output)
                 outputs.append(dataclasses.replace(output, logits_GTE=None))
@@ -93,37 +93,39 @@ class Stack(nnx.Module):
         value = jnp.zeros((self.repeats, *variable.shape), variable.dtype)
         return variable.replace(value, layers=layers)
 
-    def __call__(self, x_BTD: jax.Array, tokens: Tokens, steps: list[WholeStep] | None):
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens, global_batch: list[GlobalBatch] | None):
         """x after all layers, and the last router's logits where the next one reads them; the
         outputs of the experts' routers, and of depth's, over layers.
 
-        steps: for each sparse block of the unit, whole-step statistics stacked over repeats.
+        global_batch: for each sparse block of the unit, its statistics stacked over repeats.
         """
         graphdef, state = nnx.split(self.unit)
 
         def body(carry, slices):
             x_BTD, logits_BTE = carry
-            state, first_layer, steps = slices
+            state, first_layer, global_batch = slices
             here = dataclasses.replace(tokens, logits_BTE=logits_BTE)
-            return nnx.merge(graphdef, state)(x_BTD, here, first_layer, steps)
+            return nnx.merge(graphdef, state)(x_BTD, here, first_layer, global_batch)
 
         body = rematerialised(body, self.remat)
         first = self.first_layer + self.length * jnp.arange(self.repeats)
         unroll = 1 if self.scan else self.repeats
         start = (x_BTD, tokens.logits_BTE)
-        carry, (outputs, depths) = jax.lax.scan(body, start, (state, first, steps), unroll=unroll)
+        carry, (outputs, depths) = jax.lax.scan(
+            body, start, (state, first, global_batch), unroll=unroll
+        )
         return *carry, in_layer_order(outputs), in_layer_order(depths)
 
     def update_router_state(self, stats_per_block) -> None:
         """Every memory's update, layer by layer, from statistics stacked over repeats."""
-        if not any(layer.memories() for layer in moe_layers(self.unit.blocks)):
+        if not any(layer.step_states() for layer in moe_layers(self.unit.blocks)):
             return
         graphdef, state = nnx.split(self.unit)
 
         def one(state, stats_per_block):
             unit = nnx.merge(graphdef, state)
             for layer, stats in zip(moe_layers(unit.blocks), stats_per_block, strict=True):
-                for memory in layer.memories():
+                for memory in layer.step_states():
                     memory.update(stats)
             return nnx.state(unit)
 

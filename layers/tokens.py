@@ -10,16 +10,16 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from layers.constrain import constrain
-from routing.records import RouterOutput, WholeStep
+from routing.records import GlobalBatch, RouterOutput
 
 
 @nnx.dataclass
 class Tokens(nnx.Pytree):
     """segment_BT is 0 for padding; index_B numbers the sequences of the whole optimizer step.
 
-    key names seed, step and, inside a block, the layer. step is set in micro-batches whose losses
-    need the statistics of the whole optimizer step. logits_BTE are the router's logits in the
-    sparse layer before, where the router reads them; None means zero.
+    key names seed, step and, inside a block, the layer. global_batch is set in micro-batches whose
+    losses need the statistics of the whole optimizer step. logits_BTE are the router's logits in
+    the sparse layer before, where the router reads them; None means zero.
     """
 
     token_BT: Int[Array, "B T"] = nnx.data()
@@ -28,7 +28,7 @@ class Tokens(nnx.Pytree):
     index_B: Int[Array, " B"] = nnx.data()
     key: Key[Array, ""] = nnx.data()
     train: bool = nnx.static()
-    step: WholeStep | None = nnx.data(default=None)
+    global_batch: GlobalBatch | None = nnx.data(default=None)
     logits_BTE: Float[Array, "B T E"] | None = nnx.data(default=None)
 
     @classmethod
@@ -52,9 +52,11 @@ class Tokens(nnx.Pytree):
         key = jax.random.key(seed)
         return cls(ids, jnp.ones_like(ids), position_BT, index_B, key, train=train)
 
-    def for_layer(self, layer, step: WholeStep | None) -> "Tokens":
-        """The same tokens with the layer's own key and its own whole-step statistics."""
-        return dataclasses.replace(self, key=jax.random.fold_in(self.key, layer), step=step)
+    def for_layer(self, layer, global_batch: GlobalBatch | None) -> "Tokens":
+        """The same tokens with the layer's own key and its own statistics of the global batch."""
+        return dataclasses.replace(
+            self, key=jax.random.fold_in(self.key, layer), global_batch=global_batch
+        )
 
     def after(self, output: RouterOutput) -> "Tokens":
         """The same tokens with a router's logits, where it gave them to the next layer."""

@@ -22,7 +22,7 @@ from routing.algorithms.switch import Switch
 from routing.algorithms.top_k import TopK
 from routing.algorithms.v_moe import VMoE
 from routing.balance_losses import BalanceLoss, ImportanceLoss, LoadLoss
-from routing.balancers import Balancer, BiasBalancer, Memory, QuantileBalancer
+from routing.balancers import Balancer, BiasBalancer, QuantileBalancer, StepState
 from routing.capacity import Capacity, slots_per_expert
 from routing.losses import EntropyLoss, RouterLoss, TermLoss, ZLoss
 from routing.parameters import RouterState, initialize, parameter, router_state
@@ -31,6 +31,7 @@ from routing.records import (
     Decision,
     ExpertChoice,
     ExpertMerge,
+    GlobalBatch,
     Policy,
     RouterInputs,
     RouterOutput,
@@ -40,7 +41,6 @@ from routing.records import (
     SoftSlots,
     TokenChoice,
     TrainingText,
-    WholeStep,
     choices_GE,
     gates_GTE,
 )
@@ -64,13 +64,13 @@ __all__ = [
     "ExpertMerge",
     "FrozenTopK",
     "GShard",
+    "GlobalBatch",
     "Hash",
     "Hierarchical",
     "HierarchicalLoadLoss",
     "ImportanceLoss",
     "LoadLoss",
     "Lory",
-    "Memory",
     "MixtureOfDepths",
     "MultiHash",
     "NoisyTopK",
@@ -91,6 +91,7 @@ __all__ = [
     "SoftChoice",
     "SoftMoE",
     "SoftSlots",
+    "StepState",
     "StrictlyBalanced",
     "Switch",
     "TermLoss",
@@ -99,7 +100,6 @@ __all__ = [
     "TrainingText",
     "UniformRandom",
     "VMoE",
-    "WholeStep",
     "ZLoss",
     "Zipf",
     "choices_GE",

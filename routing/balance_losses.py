@@ -11,7 +11,13 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from routing.losses import RouterLoss, check_one_of, of_the_step, require_scores, token_weighted
+from routing.losses import (
+    RouterLoss,
+    check_one_of,
+    global_batch_sum,
+    require_scores,
+    token_weighted,
+)
 from routing.ranges import Count, Natural, NonNegative, SomeShare
 from routing.records import (
     Decision,
@@ -21,7 +27,7 @@ from routing.records import (
     choices_GE,
     gates_GTE,
 )
-from routing.selection import largest
+from routing.selection import top_k_indices
 
 
 @gin.configurable
@@ -70,7 +76,7 @@ class BalanceLoss(RouterLoss):
         if self.cheap and self.devices is not None:
             raise ValueError("BalanceLoss.cheap and devices exclude each other")
 
-    def tally(self, routing, inputs):
+    def batch_sums(self, routing, inputs):
         counted = self._counted(routing, inputs)
         if self.scope != "global" or counted is routing.decision:
             return {}
@@ -80,10 +86,10 @@ class BalanceLoss(RouterLoss):
         score_GTE = require_scores(routing, self.name)
         counted = self._counted(routing, inputs)
         if self.scope == "global":
-            whole = stats if inputs.step is None else inputs.step.stats
+            whole = stats if inputs.global_batch is None else inputs.global_batch.stats
             same = counted is routing.decision
-            count_E = whole.count_E if same else whole.own[f"{self.name}.counted"]
-            score_E = of_the_step(stats, inputs, lambda stats: stats.score_sum_E)
+            count_E = whole.count_E if same else whole.batch_sums[f"{self.name}.counted"]
+            score_E = global_batch_sum(stats, inputs, lambda stats: stats.score_sum_E)
             return self._balance(count_E, score_E)
         score_GTE = jnp.where(inputs.valid_GT[..., None], score_GTE, 0)
         if self.scope == "document":
@@ -133,7 +139,7 @@ def raw_choices(routing: Routing, inputs: RouterInputs) -> TokenChoice:
         raise ValueError('BalanceLoss.counts="raw" needs a router whose tokens choose')
     score_GTE = jax.lax.stop_gradient(require_scores(routing, "balance"))
     k = decision.expert_GTK.shape[-1]
-    expert_GTK = checkpoint_name(largest(score_GTE, k), "routing")
+    expert_GTK = checkpoint_name(top_k_indices(score_GTE, k), "routing")
     keep_GTK = jnp.broadcast_to(inputs.valid_GT[..., None], expert_GTK.shape)
     return TokenChoice(expert_GTK, decision.gate_GTK, keep_GTK, decision.num_experts)
 
@@ -222,7 +228,7 @@ class ImportanceLoss(RouterLoss):
     def __post_init__(self):
         check_one_of("ImportanceLoss", self, of=("gates", "scores"), scope=("global", "group"))
 
-    def tally(self, routing, inputs):
+    def batch_sums(self, routing, inputs):
         if self.of == "scores" or self.scope == "group":
             return {}
         gate_GTE = jnp.where(inputs.valid_GT[..., None], gates_GTE(routing.decision), 0)
@@ -236,8 +242,10 @@ class ImportanceLoss(RouterLoss):
             return cv_squared_of_groups(value_GTE, inputs)
         if self.of == "scores":
             require_scores(routing, self.name)
-            return cv_squared(of_the_step(stats, inputs, lambda stats: stats.score_sum_E))
-        return cv_squared(of_the_step(stats, inputs, lambda stats: stats.own[self.name]))
+            return cv_squared(global_batch_sum(stats, inputs, lambda stats: stats.score_sum_E))
+        return cv_squared(
+            global_batch_sum(stats, inputs, lambda stats: stats.batch_sums[self.name])
+        )
 
 
 @gin.configurable
@@ -259,7 +267,7 @@ class LoadLoss(RouterLoss):
     def __post_init__(self):
         check_one_of("LoadLoss", self, scope=("global", "group"))
 
-    def tally(self, routing, inputs):
+    def batch_sums(self, routing, inputs):
         if routing.load_GTE is None:
             raise ValueError(
                 "LoadLoss needs a router that estimates its load (NoisyTopK, VMoE); Hierarchical "
@@ -272,7 +280,9 @@ class LoadLoss(RouterLoss):
     def __call__(self, routing, inputs, stats):
         if self.scope == "group":
             return cv_squared_of_groups(routing.load_GTE, inputs)
-        return cv_squared(of_the_step(stats, inputs, lambda stats: stats.own[self.name]))
+        return cv_squared(
+            global_batch_sum(stats, inputs, lambda stats: stats.batch_sums[self.name])
+        )
 
 
 def cv_squared_of_groups(value_GTE, inputs: RouterInputs) -> jax.Array:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from routing.parameters import router_state, zeros
 from routing.ranges import Count, LessThanOne, NonNegative
 from routing.records import RouterStats
-from routing.selection import largest
+from routing.selection import top_k_indices
 
 
-class Memory(nnx.Module):
+class StepState(nnx.Module):
     """Abstract: router state, and the rule that updates it from the statistics of a whole step."""
 
     @abc.abstractmethod
@@ -21,13 +21,13 @@ class Memory(nnx.Module):
         """Change the state in place, once per optimizer step, never at evaluation."""
 
 
-class Balancer(Memory):
+class Balancer(StepState):
     """Abstract: a memory whose bias enters selection, never the gates."""
 
     bias_E: nnx.Variable
 
     @abc.abstractmethod
-    def tally(self, score_GTE, valid_GT, k: int) -> dict[str, jax.Array]:
+    def batch_sums(self, score_GTE, valid_GT, k: int) -> dict[str, jax.Array]:
         """Sums over valid tokens that `update` needs beside the counts, by name."""
 
 
@@ -49,7 +49,7 @@ class BiasBalancer(Balancer):
         self.recentre = recentre
         self.bias_E = router_state((num_experts,), jnp.float32, (None,), zeros)
 
-    def tally(self, score_GTE, valid_GT, k: int) -> dict[str, jax.Array]:
+    def batch_sums(self, score_GTE, valid_GT, k: int) -> dict[str, jax.Array]:
         return {}
 
     def update(self, stats: RouterStats) -> None:
@@ -81,7 +81,7 @@ class QuantileBalancer(Balancer):
         self.decay = decay
         self.bias_E = router_state((num_experts,), jnp.float32, (None,), zeros)
 
-    def tally(self, score_GTE, valid_GT, k: int) -> dict[str, jax.Array]:
+    def batch_sums(self, score_GTE, valid_GT, k: int) -> dict[str, jax.Array]:
         experts = score_GTE.shape[-1]
         if k >= experts:
             raise ValueError(
@@ -89,7 +89,7 @@ class QuantileBalancer(Balancer):
             )
         score_GTE = jax.lax.stop_gradient(score_GTE)
         biased_GTE = score_GTE + self.bias_E[...][None, None]
-        next_GT1 = largest(biased_GTE, k + 1)[..., k:]
+        next_GT1 = top_k_indices(biased_GTE, k + 1)[..., k:]
         alpha_GT1 = jnp.take_along_axis(biased_GTE, next_GT1, -1)
         tokens_G = valid_GT.sum(1, dtype=jnp.int32)
         bar_GE = exceeded_by(score_GTE - alpha_GT1, valid_GT, tokens_G * k // experts)
@@ -100,8 +100,8 @@ class QuantileBalancer(Balancer):
         }
 
     def update(self, stats: RouterStats) -> None:
-        groups, old_E = stats.own["groups"], self.bias_E[...]
-        found_E = -stats.own["bar"] / jnp.maximum(groups, 1)
+        groups, old_E = stats.batch_sums["groups"], self.bias_E[...]
+        found_E = -stats.batch_sums["bar"] / jnp.maximum(groups, 1)
         new_E = self.decay * old_E + (1 - self.decay) * (found_E - found_E.mean())
         self.bias_E[...] = jnp.where(groups > 0, new_E, old_E)
 

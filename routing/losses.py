@@ -1,8 +1,8 @@
 """Losses on a routing decision, as values: a new loss touches no router.
 
 Every loss is a mean over valid tokens, unscaled; `coefficient` scales it in the objective. In a
-micro-batch, `inputs.step` holds the statistics of the whole optimizer step, so that a loss on the
-global batch and its gradient are the same for any number of micro-batches.
+micro-batch, `inputs.global_batch` holds the statistics of the whole optimizer step, so that a loss
+on the global batch and its gradient are the same for any number of micro-batches.
 
 G groups, T tokens per group, E experts.
 """
@@ -34,12 +34,12 @@ class RouterLoss(abc.ABC):
     over_layers: Literal["sum", "mean"] = "sum"
 
     @property
-    def of_the_whole_step(self) -> bool:
+    def uses_global_batch(self) -> bool:
         """Whether the loss needs the statistics of all micro-batches together."""
         return getattr(self, "scope", None) == "global"
 
-    def tally(self, routing: Routing, inputs: RouterInputs) -> dict[str, jax.Array]:
-        """Sums over valid tokens that the loss wants of the whole step, by name: `stats.own`."""
+    def batch_sums(self, routing: Routing, inputs: RouterInputs) -> dict[str, jax.Array]:
+        """Sums over valid tokens, by name, that the loss finds in `stats.batch_sums`."""
         return {}
 
     @abc.abstractmethod
@@ -47,17 +47,17 @@ class RouterLoss(abc.ABC):
         """The loss, a float32 scalar."""
 
 
-def of_the_step(stats: RouterStats, inputs: RouterInputs, read) -> jax.Array:
+def global_batch_sum(stats: RouterStats, inputs: RouterInputs, read) -> jax.Array:
     """A sum over the whole optimizer step, with the gradient of this micro-batch's part of it.
 
     The parts' losses are weighted with their share of the tokens and added, so that each part's
     gradient is divided by its share here.
     """
     own = read(stats)
-    if inputs.step is None:
+    if inputs.global_batch is None:
         return own
-    whole = jax.lax.stop_gradient(read(inputs.step.stats))
-    return whole + (own - jax.lax.stop_gradient(own)) / inputs.step.share
+    whole = jax.lax.stop_gradient(read(inputs.global_batch.stats))
+    return whole + (own - jax.lax.stop_gradient(own)) / inputs.global_batch.share
 
 
 def token_weighted(value_N, tokens_N) -> jax.Array:

@@ -101,7 +101,7 @@ class RouterStats(nnx.Pytree):
     """Sums over valid tokens: they add up over micro-batches and devices. Padding never counts.
 
     count_E is what the router chose, kept_E what was left after capacity; both count assignments.
-    own holds, by name, the further sums that this router's losses and memories asked for.
+    batch_sums holds, by name, further sums that this router's losses and balancers asked for.
     """
 
     token_count: Int[Array, "*L"] = nnx.data()
@@ -110,11 +110,11 @@ class RouterStats(nnx.Pytree):
     score_sum_E: Float[Array, "*L E"] = nnx.data()
     entropy_sum: Float[Array, "*L"] = nnx.data()
     logit_square_sum: Float[Array, "*L"] = nnx.data()
-    own: dict[str, Array] = nnx.data(default_factory=dict)
+    batch_sums: dict[str, Array] = nnx.data(default_factory=dict)
 
 
 @nnx.dataclass
-class WholeStep(nnx.Pytree):
+class GlobalBatch(nnx.Pytree):
     """For a micro-batch: the statistics of its whole step, and its share of the step's tokens."""
 
     stats: RouterStats = nnx.data()
@@ -139,7 +139,7 @@ class RouterInputs(nnx.Pytree):
     index_G: Int[Array, " G"] = nnx.data()
     key: Key[Array, ""] = nnx.data()
     train: bool = nnx.static()
-    step: WholeStep | None = nnx.data(default=None)
+    global_batch: GlobalBatch | None = nnx.data(default=None)
     logits_before_GTE: Float[Array, "G T E"] | None = nnx.data(default=None)
     segment_GT: Int[Array, "G T"] | None = nnx.data(default=None)
     sequences: int = nnx.static(default=1)
@@ -155,7 +155,8 @@ class TokenChoice(nnx.Pytree):
     """Each token picked K experts. keep_GTK is False for padding and for what was dropped.
 
     The capacity policy adds slot_GTK, the place in the expert's buffer of `capacity` slots.
-    rest_GTE are the weights of the experts that were not chosen, where a layer has a use for them.
+    unchosen_gate_GTE are the weights of the experts that were not chosen, where a layer has a use
+    for them.
     """
 
     expert_GTK: Int[Array, "G T K"] = nnx.data()
@@ -164,7 +165,7 @@ class TokenChoice(nnx.Pytree):
     num_experts: int = nnx.static()
     slot_GTK: Int[Array, "G T K"] | None = nnx.data(default=None)
     capacity: int | None = nnx.static(default=None)
-    rest_GTE: Float[Array, "G T E"] | None = nnx.data(default=None)
+    unchosen_gate_GTE: Float[Array, "G T E"] | None = nnx.data(default=None)
 
 
 @nnx.dataclass
@@ -219,12 +220,12 @@ class Policy(nnx.Pytree):
 
 @nnx.dataclass
 class Routing(nnx.Pytree):
-    """What `Router.route` returns: a decision and what losses and memories may ask for.
+    """What `Router.route` returns: a decision and what losses and balancers may ask for.
 
     score_GTE are non-negative with rows that sum to 1: every expert's share, chosen or not.
     load_GTE is the chance that an expert is chosen, where the router can differentiate it.
     terms are per-token losses of the router's own, for `TermLoss`; padding may hold anything.
-    tally are sums over the valid tokens, for the router's memories.
+    batch_sums are over the valid tokens, for what changes between optimizer steps.
     """
 
     decision: Decision = nnx.data()
@@ -232,7 +233,7 @@ class Routing(nnx.Pytree):
     score_GTE: Float[Array, "G T E"] | None = nnx.data(default=None)
     load_GTE: Float[Array, "G T E"] | None = nnx.data(default=None)
     terms: dict[str, Float[Array, "G T"]] = nnx.data(default_factory=dict)
-    tally: dict[str, Array] = nnx.data(default_factory=dict)
+    batch_sums: dict[str, Array] = nnx.data(default_factory=dict)
     policy: Policy | None = nnx.data(default=None)
 
 
@@ -246,7 +247,7 @@ class RouterOutput(nnx.Pytree):
 
     decision: Decision | None = nnx.data()
     losses: dict[str, Float[Array, "*L"]] = nnx.data()
-    penalty: Float[Array, "*L"] = nnx.data()
+    auxiliary_loss: Float[Array, "*L"] = nnx.data()
     stats: RouterStats = nnx.data()
     policy: Policy | None = nnx.data(default=None)
     logits_GTE: Float[Array, "G T E"] | None = nnx.data(default=None)

@@ -56,7 +56,7 @@ class Router(nnx.Module):
     losses: tuple[RouterLoss, ...]
     sparse_layers: int = 1  # of the model; the layer that the router stands in sets it
     # Whether `route` itself reads the statistics of the whole step, which micro-batches then need.
-    reads_the_step: bool = False
+    reads_global_batch: bool = False
     # Whether `route` reads the logits of the sparse layer before: `inputs.logits_before_GTE`.
     reads_logits_before: bool = False
     # How many experts work on a token in the mean, where a decision has room for more choices.
@@ -81,13 +81,15 @@ class Router(nnx.Module):
             check_names(self.losses)
             stats = statistics(routing, inputs, self.num_experts)
             for loss in self.losses:
-                stats.own.update(loss.tally(routing, inputs))
+                stats.batch_sums.update(loss.batch_sums(routing, inputs))
             losses = {loss.name: loss(routing, inputs, stats) for loss in self.losses}
-            penalty = sum(
+            auxiliary_loss = sum(
                 (self.weight_of(loss) * losses[loss.name] for loss in self.losses), jnp.float32(0)
             )
         logits_GTE = routing.logits_GTE if self.reads_logits_before else None
-        return RouterOutput(routing.decision, losses, penalty, stats, routing.policy, logits_GTE)
+        return RouterOutput(
+            routing.decision, losses, auxiliary_loss, stats, routing.policy, logits_GTE
+        )
 
     def weight_of(self, loss: RouterLoss) -> float:
         """What this layer's value of a loss is multiplied with in the objective."""
@@ -97,9 +99,9 @@ class Router(nnx.Module):
         return loss.coefficient / shared
 
     @property
-    def needs_the_whole_step(self) -> bool:
+    def needs_global_batch(self) -> bool:
         """Whether micro-batches must all run forward before the first gradient."""
-        return self.reads_the_step or any(loss.of_the_whole_step for loss in self.losses)
+        return self.reads_global_batch or any(loss.uses_global_batch for loss in self.losses)
 
 
 def strike_padding(routing: Routing, inputs: RouterInputs) -> Routing:
@@ -118,9 +120,9 @@ def strike_padding(routing: Routing, inputs: RouterInputs) -> Routing:
     if isinstance(decision, TokenChoice):
         valid_GT1 = inputs.valid_GT[..., None]
         decision = dataclasses.replace(decision, keep_GTK=decision.keep_GTK & valid_GT1)
-        if decision.rest_GTE is not None:
-            rest_GTE = jnp.where(valid_GT1, decision.rest_GTE, 0)
-            decision = dataclasses.replace(decision, rest_GTE=rest_GTE)
+        if decision.unchosen_gate_GTE is not None:
+            unchosen_gate_GTE = jnp.where(valid_GT1, decision.unchosen_gate_GTE, 0)
+            decision = dataclasses.replace(decision, unchosen_gate_GTE=unchosen_gate_GTE)
     return dataclasses.replace(routing, decision=decision)
 
 
@@ -144,7 +146,7 @@ def statistics(routing: Routing, inputs: RouterInputs, num_experts: int) -> Rout
         score_sum_E=score_sum_E,
         entropy_sum=entropy_sum,
         logit_square_sum=logit_square_sum,
-        own=dict(routing.tally),
+        batch_sums=dict(routing.batch_sums),
     )
 
 

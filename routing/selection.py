@@ -5,16 +5,16 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 
-def pick(score_GTE: jax.Array, k: int) -> jax.Array:
+def top_k(score_GTE: jax.Array, k: int) -> jax.Array:
     """The k best experts (ties: the lowest index), int32 (G, T, K), best first.
 
     No gradient: gates are gathered with these indices, so that rematerialisation, which keeps them
     by name, never routes a second time.
     """
-    return checkpoint_name(largest(jax.lax.stop_gradient(score_GTE), k), "routing")
+    return checkpoint_name(top_k_indices(jax.lax.stop_gradient(score_GTE), k), "routing")
 
 
-def largest(score_GTE: jax.Array, k: int) -> jax.Array:
+def top_k_indices(score_GTE: jax.Array, k: int) -> jax.Array:
     """Indices of the k largest along the last axis, the largest first; ties: the lowest index.
 
     Equivalent to: jax.lax.top_k(score_GTE, k)[1], as long as k scores are above minus infinity.

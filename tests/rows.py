@@ -230,11 +230,11 @@ def compiled(name, dispatcher=SlotGather(), capacity=Capacity(), remat="none"):
     graph, _, state = layer_of(name, dispatcher, capacity)
 
     def forward(params, x_BTD, tokens):
-        return run_layer(graph.join(params, state), x_BTD, tokens)
+        return run_layer(graph.merge(params, state), x_BTD, tokens)
 
     def loss(both, tokens, weight_BTD, penalty):
         y_BTD, output = rematerialised(forward, remat)(*both, tokens)
-        total = jnp.sum(y_BTD * weight_BTD) + penalty * output.penalty
+        total = jnp.sum(y_BTD * weight_BTD) + penalty * output.auxiliary_loss
         return total, (y_BTD, output)
 
     @jax.jit
@@ -249,12 +249,12 @@ def compiled(name, dispatcher=SlotGather(), capacity=Capacity(), remat="none"):
 @functools.cache
 def evaluated(name, capacity=Capacity()):
     graph, params, state = layer_of(name, SlotGather(), capacity)
-    return jax.jit(lambda x_BTD, tokens: run_layer(graph.join(params, state), x_BTD, tokens))
+    return jax.jit(lambda x_BTD, tokens: run_layer(graph.merge(params, state), x_BTD, tokens))
 
 
 def router_of(name):
     graph, params, state = layer_of(name)
-    return graph.join(params, state).router
+    return graph.merge(params, state).router
 
 
 def draw(seed, *shape):

@@ -50,7 +50,7 @@ def test_kernels_give_what_the_cpu_gives(dispatcher, dtype):
     x_BTD = np.random.default_rng(0).standard_normal((1, T, D)).astype(np.float32)
 
     def total(params, x_BTD):
-        y_BTD = graph.join(params, state)(x_BTD, tokens)[0]
+        y_BTD = graph.merge(params, state)(x_BTD, tokens)[0]
         return jnp.sum(y_BTD.astype(jnp.float32) * x_BTD), y_BTD
 
     def found(device, dtype):

@@ -14,7 +14,7 @@ from moe.cli import main as cli
 from moe.conformance import properties
 from routing import Capacity, Causality, Router, Routing, TokenChoice, TopK, parameter
 from routing.parameters import truncated_normal
-from routing.selection import largest
+from routing.selection import top_k_indices
 
 GUIDE = Path(__file__).parents[1] / "docs" / "writing_a_router.md"
 
@@ -48,7 +48,7 @@ class Broken(Router):
         if wrong == "mesh":  # a draw for the whole micro-batch, not for each group
             logits_GTE += jax.random.normal(inputs.key, logits_GTE.shape) * inputs.train
         prob_GTE = jax.nn.softmax(logits_GTE)
-        expert_GTK = largest(jax.lax.stop_gradient(prob_GTE), 2)
+        expert_GTK = top_k_indices(jax.lax.stop_gradient(prob_GTE), 2)
         gate_GTK = jnp.take_along_axis(prob_GTE, expert_GTK, -1)
         if wrong == "starved":
             gate_GTK = jnp.ones_like(gate_GTK)

@@ -60,7 +60,7 @@ from routing import (
     SoftMoE,
     TokenChoice,
 )
-from routing.selection import largest
+from routing.selection import top_k_indices
 
 # Causality, determinism, padding.
 
@@ -242,7 +242,7 @@ def test_padding_changes_nothing_at_evaluation(name):
 
 
 def told(output):
-    return output.losses, output.penalty, output.stats
+    return output.losses, output.auxiliary_loss, output.stats
 
 
 @every_router
@@ -267,7 +267,7 @@ def test_selection_is_by_value_and_then_by_the_lowest_index(k):
     """Against an exact, stable sort; a third of the scores are equal."""
     score_GTE = np.round(draw(0, B, T, E))
     expected = np.argsort(-score_GTE, axis=-1, kind="stable")[..., :k]
-    np.testing.assert_array_equal(largest(jnp.asarray(score_GTE), k), expected)
+    np.testing.assert_array_equal(top_k_indices(jnp.asarray(score_GTE), k), expected)
 
 
 # Gradients and dispatchers.
@@ -360,7 +360,7 @@ def slow_gradients(name, factor):
     weight_BTD = weight_BTD * ragged_BT[..., None]
 
     def decided(params, x_BTD):
-        layer = graph.join(params, state)
+        layer = graph.merge(params, state)
         inputs = layer._group(x_BTD, batch)
         return layer.router(inputs), inputs
 
@@ -379,7 +379,7 @@ def slow_gradients(name, factor):
         if keep_GTK is not None:
             decision = dataclasses.replace(decision, keep_GTK=jnp.asarray(keep_GTK))
         y_BTD = slow_layer(both[0], inputs.x_GTD, decision)
-        return jnp.sum(y_BTD * weight_BTD) + output.penalty, y_BTD
+        return jnp.sum(y_BTD * weight_BTD) + output.auxiliary_loss, y_BTD
 
     grads, y_BTD = jax.jit(jax.grad(loss, has_aux=True))((params, x_BTD))
     return *grads, y_BTD, keep_GTK
@@ -439,7 +439,7 @@ def moved(dispatcher, slow):
             index, key = jnp.zeros(1, jnp.int32), jax.random.key(0)
             inputs = RouterInputs(x_GTD, valid_T[None], ids, ids, index, key, True)
             fitted = Capacity(None).fit(decision, inputs)
-            experts = graph.join(every | params, state).experts
+            experts = graph.merge(every | params, state).experts
             y_EGCD = experts(dispatcher.dispatch(x_GTD, fitted))
             y_TD = dispatcher.combine(y_EGCD, fitted)[0]
         return jnp.sum(jnp.where(valid_T[:, None], y_TD * weight_TD, 0)), y_TD
@@ -478,7 +478,7 @@ def test_the_common_form_moves_the_same(name):
 
     @jax.jit
     def both():
-        layer = graph.join(params, state)
+        layer = graph.merge(params, state)
         y_BTD, output = layer(x_BTD, batch)
         soft = as_soft_slots(output.decision)
         x_EGCD = OneHotEinsum().dispatch(layer._group(x_BTD, batch).x_GTD, soft)

@@ -32,7 +32,7 @@ from rows import (
     values_of,
 )
 
-from layers.constrain import placing
+from layers.constrain import sharding_rules
 from layers.dispatch import Dispatcher, OneHotEinsum, Sorted
 from layers.moe_layer import MoELayer
 from moe.data.batch import Batch
@@ -75,7 +75,7 @@ def test_rematerialisation_sorts_once_and_computes_again_only_what_it_should():
 def test_compiled_is_interpreted(name):
     graph, params, state = layer_of(name)
     x_BTD, batch = jnp.asarray(draw(0, B, T, D)), tokens(train=False)
-    same_tree(graph.join(params, state)(x_BTD, batch), evaluated(name)(x_BTD, batch))
+    same_tree(graph.merge(params, state)(x_BTD, batch), evaluated(name)(x_BTD, batch))
 
 
 @every_router
@@ -83,7 +83,7 @@ def test_the_router_works_in_float32_whatever_the_layer_does(name):
     graph, params, state = layer_of(name)
 
     def both(x_BTD, tokens):
-        layer = graph.join(params, state)
+        layer = graph.merge(params, state)
         return layer(x_BTD, tokens), layer.router.route(layer._group(x_BTD, tokens))
 
     x_BTD = jnp.asarray(draw(0, B, T, D), jnp.bfloat16)
@@ -119,7 +119,7 @@ def test_bfloat16_is_float32_to_two_digits(name):
 def same_router_output(one, other):
     """To float32's rounding, but for what the layer itself adds to the statistics."""
     same_tree(*(dataclasses.replace(a, stats=None) for a in (one, other)), rtol=1e-6)
-    stats = [dataclasses.replace(a.stats, own={}) for a in (one, other)]
+    stats = [dataclasses.replace(a.stats, batch_sums={}) for a in (one, other)]
     same_tree(*stats, rtol=1e-6)
 
 
@@ -184,11 +184,11 @@ def program(setting):
         objective=objective,
         optimizer=optimizer,
         # Token 0 is not of text: what is told of text is not the loss, and some documents start.
-        num_bytes_2V=np.minimum(np.arange(graph.join(*abstract).vocab_size), [[1], [2]]),
+        num_bytes_2V=np.minimum(np.arange(graph.merge(*abstract).vocab_size), [[1], [2]]),
         mesh=shape.build(jax.devices()[: math.prod(setting.mesh)]),
         seed=1,
         accumulate=setting.accumulate,
-        whole_step_losses=setting.accumulate > 1 and router_of(setting.name).needs_the_whole_step,
+        global_batch_losses=setting.accumulate > 1 and router_of(setting.name).needs_global_batch,
     ).program()
 
 
@@ -331,7 +331,7 @@ def test_every_router_is_the_same_on_a_mesh(name):
         for n, p in params.items()
     }
     assert {len(p.sharding.device_set) for p in placed.values()} == {8}
-    with placing(sharding.rule(mesh)):
+    with sharding_rules(sharding.rule(mesh)):
         found = run(placed, x_BTD, args[1], weight_BTD)
     same_tree(jax.device_get(found), jax.device_get(compiled(name)(params, *args)))
 
@@ -383,7 +383,7 @@ def test_evaluation_leaves_router_state_alone():
 
     @jax.jit
     def evaluate(params, router_state, batch):
-        model = graph.join(params, router_state)
+        model = graph.merge(params, router_state)
         out = model(tokens_of(batch, step_key(0, EVALUATION), train=False))
         return functional.split(model)[2], out.routers.stats.count_E
 

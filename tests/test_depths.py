@@ -103,7 +103,7 @@ def test_the_predictor(dtype):
     router.guess_bias.set_value(jnp.asarray(0.0, dtype))
     output = router(inputs_of(x_TD, dtype))
     same(output.losses["guess"], told["predictor_bce"], dtype)
-    assert int(output.stats.own["guessed"]) / 8 == told["predictor_accuracy"]
+    assert int(output.stats.batch_sums["guessed"]) / 8 == told["predictor_accuracy"]
     later = router(inputs_of(x_TD, dtype, train=False)).decision
     np.testing.assert_array_equal(later.keep_GTK[0, :, 0], told["predictor_decisions"])
     # It changes nothing but itself.
@@ -178,7 +178,7 @@ def test_the_gradient_reaches_the_router():
     graph, params, state = functional.split(built)
 
     def loss(params):
-        return jnp.sum(jnp.square(graph.join(params, state)(batch(0, True)).hidden_BTD[:, ::3]))
+        return jnp.sum(jnp.square(graph.merge(params, state)(batch(0, True)).hidden_BTD[:, ::3]))
 
     grads = jax.jit(jax.grad(loss))(params)
     mine = {n.rpartition(".")[2]: np.asarray(g) for n, g in grads.items() if "depth_router" in n}

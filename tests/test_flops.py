@@ -137,7 +137,7 @@ def test_xla_counts_the_same_matmuls(sparse):
         rows = jnp.arange(batch, dtype=jnp.int32)
         ones = jnp.ones_like(token_BT)
         tokens = Tokens(token_BT, ones, places, rows, jax.random.key(0), train=False)
-        module = model.graph.join(params, state)
+        module = model.graph.merge(params, state)
         return module.logits(module(tokens).hidden_BTD)
 
     compiled = jax.jit(forward).lower(*model.shapes, integers).compile()

@@ -32,7 +32,7 @@ def restored(folder, step=None):
 
 def picks(sampling, count=200):
     keys = jax.random.split(jax.random.key(0), count)
-    return [set(row) for row in np.asarray(jax.vmap(lambda k: sampling.pick(LOGITS, k))(keys)).T]
+    return [set(row) for row in np.asarray(jax.vmap(lambda k: sampling.draw(LOGITS, k))(keys)).T]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_sampling_follows_the_temperature():
     keys = jax.random.split(jax.random.key(1), 4000)
     for temperature in (0.5, 1.0, 2.0):
         sampling = Sampling(temperature)
-        drawn = np.asarray(jax.vmap(lambda k, s=sampling: s.pick(LOGITS[:1], k))(keys))[:, 0]
+        drawn = np.asarray(jax.vmap(lambda k, s=sampling: s.draw(LOGITS[:1], k))(keys))[:, 0]
         share = np.bincount(drawn, minlength=5) / len(drawn)
         expected = np.asarray(jax.nn.softmax(LOGITS[0] / temperature))
         np.testing.assert_allclose(share, expected, atol=0.03)
@@ -124,7 +124,7 @@ def test_temperature_0_is_the_argmax_by_hand(learned):
     for _ in range(5):
         padded = np.zeros((1, 32), np.int32)
         padded[0, : len(ids)] = ids
-        model = learned.model.graph.join(learned.params, learned.router_state)
+        model = learned.model.graph.merge(learned.params, learned.router_state)
         places = np.arange(32, dtype=np.int32)[None]
         segment = (places < len(ids)).astype(np.int32)
         tokens = Tokens(

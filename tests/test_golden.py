@@ -59,7 +59,7 @@ def test_switch_balance_gradient_and_its_floor(dtype):
     )
 
     def penalty(x_GTD):
-        return router(dataclasses.replace(inputs, x_GTD=x_GTD)).penalty
+        return router(dataclasses.replace(inputs, x_GTD=x_GTD)).auxiliary_loss
 
     # The weights are the identity, so that the gradient to x is the gradient to the logits.
     same(jax.grad(penalty)(inputs.x_GTD)[0], told["cf1"]["grad_loss_wrt_logits"], dtype)
@@ -73,7 +73,7 @@ def test_z_loss_and_its_gradient(dtype):
 
     def z(x_GTD):
         out = router(dataclasses.replace(inputs, x_GTD=x_GTD))
-        return out.losses["z"], out.penalty
+        return out.losses["z"], out.auxiliary_loss
 
     loss, penalty = z(inputs.x_GTD)
     same(loss, told["z_loss_unweighted"], dtype)
@@ -228,7 +228,7 @@ def test_deepseek_v3_sequence_balance(dtype):
     out = router(inputs)
     same(out.stats.score_sum_E / 4, told["seq_balance"]["P"], dtype)
     same(out.losses["balance"], told["seq_balance"]["loss_alpha1"], dtype)
-    same(out.penalty, told["seq_balance"]["loss"], dtype)
+    same(out.auxiliary_loss, told["seq_balance"]["loss"], dtype)
 
 
 def test_deepseek_v1_and_olmoe_gates(dtype):

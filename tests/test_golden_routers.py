@@ -88,7 +88,7 @@ def test_noisy_top_k_gradients(loss, name, dtype):
         router = noisy(given, dtype, weight=weight_DE, noise=noise_DE)
         routing = router.with_noise(inputs.x_GTD, draw_GTE)
         nothing = jnp.zeros((), dtype)
-        own = loss.tally(routing, inputs)
+        own = loss.batch_sums(routing, inputs)
         stats = RouterStats(*[jnp.int32(0)] * 3, nothing, nothing, nothing, own)
         return loss(routing, inputs, stats)
 
@@ -397,7 +397,7 @@ def test_remoe(dtype):
     # The file averages over tokens and experts, the paper (eq. 9) sums over the experts.
     experts = example["E"]
     same(routing.terms["sparsity"].mean() / experts, expected["L_reg_lb"] / experts, dtype)
-    np.testing.assert_array_equal(output.stats.own["active"], [2, 2, 2, 1])
+    np.testing.assert_array_equal(output.stats.batch_sums["active"], [2, 2, 2, 1])
     router.penalty.weight.set_value(jnp.asarray(example["lambda0"], dtype))
     router.penalty.update(output.stats)
     # Target 1 - 1/4, found 5/12: too dense, so lambda grows.
@@ -479,11 +479,11 @@ def test_default_moe(dtype):
     router, inputs = on_logits(lambda s: TopK(s, k=1, keep_rest=True), np.log(gates_E)[None], dtype)
     decision = router(inputs).decision
     np.testing.assert_array_equal(decision.expert_GTK[0, 0], example["active"])
-    same(decision.rest_GTE[0, 0], [0.0, *gates_E[1:]], dtype)
+    same(decision.unchosen_gate_GTE[0, 0], [0.0, *gates_E[1:]], dtype)
     defaults = DefaultVectors(3, 2, decay=0.9)
     defaults.mean_ED.set_value(jnp.asarray(example["ema_defaults"], dtype))
     active_D = jnp.asarray(example["expert_out_active"], dtype)
-    y_D = decision.gate_GTK[0, 0, 0] * active_D + defaults(decision.rest_GTE, dtype)[0, 0]
+    y_D = decision.gate_GTK[0, 0, 0] * active_D + defaults(decision.unchosen_gate_GTE, dtype)[0, 0]
     same(y_D, told["default_moe"]["y"], dtype)
     nothing, count_E = jnp.zeros((), dtype), jnp.array([2, 0, 0], jnp.int32)
     own = {"expert_output": jnp.zeros((3, 2), dtype).at[0].set(2 * active_D)}

@@ -222,7 +222,7 @@ def test_importance_and_load_of_each_group(loss, of):
     expected = cv_squared(np.asarray(value_GTE)[valid_GT].sum(0))
     assert over_all == pytest.approx(float(expected), rel=1e-4)
     assert float(found) > 1.2 * over_all, "groups of three lean further than all tokens together"
-    assert router.needs_the_whole_step and not loss.of_the_whole_step
+    assert router.needs_global_batch and not loss.uses_global_batch
 
 
 def test_each_papers_router_has_its_papers_scope():
@@ -247,7 +247,7 @@ def test_other_scopes_are_refused(loss):
 def test_the_mean_over_layers_weighs_the_same_at_any_depth(sparse):
     losses = (BalanceLoss(0.1, over_layers="mean"), ZLoss(0.01, over_layers="mean"))
     added = penalty(sparse, losses)
-    assert float(added.penalty.sum()) == pytest.approx(
+    assert float(added.auxiliary_loss.sum()) == pytest.approx(
         0.1 * float(added.losses["balance"].mean()) + 0.01 * float(added.losses["z"].mean()),
         rel=1e-5,
     )
@@ -255,7 +255,7 @@ def test_the_mean_over_layers_weighs_the_same_at_any_depth(sparse):
 
 def test_a_sum_over_layers_beside_a_mean():
     added = penalty((0, 2, 3), (BalanceLoss(0.1), ZLoss(0.01, over_layers="mean")))
-    assert float(added.penalty.sum()) == pytest.approx(
+    assert float(added.auxiliary_loss.sum()) == pytest.approx(
         0.1 * float(added.losses["balance"].sum()) + 0.01 * float(added.losses["z"].mean()),
         rel=1e-5,
     )
@@ -272,13 +272,13 @@ def penalty(sparse, losses):
 
     graph, *_ = functional.abstract(make)
     values = functional.split(initialize(make(), 0))[1:]
-    routers = jax.jit(lambda tokens: graph.join(*values)(tokens).routers)(rows.tokens(2, 6))
-    assert routers.penalty.shape == (len(sparse),)
-    router = graph.join(*values).moe_layers_of_units()[0].router
+    routers = jax.jit(lambda tokens: graph.merge(*values)(tokens).routers)(rows.tokens(2, 6))
+    assert routers.auxiliary_loss.shape == (len(sparse),)
+    router = graph.merge(*values).moe_layers_of_units()[0].router
     weights = {loss.name: router.weight_of(loss) for loss in losses}
     told = metrics.routing_scalars(metrics.Routing.of(routers), weights)
     scaled = sum(value for name, value in told.items() if name.startswith("router_loss_scaled/"))
-    assert scaled == pytest.approx(float(routers.penalty.sum()), rel=1e-5)
+    assert scaled == pytest.approx(float(routers.auxiliary_loss.sum()), rel=1e-5)
     return routers
 
 

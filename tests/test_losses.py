@@ -153,7 +153,7 @@ def grad_of(router, inputs, loss, weight_DE):
         fresh = nnx.merge(graphdef, state)
         fresh.weight_DE = fresh.weight_DE.replace(weight_DE)
         output = fresh(inputs)
-        return output.penalty, output.losses[loss.name]
+        return output.auxiliary_loss, output.losses[loss.name]
 
     return jax.value_and_grad(penalty, has_aux=True)(jnp.asarray(weight_DE))
 
@@ -194,7 +194,7 @@ def test_two_losses_of_one_name_are_refused():
     named = (losses[0], dataclasses.replace(losses[1], name="balance_sequence"))
     output = initialize(TopK(Sizes(D, E, 7), losses=named), 0)(inputs_of(skewed(0.0)))
     expected = 0.01 * output.losses["balance"] + 1e-4 * output.losses["balance_sequence"]
-    assert float(output.penalty) == pytest.approx(float(expected), rel=1e-6)
+    assert float(output.auxiliary_loss) == pytest.approx(float(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=scoped)

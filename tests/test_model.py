@@ -64,7 +64,7 @@ def runner(**options):
 
     @jax.jit
     def run(tokens):
-        built = graph.join(params, state)
+        built = graph.merge(params, state)
         out = built(tokens)
         return built.logits(out.hidden_BTD), out.routers
 
@@ -135,7 +135,7 @@ def test_a_stack_is_its_blocks_one_after_another(options):
     for stack in built.stacks:
         graph, params, state = functional.split(stack.unit)
         for i in range(stack.repeats):
-            unit = graph.join(*({n: a[i] for n, a in v.items()} for v in (params, state)))
+            unit = graph.merge(*({n: a[i] for n, a in v.items()} for v in (params, state)))
             for block in unit.blocks:
                 x_BTD, output = block(x_BTD, batch.for_layer(layer, None))
                 layer += 1
@@ -180,8 +180,8 @@ def test_one_expert_of_top_1_is_the_dense_layer():
         else:
             dense_params[name] = params[name]
     batch = tokens()
-    found = graph.join(params, state)(batch).hidden_BTD
-    expected = dense_graph.join(dense_params, {})(batch).hidden_BTD
+    found = graph.merge(params, state)(batch).hidden_BTD
+    expected = dense_graph.merge(dense_params, {})(batch).hidden_BTD
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -15,7 +15,7 @@ from rows import D as WIDTH
 from rows import T as TOKENS
 from rows import V, compiled, draw, same_tree, tokens, values_of
 
-from layers.constrain import placing
+from layers.constrain import sharding_rules
 from layers.dispatch import Sorted
 from layers.kernels.grouped_matmul import grouped_feed_forward
 from layers.moe_layer import MoELayer
@@ -127,7 +127,7 @@ def ours(router, bindings, values, x_BTD, weight_BTD):
     batch = tokens(B, T, train=False)
 
     def total(params, x_BTD):
-        y_BTD, _ = graph.join(params, state)(x_BTD, batch)
+        y_BTD, _ = graph.merge(params, state)(x_BTD, batch)
         return jnp.sum(y_BTD * weight_BTD), y_BTD
 
     run = jax.jit(jax.grad(total, (0, 1), has_aux=True))
@@ -187,6 +187,6 @@ def test_tokamax_multiplies_as_the_loop_does(name):
 def test_tokamax_is_refused_on_a_mesh():
     rule = sharding.rule(sharding.MeshShape().build())
     rows_ND, up_EDF, down_EFD = jnp.ones((8, 4)), jnp.ones((2, 4, 3)), jnp.ones((2, 3, 4))
-    with placing(rule), pytest.raises(ValueError, match="is for one device"):
+    with sharding_rules(rule), pytest.raises(ValueError, match="is for one device"):
         counts = jnp.array([4, 4])
         grouped_feed_forward(rows_ND, (up_EDF,), down_EFD, counts, jax.nn.relu, "tokamax")

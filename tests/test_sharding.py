@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from layers.constrain import constrain, placing
+from layers.constrain import constrain, sharding_rules
 from layers.dispatch import OneHotEinsum, SlotGather, Sorted
 from layers.kernels.grouped_matmul import spare_rows
 from layers.moe_layer import MoELayer
@@ -105,7 +105,7 @@ def test_constrain_does_nothing_by_itself():
     x = jnp.ones((8, 2))
     assert constrain(x, "batch", None) is x
     mesh = sharding.MeshShape().build()
-    with placing(sharding.rule(mesh)):
+    with sharding_rules(sharding.rule(mesh)):
         assert len(constrain(x, "batch", None).sharding.device_set) == 8
     assert constrain(x, "batch", None) is x
     assert sharding.rule(sharding.MeshShape().build(jax.devices()[:1])) is None
@@ -139,9 +139,9 @@ def compiled_text(dispatcher, *, gradient=False, **sizes):
     rows = place(("batch",), (ROWS,))
 
     def forward(params, batch):
-        with placing(sharding.rule(mesh)):
+        with sharding_rules(sharding.rule(mesh)):
             tokens = tokens_of(batch, step_key(0, 0), train=True)
-            return graph.join(params, state)(tokens).hidden_BTD
+            return graph.merge(params, state)(tokens).hidden_BTD
 
     def backward(params, batch):
         return jax.grad(lambda params: jnp.square(forward(params, batch)).sum())(params)
@@ -205,8 +205,8 @@ def test_what_a_buffer_has_no_room_for_is_dropped_or_goes_a_second_way():
     @functools.partial(jax.jit, static_argnums=2)
     def moved(x_GTD, decision, mover):
         """Experts that hand their rows back."""
-        with placing(sharding.rule(mesh)):
-            fits, overflow = mover.admit(decision)
+        with sharding_rules(sharding.rule(mesh)):
+            fits, overflow = mover.split_overflow(decision)
             sent = mover.dispatch(x_GTD, fits)
             assert sent.rows_PND.shape[1] - spare_rows(4 * mover.most_rows(24, 4)) == 4 * 12
             found = mover.combine(sent.rows_PND, fits)
@@ -244,7 +244,7 @@ def test_experts_live_where_the_mesh_says():
         tuple(abstract),
         objective=NextToken(),
         optimizer=optax.adam(1e-3),
-        num_bytes_2V=np.ones((2, graph.join(*abstract).vocab_size), np.int32),
+        num_bytes_2V=np.ones((2, graph.merge(*abstract).vocab_size), np.int32),
         mesh=mesh,
         seed=0,
     ).program()

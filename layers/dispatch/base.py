@@ -26,7 +26,7 @@ class Dispatcher(abc.ABC):
     def __str__(self) -> str:
         return type(self).__name__
 
-    def admit(self, decision: Decision) -> tuple[Decision, "Overflow | None"]:
+    def split_overflow(self, decision: Decision) -> tuple[Decision, "Overflow | None"]:
         """What of the decision there is room for on the way, and what is to go another way."""
         return decision, None
 

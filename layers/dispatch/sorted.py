@@ -1,6 +1,6 @@
 """A dispatcher that sorts assignments by expert: no slots, no padding, nothing dropped.
 
-G groups, T tokens per group, D model width, E experts, K experts per token; P parts of a mesh, N
+G groups, T tokens per group, D model width, E experts, K experts per token; P shards of a mesh, N
 rows of one.
 """
 
@@ -14,7 +14,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from layers.constrain import Parts, constrain, mesh_axes, on_each_part, parts_of, platform
+from layers.constrain import Shards, constrain, mesh_axes, per_shard, platform, shards_of
 from layers.dispatch.all_to_all import EXCHANGES, Exchange, to_experts, to_tokens
 from layers.dispatch.base import Dispatcher, Overflow
 from layers.dispatch.gather_rows import combine_rows, dispatch_rows
@@ -82,7 +82,7 @@ class Sorted(Dispatcher):
             return rows
         return min(rows, math.ceil(self.buffer * rows / devices))
 
-    def admit(self, decision) -> tuple[Decision, Overflow | None]:
+    def split_overflow(self, decision) -> tuple[Decision, Overflow | None]:
         """Of the assignments from one device to another, the first `most_rows`."""
         if not isinstance(decision, TokenChoice) or self.buffer is None:
             return decision, None
@@ -90,14 +90,14 @@ class Sorted(Dispatcher):
         if way is None:
             return decision, None
         groups, tokens, k = decision.expert_GTK.shape
-        parts = parts_of(groups, tokens)
+        shards = shards_of(groups, tokens)
         own = decision.num_experts // way.devices
         device_GTK = jnp.where(decision.keep_GTK, decision.expert_GTK // own, way.devices)
-        device_PN = parts.split(device_GTK).reshape(parts.count, -1)
-        _, home_PN, edge_PX = _sorted_into(device_PN, way.devices, parts)
+        device_PN = shards.split(device_GTK).reshape(shards.count, -1)
+        _, home_PN, edge_PX = _sorted_into(device_PN, way.devices, shards)
         rank_PN = home_PN - jnp.take_along_axis(edge_PX, device_PN, axis=1)
         room_PN = rank_PN < self.most_rows(home_PN.shape[1], way.devices)
-        room_GTK = parts.join(room_PN.reshape(parts.count, -1, k), groups)
+        room_GTK = shards.join(room_PN.reshape(shards.count, -1, k), groups)
         keep_GTK = decision.keep_GTK
         fits = dataclasses.replace(decision, keep_GTK=keep_GTK & room_GTK)
         if self.overflow == "drop":
@@ -108,17 +108,17 @@ class Sorted(Dispatcher):
     def dispatch(self, x_GTD, decision) -> jax.Array | SortedRows:
         if not isinstance(decision, TokenChoice):
             return SlotGather().dispatch(x_GTD, decision)
-        parts = parts_of(*x_GTD.shape[:2])
-        source_PN, home_PTK, count_PE = _sorted_addresses(decision, parts)
-        x_PTD = parts.split(x_GTD)
+        shards = shards_of(*x_GTD.shape[:2])
+        source_PN, home_PTK, count_PE = _sorted_addresses(decision, shards)
+        x_PTD = shards.split(x_GTD)
         way = _expert_axis(decision)
         if way is None:
             source_PN = _with_spare_rows(source_PN)
         token_PN = jnp.where(source_PN < 0, -1, source_PN // home_PTK.shape[2])
         x_1PND = dispatch_rows(x_PTD, token_PN[:, None], home_PTK)
-        x_PND = constrain(x_1PND[0], parts.axis, None, None)
+        x_PND = constrain(x_1PND[0], shards.axis, None, None)
         if way is None:
-            return SortedRows(x_PND, count_PE, self.chosen_kernel, part_axis=parts.axis)
+            return SortedRows(x_PND, count_PE, self.chosen_kernel, shard_axis=shards.axis)
 
         slots = self.most_rows(x_PND.shape[1], way.devices)
 
@@ -127,17 +127,17 @@ class Sorted(Dispatcher):
             x_MD, count_F = to_experts(x_1ND[0], count_1E[0], way.axis, slots, ragged)
             return x_MD[None], count_F[None]
 
-        rows_PMD, count_PF = on_each_part(send, (x_PND, count_PE), part_axis=parts.axis)
+        rows_PMD, count_PF = per_shard(send, (x_PND, count_PE), shard_axis=shards.axis)
         rows_PMD = checkpoint_name(rows_PMD, "exchanged")
-        return SortedRows(rows_PMD, count_PF, self.chosen_kernel, True, parts.axis)
+        return SortedRows(rows_PMD, count_PF, self.chosen_kernel, True, shards.axis)
 
     def combine(self, y_EGCD, decision) -> jax.Array:
         if not isinstance(decision, TokenChoice):
             return SlotGather().combine(y_EGCD, decision)
         groups, tokens, k = decision.expert_GTK.shape
-        parts = parts_of(groups, tokens)
-        source_PN, home_PTK, count_PE = _sorted_addresses(decision, parts)
-        y_PND = constrain(y_EGCD, parts.axis, None, None)
+        shards = shards_of(groups, tokens)
+        source_PN, home_PTK, count_PE = _sorted_addresses(decision, shards)
+        y_PND = constrain(y_EGCD, shards.axis, None, None)
         way = _expert_axis(decision)
         if way is None:
             source_PN = _with_spare_rows(source_PN)
@@ -148,11 +148,11 @@ class Sorted(Dispatcher):
             def home(y_1MD, count_1E):
                 return to_tokens(y_1MD[0], count_1E[0], way.axis, slots, rows, self._ragged)[None]
 
-            y_PND = on_each_part(home, (y_PND, count_PE), part_axis=parts.axis)
+            y_PND = per_shard(home, (y_PND, count_PE), shard_axis=shards.axis)
             y_PND = checkpoint_name(y_PND, "exchanged")
-        gate_PTK = parts.split(decision.gate_GTK.astype(y_PND.dtype))
+        gate_PTK = shards.split(decision.gate_GTK.astype(y_PND.dtype))
         y_PTD = combine_rows(y_PND[None], gate_PTK, source_PN[:, None], home_PTK)
-        return parts.join(y_PTD, groups)
+        return shards.join(y_PTD, groups)
 
     @property
     def _ragged(self) -> bool:
@@ -176,17 +176,17 @@ def _expert_axis(decision: TokenChoice) -> _ExpertAxis | None:
 
 
 def _sorted_addresses(
-    decision: TokenChoice, parts: Parts
+    decision: TokenChoice, shards: Shards
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """source_PN: which assignment t*K+k lies in a row; home_PTK: its row; -1 for none; count_PE.
 
-    P parts, each with its tokens in a row. Assignments lie by expert, then in their order; those
+    P shards, each with its tokens in a row. Assignments lie by expert, then in their order; those
     that are not kept come last and count for nobody.
     """
     experts = decision.num_experts
-    kept_PTK = parts.split(jnp.where(decision.keep_GTK, decision.expert_GTK, experts))
-    expert_PN = kept_PTK.reshape(parts.count, -1)
-    source_PN, home_PN, edge_PX = _sorted_into(expert_PN, experts, parts)
+    kept_PTK = shards.split(jnp.where(decision.keep_GTK, decision.expert_GTK, experts))
+    expert_PN = kept_PTK.reshape(shards.count, -1)
+    source_PN, home_PN, edge_PX = _sorted_into(expert_PN, experts, shards)
     count_PE = jnp.diff(edge_PX, axis=1).astype(jnp.int32)
     row_1N = jnp.arange(source_PN.shape[1])[None]
     source_PN = jnp.where(row_1N < edge_PX[:, -1:], source_PN, -1)
@@ -201,14 +201,14 @@ def _with_spare_rows(source_PN):
 
 
 def _sorted_into(
-    bin_PN: jax.Array, bins: int, parts: Parts
+    bin_PN: jax.Array, bins: int, shards: Shards
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """source_PN, home_PN: what a stable sort by bin puts in each place, and its inverse.
 
     edge_PX (P, bins + 1): where each bin begins, the last one's end behind it. A bin_PN of `bins`
     is nobody's and comes last.
     """
-    bin_PN = constrain(bin_PN, parts.axis, None)
+    bin_PN = constrain(bin_PN, shards.axis, None)
     rows = bin_PN.shape[1]
     place_PN = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32), bin_PN.shape)
     if (bins + 1) * rows < 2**31:  # bin and place in one number sort in a quarter of the time

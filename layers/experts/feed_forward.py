@@ -9,7 +9,7 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from layers.constrain import is_cut, on_each_part
+from layers.constrain import is_cut, per_shard
 from layers.kernels.grouped_matmul import SortedRows, grouped_feed_forward
 from layers.linear import linear
 from routing.parameters import parameter, truncated_normal
@@ -154,7 +154,7 @@ class Experts(nnx.Module):
         held = "expert" if rows.own_experts else None
         axes = (*((held, "embed", "mlp") for _ in self._ups), (held, "mlp", "embed"))
         split = (rows.rows_PND, rows.count_PE)
-        return on_each_part(one_part, split, weights, axes, rows.part_axis)
+        return per_shard(one_part, split, weights, axes, rows.shard_axis)
 
     def merged(self, x_GTD: jax.Array, decision: ExpertMerge) -> jax.Array:
         """(G, T, D): every segment through the mean of all experts that its weights make."""

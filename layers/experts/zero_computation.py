@@ -11,7 +11,7 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from routing.balancers import Memory
+from routing.balancers import StepState
 from routing.capacity import Capacity
 from routing.parameters import parameter, router_state, truncated_normal, zeros
 from routing.ranges import Count, LessThanOne, Natural, SomeShare
@@ -112,7 +112,7 @@ class ZeroCopyConstant(nnx.Module):
 
 
 @gin.configurable
-class DefaultVectors(Memory):
+class DefaultVectors(StepState):
     """Default MoE (Panda et al. 2025): experts that were not chosen answer by their mean output.
 
     The mean runs over optimizer steps and has no gradient; through it the router's gradient
@@ -135,14 +135,14 @@ class DefaultVectors(Memory):
         """(G, T, D): the mean outputs of the experts that were not chosen, weighted."""
         return jnp.einsum("gte,ed->gtd", weight_GTE.astype(dtype), self.mean_ED[...].astype(dtype))
 
-    def tally(self, y_EGCD: jax.Array) -> dict[str, jax.Array]:
+    def batch_sums(self, y_EGCD: jax.Array) -> dict[str, jax.Array]:
         """Outputs summed over slots; an empty slot gives zero, since experts have no bias."""
         y_EGCD = jax.lax.stop_gradient(y_EGCD).astype(jnp.float32)
         return {"expert_output": y_EGCD.sum((1, 2))}
 
     def update(self, stats: RouterStats) -> None:
         count_E1 = stats.kept_E[:, None]
-        found_ED = stats.own["expert_output"] / jnp.maximum(count_E1, 1)
+        found_ED = stats.batch_sums["expert_output"] / jnp.maximum(count_E1, 1)
         old_ED = self.mean_ED[...]
         new_ED = self.decay * old_ED + (1 - self.decay) * found_ED
         self.mean_ED[...] = jnp.where(count_E1 > 0, new_ED, old_ED)

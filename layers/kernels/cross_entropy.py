@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layers.constrain import is_cut, is_placed, on_each_part, platform
+from layers.constrain import is_cut, is_placed, per_shard, platform
 
 # Logits at a time: what fits a CPU's cache; elsewhere what keeps the products large.
 BLOCK_LOGITS = 2**21
@@ -40,7 +40,7 @@ def cross_entropy_sums(weight_DV, hidden_BTD, target_BT, scored_BT, counted_BT) 
         nats_2: Any = _blockwise(weight_DV, hidden_BTD, target_BT, scored_BT, counted_BT, blocks)
         return nats_2[None]
 
-    return on_each_part(own_rows, arrays, (weight_DV,), (("embed", "vocab"),)).sum(0)
+    return per_shard(own_rows, arrays, (weight_DV,), (("embed", "vocab"),)).sum(0)
 
 
 def cross_entropy_of_each(weight_DV, hidden_BTD, target_BT) -> jax.Array:

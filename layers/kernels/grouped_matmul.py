@@ -31,14 +31,14 @@ class SortedRows(nnx.Pytree):
     A part is what one device of a mesh holds; off a mesh there is one. At least `spare_rows` more
     rows follow those of the experts: they may be read, but nothing that comes of them is used.
     own_experts: the rows came to the device that holds their experts, and count_PE is of those.
-    part_axis: the logical axis of P.
+    shard_axis: the logical axis of P.
     """
 
     rows_PND: Float[Array, "P N D"] = nnx.data()
     count_PE: Int[Array, "P E"] = nnx.data()
     kernel: str = nnx.static()
     own_experts: bool = nnx.static(default=False)
-    part_axis: str = nnx.static(default="batch")
+    shard_axis: str = nnx.static(default="batch")
 
 
 def spare_rows(rows: int) -> int:

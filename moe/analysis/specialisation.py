@@ -25,7 +25,7 @@ def gates_step(model: AbstractModel) -> Callable[[Arrays, Arrays, Batch], np.nda
     @jax.jit
     def run(params, router_state, batch):
         key = objectives.step_key(0, objectives.EVALUATION)
-        module = model.graph.join(params, router_state)
+        module = model.graph.merge(params, router_state)
         out = module(objectives.tokens_of(batch, key, train=False))
         return jax.vmap(gates_GTE)(out.routers.decision)
 

@@ -218,7 +218,7 @@ def _dense(case: Case, x_TD: np.ndarray) -> Calls:
     x_ND = jnp.asarray(np.tile(x_TD, (case.k, 1)))
 
     def total(params, x_ND):
-        return jnp.sum(graph.join(params, state)(x_ND) * x_ND)
+        return jnp.sum(graph.merge(params, state)(x_ND) * x_ND)
 
     return _calls(total, params, x_ND)
 
@@ -231,7 +231,7 @@ def _sparse(case: Case, x_TD, make: Callable[[Sizes], Router], dispatcher, capac
     tokens = batch(case.tokens)
 
     def total(params, x_BTD):
-        return jnp.sum(graph.join(params, state)(x_BTD, tokens)[0] * x_BTD)
+        return jnp.sum(graph.merge(params, state)(x_BTD, tokens)[0] * x_BTD)
 
     return _calls(total, params, jnp.asarray(x_TD)[None])
 

@@ -116,7 +116,7 @@ def layer(x_TD: np.ndarray, experts: int) -> tuple[float, float]:
         graph, params, state = functional.split(built)
 
         def total(params, x_BTD, graph=graph, state=state):
-            return jnp.sum(graph.join(params, state)(x_BTD, batch(x_BTD.shape[1]))[0] * x_BTD)
+            return jnp.sum(graph.merge(params, state)(x_BTD, batch(x_BTD.shape[1]))[0] * x_BTD)
 
         run = jax.jit(jax.grad(total, (0, 1))) if k == 2 else jax.jit(total)
         times.append(median_ms(run, params, x_BTD))
@@ -152,12 +152,12 @@ def router_step(make: Callable[[Sizes], Router], x_TD: np.ndarray, experts: int)
             key=told.key,
             train=True,
         )
-        output = graph.join(params, state)(inputs)
+        output = graph.merge(params, state)(inputs)
         assert output.decision is not None
         gate = getattr(output.decision, "gate_GTK", None)
         gate = getattr(output.decision, "gate_GEC", None) if gate is None else gate
         gate = gates_GTE(output.decision) if gate is None else gate
-        return jnp.sum(jnp.square(gate)) + output.penalty, output.stats
+        return jnp.sum(jnp.square(gate)) + output.auxiliary_loss, output.stats
 
     run = jax.jit(jax.grad(total, (0, 1), has_aux=True))
     return run, params, jnp.asarray(x_TD)[None]

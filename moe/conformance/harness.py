@@ -52,15 +52,15 @@ class Bench:
         return functional.split(self.make_layer(D, V, text=self.text, dispatcher=dispatcher))[0]
 
     def train(self, dispatcher: Dispatcher = SlotGather(), remat: str = "none"):
-        """(parameters, x, tokens, weight) -> gradients of sum(y * weight) + penalty; y; output."""
+        """(parameters, x, tokens, weight) -> gradients of sum(y * weight) + router losses; y; output."""
         graph = self.graph(dispatcher)
 
         def forward(params, x_BTD, tokens):
-            return run_layer(graph.join(params, self.state), x_BTD, tokens)
+            return run_layer(graph.merge(params, self.state), x_BTD, tokens)
 
         def loss(both, tokens, weight_BTD):
             y_BTD, output = rematerialised(forward, remat)(*both, tokens)
-            return jnp.sum(y_BTD * weight_BTD) + output.penalty, (y_BTD, output)
+            return jnp.sum(y_BTD * weight_BTD) + output.auxiliary_loss, (y_BTD, output)
 
         @jax.jit
         def run(params, x_BTD, tokens, weight_BTD):
@@ -73,7 +73,7 @@ class Bench:
     @functools.cached_property
     def evaluate(self):
         graph = self.graph(SlotGather())
-        layer = functools.partial(graph.join, self.params, self.state)
+        layer = functools.partial(graph.merge, self.params, self.state)
         return jax.jit(lambda x_BTD, tokens: run_layer(layer(), x_BTD, tokens))
 
     @functools.cached_property
@@ -115,13 +115,13 @@ def router_matmuls(graph: functional.Graph, params, state, x_BTD, tokens: Tokens
     """Every dot_general of a layer's router as it is traced, forward and backward."""
 
     def total(params, x_BTD, tokens):
-        layer = graph.join(params, state)
+        layer = graph.merge(params, state)
         if layer.router.reads_logits_before:
             logits_BTE = jnp.zeros((*tokens.token_BT.shape, layer.router.num_experts))
             tokens = dataclasses.replace(tokens, logits_BTE=logits_BTE)
         output = layer.router(layer._group(x_BTD, tokens))
         gates = [a for a in jax.tree.leaves(output.decision) if a.dtype == jnp.float32]
-        return sum((gate.sum() for gate in gates), output.penalty)
+        return sum((gate.sum() for gate in gates), output.auxiliary_loss)
 
     traced = jax.make_jaxpr(jax.grad(total, (0, 1)))(params, x_BTD, tokens)
     return list(matmuls(traced.jaxpr))

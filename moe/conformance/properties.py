@@ -191,7 +191,7 @@ def precision(bench: Bench) -> Iterator[Verdict]:
     x_BTD: jax.ShapeDtypeStruct = jax.ShapeDtypeStruct((B, T, D), jnp.bfloat16)
 
     def run(x_BTD):
-        return run_layer(graph.join(bench.params, bench.state), x_BTD, tokens(True))[1]
+        return run_layer(graph.merge(bench.params, bench.state), x_BTD, tokens(True))[1]
 
     kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(jax.eval_shape(run, x_BTD))}
     wrong = sorted(kinds - {"float32", "int32", "bool"})
@@ -248,7 +248,7 @@ def model_step(bench: Bench, accumulate: int = 1, shape=sharding.MeshShape(data=
         mesh=shape.build(jax.devices()[: int(devices)]),
         seed=1,
         accumulate=accumulate,
-        whole_step_losses=accumulate > 1 and bench.router.needs_the_whole_step,
+        global_batch_losses=accumulate > 1 and bench.router.needs_global_batch,
     ).program()
     state = program.init(0)
     batch = jax.device_put(batch_of(), program.batch_sharding)

@@ -25,7 +25,7 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
 
-    def pick(self, logits_BV: jax.Array, key: jax.Array) -> jax.Array:
+    def draw(self, logits_BV: jax.Array, key: jax.Array) -> jax.Array:
         """One token for every row, int32 (B,)."""
         if self.temperature == 0:
             return jnp.argmax(logits_BV, axis=-1)
@@ -98,7 +98,7 @@ def _next_token(
     model: AbstractModel, sampling: Sampling, params, router_state, window_BT, length, key
 ):
     """int32 (B,): what follows the first `length` tokens of each window."""
-    module = model.graph.join(params, router_state)
+    module = model.graph.merge(params, router_state)
     count, context = window_BT.shape
     place_BT = jnp.broadcast_to(jnp.arange(context, dtype=jnp.int32)[None], window_BT.shape)
     out = module(
@@ -112,7 +112,7 @@ def _next_token(
         )
     )
     last_B1D = jax.lax.dynamic_slice_in_dim(out.hidden_BTD, length - 1, 1, axis=1)
-    return sampling.pick(module.logits(last_B1D)[:, 0], key)
+    return sampling.draw(module.logits(last_B1D)[:, 0], key)
 
 
 def _until_end(row_N: np.ndarray, document_id: int) -> list[int]:

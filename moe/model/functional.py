@@ -21,7 +21,7 @@ class Graph:
     axes: dict[str, tuple[str | None, ...]]
     variables: dict[str, nnx.Variable]
 
-    def join(self, params: Arrays, state: Arrays) -> Any:
+    def merge(self, params: Arrays, state: Arrays) -> Any:
         """The module with these values; cheap, and free inside jit."""
         values = params | state
         flat = [
@@ -57,5 +57,5 @@ def abstract(make: Callable[[], nnx.Module]) -> tuple[Graph, Arrays, Arrays]:
 
 def first_values(graph: Graph, params: Arrays, state: Arrays, seed) -> tuple[Arrays, Arrays]:
     """Parameters and router state at the start; depends on the seed and names alone. For jit."""
-    _, params, state = split(initialize(graph.join(params, state), seed))
+    _, params, state = split(initialize(graph.merge(params, state), seed))
     return params, state

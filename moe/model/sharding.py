@@ -113,7 +113,7 @@ def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> Na
 
 
 def rule(mesh: Mesh):
-    """For `layers.constrain.placing`; None on one device, where nothing is to be placed."""
+    """For `layers.constrain.sharding_rules`; None on one device, where nothing is to be placed."""
     if mesh.size == 1:
         return None
     return lambda axes, shape: sharding(mesh, axes, shape)

@@ -27,12 +27,12 @@ from layers.stack import REMAT, Remat, Stack, moe_layers
 from layers.tokens import Tokens
 from routing import (
     Causality,
+    GlobalBatch,
     MixtureOfDepths,
     RouterOutput,
     RouterStats,
     Sizes,
     TrainingText,
-    WholeStep,
 )
 from routing.parameters import normal, parameter, truncated_normal
 from routing.ranges import Count, Natural
@@ -214,12 +214,12 @@ class Transformer(nnx.Module):
         return None
 
     def __call__(
-        self, tokens: Tokens | ArrayLike | Sequence, step: WholeStep | None = None
+        self, tokens: Tokens | ArrayLike | Sequence, global_batch: GlobalBatch | None = None
     ) -> ModelOutput:
         """Hidden states of every position and what the routers said.
 
         tokens: or token ids (B, T) or (T,) alone, evaluated as documents without padding.
-        step: whole-step statistics, stacked over sparse layers, in a micro-batch that needs them.
+        global_batch: its statistics, stacked over sparse layers, in a micro-batch that needs them.
         """
         tokens = tokens if isinstance(tokens, Tokens) else Tokens.of(tokens)
         dtype = DTYPES[self.compute_dtype]
@@ -233,7 +233,7 @@ class Transformer(nnx.Module):
         outputs, depths, done = [], [], 0
         for stack in self.stacks:
             per_unit = sum(b.is_moe for b in stack.unit.blocks)
-            steps = per_block(step, done, per_unit, stack.repeats)
+            steps = per_block(global_batch, done, per_unit, stack.repeats)
             x_BTD, logits_BTE, output, depth = stack(x_BTD, tokens, steps)
             tokens = dataclasses.replace(tokens, logits_BTE=logits_BTE)
             done += per_unit * stack.repeats

@@ -93,7 +93,7 @@ def abstract_model(
     build = functools.partial(make, vocab_size=vocab_size, causal=objective.causal, text=text)
     try:
         graph, *shapes = functional.abstract(build)
-        module = graph.join(*shapes)
+        module = graph.merge(*shapes)
         if module.learned is not None and module.learned.length < sequence_length:
             raise ValueError(
                 f"Transformer.max_length={module.learned.length} is shorter than "
@@ -135,7 +135,7 @@ def _first_line(error: Exception) -> str:
 def _decision(graph: Graph, shapes, shape: tuple[int, int]) -> Decision | None:
     """The shapes of the routers' decision in training, without running anything."""
     tokens = abstract_tokens(shape)
-    out = jax.eval_shape(lambda p, s, t: graph.join(p, s)(t), *shapes, tokens)
+    out = jax.eval_shape(lambda p, s, t: graph.merge(p, s)(t), *shapes, tokens)
     return out.routers.decision if out.routers is not None else None
 
 

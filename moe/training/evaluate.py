@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from layers.constrain import placing
+from layers.constrain import sharding_rules
 from layers.kernels.cross_entropy import cross_entropy_sum
 from moe.data.batches import ValidationBatches
 from moe.errors import UserError
@@ -56,11 +56,11 @@ def evaluation_step(model: AbstractModel, mesh: Mesh, *, training_rule: bool = F
 
     def step(params, router_state, batch):
         key = objectives.step_key(0, objectives.EVALUATION)
-        module = graph.join(params, router_state)
+        module = graph.merge(params, router_state)
         num_bytes_2V = jnp.asarray(model.num_bytes_2V)
         batch = objectives.prepared(objective, batch, key, num_bytes_2V)
         text_BT, num_bytes = objectives.text_of(objective, batch, num_bytes_2V)
-        with placing(sharding.rule(mesh)):
+        with sharding_rules(sharding.rule(mesh)):
             out = module(objectives.tokens_of(batch, key, train=training_rule))
             nats = cross_entropy_sum(module.head(), out.hidden_BTD, batch.target_BT, text_BT)
         routers = out.routers and dataclasses.replace(out.routers, decision=None, policy=None)

@@ -181,7 +181,7 @@ class RunSpec:
             seed=self.seed,
             accumulate=accumulate,
             sequences_per_group=per_group,
-            whole_step_losses=router is not None and router.needs_the_whole_step,
+            global_batch_losses=router is not None and router.needs_global_batch,
         ).program()
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 import optax
 
-from layers.constrain import placing
+from layers.constrain import sharding_rules
 from layers.kernels.cross_entropy import cross_entropy_of_each, cross_entropy_sums
 from moe.data.batch import Batch
 from moe.machine import processes
@@ -20,7 +20,7 @@ from moe.model import sharding
 from moe.model.functional import Arrays, Graph, first_values, split
 from moe.training import objective as objectives
 from moe.training.optimizer import stacked
-from routing import RouterOutput, WholeStep
+from routing import GlobalBatch, RouterOutput
 
 # Without these the TPU's compiler runs nothing beside rows that travel to their experts.
 BESIDE_EXCHANGES = {
@@ -74,7 +74,7 @@ class Step:
     """The pure functions of a run: for a model, an objective, an optimizer and a mesh.
 
     num_bytes_2V: bytes of text that each token gives back, as a document's first and elsewhere.
-    whole_step_losses: with more than one micro-batch, run all of them forward first, so that
+    global_batch_losses: with more than one micro-batch, run all of them forward first, so that
     losses on the whole step's statistics are exact.
     """
 
@@ -87,7 +87,7 @@ class Step:
     seed: int
     accumulate: int = 1
     sequences_per_group: int = 1
-    whole_step_losses: bool = False
+    global_batch_losses: bool = False
 
     def init(self, seed) -> TrainState:
         """The state before the first step."""
@@ -101,7 +101,7 @@ class Step:
         params: Any = optax.apply_updates(state.params, updates)
         router_state = state.router_state
         if metrics.routers is not None and router_state:
-            model = self.graph.join(params, router_state)
+            model = self.graph.merge(params, router_state)
             model.update_router_state(metrics.routers.stats)
             router_state = split(model)[2]
         metrics = dataclasses.replace(metrics, update_norm=optax.tree.norm(updates))
@@ -116,8 +116,8 @@ class Step:
         valid = jnp.maximum((batch.segment_BT > 0).sum(), 1)
         grad = jax.value_and_grad(self._loss, has_aux=True)
 
-        def one(micro: Batch, whole: WholeStep | None):
-            with placing(sharding.rule(self.mesh)):
+        def one(micro: Batch, whole: GlobalBatch | None):
+            with sharding_rules(sharding.rule(self.mesh)):
                 (_, measured), grads = grad(state.params, state, micro, key, whole, scored, valid)
             return grads, measured
 
@@ -126,7 +126,7 @@ class Step:
         else:
             micros = micro_batches(batch, self.accumulate, self.sequences_per_group)
             statistics = None
-            if self.whole_step_losses:
+            if self.global_batch_losses:
                 only = jax.lax.map(lambda micro: self._statistics(state, micro, key), micros)
                 statistics = jax.tree.map(lambda a: a.sum(0), only)
             grads, (loss, text_nats, routers, depths) = summed(
@@ -138,9 +138,9 @@ class Step:
             loss, scored, text_nats, text_bytes, routers, norms, depths=depths
         )
 
-    def _loss(self, params, state, batch: Batch, key, whole: WholeStep | None, scored, valid):
+    def _loss(self, params, state, batch: Batch, key, whole: GlobalBatch | None, scored, valid):
         """This micro-batch's part of the step's loss, and what it measured."""
-        model = self.graph.join(params, state.router_state)
+        model = self.graph.merge(params, state.router_state)
         out = model(objectives.tokens_of(batch, key, train=True), whole)
         num_bytes_2V = jnp.asarray(self.num_bytes_2V)
         text_BT, _ = objectives.text_of(self.objective, batch, num_bytes_2V)
@@ -151,19 +151,19 @@ class Step:
         depths, deep = None, 0.0
         if out.depths is not None:
             depths = {name: share * value for name, value in out.depths.losses.items()}
-            depths |= {name: value / valid for name, value in out.depths.stats.own.items()}
-            deep = share * out.depths.penalty.sum()
+            depths |= {name: value / valid for name, value in out.depths.stats.batch_sums.items()}
+            deep = share * out.depths.auxiliary_loss.sum()
         if out.routers is None:
             return loss + deep, (loss, text_nats, None, depths)
         losses = {name: share * value for name, value in out.routers.losses.items()}
-        penalty_L = share * out.routers.penalty
+        auxiliary_L = share * out.routers.auxiliary_loss
         if out.routers.policy is not None:
             completed = self._completed(model, out, batch, scored)
             losses |= completed
             weights = dict(model.moe_layers_of_units()[0].router.completed)
-            penalty_L += sum(weights[name] * value for name, value in completed.items())
-        routers = RouterOutput(None, losses, penalty_L, out.routers.stats)
-        return loss + deep + penalty_L.sum(), (loss, text_nats, routers, depths)
+            auxiliary_L += sum(weights[name] * value for name, value in completed.items())
+        routers = RouterOutput(None, losses, auxiliary_L, out.routers.stats)
+        return loss + deep + auxiliary_L.sum(), (loss, text_nats, routers, depths)
 
     def _completed(self, model, out, batch: Batch, scored) -> dict[str, Array]:
         """The losses of routers whose choices are rewarded by each token's likelihood."""
@@ -174,8 +174,8 @@ class Step:
 
     def _statistics(self, state: TrainState, micro: Batch, key):
         """What the routers count in a micro-batch."""
-        model = self.graph.join(state.params, state.router_state)
-        with placing(sharding.rule(self.mesh)):
+        model = self.graph.merge(state.params, state.router_state)
+        with sharding_rules(sharding.rule(self.mesh)):
             return model(objectives.tokens_of(micro, key, train=True)).routers.stats
 
     def program(self) -> Program:
@@ -232,13 +232,13 @@ def micro_batches(batch: Batch, accumulate: int, sequences_per_group: int) -> Ba
     return jax.tree.map(deal, batch)
 
 
-def share_of(statistics, micro: Batch, valid) -> WholeStep | None:
+def share_of(statistics, micro: Batch, valid) -> GlobalBatch | None:
     """Whole-step statistics with this micro-batch's share of the tokens, for every sparse layer."""
     if statistics is None:
         return None
     share = (micro.segment_BT > 0).sum() / valid
     layers = statistics.token_count.shape[0]
-    return WholeStep(statistics, jnp.full(layers, jnp.maximum(share, 1e-9)))
+    return GlobalBatch(statistics, jnp.full(layers, jnp.maximum(share, 1e-9)))
 
 
 def summed(one: Callable, micros: Batch):

@@ -14,7 +14,7 @@ from routing.losses import RouterLoss
 from routing.parameters import orthogonal, parameter
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router
-from routing.selection import pick
+from routing.selection import top_k
 from routing.solvers.auction import balanced_assignment
 
 
@@ -48,7 +48,7 @@ class BASE(Router):
             expert_GT = self.assign(jax.lax.stop_gradient(score_GTE), inputs)
             expert_GT1 = checkpoint_name(jnp.maximum(expert_GT, 0)[..., None], "routing")
         else:
-            expert_GT1 = pick(score_GTE, 1)
+            expert_GT1 = top_k(score_GTE, 1)
         gate_GT1 = jax.nn.sigmoid(jnp.take_along_axis(score_GTE, expert_GT1, -1))
         keep_GT1 = jnp.ones_like(expert_GT1, bool)
         decision = TokenChoice(expert_GT1, gate_GT1, keep_GT1, self.num_experts)

@@ -14,7 +14,7 @@ from routing.parameters import parameter, router_state, truncated_normal
 from routing.ranges import Count, NonNegative
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
-from routing.selection import largest, pick
+from routing.selection import top_k, top_k_indices
 
 
 @gin.configurable
@@ -36,7 +36,7 @@ class UniformRandom(Router):
         self.num_experts, self.k, self.losses = sizes.num_experts, k, ()
 
     def route(self, inputs: RouterInputs) -> Routing:
-        expert_GTK = largest(_uniform_draws(inputs, self.num_experts), self.k)
+        expert_GTK = top_k_indices(_uniform_draws(inputs, self.num_experts), self.k)
         return Routing(_equal_gates(expert_GTK, self.num_experts))
 
 
@@ -93,7 +93,7 @@ class Zipf(Router):
         draw_GTE = _uniform_draws(inputs, self.num_experts)
         noise_GTE = -jnp.log(-jnp.log(jnp.clip(draw_GTE, 1e-12, 1 - 1e-7)))
         weight_E = -self.exponent * jnp.log(jnp.arange(1, self.num_experts + 1))
-        expert_GTK = largest(noise_GTE + weight_E[None, None], self.k)
+        expert_GTK = top_k_indices(noise_GTE + weight_E[None, None], self.k)
         return Routing(_equal_gates(expert_GTK, self.num_experts))
 
 
@@ -144,7 +144,7 @@ class FrozenTopK(Router):
     def route(self, inputs: RouterInputs) -> Routing:
         logits_GTE = jnp.einsum("gtd,de->gte", inputs.x_GTD, self.weight_DE[...])
         prob_GTE = jax.nn.softmax(logits_GTE)
-        expert_GTK = pick(prob_GTE, self.k)
+        expert_GTK = top_k(prob_GTE, self.k)
         gate_GTK = jnp.take_along_axis(prob_GTE, expert_GTK, -1)
         keep_GTK = jnp.ones_like(expert_GTK, bool)
         return Routing(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from routing.balancers import Memory
+from routing.balancers import StepState
 from routing.losses import RouterLoss, TermLoss
 from routing.parameters import parameter, router_state, truncated_normal, uniform, zeros
 from routing.ranges import Count, Positive
@@ -111,7 +111,7 @@ class DSelectK(Router):
         return code_GTKM, jnp.broadcast_to(self.mix_K[...], (*where, *self.mix_K.shape))
 
 
-class Ramp(Memory):
+class Ramp(StepState):
     """A weight: 0 before the first step, 1 after so many, on a straight line between."""
 
     def __init__(self, steps: int):

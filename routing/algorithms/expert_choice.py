@@ -11,7 +11,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from routing.balancers import Memory, exceeded_by
+from routing.balancers import StepState, exceeded_by
 from routing.capacity import slots_for_valid, slots_per_expert
 from routing.losses import RouterLoss
 from routing.parameters import parameter, router_state, truncated_normal
@@ -26,7 +26,7 @@ from routing.records import (
     TokenChoice,
 )
 from routing.router import Router
-from routing.selection import pick
+from routing.selection import top_k
 from routing.solvers.dykstra import capped_plan
 
 
@@ -108,10 +108,10 @@ class ExpertChoiceRouter(Router):
         )
         gate_GEC = jnp.where(keep_GEC, jnp.take_along_axis(score_GET, token_GEC, -1), 0)
         decision = ExpertChoice(token_GEC, gate_GEC, keep_GEC, inputs.valid_GT.shape[1])
-        tally = {}
+        batch_sums = {}
         if self.thresholds is not None:
-            tally = self.thresholds.tally(score_GTE, inputs.valid_GT, keep_GEC)
-        return Routing(decision, logits_GTE, score_GTE, tally=tally)
+            batch_sums = self.thresholds.batch_sums(score_GTE, inputs.valid_GT, keep_GEC)
+        return Routing(decision, logits_GTE, score_GTE, batch_sums=batch_sums)
 
     def _plan(self, score_GET, valid_GT):
         size = {"k": 1, "num_experts": self.num_experts, "factor": self.capacity_factor}
@@ -140,13 +140,13 @@ def best_tokens(preference_GET, valid_GT, factor: float, num_experts: int):
 
 def above_threshold(score_GTE, threshold_E, most: int) -> TokenChoice:
     """Of a token's best experts those whose score reaches their threshold; it may be none."""
-    expert_GTK = pick(score_GTE, most)
+    expert_GTK = top_k(score_GTE, most)
     gate_GTK = jnp.take_along_axis(score_GTE, expert_GTK, -1)
     keep_GTK = jax.lax.stop_gradient(gate_GTK) >= threshold_E[expert_GTK]
     return TokenChoice(expert_GTK, gate_GTK, keep_GTK, score_GTE.shape[-1])
 
 
-class Thresholds(Memory):
+class Thresholds(StepState):
     """Per expert the running mean of the score that as many tokens reach as it takes of a group."""
 
     def __init__(self, num_experts: int, decay: float):
@@ -159,7 +159,7 @@ class Thresholds(Memory):
 
         self.threshold_E = router_state((num_experts,), jnp.float32, (None,), start)
 
-    def tally(self, score_GTE, valid_GT, keep_GEC) -> dict[str, jax.Array]:
+    def batch_sums(self, score_GTE, valid_GT, keep_GEC) -> dict[str, jax.Array]:
         """These scores, summed over groups, and the number of groups with a token."""
         taken_G = keep_GEC[:, 0].sum(-1)
         lowest_GE = exceeded_by(jax.lax.stop_gradient(score_GTE), valid_GT, taken_G - 1)
@@ -170,8 +170,8 @@ class Thresholds(Memory):
         }
 
     def update(self, stats: RouterStats) -> None:
-        groups = stats.own["groups"]
-        mean_E = stats.own["lowest"] / jnp.maximum(groups, 1)
+        groups = stats.batch_sums["groups"]
+        mean_E = stats.batch_sums["lowest"] / jnp.maximum(groups, 1)
         old_E = self.threshold_E[...]
         new_E = self.decay * old_E + (1 - self.decay) * mean_E
         self.threshold_E[...] = jnp.where(groups > 0, new_E, old_E)

@@ -16,7 +16,7 @@ from routing.parameters import parameter, truncated_normal
 from routing.ranges import Positive
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router
-from routing.selection import pick
+from routing.selection import top_k
 
 
 @gin.configurable
@@ -69,7 +69,7 @@ class GShard(Router):
         """The routing under these uniform draws; None keeps every second expert."""
         logits_GTE = jnp.einsum("gtd,de->gte", x_GTD, self.weight_DE[...])
         prob_GTE = jax.nn.softmax(logits_GTE)
-        expert_GTK = pick(prob_GTE, 2)
+        expert_GTK = top_k(prob_GTE, 2)
         gate_GTK = jnp.take_along_axis(prob_GTE, expert_GTK, -1)
         gate_GTK = gate_GTK / (gate_GTK.sum(-1, keepdims=True) + 1e-9)
         keep_GTK = jnp.ones_like(expert_GTK, bool)

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 
 from routing.algorithms.noisy_top_k import chance_of_selection, standard_normal
 from routing.balance_losses import ImportanceLoss, cv_squared
-from routing.losses import RouterLoss, of_the_step
+from routing.losses import RouterLoss, global_batch_sum
 from routing.parameters import parameter, zeros
 from routing.ranges import Count, NonNegative
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router
-from routing.selection import pick
+from routing.selection import top_k
 
 
 @gin.configurable
@@ -32,14 +32,14 @@ class HierarchicalLoadLoss(RouterLoss):
     name: str = "load"
 
     @property
-    def of_the_whole_step(self) -> bool:
+    def uses_global_batch(self) -> bool:
         return True
 
     def __call__(self, routing, inputs, stats):
-        if "primary_load" not in stats.own:
+        if "primary_load" not in stats.batch_sums:
             raise ValueError("HierarchicalLoadLoss is for Hierarchical; NoisyTopK has LoadLoss")
         primary_A, secondary_AB, size_A = (
-            of_the_step(stats, inputs, lambda stats, name=name: stats.own[name])
+            global_batch_sum(stats, inputs, lambda stats, name=name: stats.batch_sums[name])
             for name in ("primary_load", "secondary_load", "group_tokens")
         )
         return cv_squared(hierarchical_load(primary_A, secondary_AB, size_A).ravel())
@@ -100,13 +100,13 @@ class Hierarchical(Router):
             draw_GTX = standard_normal(inputs, a + self.num_experts)
             noisy_GTA = clean_GTA + std_GTA * draw_GTX[..., :a]
             noisy_GTE = clean_GTE + std_GTE * draw_GTX[..., a:]
-        branch_GTK = pick(noisy_GTA, self.k)
+        branch_GTK = top_k(noisy_GTA, self.k)
         outer_GTK = jax.nn.softmax(jnp.take_along_axis(noisy_GTA, branch_GTK, -1))
         clean_GTAB, noisy_GTAB, std_GTAB = (
             value.reshape(*value.shape[:2], a, b) for value in (clean_GTE, noisy_GTE, std_GTE)
         )
         # Every group's own gate; those of the chosen groups are kept.
-        inside_GTAK = pick(noisy_GTAB, self.k)
+        inside_GTAK = top_k(noisy_GTAB, self.k)
         inner_GTAK = jax.nn.softmax(jnp.take_along_axis(noisy_GTAB, inside_GTAK, -1))
         chosen = branch_GTK[..., None]
         inside_GTKK = jnp.take_along_axis(inside_GTAK, chosen, 2)
@@ -121,10 +121,10 @@ class Hierarchical(Router):
         used_GTA = jax.nn.one_hot(branch_GTK, a, dtype=bool).any(-2) & valid_GT1
         outer_load_GTA = chance_of_selection(clean_GTA, noisy_GTA, std_GTA, self.k)
         inner_load_GTAB = chance_of_selection(clean_GTAB, noisy_GTAB, std_GTAB, self.k)
-        tally = {
+        batch_sums = {
             "primary_load": jnp.where(valid_GT1, outer_load_GTA, 0).sum((0, 1)),
             "secondary_load": jnp.where(used_GTA[..., None], inner_load_GTAB, 0).sum((0, 1)),
             "group_tokens": used_GTA.sum((0, 1)).astype(clean_GTA.dtype),
         }
         # Two levels of logits: no single one that a loss could read.
-        return Routing(decision, None, score_GTAB.reshape(clean_GTE.shape), tally=tally)
+        return Routing(decision, None, score_GTAB.reshape(clean_GTE.shape), batch_sums=batch_sums)

@@ -87,8 +87,8 @@ class MixtureOfDepths(Router):
             expert_GT1 = jnp.zeros(logits_GT1.shape, jnp.int32)
             decision = TokenChoice(expert_GT1, logits_GT1, (guess_GT > 0)[..., None], 1)
         right_GT = (guess_GT > 0) == chosen_GT
-        tally = {"guessed": jnp.sum(right_GT & inputs.valid_GT, dtype=jnp.int32)}
-        return Routing(decision, logits_GT1, terms=terms, tally=tally)
+        batch_sums = {"guessed": jnp.sum(right_GT & inputs.valid_GT, dtype=jnp.int32)}
+        return Routing(decision, logits_GT1, terms=terms, batch_sums=batch_sums)
 
     def _guess(self, x_GTD, weight_GT):
         """Logits of "would be chosen" (G, T)."""

@@ -15,7 +15,7 @@ from routing.parameters import parameter, zeros
 from routing.ranges import Count
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
-from routing.selection import largest, pick
+from routing.selection import top_k, top_k_indices
 
 
 @gin.configurable
@@ -57,7 +57,7 @@ class NoisyTopK(Router):
         clean_GTE = jnp.einsum("gtd,de->gte", x_GTD, self.weight_DE[...])
         std_GTE = jax.nn.softplus(jnp.einsum("gtd,de->gte", x_GTD, self.noise_DE[...]))
         noisy_GTE = clean_GTE if draw_GTE is None else clean_GTE + draw_GTE * std_GTE
-        expert_GTK = pick(noisy_GTE, self.k)
+        expert_GTK = top_k(noisy_GTE, self.k)
         gate_GTK = jax.nn.softmax(jnp.take_along_axis(noisy_GTE, expert_GTK, -1))
         decision = TokenChoice(
             expert_GTK, gate_GTK, jnp.ones_like(expert_GTK, bool), self.num_experts
@@ -80,7 +80,7 @@ def chance_of_selection(clean_GTE, noisy_GTE, std_GTE, k: int) -> jax.Array:
     """
     if k == noisy_GTE.shape[-1]:
         return jnp.ones_like(clean_GTE)
-    order_GTK = largest(jax.lax.stop_gradient(noisy_GTE), k + 1)
+    order_GTK = top_k_indices(jax.lax.stop_gradient(noisy_GTE), k + 1)
     best_GTK = jnp.take_along_axis(noisy_GTE, order_GTK, -1)
     chosen_GTE = jax.nn.one_hot(order_GTK[..., :k], noisy_GTE.shape[-1], dtype=bool).any(-2)
     bar_GTE = jnp.where(chosen_GTE, best_GTK[..., k : k + 1], best_GTK[..., k - 1 : k])

@@ -16,7 +16,7 @@ from routing.parameters import parameter, truncated_normal
 from routing.ranges import Count
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
-from routing.selection import pick
+from routing.selection import top_k
 
 
 @gin.configurable
@@ -88,11 +88,11 @@ class ProductKeys(Router):
 def best_products(score_XN, k: int) -> tuple[jax.Array, jax.Array]:
     """The k largest sums of two halves' scores (..., 2, N): expert i * N + j, and the sum."""
     side = score_XN.shape[-1]
-    index_XK = pick(score_XN, k)
+    index_XK = top_k(score_XN, k)
     best_XK = jnp.take_along_axis(score_XN, index_XK, -1)
     sum_KK = best_XK[..., 0, :, None] + best_XK[..., 1, None, :]
     sum_P = sum_KK.reshape(*sum_KK.shape[:-2], k * k)
-    pair_K = pick(sum_P, k)
+    pair_K = top_k(sum_P, k)
     first_K = jnp.take_along_axis(index_XK[..., 0, :], pair_K // k, -1)
     second_K = jnp.take_along_axis(index_XK[..., 1, :], pair_K % k, -1)
     return first_K * side + second_K, jnp.take_along_axis(sum_P, pair_K, -1)

@@ -9,7 +9,7 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from routing.balancers import Memory
+from routing.balancers import StepState
 from routing.losses import RouterLoss, TermLoss
 from routing.parameters import parameter, router_state, truncated_normal
 from routing.ranges import AboveOne, Count, Positive
@@ -36,7 +36,7 @@ class ReMoE(Router):
 
     causality = Causality.CAUSAL
     decoding = "as in training"
-    reads_the_step = True
+    reads_global_batch = True
 
     def __init__(
         self,
@@ -63,10 +63,10 @@ class ReMoE(Router):
         active_GTE = gate_GTE > 0
         decision = TokenChoice(expert_GTE, gate_GTE, active_GTE, self.num_experts)
         valid_GT1 = inputs.valid_GT[..., None]
-        tally = {"active": jnp.sum(active_GTE & valid_GT1, axis=(0, 1), dtype=jnp.int32)}
-        counted = tally["active"], inputs.valid_GT.sum()
-        if inputs.step is not None:
-            counted = inputs.step.stats.own["active"], inputs.step.stats.token_count
+        batch_sums = {"active": jnp.sum(active_GTE & valid_GT1, axis=(0, 1), dtype=jnp.int32)}
+        counted = batch_sums["active"], inputs.valid_GT.sum()
+        if (whole := inputs.global_batch) is not None:
+            counted = whole.stats.batch_sums["active"], whole.stats.token_count
         share_E = counted[0] / jnp.maximum(counted[1], 1)
         crowd_E = self.num_experts / self.k * share_E.astype(gate_GTE.dtype)
         term_GT = self.penalty.weight[...] * jnp.einsum("gte,e->gt", gate_GTE, crowd_E)
@@ -75,10 +75,10 @@ class ReMoE(Router):
         none_GT1 = ~active_GTE.any(-1, keepdims=True)
         score_GTE = jnp.where(none_GT1, 1 / self.num_experts, score_GTE)
         terms = {"sparsity": term_GT}
-        return Routing(decision, logits_GTE, score_GTE, terms=terms, tally=tally)
+        return Routing(decision, logits_GTE, score_GTE, terms=terms, batch_sums=batch_sums)
 
 
-class SparsityPenalty(Memory):
+class SparsityPenalty(StepState):
     """lambda, which follows the share of gates that are zero."""
 
     def __init__(self, num_experts: int, k: int, start: float, factor: float):
@@ -91,7 +91,7 @@ class SparsityPenalty(Memory):
 
     def update(self, stats: RouterStats) -> None:
         # In floats: tokens times experts may exceed an int32.
-        active = stats.own["active"].astype(jnp.float32).mean()
+        active = stats.batch_sums["active"].astype(jnp.float32).mean()
         sparsity = 1 - active / jnp.maximum(stats.token_count, 1)
         weight = self.weight[...] * self.factor ** jnp.sign(self.target - sparsity)
         # It must be able to come back from either end.

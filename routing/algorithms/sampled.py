@@ -15,7 +15,7 @@ from routing.parameters import parameter, truncated_normal, zeros
 from routing.ranges import Count, NonNegative, Positive
 from routing.records import Causality, Policy, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
-from routing.selection import pick
+from routing.selection import top_k
 from routing.solvers import estimators
 
 ONE = ("reinforce", "gumbel")
@@ -96,7 +96,7 @@ class Sampled(Router):
 
     def _one(self, logits_GTE, draw_GTE, inputs) -> Routing:
         noisy_GTE = logits_GTE if draw_GTE is None else logits_GTE + estimators.gumbel(draw_GTE)
-        expert_GT1 = pick(noisy_GTE, 1)
+        expert_GT1 = top_k(noisy_GTE, 1)
         gate_GT1 = jnp.ones(expert_GT1.shape, logits_GTE.dtype)
         prob_GTE, policy = jax.nn.softmax(logits_GTE), None
         if draw_GTE is not None and self.estimator == "gumbel":
@@ -118,7 +118,7 @@ class Sampled(Router):
         score_GTE = prob_GTE / prob_GTE.sum(-1, keepdims=True)
         if draw_GTE is None:
             # The k likeliest, each with the mean of its gate where it is drawn.
-            expert_GTK = pick(logits_GTE, self.k)
+            expert_GTK = top_k(logits_GTE, self.k)
             given = {
                 "stochastic_times_smooth": fires_GTE,
                 "noisy_rectifier": jax.nn.softplus(logits_GTE) / prob_GTE,

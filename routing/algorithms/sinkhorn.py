@@ -15,7 +15,7 @@ from routing.parameters import parameter, truncated_normal
 from routing.ranges import Count, Positive
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
-from routing.selection import pick
+from routing.selection import top_k
 
 
 @gin.configurable
@@ -67,7 +67,7 @@ class Sinkhorn(Router):
             fixed_GTE = jax.lax.stop_gradient(logits_GTE)
             stop = self.iterations, self.tolerance
             preference_GTE = transport_plan(fixed_GTE, inputs.valid_GT, *stop)
-        expert_GTK = pick(preference_GTE, self.k)
+        expert_GTK = top_k(preference_GTE, self.k)
         gate_GTE = jax.nn.sigmoid(logits_GTE) if self.gates == "sigmoid" else prob_GTE
         gate_GTK = jnp.take_along_axis(gate_GTE, expert_GTK, -1)
         keep_GTK = jnp.ones_like(expert_GTK, bool)

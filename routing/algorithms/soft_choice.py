@@ -12,7 +12,7 @@ import gin
 import jax.numpy as jnp
 
 from routing.algorithms.soft_moe import slot_logits, soft_routing
-from routing.balancers import Memory
+from routing.balancers import StepState
 from routing.losses import RouterLoss
 from routing.parameters import ones, parameter, router_state, truncated_normal
 from routing.ranges import Count, Natural, Positive
@@ -76,7 +76,7 @@ class SoftChoice(Router):
         return soft_routing(logits_GTES / read, logits_GTES / write, inputs.valid_GT, self.segment)
 
 
-class Cooling(Memory):
+class Cooling(StepState):
     """Temperatures (2,): 1 before the first step, at `ends` after so many."""
 
     def __init__(self, ends: tuple[float, float], steps: int):

@@ -15,7 +15,7 @@ from routing.parameters import parameter, truncated_normal
 from routing.ranges import LessThanOne, Positive
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router
-from routing.selection import pick
+from routing.selection import top_k
 
 
 @gin.configurable
@@ -55,7 +55,7 @@ class Switch(Router):
             x_GTD = x_GTD * draw(inputs.keys_G(purpose=0))
         logits_GTE = jnp.einsum("gtd,de->gte", x_GTD, self.weight_DE[...])
         prob_GTE = jax.nn.softmax(logits_GTE)
-        expert_GT1 = pick(prob_GTE, 1)
+        expert_GT1 = top_k(prob_GTE, 1)
         gate_GT1 = jnp.take_along_axis(prob_GTE, expert_GT1, -1)
         keep_GT1 = jnp.ones_like(expert_GT1, bool)
         decision = TokenChoice(expert_GT1, gate_GT1, keep_GT1, self.num_experts)

@@ -19,7 +19,7 @@ from routing.parameters import parameter, truncated_normal
 from routing.ranges import Count, Positive
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
-from routing.selection import largest, pick
+from routing.selection import top_k, top_k_indices
 
 GATES = ("softmax", "softmax_of_selected", "sigmoid")
 
@@ -111,7 +111,7 @@ class TopK(Router):
         else:
             raw_GTE = score_GTE = jax.nn.softmax(logits_GTE)
             log_GTE = logits_GTE
-        expert_GTK = pick(self._preference(raw_GTE), self.k)
+        expert_GTK = top_k(self._preference(raw_GTE), self.k)
         if self.renormalise or self.gates == "softmax_of_selected":
             gate_GTK = jax.nn.softmax(jnp.take_along_axis(log_GTE, expert_GTK, -1))
         else:
@@ -120,14 +120,14 @@ class TopK(Router):
         decision = TokenChoice(expert_GTK, self.scale * gate_GTK, keep_GTK, self.num_experts)
         if self.keep_rest:
             chosen_GTE = jax.nn.one_hot(expert_GTK, self.num_experts, dtype=bool).any(-2)
-            rest_GTE = jnp.where(chosen_GTE, 0, self.scale * raw_GTE)
-            decision = dataclasses.replace(decision, rest_GTE=rest_GTE)
+            unchosen_gate_GTE = jnp.where(chosen_GTE, 0, self.scale * raw_GTE)
+            decision = dataclasses.replace(decision, unchosen_gate_GTE=unchosen_gate_GTE)
         skew = jnp.broadcast_to(non_orthogonality(self.weight_DE[...]), inputs.valid_GT.shape)
-        tally = {}
+        batch_sums = {}
         if self.balancer is not None:
-            tally = self.balancer.tally(raw_GTE, inputs.valid_GT, self.k)
+            batch_sums = self.balancer.batch_sums(raw_GTE, inputs.valid_GT, self.k)
         terms = {"orthogonality": skew}
-        return Routing(decision, logits_GTE, score_GTE, terms=terms, tally=tally)
+        return Routing(decision, logits_GTE, score_GTE, terms=terms, batch_sums=batch_sums)
 
     def _preference(self, raw_GTE):
         """What selection goes by: scores and bias; minus infinity outside the allowed groups."""
@@ -146,8 +146,8 @@ def in_best_groups(score_GTE, groups: int, allowed: int, best: int) -> jax.Array
     A group's score is the sum of its `best` largest.
     """
     score_GTXE = score_GTE.reshape(*score_GTE.shape[:2], groups, -1)
-    top_GTXK = jnp.take_along_axis(score_GTXE, largest(score_GTXE, best), -1)
-    group_GTA = largest(top_GTXK.sum(-1), allowed)
+    top_GTXK = jnp.take_along_axis(score_GTXE, top_k_indices(score_GTXE, best), -1)
+    group_GTA = top_k_indices(top_GTXK.sum(-1), allowed)
     is_allowed_GTX = jax.nn.one_hot(group_GTA, groups, dtype=bool).any(-2)
     return jnp.where(is_allowed_GTX[..., None], score_GTXE, -jnp.inf).reshape(score_GTE.shape)
 

@@ -16,7 +16,7 @@ from routing.parameters import parameter, truncated_normal
 from routing.ranges import Count, Positive
 from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
-from routing.selection import pick
+from routing.selection import top_k
 
 
 @gin.configurable
@@ -60,7 +60,7 @@ class VMoE(Router):
         if inputs.train:
             noisy_GTE = clean_GTE + self.std * standard_normal(inputs, self.num_experts)
         prob_GTE = jax.nn.softmax(noisy_GTE)
-        expert_GTK = pick(noisy_GTE, self.k)
+        expert_GTK = top_k(noisy_GTE, self.k)
         gate_GTK = jnp.take_along_axis(prob_GTE, expert_GTK, -1)
         decision = TokenChoice(
             expert_GTK, gate_GTK, jnp.ones_like(expert_GTK, bool), self.num_experts
