@@ -52,7 +52,7 @@ class Bench:
         return functional.split(self.make_layer(D, V, text=self.text, dispatcher=dispatcher))[0]
 
     def train(self, dispatcher: Dispatcher = SlotGather(), remat: str = "none"):
-        """(parameters, x, tokens, weight) -> gradients of sum(y * weight) + router losses; y; output."""
+        """(parameters, x, tokens, weight) -> gradients of sum(y * weight) + losses; y; output."""
         graph = self.graph(dispatcher)
 
         def forward(params, x_BTD, tokens):
