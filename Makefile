@@ -23,7 +23,7 @@ test: $(VENV)/installed-test  ## run the tests, or some: PYTEST_ARGS="-k routing
 test-oracles: $(VENV)/installed-oracle  ## compare with transformers (torch) and POT, which it installs
 	$(BIN)/python -m pytest -m oracle
 
-test-thorough: $(VENV)/installed-test  ## six kinds of routers on every mesh, some minutes
+test-thorough: $(VENV)/installed-test  ## what takes minutes and tells little more
 	$(BIN)/python -m pytest $(WORKERS) -m thorough
 
 check: $(VENV)/installed-dev  ## formatting, lint and types

@@ -100,9 +100,9 @@ def fresh_gin():
         sys.modules["gin"].clear_config()
 
 
-@pytest.fixture(params=["float32", "float64"])
+@pytest.fixture(params=[pytest.param("float32", marks=pytest.mark.thorough), "float64"])
 def dtype(request):
-    """The type everything is computed in."""
+    """The type everything is computed in; examples are held to ten digits, then to five."""
     import jax
 
     with jax.enable_x64(True) if request.param == "float64" else contextlib.nullcontext():

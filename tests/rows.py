@@ -194,8 +194,22 @@ ROUTERS = {
     "all_experts": row(AllExperts, losses=LOSSES),
     "frozen": row(FrozenTopK, learned=(), state=("weight_DE",)),
 }
+# One of each kind. What compiles anew for each router runs for these, and for the others only with
+# `make test-thorough`.
+KINDS = (
+    *("switch", "top2", "sigmoid_bias", "noisy", "hash", "base", "sinkhorn", "remoe"),
+    *("expert_choice", "soft_moe_causal", "lory", "reinforce", "peer", "moe_plus_plus"),
+)
 DISPATCHERS = (OneHotEinsum(), SlotGather(), Sorted())
 every_router = pytest.mark.parametrize("name", ROUTERS)
+
+
+def thorough(name, *values):
+    """A row that stands for its kind, or one that `make test-thorough` runs alone."""
+    return pytest.param(name, *values, marks=() if name in KINDS else pytest.mark.thorough)
+
+
+every_kind = pytest.mark.parametrize("name", map(thorough, ROUTERS))
 every_dispatcher = pytest.mark.parametrize(
     "dispatcher", DISPATCHERS, ids=lambda value: type(value).__name__
 )

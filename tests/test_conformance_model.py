@@ -23,6 +23,7 @@ from rows import (
     compiled,
     draw,
     evaluated,
+    every_kind,
     every_router,
     layer_of,
     ragged_BT,
@@ -98,7 +99,7 @@ def test_the_router_works_in_float32_whatever_the_layer_does(name):
     assert {a.dtype for a in params.values()} == {jnp.dtype("float32")}
 
 
-@every_router
+@every_kind
 def test_bfloat16_is_float32_to_two_digits(name):
     """Output and gradients in training, and the output at evaluation; the decision is the same."""
     x_BTD, weight_BTD = jnp.asarray(draw(0, B, T, D), jnp.bfloat16), draw(1, B, T, D)
@@ -305,15 +306,7 @@ def test_every_kind_of_router_on_every_mesh(setting):
     same_tree(run_steps(setting), one_device(setting.name))
 
 
-# Options of a router that is there already, which a mesh can't tell from it.
-ALIKE = {
-    *("top1", "top2_of_selected", "sigmoid", "hash_previous", "hash_bigram", "hash_position"),
-    *("hash_predicted", "hash_future", "soft_moe_raw", "soft_choice", "straight_through"),
-    *("noisy_rectifier", "expert_choice_capped", "zipf"),
-}
-
-
-@pytest.mark.parametrize("name", [name for name in ROUTERS if name not in ALIKE])
+@every_kind
 def test_every_router_is_the_same_on_a_mesh(name):
     """One layer on data 2 x expert 4, rematerialised, against the plain one on one device.
 

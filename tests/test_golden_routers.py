@@ -266,17 +266,17 @@ def test_sinkhorn(iterations, dtype):
 @pytest.mark.parametrize("size", [1, 3, 10])
 def test_sinkhorn_chooses_by_the_converged_plan_whatever_the_size_of_the_logits(size):
     """Eight fixed rounds left 6 to 8 % of the choices different at a standard deviation of 10."""
-    router = Sinkhorn(Sizes(2, 16, 7))
+    router, plan_of = Sinkhorn(Sizes(2, 16, 7)), jax.jit(transport_plan, static_argnums=(2, 3))
     for groups, tokens, experts in ((4, 256, 16), (2, 512, 8)):
         draw_GTE = np.random.default_rng(1).standard_normal((groups, tokens, experts))
         logits_GTE = jnp.asarray(size * draw_GTE, jnp.float32)
         valid_GT = jnp.ones((groups, tokens), bool)
-        converged = transport_plan(logits_GTE, valid_GT, 20_000, 1e-7).argmax(-1)
-        found = transport_plan(logits_GTE, valid_GT, router.iterations, router.tolerance).argmax(-1)
+        converged = plan_of(logits_GTE, valid_GT, 20_000, 1e-7).argmax(-1)
+        found = plan_of(logits_GTE, valid_GT, router.iterations, router.tolerance).argmax(-1)
         np.testing.assert_array_equal(found, converged)
     # A group's plan doesn't depend on its neighbours.
-    alone = transport_plan(logits_GTE[:1], valid_GT[:1], router.iterations, router.tolerance)
-    together = transport_plan(logits_GTE, valid_GT, router.iterations, router.tolerance)
+    alone = plan_of(logits_GTE[:1], valid_GT[:1], router.iterations, router.tolerance)
+    together = plan_of(logits_GTE, valid_GT, router.iterations, router.tolerance)
     np.testing.assert_allclose(alone[0], together[0], rtol=1e-5, atol=1e-5)
 
 

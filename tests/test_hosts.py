@@ -53,8 +53,10 @@ def same_measurements(one: Path, other: Path):
 
 @pytest.mark.parametrize(
     ("count", "devices", "mesh"),
-    [(2, 2, {"data": 1, "fsdp": 2, "expert": 2}), (4, 1, {"data": 2, "expert": 2})],
-    ids=["two processes of two devices", "four of one"],
+    [
+        pytest.param(2, 2, {"data": 1, "fsdp": 2, "expert": 2}, id="two processes of two devices"),
+        pytest.param(4, 1, {"data": 2, "expert": 2}, id="four of one", marks=pytest.mark.thorough),
+    ],
 )
 def test_processes_train_what_one_trains(runs, tmp_path, count, devices, mesh):
     """With experts that live in different processes, and rows that travel between them."""
