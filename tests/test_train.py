@@ -177,6 +177,35 @@ def test_the_time_may_be_limited(runs, capsys):
     assert "complete" in capsys.readouterr().out
 
 
+def test_steps_are_fitted_into_the_time_with_the_schedules_end(runs, capsys):
+    """And stay when the run goes on, however fast the machine is by then."""
+    bindings = ["train.steps = 100000", "train.max_seconds = 4.0", "train.fit_steps = True"]
+    assert runs("fitted", *bindings, "train.stop_at = 2") == 0
+    folder = runs.folder / "fitted"
+    steps = json.loads((folder / "run.json").read_text())["fitted_steps"]["100000"]
+    assert 2 < steps < 100_000
+    assert f"has room for {steps} of train.steps=100000" in capsys.readouterr().out
+    bindings[1] = "train.max_seconds = 1000.0"
+    assert runs.done("fitted", *bindings) == folder
+    assert f"continuing at step 2 of {steps}" in capsys.readouterr().out
+    last = lines(folder / "metrics.jsonl")[-1]
+    assert last["step"] == steps
+    assert last["learning_rate"] == pytest.approx(1e-4, rel=0.05)  # a tenth of the peak
+    assert bindings_of((folder / "config.gin").read_text())["train.steps"] == str(steps)
+    assert f"train: data=@TextData(), model=@Transformer, steps={steps}" in " ".join(
+        (folder / "settings.txt").read_text().split()
+    ).replace("objective=None, optimizer=None, mesh=None, ", "")
+    assert runs("fitted", *bindings) == 0
+    assert f"complete at step {steps}" in capsys.readouterr().out
+
+
+def test_a_run_that_fits_is_left_alone(runs, base):
+    """Timing the first steps changes nothing."""
+    run = runs.done("roomy", "train.max_seconds = 1000.0", "train.fit_steps = True")
+    assert measured(run) == measured(base)
+    assert "fitted_steps" not in json.loads((run / "run.json").read_text())
+
+
 def test_sigterm_saves_and_leaves_a_run_that_goes_on(runs, tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
     given = ["train", f"--gin_file={runs.config}", workdir, "--gin_bindings=train.steps = 1000000"]

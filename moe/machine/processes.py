@@ -75,6 +75,15 @@ def any_says(*flags: bool) -> list[bool]:
     return [bool(flag) for flag in said.any(axis=0)]
 
 
+def least(number: int) -> int:
+    """The smallest of all processes' numbers; all of them have to ask."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.process_allgather(np.array(number)).min())
+
+
 def gathered(tree: Any) -> Any:
     """Whole arrays in every process's memory; None where they are too large. All have to ask."""
     if jax.process_count() == 1:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import contextlib
+import dataclasses
 import functools
 import math
 import signal
@@ -14,7 +15,7 @@ from moe import settings
 from moe.machine import hardware, processes
 from moe.machine.allocator import keep_freed_memory
 from moe.machine.signals import catching_signals
-from moe.runs import artifacts, start
+from moe.runs import artifacts, fit, start
 from moe.runs.storage import checkpoint
 from moe.runs.storage.folder import RunFolder
 from moe.runs.summary import describe, describe_run, summary_of
@@ -49,15 +50,15 @@ def train(
         UserError: settings or text that can't be; a folder that belongs to another run.
         TrainingDiverged: a loss or gradient that is not finite.
     """
-    steps, batch_size, stop_at = spec.steps, spec.batch_size, spec.stop_at
-    eval_every, save_every = spec.eval_every, spec.save_every
-    max_seconds, log_every = spec.max_seconds, spec.log_every
     folder = RunFolder(workdir)
+    asked, spec = spec, fit.as_before(spec, folder)
+    batch_size, stop_at, max_seconds = spec.batch_size, spec.stop_at, spec.max_seconds
+    eval_every, save_every, log_every = spec.eval_every, spec.save_every, spec.log_every
     started = time.monotonic()
     keep_freed_memory()
     quiet = not processes.is_first()
     with contextlib.ExitStack() as stack:
-        say = progress.Display(steps, quiet=quiet).say
+        say = progress.Display(spec.steps, quiet=quiet).say
         if not quiet:
             stack.enter_context(folder.locked())
 
@@ -73,8 +74,8 @@ def train(
         )
         all_held_out, some_held_out = held_out(spec.final_eval_bytes), held_out(spec.eval_bytes)
         config_text = config(say)
-        folder.refuse_another_run(config_text, text.fingerprint(), steps, spec.may_change())
-        done = folder.complete(steps, max_seconds)
+        folder.refuse_another_run(config_text, text.fingerprint(), spec.steps, spec.may_change())
+        done = folder.complete(spec.steps, max_seconds)
         if done:
             say(f"this run is complete at step {done['step']}; its results are in {folder.summary}")
             return done | {"samples": []}
@@ -87,11 +88,23 @@ def train(
         given = start.Given(spec.seed, spec.start_from, spec.start_from_optimizer)
         state, before, source = start.first_state(saves, program, text.tokenizer, given, say)
         first = int(state.step)
-        rate_N = spec.rates()
+        rows = processes.rows(program.batch_sharding, batch_size)
+        if spec.fit_steps and first == 0:
+            say("timing the first steps")
+            steps = fit.steps_that_fit(spec, program, state, train_batches.batches(0, rows))
+            if steps < spec.steps:
+                say(fit.told(spec, steps))
+                spec = dataclasses.replace(spec, steps=steps)
+                model, program = spec.build(vocabulary, mesh, text.train.token_N)
+        steps, rate_N = spec.steps, spec.rates()
         start.told(first, spec, folder, rate_N, say)
         if stop_at is not None and stop_at <= first < steps:
             return {"interrupted": True, "signal": None, "step": first}
         run = describe_run(model, text, spec.seed, peak) | source
+        if steps != asked.steps:
+            run["fitted_steps"] = {str(asked.steps): steps}
+            config_text = fit.with_steps(config_text, steps)
+            table = resolved.rows(spec, *spec.in_force, model.module)
         if not quiet:
             folder.begin(config_text, resolved.text(table), run, text.tokenizer, first)
 
@@ -116,7 +129,7 @@ def train(
         eval_step = display.compiling(eval_step, "the evaluation")
         train_step = display.compiling(program.step, "the training step")
         extra = {"data": text.fingerprint(), "batch_size": batch_size, "seed": spec.seed, **source}
-        batches = train_batches.batches(first, processes.rows(program.batch_sharding, batch_size))
+        batches = train_batches.batches(first, rows)
         step, saved = first, first if before else None
         stopped, late = processes.any_says(bool(interrupted), clock.over())
         while step < steps and step != stop_at and not stopped and not late:

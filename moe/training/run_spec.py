@@ -56,6 +56,8 @@ class RunSpec:
         keep: how many of the last checkpoints stay, beside the best.
         stop_at: pause after this step, as if interrupted; without it the same command goes on.
         max_seconds: end after so much training time, wherever the schedule is.
+        fit_steps: with max_seconds: time the first steps of a new run, and train only as many as
+            there is time for, with a schedule for those. A run keeps its number.
         prompts: texts to continue in samples.txt.
         start_from: the folder of another run, whose parameters and router state a new run starts
             with (fine-tuning); start_from_optimizer: and with its optimizer's state.
@@ -82,6 +84,7 @@ class RunSpec:
     keep: Count = dataclasses.field(default=2, metadata=MAY_CHANGE)
     stop_at: Count | None = dataclasses.field(default=None, metadata=MAY_CHANGE)
     max_seconds: Positive | None = dataclasses.field(default=None, metadata=MAY_CHANGE)
+    fit_steps: bool = dataclasses.field(default=False, metadata=MAY_CHANGE)
     prompts: tuple[str, ...] = dataclasses.field(default=("",), metadata=MAY_CHANGE)
     start_from: str | None = None
     start_from_optimizer: bool = False
@@ -92,6 +95,8 @@ class RunSpec:
         for name in ("steps", "log_every", "keep", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)} must be at least 1")
+        if self.fit_steps and self.max_seconds is None:
+            raise UserError("train.fit_steps=True needs train.max_seconds: the time to fit into")
         if self.start_from_optimizer and self.start_from is None:
             raise UserError(
                 "train.start_from_optimizer=True needs train.start_from: a run's folder"
