@@ -204,12 +204,12 @@ DISPATCHERS = (OneHotEinsum(), SlotGather(), Sorted())
 every_router = pytest.mark.parametrize("name", ROUTERS)
 
 
-def thorough(name, *values):
+def thorough(name):
     """A row that stands for its kind, or one that `make test-thorough` runs alone."""
-    return pytest.param(name, *values, marks=() if name in KINDS else pytest.mark.thorough)
+    return pytest.param(name, marks=() if name in KINDS else pytest.mark.thorough)
 
 
-every_kind = pytest.mark.parametrize("name", map(thorough, ROUTERS))
+every_kind = pytest.mark.parametrize("name", [thorough(name) for name in ROUTERS])
 every_dispatcher = pytest.mark.parametrize(
     "dispatcher", DISPATCHERS, ids=lambda value: type(value).__name__
 )
