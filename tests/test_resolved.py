@@ -15,7 +15,7 @@ def table_of(*bindings):
 
 def test_objects_that_no_file_names_tell_their_settings():
     table = table_of("train.objective = None", "train.mesh = None", "AdamW.b1 = 0.8")
-    assert table["Capacity"]["factor"] == 1.0 and table["MoELayer"]["capacity"] is not None
+    assert table["Rotary"]["base"] == 10_000 and table["Attention"]["rotary"] is not None
     assert table["MeshShape"]["data"] == -1 and "NextToken" in table
     assert table["AdamW"]["b1"] == 0.8 and table["AdamW"]["epsilon"] == 1e-8
     assert table["TopK"]["k"] == 2 and "sizes" not in table["TopK"]

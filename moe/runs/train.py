@@ -89,7 +89,7 @@ def train(
         state, before, source = start.first_state(saves, program, text.tokenizer, given, say)
         first = int(state.step)
         rows = processes.rows(program.batch_sharding, batch_size)
-        if spec.fit_steps and first == 0:
+        if spec.fit_steps and max_seconds is not None and first == 0:
             say("timing the first steps")
             steps = fit.steps_that_fit(spec, program, state, train_batches.batches(0, rows))
             if steps < spec.steps:

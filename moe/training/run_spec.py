@@ -95,8 +95,6 @@ class RunSpec:
         for name in ("steps", "log_every", "keep", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)} must be at least 1")
-        if self.fit_steps and self.max_seconds is None:
-            raise UserError("train.fit_steps=True needs train.max_seconds: the time to fit into")
         if self.start_from_optimizer and self.start_from is None:
             raise UserError(
                 "train.start_from_optimizer=True needs train.start_from: a run's folder"
