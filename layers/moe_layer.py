@@ -136,7 +136,7 @@ class MoELayer(nnx.Module):
         if self.cheap is not None:
             decision, cheap = self.cheap.split(self._each_token_chose(decision), self.num_experts)
             if isinstance(self.experts, Experts):
-                cheap = self.cheap.fit(cheap, self.capacity, inputs, self.num_experts)
+                cheap = self.cheap.fit_capacity(cheap, self.capacity, inputs, self.num_experts)
             among = self.cheap.choices(self.num_experts)
         mover = self.dispatcher if inputs.train else self.eval_dispatcher
         fits = self.capacity.keeps_all(inputs.train) and not mover.needs_slots

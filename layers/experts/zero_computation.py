@@ -82,7 +82,7 @@ class ZeroCopyConstant(nnx.Module):
         cheap_GTK = decision.expert_GTK >= experts
         return part(~cheap_GTK, 0, experts), part(cheap_GTK, experts, self.count)
 
-    def fit(
+    def fit_capacity(
         self, cheap: TokenChoice, capacity: Capacity, inputs: RouterInputs, experts: int
     ) -> TokenChoice:
         """What the cheap ones take. Nothing on its way to a zero is dropped: it gives nothing."""

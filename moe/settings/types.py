@@ -178,9 +178,16 @@ def _candidates(annotation: Any) -> list[str]:
         short = gin_config._REGISTRY.minimal_selector(name)
         made = product(Reference(short, False))
         reference = Reference(short, not _is_callable(annotation))
-        if made is not UNKNOWN and inspect.isclass(made) and _reference_fits(reference, annotation):
-            found.append(repr(reference))
-    return found
+        if not inspect.isclass(made) or not _reference_fits(reference, annotation):
+            continue
+        if getattr(annotation, "_is_protocol", False) and _package(made) != _package(annotation):
+            continue  # it happens to have methods of those names
+        found.append(repr(reference))
+    return sorted(found, key=str.lower)
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
 
 
 def items_of(annotation: Any) -> Any:

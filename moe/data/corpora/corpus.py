@@ -61,21 +61,15 @@ def hashed_hold_out(document_name: str, fraction: float, seed: int) -> bool:
     return hash_position(document_name, seed) < fraction
 
 
-@gin.configurable
 @dataclasses.dataclass(frozen=True)
-class TextFiles:
-    """Each file is a document: files, folders (with all below but hidden files) and globs.
-
-    Files may be compressed by gzip, bzip2, xz or, with the extra `zst`, Zstandard. A byte-order
-    mark at the start is no text. Links to folders are followed; each file is read once.
+class _Files:
+    """What corpora of files share.
 
     Attributes:
         paths: a file, folder or glob, or a list of them.
-        encoding: of the text, by a name that Python knows.
     """
 
     paths: Paths
-    encoding: str = "utf-8"
     _left_out: LeftOut = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -85,13 +79,6 @@ class TextFiles:
     @property
     def name(self) -> str:
         return name_of(self.paths)
-
-    def documents(self) -> Iterator[Document]:
-        self._left_out.clear()
-        for name, path in find_files(self.paths, left_out=self._left_out):
-            with opened(path) as file:
-                data = file.read()
-            yield Document(name, decoded(data, path, self.encoding, "name another by encoding="))
 
     def left_out(self) -> list[str]:
         """What the last reading did not take, and why: a line for each reason."""
@@ -100,27 +87,38 @@ class TextFiles:
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
-class JsonLines:
+class TextFiles(_Files):
+    """Each file is a document: files, folders (with all below but hidden files) and globs.
+
+    Files may be compressed by gzip, bzip2, xz or, with the extra `zst`, Zstandard. A byte-order
+    mark at the start is no text. Links to folders are followed; each file is read once.
+
+    Attributes:
+        encoding: of the text, by a name that Python knows.
+    """
+
+    encoding: str = "utf-8"
+
+    def documents(self) -> Iterator[Document]:
+        self._left_out.clear()
+        for name, path in find_files(self.paths, left_out=self._left_out):
+            with opened(path) as file:
+                data = file.read()
+            yield Document(name, decoded(data, path, self.encoding, "name another by encoding="))
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class JsonLines(_Files):
     """Each line is a JSON object and a document: its text is `field`. Folders: *.jsonl, *.json.
 
     Lines whose field is null are left out. Files may be compressed, as those of TextFiles.
 
     Attributes:
-        paths: a file, folder or glob, or a list of them.
         field: of each object, the one that holds the text.
     """
 
-    paths: Paths
     field: str = "text"
-    _left_out: LeftOut = dataclasses.field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-
-    holds_out = staticmethod(hashed_hold_out)
-
-    @property
-    def name(self) -> str:
-        return name_of(self.paths)
 
     def documents(self) -> Iterator[Document]:
         self._left_out.clear()
@@ -138,10 +136,6 @@ class JsonLines:
                     else:
                         yield Document(f"{name}:{number}", value)
 
-    def left_out(self) -> list[str]:
-        """What the last reading did not take, and why: a line for each reason."""
-        return told(self._left_out)
-
     def _text(self, line: str, where: str) -> str | None:
         try:
             record = json.loads(line)
@@ -158,27 +152,16 @@ class JsonLines:
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
-class Parquet:
+class Parquet(_Files):
     """Each row with text in `column` is a document. Needs pyarrow. Folders: *.parquet.
 
     Rows whose column is null are left out.
 
     Attributes:
-        paths: a file, folder or glob, or a list of them.
         column: the one that holds the text.
     """
 
-    paths: Paths
     column: str = "text"
-    _left_out: LeftOut = dataclasses.field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
-
-    holds_out = staticmethod(hashed_hold_out)
-
-    @property
-    def name(self) -> str:
-        return name_of(self.paths)
 
     def documents(self) -> Iterator[Document]:
         self._left_out.clear()
@@ -192,10 +175,6 @@ class Parquet:
                 else:
                     text = checked_text(text, f"{where}: column {self.column!r}")
                     yield Document(f"{name}:{number}", text)
-
-    def left_out(self) -> list[str]:
-        """What the last reading did not take, and why: a line for each reason."""
-        return told(self._left_out)
 
     def _rows(self, path: Path) -> Iterator[Any]:
         """The column's values, in pieces; UserError where a page can't be read."""
