@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 from flax import nnx
+from goldens import on_logits
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -208,3 +209,17 @@ def test_a_loss_on_a_router_without_scores_is_refused(loss):
 def test_an_unknown_scope_is_refused():
     with pytest.raises(ValueError, match="one of global, group, sequence"):
         BalanceLoss(scope="batch")
+
+
+@pytest.mark.parametrize("shift", [-20.0, -46.0, -80.0])
+def test_sigmoid_scores_cannot_shrink_out_of_the_balance_loss(shift):
+    """exp(-80) is 1.8e-35: shares are of scores of any size, without a constant beside them."""
+    make = functools.partial(TopK, k=2, gates="sigmoid", losses=(BalanceLoss(1.0),))
+    logits_TE = np.array([[2.0, 1, 0, -1], [2, 1.5, 0, -1], [1, 2, 0, 0]])
+
+    def balance(shift):
+        router, inputs = on_logits(make, logits_TE + shift, "float32")
+        return float(router(inputs).losses["balance"])
+
+    assert balance(shift) == pytest.approx(balance(-15.0), rel=1e-4)
+    assert balance(shift) > 1.5

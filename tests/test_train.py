@@ -70,6 +70,15 @@ def test_more_layers_and_experts_make_no_more_scalars(runs, base):
     assert set(lines(large / "metrics.jsonl")[0]) == set(lines(base / "metrics.jsonl")[0])
 
 
+def test_the_reported_loss_is_the_tasks_alone(runs, base):
+    """Whatever the routers' losses weigh: before the first update the model is the same."""
+    heavy = runs.done("heavy", "BalanceLoss.coefficient = 100.0", "train.steps = 1")
+    (line,) = lines(heavy / "metrics.jsonl")
+    first = lines(base / "metrics.jsonl")[0]
+    name = "router_loss/balance"
+    assert line["loss"] == first["loss"] and line[name] == first[name] > 0.9
+
+
 def test_the_recorded_config_repeats_the_run_bit_for_bit(runs, base):
     again = runs.done("again", config=base / "config.gin")
     assert measured(again) == measured(base)
