@@ -26,6 +26,7 @@ RUNS = {
     "moe": (
         "quickstart.gin",
         *("MoELayer.num_experts = 16", "MoELayer.d_ff = 64", "Capacity.factor = 1.25"),
+        *("MoELayer.dispatcher = @SlotGather()", "MoELayer.eval_dispatcher = @Sorted()"),
     ),
     "dense": ("quickstart_dense.gin", "FeedForward.d_ff = 128"),
 }

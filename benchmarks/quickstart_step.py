@@ -24,8 +24,8 @@ ROWS = {
     "all activations kept": ("Transformer.remat = 'none'",),
     "all activations recomputed": ("Transformer.remat = 'full'",),
     "layers unrolled": ("Transformer.scan = False",),
-    "capacity 1.25": ("Capacity.factor = 1.25",),
-    "capacity over the batch": ("MoELayer.sequences_per_group = 32",),
+    "slots, capacity 1": ("MoELayer.dispatcher = @SlotGather()", "Capacity.factor = 1.0"),
+    "slots, capacity 1.25": ("MoELayer.dispatcher = @SlotGather()", "Capacity.factor = 1.25"),
     "Muon": ("train.optimizer = @Muon()",),
     "dense": ("Transformer.moe = None", "FeedForward.d_ff = 512"),
 }
