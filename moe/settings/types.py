@@ -158,7 +158,8 @@ def _described(annotation: Any) -> Iterator[str]:
     elif (items := items_of(annotation)) is not None:
         yield f"a list of {described(items)}"
     elif candidates := _candidates(annotation):
-        more = f" (or {', '.join(candidates[1:5])})" if candidates[1:] else ""
+        others = [*candidates[1:5], *(["..."] if candidates[5:] else [])]
+        more = f" (or {', '.join(others)})" if others else ""
         yield f"{candidates[0]}{more}"
     elif inspect.isclass(kind := origin or annotation):
         yield f"a {kind.__name__}"
