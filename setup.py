@@ -67,7 +67,6 @@ setup(
         "jaxtyping>=0.3",
         "rich>=13.0",
         "tensorboardX>=2.6",
-        "safetensors>=0.4.5",
         "scipy>=1.15",
         "matplotlib>=3.9",
     ],

@@ -10,8 +10,8 @@ import contextvars
 import math
 from typing import NamedTuple
 
+from einops import rearrange
 import jax
-import jax.numpy as jnp
 
 Rule = Callable[[tuple[str | None, ...], tuple[int, ...]], jax.sharding.NamedSharding]
 _rule: contextvars.ContextVar[Rule | None] = contextvars.ContextVar("rule", default=None)
@@ -79,17 +79,15 @@ class Shards(NamedTuple):
 
     def split(self, a_GT: jax.Array) -> jax.Array:
         """(G, T, ...) as (P, G * T / P, ...)."""
-        groups, tokens, *rest = a_GT.shape
-        pieces = (self.groups, groups // self.groups, self.tokens, tokens // self.tokens)
-        a_PN = jnp.swapaxes(a_GT.reshape(*pieces, *rest), 1, 2).reshape(self.count, -1, *rest)
+        cut = {"g": self.groups, "t": self.tokens}
+        a_PN = rearrange(a_GT, "(g a) (t b) ... -> (g t) (a b) ...", **cut)
         return constrain(a_PN, self.axis, *(None for _ in a_PN.shape[1:]))
 
     def join(self, a_PN: jax.Array, groups: int) -> jax.Array:
         """(P, G * T / P, ...) as (G, T, ...): the inverse of `split`."""
-        rest = a_PN.shape[2:]
-        pieces = (self.groups, self.tokens, groups // self.groups, -1)
-        a_GT = jnp.swapaxes(a_PN.reshape(*pieces, *rest), 1, 2).reshape(groups, -1, *rest)
-        return constrain(a_GT, "batch", "length", *(None for _ in rest))
+        cut = {"g": self.groups, "a": groups // self.groups}
+        a_GT = rearrange(a_PN, "(g t) (a b) ... -> (g a) (t b) ...", **cut)
+        return constrain(a_GT, "batch", "length", *(None for _ in a_GT.shape[2:]))
 
 
 def shards_of(groups: int, tokens: int) -> Shards:

@@ -8,6 +8,7 @@ import dataclasses
 from fractions import Fraction
 from typing import Literal
 
+from einops import rearrange
 import gin
 import jax
 import jax.numpy as jnp
@@ -139,21 +140,15 @@ class Capacity:
     def _rank(self, decision: TokenChoice, inputs: RouterInputs):
         """How many assignments to the same expert are served before this one: int32 (G, T, K)."""
         expert_GTK, keep_GTK = decision.expert_GTK, decision.keep_GTK
-        groups, tokens, k = expert_GTK.shape
         order_GT = self._token_order(decision, inputs)
         if order_GT is not None:
             expert_GTK, keep_GTK = (
                 jnp.take_along_axis(a, order_GT[..., None], axis=1) for a in (expert_GTK, keep_GTK)
             )
-        if self.order == "choice-major":
-            expert_GTK, keep_GTK = (jnp.swapaxes(a, 1, 2) for a in (expert_GTK, keep_GTK))
-        rank_GN = rank_within_expert(
-            expert_GTK.reshape(groups, -1), keep_GTK.reshape(groups, -1), decision.num_experts
-        )
-        if self.order == "choice-major":
-            rank_GTK = jnp.swapaxes(rank_GN.reshape(groups, k, tokens), 1, 2)
-        else:
-            rank_GTK = rank_GN.reshape(groups, tokens, k)
+        row = "(k t)" if self.order == "choice-major" else "(t k)"
+        expert_GN, keep_GN = (rearrange(a, f"g t k -> g {row}") for a in (expert_GTK, keep_GTK))
+        rank_GN = rank_within_expert(expert_GN, keep_GN, decision.num_experts)
+        rank_GTK = rearrange(rank_GN, f"g {row} -> g t k", t=expert_GTK.shape[1])
         if order_GT is None:
             return rank_GTK
         return jnp.take_along_axis(rank_GTK, jnp.argsort(order_GT, axis=1)[..., None], axis=1)

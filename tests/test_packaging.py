@@ -129,6 +129,17 @@ def test_every_import_of_the_house_is_declared(monkeypatch):
             assert not missing, f"{path} imports {missing}"
 
 
+def test_everything_that_is_installed_is_imported(monkeypatch):
+    given = setup_arguments(monkeypatch)["install_requires"]
+    modules = {"absl-py": "absl", "gin-config": "gin", "orbax-checkpoint": "orbax"}
+    names = {re.split(r"[<>=\[]", line)[0] for line in given}
+    found = set()
+    for package in ("moe", "layers", "routing"):
+        for path in (ROOT / package).rglob("*.py"):
+            found |= {name.split(".")[0] for name in imports(path)}
+    assert not {name for name in names if modules.get(name, name) not in found}
+
+
 def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

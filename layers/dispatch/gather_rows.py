@@ -6,6 +6,7 @@ G groups, T tokens, D width, E experts, K experts per token, C slots; N = E * C.
 
 import functools
 
+from einops import rearrange
 import jax
 import jax.numpy as jnp
 
@@ -19,14 +20,12 @@ def take(rows_GND: jax.Array, index_GM: jax.Array) -> jax.Array:
 
 def _expert_major(rows_GND, experts: int):
     """(G, E*C, D) to (E, G, C, D)."""
-    groups, rows, width = rows_GND.shape
-    return jnp.swapaxes(rows_GND.reshape(groups, experts, rows // experts, width), 0, 1)
+    return rearrange(rows_GND, "g (e c) d -> e g c d", e=experts)
 
 
 def _group_major(y_EGCD):
     """(E, G, C, D) to (G, E*C, D)."""
-    experts, groups, slots, width = y_EGCD.shape
-    return jnp.swapaxes(y_EGCD, 0, 1).reshape(groups, experts * slots, width)
+    return rearrange(y_EGCD, "e g c d -> g (e c) d")
 
 
 @jax.custom_vjp

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import functools
 from typing import Literal
 
+from einops import rearrange
 from flax import nnx
 import gin
 import jax
@@ -175,10 +176,9 @@ class Experts(nnx.Module):
 
 def kept_units(key_G, shape_EGND, width: int, dropout: float) -> jax.Array:
     """0 for dropped hidden units, 1 / (1 - dropout) for the others: (E, G * N, F)."""
-    experts, groups, rows, _ = shape_EGND
+    experts, _, rows, _ = shape_EGND
 
     def draw(key):
         return jax.random.bernoulli(key, 1 - dropout, (experts, rows, width))
 
-    kept_EGNF = jnp.moveaxis(jax.vmap(draw)(key_G), 0, 1)
-    return kept_EGNF.reshape(experts, groups * rows, width) / (1 - dropout)
+    return rearrange(jax.vmap(draw)(key_G), "g e n f -> e (g n) f") / (1 - dropout)

@@ -3,6 +3,7 @@
 G groups, T tokens, D model width, E experts, K experts per token, N assignments at a time.
 """
 
+from einops import rearrange
 from flax import nnx
 import gin
 import jax
@@ -40,7 +41,7 @@ class NeuronExperts(nnx.Module):
         pieces = next(n for n in range(-(-k // AT_A_TIME), k + 1) if k % n == 0)
 
         def cut(a_GTK):
-            return jnp.moveaxis(a_GTK.reshape(*a_GTK.shape[:2], pieces, -1), 2, 0)
+            return rearrange(a_GTK, "g t (p n) -> p g t n", p=pieces)
 
         def rows(weight_ED, expert_GTN):
             # Gathered in float32 and then cast: the gradient is added up in float32.

@@ -6,6 +6,7 @@ B batch, T tokens, D model width, V vocabulary, N tokens of a block.
 import functools
 from typing import Any
 
+from einops import rearrange
 import jax
 import jax.numpy as jnp
 
@@ -55,7 +56,7 @@ def cross_entropy_of_each(weight_DV, hidden_BTD, target_BT) -> jax.Array:
 
     everything = jnp.ones(target_BT.shape, bool)
     nats = jax.lax.map(one, _split((hidden_BTD, jnp.asarray(target_BT), everything), blocks))
-    return jnp.moveaxis(nats.reshape(blocks, batch, -1), 0, 1).reshape(batch, tokens)
+    return nats.reshape(batch, tokens) if blocks == 1 else _whole(nats, batch)
 
 
 def _blocks(shape: tuple[int, int], vocabulary: int) -> int:
@@ -112,8 +113,7 @@ def _forward(weight_DV, hidden_BTD, target_BT, scored_BT, counted_BT, blocks: in
     start = (_zeros((2,), hidden_BTD), _zeros(weight_DV.shape, hidden_BTD))
     split = _split((hidden_BTD, target_BT, scored_BT, counted_BT), blocks)
     (total_2, dweight_DV), dhidden = jax.lax.scan(add, start, split)
-    batch, _, width = hidden_BTD.shape
-    dhidden_BTD = jnp.moveaxis(dhidden.reshape(blocks, batch, -1, width), 0, 1)
+    dhidden_BTD = dhidden[0] if blocks == 1 else _whole(dhidden, hidden_BTD.shape[0])
     return total_2, (dweight_DV.astype(weight_DV.dtype), dhidden_BTD.reshape(hidden_BTD.shape))
 
 
@@ -137,8 +137,11 @@ def _split(arrays, blocks: int):
         return jax.tree.map(lambda a: a[None], arrays)
 
     def cut(a):
-        batch, tokens, *rest = a.shape
-        pieces = jnp.moveaxis(a.reshape(batch, blocks, tokens // blocks, *rest), 1, 0)
-        return pieces.reshape(blocks, -1, *rest)
+        return rearrange(a, "b (s t) ... -> s (b t) ...", s=blocks)
 
     return jax.tree.map(cut, arrays)
+
+
+def _whole(pieces, batch: int):
+    """The inverse of `_split`, where blocks were cut."""
+    return rearrange(pieces, "s (b t) ... -> b (s t) ...", b=batch)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import dataclasses
 from typing import Any
 
+from einops import rearrange
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -225,9 +226,8 @@ def micro_batches(batch: Batch, accumulate: int, sequences_per_group: int) -> Ba
     """Leaves (A, B/A, ...): whole groups dealt in turn, so that every device has some of each."""
 
     def deal(a):
-        groups = a.shape[0] // (accumulate * sequences_per_group)
-        dealt = a.reshape(groups, accumulate, sequences_per_group, *a.shape[1:])
-        return jnp.moveaxis(dealt, 1, 0).reshape(accumulate, -1, *a.shape[1:])
+        sizes = {"a": accumulate, "s": sequences_per_group}
+        return rearrange(a, "(g a s) ... -> a (g s) ...", **sizes)
 
     return jax.tree.map(deal, batch)
 
