@@ -26,7 +26,7 @@ class Block(nnx.Module):
         d_model: D.
         attention: a function (d_model) -> Attention.
         feed_forward: a function (d_model) -> FeedForward or MoELayer.
-        norm: a norm class.
+        norm: `RMSNorm`, `LayerNorm` or a class like them.
         parallel: attention and feed-forward read the same norm and are added at once
             (Chowdhery et al. 2022, section 2).
     """

@@ -4,6 +4,7 @@ import functools
 import json
 from pathlib import Path
 import re
+import sys
 import time
 
 import jax
@@ -129,3 +130,32 @@ def test_mistakes_are_told_in_a_line(arguments, said, capsys, monkeypatch, tmp_p
     assert cli.main(arguments) == 2
     told = capsys.readouterr().err
     assert said in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("pass", "AttributeError: "),
+        ("return jnp.zeros(3) + jnp.zeros(4)", "bad.py:11: return jnp.zeros(3) + jnp.zeros(4))"),
+    ],
+)
+def test_an_unfinished_router_is_one_line_with_its_place(
+    body, expected, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "bad.py").write_text(
+        "import jax.numpy as jnp\nfrom routing import Causality, Router\n\n"
+        "class Bad(Router):\n    causality = Causality.CAUSAL\n    decoding = 'as in training'\n"
+        "    def __init__(self, sizes):\n        self.num_experts, self.losses = 4, ()\n\n"
+        f"    def route(self, inputs):\n        {body}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("bad", None)
+    assert cli.main(["check", "bad.py:Bad"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "bad.py:Bad can't be checked" in error and expected in error
+
+
+def test_a_file_without_a_class_is_told_what_to_name(capsys):
+    assert cli.main(["check", "my_router.py"]) == 2
+    assert "name a class, as my_router.py:MyRouter" in capsys.readouterr().err

@@ -112,3 +112,18 @@ def test_a_config_is_described_without_training(tmp_path, capsys):
 def test_a_dense_config_is_described(capsys):
     assert cli.main(["describe", "--gin_file=quickstart_dense.gin"]) == 0
     assert "none (dense)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["routers/switch.gin", "switch", "quickstart.gin", "quickstart"])
+def test_a_shipped_file_is_shown(name, capsys):
+    assert cli.main(["help", name]) == 0
+    told = capsys.readouterr().out
+    assert "MoELayer.router = @Switch" in told or "include 'models/tiny.gin'" in told
+    assert told.splitlines()[0].endswith(".gin")
+
+
+def test_a_checkpoints_folder_is_told_how_to_be_named(tmp_path, capsys):
+    inside = tmp_path / "run" / "checkpoints" / "20"
+    inside.mkdir(parents=True)
+    assert cli.main(["describe", f"--workdir={inside}"]) == 2
+    assert f"use --workdir={tmp_path / 'run'} --step=20" in capsys.readouterr().err

@@ -50,7 +50,7 @@ def test_a_run_that_ends_before_its_first_logged_step_ends(runs, capsys):
     assert step < 10 and [line["step"] for line in lines(run / "metrics.jsonl")] == [step]
     assert (run / "picture.png").exists()
     assert runs("brief", *brief) == 0
-    assert f"complete at step {step}" in capsys.readouterr().out
+    assert f"ended at step {step}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["picture.png", "samples.txt"])

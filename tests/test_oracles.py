@@ -78,7 +78,8 @@ def deepseek_v3():
         norm_topk_prob=True,
         routed_scaling_factor=2.5,
     )
-    return "deepseek_v3", ("TopK.k = 4",), DeepseekV3MoE, config
+    # A group's score is the sum of its best two there, whatever K / M is.
+    return "deepseek_v3", ("TopK.k = 4", "TopK.group_best = 2"), DeepseekV3MoE, config
 
 
 def theirs(block, config, x_BTD, weight_BTD):

@@ -183,7 +183,10 @@ def test_the_time_may_be_limited(runs, capsys):
     summary = json.loads((run / "summary.json").read_text())
     assert 1 <= summary["step"] < 100000
     assert runs("limited", *bindings) == 0
-    assert "complete" in capsys.readouterr().out
+    assert (
+        f"ended at step {summary['step']} of 100000, when train.max_seconds=0.5 was over"
+        in capsys.readouterr().out
+    )
 
 
 def test_steps_are_fitted_into_the_time_with_the_schedules_end(runs, capsys):
@@ -206,6 +209,17 @@ def test_steps_are_fitted_into_the_time_with_the_schedules_end(runs, capsys):
     ).replace("objective=None, optimizer=None, mesh=None, ", "")
     assert runs("fitted", *bindings) == 0
     assert f"complete at step {steps}" in capsys.readouterr().out
+
+
+def test_a_run_whose_time_is_spent_says_what_more_steps_take(runs, capsys):
+    run = runs.done("spent", "train.max_seconds = 100.0", "train.fit_steps = True")
+    step = json.loads((run / "summary.json").read_text())["step"]
+    before = (run / "config.gin").read_text()
+    bindings = ("train.max_seconds = 0.01", "train.fit_steps = True")
+    assert runs("spent", "train.steps = 200000", *bindings) == 2
+    error = capsys.readouterr().err
+    assert f"are spent on {step} steps" in error and "train.steps=200000 would take about" in error
+    assert (run / "config.gin").read_text() == before
 
 
 def test_a_run_that_fits_is_left_alone(runs, base):

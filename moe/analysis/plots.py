@@ -11,7 +11,9 @@ from moe.analysis.specialisation import TokenTable, read_metrics
 def plot_loss(axis, workdir: str | Path, baselines: dict[str, float] | None = None) -> None:
     """Training bits per byte by step, and what compressors reach on the held-out text."""
     lines = [line for line in read_metrics(workdir) if "bits_per_byte" in line]
-    axis.plot([m["step"] for m in lines], [m["bits_per_byte"] for m in lines], label="training")
+    mark = "o" if len(lines) < 3 else None  # a line of one point is none
+    steps, values = [m["step"] for m in lines], [m["bits_per_byte"] for m in lines]
+    axis.plot(steps, values, marker=mark, label="training")
     held_out = [line for line in read_metrics(workdir) if "val/bpb" in line]
     if held_out:
         axis.plot([m["step"] for m in held_out], [m["val/bpb"] for m in held_out], "o", label="val")

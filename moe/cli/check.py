@@ -1,10 +1,13 @@
 """`moe check`: the properties of any router, one line each."""
 
 import importlib
+import inspect
 import json
+import os
 from pathlib import Path
 import sys
 import time
+import traceback
 from types import ModuleType
 
 from moe.errors import UserError, nearest
@@ -32,10 +35,11 @@ def run(flags) -> int:
                 f"  {MARK[verdict.holds]:<6}{verdict.property:<{width}}  {verdict.seen}", flush=True
             )
             found.append(vars(verdict))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         text = str(error).splitlines()[0]
+        place = _line_of(error, router)
         raise UserError(
-            f"{flags.router} can't be checked: {type(error).__name__}: {text}"
+            f"{flags.router} can't be checked: {type(error).__name__}: {text}{place}"
         ) from error
     failed = sum(verdict["holds"] is False for verdict in found)
     seconds = time.monotonic() - started
@@ -51,6 +55,10 @@ def find(name: str):
     Raises UserError with the nearest name there is.
     """
     module_name, _, attribute = name.rpartition(":")
+    if not module_name and name.endswith((".py", ".gin")):
+        raise UserError(
+            f"{name}: name a class, as my_router.py:MyRouter, or one that is there, as Switch"
+        )
     module = _module(module_name or "routing")
     if not hasattr(module, attribute):
         names = [n for n, value in vars(module).items() if isinstance(value, type)]
@@ -75,3 +83,12 @@ def _module(name: str) -> ModuleType:
             f"no module {error.name!r} in the current folder or on PYTHONPATH; a file is named as "
             "my_router.py:MyRouter"
         ) from error
+
+
+def _line_of(error: Exception, router: type) -> str:
+    """The last line of the router's own file that the error came through, if it did."""
+    own = inspect.getsourcefile(router)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == own]
+    if not frames:
+        return ""
+    return f" ({os.path.relpath(frames[-1].filename)}:{frames[-1].lineno}: {frames[-1].line})"

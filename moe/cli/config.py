@@ -34,5 +34,8 @@ def of_folder(workdir: str, gin_bindings: Sequence[str] = ()) -> RunSpec:
     """
     folder = RunFolder(workdir)
     if not folder.config.exists():
-        raise UserError(f"{workdir} holds no run: there is no config.gin in it")
+        run, step = folder.path.parent.parent, folder.path.name
+        inside = folder.path.parent.name == "checkpoints"
+        hint = f"; use --workdir={run} --step={step}" if inside else ""
+        raise UserError(f"{workdir} holds no run: there is no config.gin in it{hint}")
     return load([str(folder.config)], gin_bindings)

@@ -28,6 +28,8 @@ def help_of(name: str) -> str:
     Raises:
         UserError: neither is there.
     """
+    if (file := config_named(name)) is not None:
+        return f"{file[0]}\n\n{textwrap.indent(file[1], '  ')}"
     name, _, setting = name.removeprefix("@").removesuffix("()").partition(".")
     try:
         found = reference.entry(name)
@@ -48,6 +50,17 @@ def help_of(name: str) -> str:
         lines += ["", f"settings, such as {name}.{first.name} = {first.default or '...'}"]
         lines += [textwrap.indent(row, "  ") for row in rows.values()]
     return "\n".join(lines)
+
+
+def config_named(name: str) -> tuple[str, str] | None:
+    """A shipped file that is named as --gin_file takes it, or by its stem alone: name and text."""
+    if any(one.name == name for one in reference.entries()):
+        return None
+    for path in sorted(read.shipped().rglob("*.gin")):
+        full = path.relative_to(read.shipped()).as_posix()
+        if name in (full, full.removeprefix("runs/"), path.name, path.stem):
+            return full.removeprefix("runs/"), path.read_text(encoding="utf-8").rstrip()
+    return None
 
 
 def title(found: Entry) -> str:
@@ -106,7 +119,10 @@ def shipped() -> Iterator[tuple[str, str]]:
     for path in sorted(read.shipped().rglob("*.gin")):
         name = path.relative_to(read.shipped()).as_posix().removeprefix("runs/")
         comment = re.match(r"((?:#.*\n)+)", path.read_text(encoding="utf-8"))
-        words = " ".join(line.strip("# ") for line in (comment[1] if comment else "").splitlines())
+        lines = (comment[1] if comment else "").splitlines()
+        words = " ".join(
+            line.strip("# ") for line in lines if not line.startswith(("#   ", "# moe"))
+        )
         yield name, re.split(r"(?<=[a-z)\d]\.) (?=[A-Z])", words)[0]
 
 

@@ -206,6 +206,11 @@ def _users_mistake(error: Exception, argv: Sequence[str]) -> str | None:
         return "\n  ".join(text.splitlines())
     if isinstance(error, OSError):
         return _disk_mistake(error, text, argv)
+    if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in text:
+        return (
+            f"out of memory ({text.splitlines()[0]}): try a smaller train.batch_size or "
+            "train.sequence_length, more train.accumulate, or Transformer.remat = 'full'"
+        )
     unset = _unset_parameter(text, str(error))
     return unset and unset + _missing_run(unset, argv)
 

@@ -40,7 +40,8 @@ def report(summary: dict[str, Any], samples: list[str], folder: RunFolder) -> st
         f"parameters   {summary['parameters_total']:,} total, "
         f"{summary['parameters_active']:,} active for a token",
         f"speed        {summary['tokens_per_second']:,.0f} tokens/s; "
-        f"{summary['train_seconds']:.0f} s of training, {summary['wall_seconds']:.0f} s in all",
+        f"{summary['train_seconds']:.0f} s of training; "
+        f"this command took {summary['wall_seconds']:.0f} s",
         f"utilisation  {summary['effective_utilisation']:.2f} of this machine's measured "
         f"{summary['matmul_peak_flops'] / 1e9:,.0f} GFLOP/s (kept work only; "
         f"{summary['utilisation']:.2f} with what was dropped)",

@@ -75,8 +75,8 @@ class TokenShards:
     Args:
         paths: files or globs.
         tokenizer: the tokenizer.json that they were made with, or the folder it was saved in.
-        validation_paths: token files that are held out; either these or
-        validation_corpus: text that is held out.
+        validation_paths: token files that are held out; these, or `validation_corpus`.
+        validation_corpus: text that is held out; this, or `validation_paths`.
         document_token: the tokenizer's token that starts, or ends, each document.
         dtype: of .bin files: "uint16" or "uint32", little-endian.
         isolate_documents: attention and positions start anew at each document.

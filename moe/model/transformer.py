@@ -110,7 +110,8 @@ class Transformer(nnx.Module):
         depth_every: layers n-1, 2n-1, ... (from 0) have one.
         positions: rotary, alibi, learned, sinusoidal or none.
         max_length: tokens per sequence at most; needed by learned positions alone.
-        norm, feed_forward, attention, block: the classes that layers are made of.
+        norm, feed_forward, attention, block: the classes that layers are made of (`RMSNorm` or
+            `LayerNorm`, and so on).
         tie_embeddings: the head is the embedding's transpose.
         remat: what the backward pass recomputes: none, full, dots or dots_with_batch. What the
             routers decided is always kept.

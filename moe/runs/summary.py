@@ -41,6 +41,11 @@ def describe(
         f"model: {costs.parameters_total:,} parameters, {costs.parameters_active:,} active; "
         f"{costs.flops_per_token:,} FLOPs per token; router: {router}; router losses: {losses}"
     )
+    if layer is not None and 1 < layer.num_experts <= costs.experts_per_token:
+        say(
+            f"every token uses all {layer.num_experts} experts: nothing is routed; raise "
+            "MoELayer.num_experts, or lower K"
+        )
     say(
         f"machine: {hardware.describe_device()}, {peak / 1e9:,.0f} GFLOP/s measured in "
         f"{built.module.compute_dtype} matmuls; run folder: {folder.path}"

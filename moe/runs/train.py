@@ -22,7 +22,7 @@ from moe.runs.summary import describe, describe_run, summary_of
 from moe.runs.tracking import progress
 from moe.runs.tracking.logs import Logs
 from moe.runs.tracking.recorder import Recorder
-from moe.runs.tracking.throughput import Clock
+from moe.runs.tracking.throughput import Clock, clock_seconds
 from moe.settings import resolved
 from moe.training import evaluate
 from moe.training.abstract_model import Vocabulary
@@ -77,7 +77,7 @@ def train(
         folder.refuse_another_run(config_text, text.fingerprint(), spec.steps, spec.may_change())
         done = folder.complete(spec.steps, max_seconds)
         if done:
-            say(f"this run is complete at step {done['step']}; its results are in {folder.summary}")
+            say(fit.ended(done["step"], spec, folder))
             return done | {"samples": []}
         peak = hardware.matmul_peak(model.module.compute_dtype)
         table = resolved.rows(spec, *spec.in_force, model.module)
@@ -89,9 +89,12 @@ def train(
         state, before, source = start.first_state(saves, program, text.tokenizer, given, say)
         first = int(state.step)
         rows = processes.rows(program.batch_sharding, batch_size)
-        if spec.fit_steps and max_seconds is not None and first == 0:
-            say("timing the first steps")
-            steps = fit.steps_that_fit(spec, program, state, train_batches.batches(0, rows))
+        if spec.fit_steps and max_seconds is not None and folder.steps != spec.steps:
+            say("timing some steps")
+            used = clock_seconds(before.get("clock"))
+            batches = train_batches.batches(first, rows)
+            steps = fit.steps_that_fit(spec, program, state, batches, used)
+            batches.close()
             if steps < spec.steps:
                 say(fit.told(spec, steps))
                 spec = dataclasses.replace(spec, steps=steps)
@@ -153,7 +156,10 @@ def train(
         record.read(last=late)
         batches.close()
         if step < steps and late:
-            display.say(f"train.max_seconds={max_seconds:g} is over at step {step} of {steps}")
+            display.say(
+                f"train.max_seconds={max_seconds:g} is over at step {step} of {steps}, before the "
+                "schedule's end: more of it, or fewer train.steps, would train on to a low rate"
+            )
 
         # The final checkpoint comes before the final evaluation: nothing can cost us the run.
         if saved != step:

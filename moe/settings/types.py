@@ -161,6 +161,8 @@ def _described(annotation: Any) -> Iterator[str]:
         others = [*candidates[1:5], *(["..."] if candidates[5:] else [])]
         more = f" (or {', '.join(others)})" if others else ""
         yield f"{candidates[0]}{more}"
+    elif _is_callable(annotation):
+        yield "a class, or a function that makes an object"
     elif inspect.isclass(kind := origin or annotation):
         yield f"a {kind.__name__}"
     else:
@@ -181,14 +183,21 @@ def _candidates(annotation: Any) -> list[str]:
         reference = Reference(short, not _is_callable(annotation))
         if not inspect.isclass(made) or not _reference_fits(reference, annotation):
             continue
+        if _is_callable(annotation) and not _ours(typing.get_args(annotation)[1]):
+            continue  # any module of Flax would do
         if getattr(annotation, "_is_protocol", False) and _package(made) != _package(annotation):
             continue  # it happens to have methods of those names
         found.append(repr(reference))
     return sorted(found, key=str.lower)
 
 
-def _package(kind: type) -> str:
-    return kind.__module__.partition(".")[0]
+def _ours(made: Any) -> bool:
+    kinds = typing.get_args(made) if _is_union(made) else (made,)
+    return any(_package(kind) in ("moe", "layers", "routing") for kind in kinds)
+
+
+def _package(kind: Any) -> str:
+    return getattr(kind, "__module__", "").partition(".")[0]
 
 
 def items_of(annotation: Any) -> Any:

@@ -60,7 +60,8 @@ class RunSpec:
             there is time for, with a schedule for those. A run keeps its number.
         prompts: texts to continue in samples.txt.
         start_from: the folder of another run, whose parameters and router state a new run starts
-            with (fine-tuning); start_from_optimizer: and with its optimizer's state.
+            with (fine-tuning).
+        start_from_optimizer: with `start_from`: start with its optimizer's state, too.
         loggers: where else the numbers go, such as `WandB()`.
         metrics: functions of a step's routing and numbers, which give further numbers.
     """

@@ -66,7 +66,7 @@ class Clock:
 
     @property
     def training_seconds(self) -> float:
-        return self.total["seconds"] + self.total["first_steps"]
+        return clock_seconds(self.total)
 
     def over(self) -> bool:
         """True when as much training time has passed as there may be."""
@@ -103,3 +103,8 @@ class Clock:
             **{name.removeprefix("speed/"): value for name, value in speed.items()},
             "kept_experts_per_token": kept,
         }
+
+
+def clock_seconds(total: dict[str, Any] | None) -> float:
+    """Of training in all, by what a checkpoint keeps of the clock; 0 where there is none."""
+    return total["seconds"] + total["first_steps"] if total else 0.0
