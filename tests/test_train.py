@@ -215,7 +215,8 @@ def test_a_run_whose_time_is_spent_says_what_more_steps_take(runs, capsys):
     run = runs.done("spent", "train.max_seconds = 100.0", "train.fit_steps = True")
     step = json.loads((run / "summary.json").read_text())["step"]
     before = (run / "config.gin").read_text()
-    bindings = ("train.max_seconds = 0.01", "train.fit_steps = True")
+    spent = json.loads((run / "summary.json").read_text())["train_seconds"]
+    bindings = (f"train.max_seconds = {1.001 * spent}", "train.fit_steps = True")
     assert runs("spent", "train.steps = 200000", *bindings) == 2
     error = capsys.readouterr().err
     assert f"are spent on {step} steps" in error and "train.steps=200000 would take about" in error
