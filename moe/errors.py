@@ -19,7 +19,9 @@ class Problems(UserError):
 
 def nearest(name: str, valid: Iterable[str], *, most: int = 3) -> str:
     """A hint such as ``; did you mean 'TopK'?``, or an empty string where nothing is near."""
-    close = difflib.get_close_matches(name, list(valid), n=most, cutoff=0.5)
+    valid = list(valid)
+    close = [choice for choice in valid if choice.casefold() == name.casefold()][:most]
+    close = close or difflib.get_close_matches(name, valid, n=most, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
 

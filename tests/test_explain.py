@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+import re
 import subprocess
 import sys
 
@@ -10,9 +11,9 @@ import pytest
 from tiny import environment
 
 import moe
-from moe.cli import explain
+from moe.cli import describe, explain
 from moe.cli import main as cli
-from moe.settings import read, reference
+from moe.settings import check, read, reference
 
 ROOT = Path(moe.__file__).resolve().parents[1]
 
@@ -33,7 +34,8 @@ def test_everything_of_ours_has_a_kind_and_every_setting_a_meaning():
     ours = {name.name for name in own()}
     assert {"TopK", "AdamW", "train", "Capacity", "StandardLibrary"} <= ours
     for name in strangers:  # of other tests
-        assert not gin.config._REGISTRY.get_match(name).module.startswith(("moe.", "layers."))
+        module = gin.config._REGISTRY.get_match(name).module
+        assert module.partition(".")[0] not in reference.OURS, f"{name} needs a row in KINDS"
     assert not [f"{e.name}.{s.name}" for e in own() for s in e.settings if not s.meaning]
     assert not [e.name for e in own() if not e.text]
 
@@ -56,6 +58,43 @@ def test_a_configurable_is_told_with_its_place(capsys):
     assert "more" in capsys.readouterr().out  # not every router
 
 
+def test_every_router_names_its_paper_or_learns_nothing():
+    without = {e.name for e in own() if e.kind == "routers" and not reference.YEAR.search(e.text)}
+    assert without == {"AllExperts", "Balanced", "FrozenTopK", "UniformRandom", "Zipf"}
+
+
+def test_a_router_alone_in_its_file_is_told_by_the_file_before_its_formulas():
+    found = reference.entry("Switch")
+    assert found.summary == "One expert per token, weighted by its probability (Fedus et al. 2021)."
+    assert "softmax(x W)" in found.text
+    assert reference.entry("RandomTable").summary == "Every id to an expert drawn uniformly."
+    assert "Roller et al. 2021" in reference.entry("RandomTable").text  # its module's alone
+
+
+def test_a_thing_goes_where_it_is_meant_to():
+    assert reference.places("Capacity") == ["MoELayer.capacity = @Capacity()"]  # it has a `fit`
+    assert "TextData.tokenizer = @Bytes()" in reference.places("Bytes")
+
+
+def test_what_only_code_can_give_is_no_setting():
+    assert "run" not in [s.name for s in reference.entry("eval").settings]
+    assert reference.entry("train").settings[0].name == "data"  # which a config must give
+
+
+@pytest.mark.parametrize("name", ["Switch", "train", "eval", "TextFiles", "TermLoss"])
+def test_the_flag_that_help_shows_is_one_that_a_config_takes(name, capsys):
+    assert cli.main(["help", name]) == 0
+    binding = re.search(r'such as --gin_bindings="(.*?)" \(', capsys.readouterr().out)
+    assert binding is not None and binding[1].startswith(f"{name}.")
+    if not binding[1].endswith("..."):
+        assert not check.problems(read.read([], [binding[1]]).settings)
+
+
+def test_choices_are_told_where_text_could_be_anything_else():
+    for name in ("Sampled.estimator", "eval.rule"):
+        assert " or '" in explain.help_of(name)
+
+
 def test_a_command_that_is_configured_tells_both(capsys):
     assert cli.main(["help", "train"]) == 0
     told = capsys.readouterr().out
@@ -69,6 +108,9 @@ def test_a_command_that_is_configured_tells_both(capsys):
         (["help", "Swich"], "named 'Swich'; did you mean 'Switch'?"),
         (["help", "trian"], "did you mean 'train'?"),
         (["help", "TopK.kk"], "TopK has no setting 'kk'; did you mean 'k'?"),
+        (["help", "wandb"], "named 'wandb'; did you mean 'WandB'?"),
+        (["help", "routers"], "`moe list routers` shows them"),
+        (["help", "TopK", "AdamW"], "moe help explains one name, not TopK, AdamW"),
         (["help", "zzzzzz"], "`moe list` shows what there is"),
         (["list", "router"], "there is no kind 'router'; did you mean 'routers'"),
         (["list", "routers", "losses"], "moe list needs one [KIND]"),
@@ -107,6 +149,15 @@ def test_a_config_is_described_without_training(tmp_path, capsys):
     assert found["flops_in_all"] == found["flops_per_token"] * 4096 * 400
     assert found["ignored_settings"] == ["TopK.gates", "TopK.k"]
     assert found["settings"]["Capacity"]["factor"] == "1.25"
+
+
+def test_layers_are_described_each_by_its_router(capsys):
+    given = ["--gin_file=quickstart.gin", "--gin_file=models/mixture_of_depths.gin"]
+    assert cli.main(["describe", *given]) == 0
+    told = capsys.readouterr().out
+    assert "0, 2: TopK; 1, 3: MixtureOfDepths and TopK" in told
+    assert "data=the devices left, fsdp=1" in told
+    assert describe.ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
 
 
 def test_a_dense_config_is_described(capsys):

@@ -1,12 +1,16 @@
 """`moe describe`: what a config is, without reading its text or training."""
 
+from collections.abc import Sequence
+import itertools
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+from layers.mixture_of_depths import DepthBlock
 from moe import settings
 from moe.cli import config
+from moe.model.transformer import Transformer
 from moe.settings import resolved
 from moe.training.abstract_model import AbstractModel, Vocabulary
 from moe.training.run_spec import RunSpec
@@ -48,6 +52,35 @@ def vocabulary_of(spec: RunSpec) -> int:
     return getattr(tokenizer, "vocab_size", DEFAULT_VOCABULARY)
 
 
+def mesh_of(spec: RunSpec) -> str:
+    """The size of each mesh axis; -1 takes the devices that are left."""
+    sizes = vars(spec.in_force[2])
+    return ", ".join(f"{k}={'the devices left' if v == -1 else v}" for k, v in sizes.items())
+
+
+def layers_of(module: Transformer) -> str:
+    """Each layer's router, such as "0: dense; 1-3: TopK"; with the one of depth before it."""
+    kinds: dict[str, list[int]] = {}
+    units = (s.unit.blocks for s in module.stacks for _ in range(s.repeats))
+    for layer, block in enumerate(itertools.chain.from_iterable(units)):
+        name = type(block.router).__name__ if block.is_moe else "dense"
+        if isinstance(block, DepthBlock):
+            name = f"{type(block.depth_router).__name__} and {name}"
+        kinds.setdefault(name, []).append(layer)
+    return "; ".join(f"{ranges(layers)}: {name}" for name, layers in kinds.items())
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers, such as 0-2, 5, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if run[1:] else f"{run[0]}" for run in runs)
+
+
 def described(spec: RunSpec, model: AbstractModel, vocab_size: int) -> dict[str, Any]:
     """Numbers and words of a run, in the order in which they are read."""
     costs, tokens = model.costs, math.prod(spec.shape)
@@ -59,7 +92,8 @@ def described(spec: RunSpec, model: AbstractModel, vocab_size: int) -> dict[str,
         "tokens_per_step": tokens,
         "steps": spec.steps,
         "flops_in_all": costs.flops_per_token * tokens * spec.steps,
-        "mesh": ", ".join(f"{k}={v}" for k, v in vars(spec.in_force[2]).items()),
+        "layers": layers_of(model.module),
+        "mesh": mesh_of(spec),
     }
     layer = model.moe_layer
     found["sparse_layers"] = layer.router.sparse_layers if layer else "none (dense)"

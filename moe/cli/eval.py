@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import gin
 
@@ -38,7 +38,7 @@ def evaluate_run(
     batch_size: Count = 32,
     stride: Count | None = None,
     max_bytes: Size | None = None,
-    rule: str = "evaluation",
+    rule: Literal["evaluation", "training"] = "evaluation",
 ) -> Evaluation:
     """Score every token of held-out documents once.
 

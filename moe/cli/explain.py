@@ -46,8 +46,7 @@ def help_of(name: str) -> str:
         told = f"goes into  {', '.join(goes[:4])}{more}"
         lines += ["", *textwrap.wrap(told, WIDTH, subsequent_indent=" " * 11)]
     if rows:
-        first = found.settings[0]
-        lines += ["", f"settings, such as {name}.{first.name} = {first.default or '...'}"]
+        lines += ["", f"settings, such as {flag_of(found)} (in a file without the flag)"]
         lines += [textwrap.indent(row, "  ") for row in rows.values()]
     return "\n".join(lines)
 
@@ -61,6 +60,18 @@ def config_named(name: str) -> tuple[str, str] | None:
         if name in (full, full.removeprefix("runs/"), path.name, path.stem):
             return full.removeprefix("runs/"), path.read_text(encoding="utf-8").rstrip()
     return None
+
+
+def flag_of(found: Entry) -> str:
+    """The flag that sets one of its settings, one with a plain value if there is any."""
+    valued = [
+        one
+        for one in found.settings
+        if one.default not in (None, "None", "[]") and not one.meaning.startswith("given by")
+    ]
+    plain = [one for one in valued if not str(one.default).startswith(("@", "["))]
+    one = next(iter([*plain, *valued, *found.settings]))
+    return f'--gin_bindings="{found.name}.{one.name} = {one.default or "..."}"'
 
 
 def title(found: Entry) -> str:
@@ -80,8 +91,11 @@ def unknown(name: str) -> str:
     """That there is no such name, and the nearest command or configurable."""
     from moe.cli.commands import COMMANDS
 
+    if name in (known := [*kinds(), CONFIGS]):
+        return f"{name} is a kind of things: `moe list {name}` shows them"
     names = {command.name for command in COMMANDS} | {e.name for e in reference.entries()}
-    hint = nearest(name, sorted(names)) or "; `moe list` shows what there is"
+    hint = nearest(name, sorted(names)) or nearest(name, known)
+    hint = hint or "; `moe list` shows what there is"
     return f"there is no command and nothing to configure named {name!r}{hint}"
 
 

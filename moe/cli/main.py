@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     if not argv or argv[0] in (*HELP, "help"):
-        print(overview() if len(argv) < 2 else _help(argv[1]))
+        if len(argv) > 2:
+            raise UserError(f"moe help explains one name, not {', '.join(argv[1:])}")
+        print(overview() if argv[1:] in ([], ["help"]) else _help(argv[1]))
         return 0 if argv else MISTAKE
     if argv[0] == "--version":
         print(f"moe {moe.__version__}")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import inspect
 import re
+import sys
 import typing
 
 from gin import config as gin_config
@@ -39,6 +40,8 @@ KINDS = {
 }
 OTHERS = "others"  # of a user's own modules
 MADE_BY_OTHERS = {"routers", "balancers", "layers", "experts", "model"}  # with sizes of the model's
+OURS = {"moe", "layers", "routing"}
+YEAR = re.compile(r"\b(19|20)\d\d\b")  # a text that cites a paper has one
 HEADINGS = ("Args:", "Attributes:")
 ENDS = ("Returns:", "Raises:", "Yields:")
 
@@ -55,7 +58,7 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One configurable. text: what its docstring says beside the settings."""
+    """One configurable. text: what it is and the paper it is from, beside its settings."""
 
     name: str
     kind: str
@@ -93,7 +96,12 @@ def entry(name: str) -> Entry:
         wrapped.__init__ if inspect.isclass(wrapped) else wrapped, include_extras=True
     )
     kind = kind_of(wrapped)
-    parameters = check.parameters(selector) or {}
+    text = _with_its_source(text, wrapped, kind)
+    parameters = {
+        key: one
+        for key, one in (check.parameters(selector) or {}).items()
+        if not (one.default is one.empty and _only_from_code(hints.get(key)))
+    }
     if kind in MADE_BY_OTHERS:  # what they cannot do without is not for a config to say
         parameters = {k: p for k, p in parameters.items() if p.default is not p.empty}
     settings = tuple(
@@ -108,6 +116,40 @@ def entry(name: str) -> Entry:
     causality = getattr(wrapped, "causality", None)
     told = str(getattr(causality, "value", causality)) if causality is not None else None
     return Entry(name, kind, text, settings, told)
+
+
+def _with_its_source(text: str, wrapped: Callable, kind: str) -> str:
+    """The text, with what the module's docstring says of it.
+
+    A router alone in its file is what the file's first line says, formulas come after it; a paper
+    that the module alone names comes last.
+    """
+    module = inspect.cleandoc(sys.modules[wrapped.__module__].__doc__ or "").split("\n\n")
+    if kind == "routers" and _alone(wrapped):
+        text = f"{_without_name(module[0], wrapped.__name__)}\n\n{text}"
+    if not YEAR.search(text):
+        text = "\n\n".join([text, *[part for part in module if YEAR.search(part)][:1]])
+    return text
+
+
+def _alone(wrapped: Callable) -> bool:
+    """Whether its module has no other configurable of its kind."""
+    everything = [one.wrapped for _, one in gin_config._REGISTRY.items()]
+    near = [one for one in everything if one.__module__ == wrapped.__module__]
+    return sum(kind_of(one) == kind_of(wrapped) for one in near) == 1
+
+
+def _without_name(line: str, name: str) -> str:
+    """Such as "One expert per token" for Switch, of "Switch: one expert per token"."""
+    first, colon, rest = line.partition(": ")
+    if colon and re.sub(r"\W", "", first).lower() == name.removesuffix("Router").lower():
+        return rest[0].upper() + rest[1:]
+    return line
+
+
+def _only_from_code(hint: typing.Any) -> bool:
+    """An object that nothing in a config makes, such as the restored run that is evaluated."""
+    return inspect.isclass(hint) and types.described(hint) == f"a {hint.__name__}"
 
 
 def kind_of(wrapped: Callable) -> str:
@@ -159,11 +201,22 @@ def places(name: str) -> list[str]:
                 hint = hints.get(key, typing.Any)
                 if hint is typing.Any or (form != any_module and types.fits(any_module, hint)):
                     continue
+                if _by_chance(types.product(form), hint):
+                    continue
                 if types.fits(form, hint):
                     found.append(f"{other}.{key} = {form!r}")
                 elif (items := types.items_of(hint)) is not None and types.fits(form, items):
                     found.append(f"{other}.{key} = [{form!r}]")
     return found
+
+
+def _by_chance(made: typing.Any, hint: typing.Any) -> bool:
+    """It only has methods of the names that one of our other packages asks for."""
+    package = getattr(made, "__module__", "").partition(".")[0]
+    return package in OURS and any(
+        getattr(one, "_is_protocol", False) and one.__module__.partition(".")[0] != package
+        for one in (hint, *typing.get_args(hint))
+    )
 
 
 def rows(settings: Sequence[Setting]) -> Iterator[tuple[str, str]]:

@@ -109,7 +109,7 @@ def decayed(axes: Axes) -> dict[str, bool]:
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class AdamW(Optimizer):
-    """Loshchilov & Hutter 2019.
+    """Adam whose weight decay is apart from the gradient (Loshchilov & Hutter 2019).
 
     Attributes:
         epsilon: added to the root of the mean square.
@@ -149,7 +149,7 @@ class Adafactor(Optimizer):
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Lion(Optimizer):
-    """Chen et al. 2023."""
+    """The sign of an interpolated momentum: one running mean, no squares (Chen et al. 2023)."""
 
     learning_rate: NonNegative = 3e-4
     schedule: Schedule | None = None

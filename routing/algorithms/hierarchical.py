@@ -53,7 +53,7 @@ def hierarchical_load(primary_A, secondary_AB, size_A) -> jax.Array:
 
 @gin.configurable
 class Hierarchical(Router):
-    """Noisy top-k twice: among A groups of experts, then inside each chosen one (appendix B).
+    """Noisy top-k twice: among A groups, then inside each chosen one (Shazeer et al. 2017, app. B).
 
     Args:
         sizes: width, number of experts, vocabulary.

@@ -4,6 +4,7 @@ G groups, T tokens per group, D model width, E experts, H hidden width of the va
 """
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import gin
 import jax
@@ -25,7 +26,16 @@ MANY = {
     "stochastic_times_smooth": estimators.stochastic_times_smooth,
     "noisy_rectifier": estimators.noisy_rectifier,
 }
-ESTIMATORS = (*ONE, *MANY, "unbiased")
+Estimator = Literal[
+    "reinforce",
+    "gumbel",
+    "straight_through",
+    "straight_through_slope",
+    "stochastic_times_smooth",
+    "noisy_rectifier",
+    "unbiased",
+]
+ESTIMATORS = get_args(Estimator)
 
 
 @gin.configurable
@@ -42,7 +52,7 @@ class Sampled(Router):
 
     Args:
         sizes: width, number of experts, vocabulary.
-        estimator: one of the above.
+        estimator: how the choice is drawn and learned, as described above.
         k: experts per token that independent draws aim at.
         heat: temperature of "gumbel".
         policy_weight: of the policy gradient.
@@ -57,7 +67,7 @@ class Sampled(Router):
     def __init__(
         self,
         sizes: Sizes,
-        estimator: str = "reinforce",
+        estimator: Estimator = "reinforce",
         k: Count = 2,
         heat: Positive = 1.0,
         policy_weight: NonNegative = 1e-2,
