@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from pathlib import Path
+import re
 import sys
 from typing import Any
 import warnings
@@ -17,7 +18,7 @@ from moe.errors import UserError
 from moe.training.train_step import TrainState
 
 Say = Callable[[str], None]
-_NEVER_READ = "coroutine '_read_array_index_and_device_put' was never awaited"
+_NEVER_READ = r"coroutine '(_read_array_index_and_device_put|\S*\bStore\.\w+)' was never awaited"
 
 
 class Checkpoints:
@@ -262,7 +263,7 @@ def _hush_cancelled_tasks() -> None:
         writer = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
         reader = isinstance(getattr(error, "__cause__", None), GeneratorExit)
         reader = reader and "reading array index" in str(error)
-        if not (writer or reader or _NEVER_READ in str(error)):
+        if not (writer or reader or re.match(_NEVER_READ, str(error))):
             before(unraisable)
 
     hook.hushes_cancelled_tasks = True  # pyright: ignore[reportFunctionMemberAccess]
