@@ -40,6 +40,7 @@ MISTAKES = {
     "TextData.corpus = @Bytes()": "expected @",
     "Transformer.moe = @FeedForward": "expected @MoELayer or None, got @FeedForward",
     "MoELayer.shared_experts = -1": "expected a whole number of at least 0, got -1",
+    "TextData.tokenizer = @Capacity()": "expected @Bytes() (or",  # it has a method `fit`, too
     "train.max_seconds = -1.0": "expected a number above 0 or None, got -1.0",
     "train.save_every = -1": "expected a whole number of at least 1 or None, got -1",
     "Transformer.num_heads = 0": "expected a whole number of at least 1 or None, got 0",

@@ -5,6 +5,8 @@ import json
 import os
 from pathlib import Path
 import random
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -51,6 +53,25 @@ def corpus(folder: Path, documents: int = 30) -> Path:
     for i in range(documents):
         (folder / f"{i:02}.txt").write_text(" ".join(draw.choices(words, k=60)) + "\n")
     return folder
+
+
+AS_NOBODY = """
+import os, sys
+from moe.data.corpora.corpus import TextFiles
+from moe.errors import UserError
+if os.getuid() == 0:
+    os.setuid(65534)
+try:
+    list(TextFiles(sys.argv[1]).documents())
+except UserError as error:
+    print(error)
+"""
+
+
+def read_by_nobody(path: str | Path) -> subprocess.CompletedProcess:
+    """TextFiles(path) read by a process that is not the superuser; it prints the user's error."""
+    command = [sys.executable, "-c", AS_NOBODY, str(path)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment())
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ def cross_entropy_of_each(weight_DV, hidden_BTD, target_BT) -> jax.Array:
     """Nats of every token, float32 (B, T), without a gradient: what a policy is rewarded by."""
     weight_DV, hidden_BTD = jax.lax.stop_gradient((weight_DV, hidden_BTD))
     weight_DV = weight_DV.astype(hidden_BTD.dtype)
-    batch, tokens = target_BT.shape
+    batch = len(target_BT)
     blocks = 1 if is_placed() else _blocks(target_BT.shape, weight_DV.shape[1])
 
     def one(block):
@@ -56,7 +56,7 @@ def cross_entropy_of_each(weight_DV, hidden_BTD, target_BT) -> jax.Array:
 
     everything = jnp.ones(target_BT.shape, bool)
     nats = jax.lax.map(one, _split((hidden_BTD, jnp.asarray(target_BT), everything), blocks))
-    return nats.reshape(batch, tokens) if blocks == 1 else _whole(nats, batch)
+    return rearrange(nats.reshape(blocks, batch, -1), "s b t -> b (s t)")
 
 
 def _blocks(shape: tuple[int, int], vocabulary: int) -> int:
@@ -113,8 +113,9 @@ def _forward(weight_DV, hidden_BTD, target_BT, scored_BT, counted_BT, blocks: in
     start = (_zeros((2,), hidden_BTD), _zeros(weight_DV.shape, hidden_BTD))
     split = _split((hidden_BTD, target_BT, scored_BT, counted_BT), blocks)
     (total_2, dweight_DV), dhidden = jax.lax.scan(add, start, split)
-    dhidden_BTD = dhidden[0] if blocks == 1 else _whole(dhidden, hidden_BTD.shape[0])
-    return total_2, (dweight_DV.astype(weight_DV.dtype), dhidden_BTD.reshape(hidden_BTD.shape))
+    batch, _, width = hidden_BTD.shape
+    dhidden_BTD = rearrange(dhidden.reshape(blocks, batch, -1, width), "s b t d -> b (s t) d")
+    return total_2, (dweight_DV.astype(weight_DV.dtype), dhidden_BTD)
 
 
 def _backward(blocks, saved, dtotal_2):
@@ -140,8 +141,3 @@ def _split(arrays, blocks: int):
         return rearrange(a, "b (s t) ... -> s (b t) ...", s=blocks)
 
     return jax.tree.map(cut, arrays)
-
-
-def _whole(pieces, batch: int):
-    """The inverse of `_split`, where blocks were cut."""
-    return rearrange(pieces, "s (b t) ... -> b (s t) ...", b=batch)

@@ -1,6 +1,6 @@
 """Configs, checked against every configurable there is: how commands and notebooks load runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from moe import settings
 from moe.cli import configurables
@@ -11,13 +11,7 @@ from moe.training.run_spec import RunSpec
 assert configurables  # imported to be registered
 
 
-def bind(
-    gin_files: Sequence[str],
-    gin_bindings: Sequence[str] = (),
-    say: Callable[[str], None] = print,
-) -> None:
-    """Make files, then settings, the configuration; arguments and errors: `settings.load`."""
-    settings.load(gin_files, gin_bindings, say)
+bind = settings.load  # by this name where every configurable has to be known
 
 
 def load(gin_files: Sequence[str], gin_bindings: Sequence[str] = ()) -> RunSpec:

@@ -54,7 +54,7 @@ def vocabulary_of(spec: RunSpec) -> int:
 
 def mesh_of(spec: RunSpec) -> str:
     """The size of each mesh axis; -1 takes the devices that are left."""
-    sizes = vars(spec.in_force[2])
+    sizes = vars(spec.in_force.mesh)
     return ", ".join(f"{k}={'the devices left' if v == -1 else v}" for k, v in sizes.items())
 
 

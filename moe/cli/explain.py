@@ -1,6 +1,7 @@
 """`moe help NAME`, `moe list KIND` and docs/settings.md: what can be set, in words."""
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 import re
 import textwrap
 
@@ -28,13 +29,15 @@ def help_of(name: str) -> str:
     Raises:
         UserError: neither is there.
     """
-    if (file := config_named(name)) is not None:
-        return f"{file[0]}\n\n{textwrap.indent(file[1], '  ')}"
+    given = name
     name, _, setting = name.removeprefix("@").removesuffix("()").partition(".")
     try:
         found = reference.entry(name)
     except KeyError:
-        raise UserError(unknown(name)) from None
+        if (path := config_named(given)) is None:
+            raise UserError(unknown(name)) from None
+        text = path.read_text(encoding="utf-8").rstrip()
+        return f"{flag_name(path)}\n\n{textwrap.indent(text, '  ')}"
     rows = {one.name: row for one, row in zip(found.settings, paragraphs(found), strict=True)}
     if setting:
         if setting not in rows:
@@ -51,15 +54,23 @@ def help_of(name: str) -> str:
     return "\n".join(lines)
 
 
-def config_named(name: str) -> tuple[str, str] | None:
-    """A shipped file that is named as --gin_file takes it, or by its stem alone: name and text."""
-    if any(one.name == name for one in reference.entries()):
-        return None
-    for path in sorted(read.shipped().rglob("*.gin")):
+def config_named(name: str) -> Path | None:
+    """A shipped file that is named as --gin_file takes it, or by its stem alone."""
+    for path in shipped_files():
         full = path.relative_to(read.shipped()).as_posix()
-        if name in (full, full.removeprefix("runs/"), path.name, path.stem):
-            return full.removeprefix("runs/"), path.read_text(encoding="utf-8").rstrip()
+        if name in (full, flag_name(path), path.name, path.stem):
+            return path
     return None
+
+
+def shipped_files() -> list[Path]:
+    """Every gin file that comes along, in the order of its name."""
+    return [read.shipped() / name for name in read.shipped_names()]
+
+
+def flag_name(path: Path) -> str:
+    """A shipped file's name as --gin_file takes it."""
+    return path.relative_to(read.shipped()).as_posix().removeprefix("runs/")
 
 
 def flag_of(found: Entry) -> str:
@@ -129,15 +140,14 @@ def list_of(kind: str) -> str:
 
 
 def shipped() -> Iterator[tuple[str, str]]:
-    """Every gin file that comes along, by the name that --gin_file takes, and its first comment."""
-    for path in sorted(read.shipped().rglob("*.gin")):
-        name = path.relative_to(read.shipped()).as_posix().removeprefix("runs/")
+    """Every shipped file by the name that --gin_file takes, and its first comment."""
+    for path in shipped_files():
         comment = re.match(r"((?:#.*\n)+)", path.read_text(encoding="utf-8"))
         lines = (comment[1] if comment else "").splitlines()
         words = " ".join(
             line.strip("# ") for line in lines if not line.startswith(("#   ", "# moe"))
         )
-        yield name, re.split(r"(?<=[a-z)\d]\.) (?=[A-Z])", words)[0]
+        yield flag_name(path), re.split(r"(?<=[a-z)\d]\.) (?=[A-Z])", words)[0]
 
 
 def table(rows: Iterable[tuple[str, str]]) -> str:

@@ -67,21 +67,21 @@ def rows(where: jax.sharding.Sharding, batch_size: int) -> slice:
 
 def any_says(*flags: bool) -> list[bool]:
     """For each flag whether it is set in any process; all of them have to ask."""
-    if jax.process_count() == 1:
-        return list(flags)
-    from jax.experimental import multihost_utils
-
-    said = multihost_utils.process_allgather(np.array(flags))
-    return [bool(flag) for flag in said.any(axis=0)]
+    return [bool(column.any()) for column in _of_all(flags).T]
 
 
 def least(number: int) -> int:
     """The smallest of all processes' numbers; all of them have to ask."""
+    return int(_of_all(number).min())
+
+
+def _of_all(value: Any) -> np.ndarray:
+    """Every process's value, one a row."""
     if jax.process_count() == 1:
-        return number
+        return np.array(value)[None]
     from jax.experimental import multihost_utils
 
-    return int(multihost_utils.process_allgather(np.array(number)).min())
+    return multihost_utils.process_allgather(np.array(value))
 
 
 def gathered(tree: Any) -> Any:

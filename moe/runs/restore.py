@@ -47,7 +47,7 @@ def restore_run(workdir: str, spec: RunSpec, step: int | None = None, say: Say =
     keep_freed_memory()
     folder = RunFolder(workdir)
     tokenizer = load_tokenizer(folder.tokenizer)
-    mesh = mesh_here(spec.in_force[2], say)
+    mesh = mesh_here(spec.in_force.mesh, say)
     model = spec.build_model(Vocabulary.of(tokenizer))
     params, router_state, step = read_values(folder, model, mesh, step, say)
     return Restored(model, params, router_state, step, mesh, tokenizer, spec)

@@ -40,7 +40,6 @@ KINDS = {
 }
 OTHERS = "others"  # of a user's own modules
 MADE_BY_OTHERS = {"routers", "balancers", "layers", "experts", "model"}  # with sizes of the model's
-OURS = {"moe", "layers", "routing"}
 YEAR = re.compile(r"\b(19|20)\d\d\b")  # a text that cites a paper has one
 HEADINGS = ("Args:", "Attributes:")
 ENDS = ("Returns:", "Raises:", "Yields:")
@@ -92,22 +91,21 @@ def entry(name: str) -> Entry:
     text, words = _read(inspect.getdoc(wrapped) or "")
     for base in getattr(wrapped, "__mro__", ())[1:]:  # what a base class says of its settings
         words = _read(inspect.cleandoc(base.__doc__ or ""))[1] | words
-    hints = typing.get_type_hints(
-        wrapped.__init__ if inspect.isclass(wrapped) else wrapped, include_extras=True
-    )
     kind = kind_of(wrapped)
     text = _with_its_source(text, wrapped, kind)
+    parameters = check.parameters(selector) or {}
+    hints = {key: check.annotation_of(selector, one) for key, one in parameters.items()}
     parameters = {
         key: one
-        for key, one in (check.parameters(selector) or {}).items()
-        if not (one.default is one.empty and _only_from_code(hints.get(key)))
+        for key, one in parameters.items()
+        if not (one.default is one.empty and _only_from_code(hints[key]))
     }
     if kind in MADE_BY_OTHERS:  # what they cannot do without is not for a config to say
         parameters = {k: p for k, p in parameters.items() if p.default is not p.empty}
     settings = tuple(
         Setting(
             key,
-            types.described(hints[key]) if key in hints else "a value",
+            types.described(hints[key]) if hints[key] is not one.empty else "a value",
             None if one.default in (one.empty, gin_config.REQUIRED) else shown(one.default),
             words.get(key, ""),
         )
@@ -192,31 +190,18 @@ def places(name: str) -> list[str]:
         if other.startswith("gin."):
             continue
         selector = str(check.resolve(other))
-        wrapped = gin_config._REGISTRY[selector].wrapped
-        hints = typing.get_type_hints(
-            wrapped.__init__ if inspect.isclass(wrapped) else wrapped, include_extras=True
-        )
-        for key in check.parameters(selector) or ():
+        for key, one in (check.parameters(selector) or {}).items():
+            hint = check.annotation_of(selector, one)
+            if hint in (one.empty, typing.Any):
+                continue
             for form in (Reference(name, False), Reference(name, True)):
-                hint = hints.get(key, typing.Any)
-                if hint is typing.Any or (form != any_module and types.fits(any_module, hint)):
-                    continue
-                if _by_chance(types.product(form), hint):
+                if form != any_module and types.fits(any_module, hint):
                     continue
                 if types.fits(form, hint):
                     found.append(f"{other}.{key} = {form!r}")
                 elif (items := types.items_of(hint)) is not None and types.fits(form, items):
                     found.append(f"{other}.{key} = [{form!r}]")
     return found
-
-
-def _by_chance(made: typing.Any, hint: typing.Any) -> bool:
-    """It only has methods of the names that one of our other packages asks for."""
-    package = getattr(made, "__module__", "").partition(".")[0]
-    return package in OURS and any(
-        getattr(one, "_is_protocol", False) and one.__module__.partition(".")[0] != package
-        for one in (hint, *typing.get_args(hint))
-    )
 
 
 def rows(settings: Sequence[Setting]) -> Iterator[tuple[str, str]]:

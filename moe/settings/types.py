@@ -19,6 +19,7 @@ NAMES = {
     str: "text",
     type(None): "None",
 }
+OURS = {"moe", "layers", "routing"}  # packages; none implements another's protocols
 UNKNOWN = object()  # what a function without an annotation returns
 
 
@@ -114,6 +115,8 @@ def is_a(made: Any, wanted: Any) -> bool:
     if not inspect.isclass(kind) or not inspect.isclass(made):
         return True
     if getattr(kind, "_is_protocol", False):
+        if {_package(made), _package(kind)} <= OURS and _package(made) != _package(kind):
+            return False  # it happens to have methods of those names
         fields = getattr(made, "__dataclass_fields__", {})
         members = [name for name in _members(kind) if not name.startswith("_")]
         return all(hasattr(made, name) or name in fields for name in members)
@@ -185,15 +188,13 @@ def _candidates(annotation: Any) -> list[str]:
             continue
         if _is_callable(annotation) and not _ours(typing.get_args(annotation)[1]):
             continue  # any module of Flax would do
-        if getattr(annotation, "_is_protocol", False) and _package(made) != _package(annotation):
-            continue  # it happens to have methods of those names
         found.append(repr(reference))
     return sorted(found, key=str.lower)
 
 
 def _ours(made: Any) -> bool:
     kinds = typing.get_args(made) if _is_union(made) else (made,)
-    return any(_package(kind) in ("moe", "layers", "routing") for kind in kinds)
+    return any(_package(kind) in OURS for kind in kinds)
 
 
 def _package(kind: Any) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import gin
 import jax
@@ -107,9 +107,11 @@ class RunSpec:
         return tuple(f"train.{f.name}" for f in dataclasses.fields(cls) if f.metadata == MAY_CHANGE)
 
     @property
-    def in_force(self) -> tuple[Objective, Optimizer, MeshShape]:
+    def in_force(self) -> "InForce":
         """Objective, optimizer and mesh, with what stands for None."""
-        return self.objective or NextToken(), self.optimizer or AdamW(), self.mesh or MeshShape()
+        return InForce(
+            self.objective or NextToken(), self.optimizer or AdamW(), self.mesh or MeshShape()
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -125,13 +127,13 @@ class RunSpec:
     def build_mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
         """Of these devices, or of all; UserError where they can't make it up."""
         try:
-            return self.in_force[2].build(devices)
+            return self.in_force.mesh.build(devices)
         except ValueError as error:
             raise UserError(str(error)) from error
 
     def rates(self) -> np.ndarray:
         """(N,): the learning rate of every step."""
-        rate = self.in_force[1].rate(self.steps)
+        rate = self.in_force.optimizer.rate(self.steps)
         return np.asarray(jax.vmap(rate)(np.arange(self.steps)))
 
     def build_model(
@@ -140,7 +142,7 @@ class RunSpec:
         """The model without values; arguments and errors are those of `abstract_model`."""
         return abstract_model(
             self.model,
-            self.in_force[0],
+            self.in_force.objective,
             vocabulary,
             batch_size=self.batch_size,
             sequence_length=self.sequence_length,
@@ -179,7 +181,7 @@ class RunSpec:
             model.graph,
             model.shapes,
             objective=model.objective,
-            optimizer=self.in_force[1].build(axes, self.steps),
+            optimizer=self.in_force.optimizer.build(axes, self.steps),
             num_bytes_2V=model.num_bytes_2V,
             mesh=mesh,
             seed=self.seed,
@@ -187,6 +189,14 @@ class RunSpec:
             sequences_per_group=per_group,
             global_batch_losses=router is not None and router.needs_global_batch,
         ).program()
+
+
+class InForce(NamedTuple):
+    """What a run trains with where its spec may say None."""
+
+    objective: Objective
+    optimizer: Optimizer
+    mesh: MeshShape
 
 
 def check_memory(program: Program) -> None:

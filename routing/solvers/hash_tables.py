@@ -43,16 +43,21 @@ class BalancedTable(Table):
         return emptiest_first(sizes.training_text("BalancedTable").count_V, sizes.num_experts)
 
 
-@gin.configurable
 @dataclasses.dataclass(frozen=True)
-class ClusteredTable(Table):
-    """One expert for each k-means cluster of a model's embeddings: a .npy file (V, D).
+class _OfEmbeddings(Table):
+    """Abstract: from the clusters of a model's embeddings.
 
     Attributes:
         embeddings: path of a .npy file, float (V, D).
     """
 
     embeddings: str
+
+
+@gin.configurable
+@dataclasses.dataclass(frozen=True)
+class ClusteredTable(_OfEmbeddings):
+    """One expert for each k-means cluster of a model's embeddings: a .npy file (V, D)."""
 
     def __call__(self, key, sizes):
         return clusters(self.embeddings, sizes)
@@ -60,14 +65,8 @@ class ClusteredTable(Table):
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
-class DispersedTable(Table):
-    """The members of every k-means cluster spread evenly over the experts: the opposite.
-
-    Attributes:
-        embeddings: path of a .npy file, float (V, D).
-    """
-
-    embeddings: str
+class DispersedTable(_OfEmbeddings):
+    """The members of every k-means cluster spread evenly over the experts: the opposite."""
 
     def __call__(self, key, sizes):
         return spread(clusters(self.embeddings, sizes), sizes.num_experts)
