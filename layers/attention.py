@@ -79,11 +79,19 @@ class Attention(nnx.Module):
         self.rotary = Rotary() if rotary is None else rotary
         self.implementation: Literal["xla", "cudnn"] | None = implementation
         init = truncated_normal()
-        self.query_DHK = parameter((d_model, num_heads, width), ("embed", "heads", None), init)
-        self.key_DNK = parameter((d_model, kv_heads, width), ("embed", "kv_heads", None), init)
-        self.value_DNK = parameter((d_model, kv_heads, width), ("embed", "kv_heads", None), init)
+        self.query_DHK = parameter(
+            (d_model, num_heads, width), ("embed", "heads", None), init, role="attention"
+        )
+        self.key_DNK = parameter(
+            (d_model, kv_heads, width), ("embed", "kv_heads", None), init, role="attention"
+        )
+        self.value_DNK = parameter(
+            (d_model, kv_heads, width), ("embed", "kv_heads", None), init, role="attention"
+        )
         out = truncated_normal(out_scale, fan_in_axes=2)
-        self.out_HKD = parameter((num_heads, width, d_model), ("heads", None, "embed"), out)
+        self.out_HKD = parameter(
+            (num_heads, width, d_model), ("heads", None, "embed"), out, role="attention"
+        )
         self.query_norm = RMSNorm(width) if qk_norm else None
         self.key_norm = RMSNorm(width) if qk_norm else None
 

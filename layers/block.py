@@ -12,7 +12,7 @@ from layers.constrain import constrain
 from layers.experts.feed_forward import FeedForward
 from layers.moe_layer import MoELayer
 from layers.norms import RMSNorm
-from layers.tokens import Tokens
+from routing.inputs import Tokens
 from routing.ranges import Count
 from routing.records import RouterOutput, TokenChoice
 from routing.router import Router

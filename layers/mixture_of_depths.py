@@ -12,10 +12,9 @@ import jax.numpy as jnp
 from layers.block import Block
 from layers.constrain import constrain
 from layers.dispatch import SlotGather
-from layers.tokens import Tokens
-from routing.algorithms.mixture_of_depths import MixtureOfDepths
-from routing.records import Decision, ExpertChoice, RouterInputs, TokenChoice
-from routing.router import Router
+from routing.inputs import RouterInputs, Tokens, named_key
+from routing.records import Decision, ExpertChoice, TokenChoice
+from routing.router import DepthRouter, Router
 
 
 class DepthBlock(nnx.Module):
@@ -30,19 +29,19 @@ class DepthBlock(nnx.Module):
         depth_router: decides with one expert, the block.
     """
 
-    def __init__(self, block: Block, depth_router: MixtureOfDepths):
-        if not isinstance(depth_router, MixtureOfDepths):
+    def __init__(self, block: Block, depth_router: DepthRouter):
+        if not isinstance(depth_router, DepthRouter):
             raise ValueError(
-                f"Transformer.depth_router makes a {type(depth_router).__name__}; it has to be "
-                "MixtureOfDepths"
+                f"Transformer.depth_router makes a {type(depth_router).__name__}; it has to be a "
+                "DepthRouter, such as MixtureOfDepths"
             )
-        if block.router is not None and block.router.reads_logits_before:
+        if block.router is not None and block.router.reads_previous_logits:
             raise ValueError(
                 f"{type(block.router).__name__} reads the logits of the sparse layer before "
                 "(TopK.residual), which tokens that pass by a Mixture-of-Depths don't have; leave "
                 "it at False"
             )
-        if getattr(getattr(block, "attention", None), "window", None) is not None:
+        if block.attention.window is not None:
             raise ValueError(
                 "Attention.window counts tokens that go through, not positions, inside a "
                 "Mixture-of-Depths; leave it at None"
@@ -60,17 +59,8 @@ class DepthBlock(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens):
         """The output (B, T, D), what the experts' router said (or None), what the depth's said."""
-        valid_BT = tokens.segment_BT > 0
-        inputs = RouterInputs(
-            x_GTD=jnp.where(valid_BT[..., None], x_BTD.astype(jnp.float32), 0),
-            valid_GT=valid_BT,
-            token_id_GT=tokens.token_BT,
-            position_GT=tokens.position_BT,
-            index_G=tokens.index_B,
-            key=jax.random.fold_in(tokens.key, 1),
-            train=tokens.train,
-        )
-        depth = self.depth_router(inputs)
+        own = dataclasses.replace(tokens, key=named_key(tokens.key, "depth"))
+        depth = self.depth_router(RouterInputs.of(x_BTD, own))
         decision = depth.decision
         if isinstance(decision, ExpertChoice):
             y_BTD, output = self._gathered(x_BTD, tokens, decision)
@@ -86,7 +76,7 @@ class DepthBlock(nnx.Module):
             return jnp.take_along_axis(a_BT, token_BC, axis=1)
 
         fewer = dataclasses.replace(
-            tokens,
+            tokens.with_previous_logits(None),
             token_BT=chosen(tokens.token_BT),
             segment_BT=jnp.where(keep_BC, chosen(tokens.segment_BT), 0),
             position_BT=chosen(tokens.position_BT),

@@ -20,7 +20,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, width: Count, epsilon: Positive = 1e-6):
         self.epsilon = epsilon
-        self.scale_D = parameter((width,), (None,), ones)
+        self.scale_D = parameter((width,), (None,), ones, role="norm")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
@@ -39,8 +39,8 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, width: Count, epsilon: Positive = 1e-6):
         self.epsilon = epsilon
-        self.scale_D = parameter((width,), (None,), ones)
-        self.bias_D = parameter((width,), (None,), zeros)
+        self.scale_D = parameter((width,), (None,), ones, role="norm")
+        self.bias_D = parameter((width,), (None,), zeros, role="norm")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)

@@ -68,7 +68,7 @@ class LearnedPositions(nnx.Module):
 
     def __init__(self, length: int, width: int):
         self.length = length
-        self.table_TD = parameter((length, width), (None, "embed"), normal(0.02))
+        self.table_TD = parameter((length, width), (None, "embed"), normal(0.02), role="position")
 
     def __call__(self, position_BT: jax.Array) -> jax.Array:
         """(B, T, D); raise ValueError for sequences longer than the table."""

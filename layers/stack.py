@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from layers.block import Block
+from layers.constrain import constrain
 from layers.mixture_of_depths import DepthBlock, blocks_of
 from layers.moe_layer import MoELayer
-from layers.tokens import Tokens
+from routing.inputs import Tokens
 from routing.records import GlobalBatch, RouterOutput
 
 Remat = Literal["none", "full", "dots", "dots_with_batch"]
@@ -46,16 +47,16 @@ class Unit(nnx.Module):
         self.blocks = nnx.List(blocks)
 
     def __call__(self, x_BTD, tokens: Tokens, first_layer, global_batch):
-        """x after the blocks, the last router's logits, and what experts' and depth's said."""
-        outputs, depths = [], []
+        """((x, last router's logits), (outputs of MoE routers, of Mixture-of-Depths routers))."""
+        outputs, mod_outputs = [], []
         for j, block in enumerate(self.blocks):
             whole = global_batch[len(outputs)] if global_batch and block.is_moe else None
-            x_BTD, output, *depth = block(x_BTD, tokens.for_layer(first_layer + j, whole))
+            x_BTD, output, *mod_output = block(x_BTD, tokens.for_layer(first_layer + j, whole))
             if output is not None:
-                tokens = tokens.after(output)
+                tokens = after(tokens, output)
                 outputs.append(dataclasses.replace(output, logits_GTE=None))
-            depths += depth
-        return (x_BTD, tokens.logits_BTE), (outputs, depths)
+            mod_outputs += mod_output
+        return (x_BTD, tokens.context.previous_logits), (outputs, mod_outputs)
 
 
 class Stack(nnx.Module):
@@ -94,9 +95,9 @@ class Stack(nnx.Module):
         return variable.replace(value, layers=layers)
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens, global_batch: list[GlobalBatch] | None):
-        """x after all layers, and the last router's logits where the next one reads them; the
-        outputs of the experts' routers, and of depth's, over layers.
+        """Returns (x, last_logits, moe_outputs, mod_outputs); outputs are stacked over layers.
 
+        last_logits are those of the last router, where a router of the model reads them.
         global_batch: for each sparse block of the unit, its statistics stacked over repeats.
         """
         graphdef, state = nnx.split(self.unit)
@@ -104,20 +105,20 @@ class Stack(nnx.Module):
         def body(carry, slices):
             x_BTD, logits_BTE = carry
             state, first_layer, global_batch = slices
-            here = dataclasses.replace(tokens, logits_BTE=logits_BTE)
+            here = tokens.with_previous_logits(logits_BTE)
             return nnx.merge(graphdef, state)(x_BTD, here, first_layer, global_batch)
 
         body = rematerialised(body, self.remat)
         first = self.first_layer + self.length * jnp.arange(self.repeats)
         unroll = 1 if self.scan else self.repeats
-        start = (x_BTD, tokens.logits_BTE)
-        carry, (outputs, depths) = jax.lax.scan(
+        start = (x_BTD, tokens.context.previous_logits)
+        carry, (outputs, mod_outputs) = jax.lax.scan(
             body, start, (state, first, global_batch), unroll=unroll
         )
-        return *carry, in_layer_order(outputs), in_layer_order(depths)
+        return *carry, in_layer_order(outputs), in_layer_order(mod_outputs)
 
     def update_router_state(self, stats_per_block) -> None:
-        """Every memory's update, layer by layer, from statistics stacked over repeats."""
+        """Update every `StepState`, layer by layer, from statistics stacked over repeats."""
         if not any(layer.step_states() for layer in moe_layers(self.unit.blocks)):
             return
         graphdef, state = nnx.split(self.unit)
@@ -125,11 +126,19 @@ class Stack(nnx.Module):
         def one(state, stats_per_block):
             unit = nnx.merge(graphdef, state)
             for layer, stats in zip(moe_layers(unit.blocks), stats_per_block, strict=True):
-                for memory in layer.step_states():
-                    memory.update(stats)
+                for step_state in layer.step_states():
+                    step_state.update(stats)
             return nnx.state(unit)
 
         nnx.update(self.unit, jax.vmap(one)(state, stats_per_block))
+
+
+def after(tokens: Tokens, output: RouterOutput) -> Tokens:
+    """The tokens with the router's logits, where it gives them to the next sparse layer."""
+    if output.logits_GTE is None:
+        return tokens
+    logits_BTE = output.logits_GTE.reshape(*tokens.token_BT.shape, -1)
+    return tokens.with_previous_logits(constrain(logits_BTE, "batch", "length", None))
 
 
 def moe_layers(blocks) -> list[MoELayer]:

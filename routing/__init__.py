@@ -24,6 +24,7 @@ from routing.algorithms.v_moe import VMoE
 from routing.balance_losses import BalanceLoss, ImportanceLoss, LoadLoss
 from routing.balancers import Balancer, BiasBalancer, QuantileBalancer, StepState
 from routing.capacity import Capacity, slots_per_expert
+from routing.inputs import Context, RouterInputs, Tokens, named_key
 from routing.losses import EntropyLoss, RouterLoss, TermLoss, ZLoss
 from routing.parameters import RouterState, initialize, parameter, router_state
 from routing.records import (
@@ -33,18 +34,17 @@ from routing.records import (
     ExpertMerge,
     GlobalBatch,
     Policy,
-    RouterInputs,
     RouterOutput,
     RouterStats,
     Routing,
     Sizes,
     SoftSlots,
     TokenChoice,
-    TrainingText,
     choices_GE,
     gates_GTE,
 )
-from routing.router import Router
+from routing.router import DepthRouter, Router
+from routing.training_text import TrainingText
 
 __all__ = [
     "BASE",
@@ -56,8 +56,10 @@ __all__ = [
     "BiasBalancer",
     "Capacity",
     "Causality",
+    "Context",
     "DSelectK",
     "Decision",
+    "DepthRouter",
     "EntropyLoss",
     "ExpertChoice",
     "ExpertChoiceRouter",
@@ -96,6 +98,7 @@ __all__ = [
     "Switch",
     "TermLoss",
     "TokenChoice",
+    "Tokens",
     "TopK",
     "TrainingText",
     "UniformRandom",
@@ -105,6 +108,7 @@ __all__ = [
     "choices_GE",
     "gates_GTE",
     "initialize",
+    "named_key",
     "parameter",
     "router_state",
     "slots_per_expert",

@@ -11,6 +11,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from routing.inputs import RouterInputs
 from routing.losses import (
     RouterLoss,
     check_one_of,
@@ -19,14 +20,7 @@ from routing.losses import (
     token_weighted,
 )
 from routing.ranges import Count, Natural, NonNegative, SomeShare
-from routing.records import (
-    Decision,
-    RouterInputs,
-    Routing,
-    TokenChoice,
-    choices_GE,
-    gates_GTE,
-)
+from routing.records import Decision, Routing, TokenChoice, choices_GE, gates_GTE
 from routing.selection import top_k_indices
 
 
@@ -48,9 +42,10 @@ class BalanceLoss(RouterLoss):
             choose, else "made". They differ for biased, noisy and group-limited routers alone.
         choices: "first": f counts only each token's first choice (GShard, algorithm 1).
         devices: E is taken as so many equal parts in a row, one a device (DeepSeekMoE, eq. 15-17).
-        cheap: so many of the last experts cost nothing, and count `cheap_weight` times (MoE++,
-            eq. 7: tau, as `ZeroCopyConstant.share`), so that perfect balance is below 1.
-        cheap_weight: see `cheap`.
+        zero_computation: so many of the last experts cost nothing, and count
+            `zero_computation_weight` times (MoE++, eq. 7: tau, as `ZeroCopyConstant.share`), so
+            that perfect balance is below 1.
+        zero_computation_weight: see `zero_computation`.
     """
 
     coefficient: NonNegative = 0.01
@@ -58,8 +53,8 @@ class BalanceLoss(RouterLoss):
     counts: Literal["raw", "made"] | None = None
     choices: Literal["all", "first"] = "all"
     devices: Count | None = None
-    cheap: Natural = 0
-    cheap_weight: SomeShare = 0.75
+    zero_computation: Natural = 0
+    zero_computation_weight: SomeShare = 0.75
     over_layers: Literal["sum", "mean"] = "sum"
     name: str = "balance"
 
@@ -68,27 +63,41 @@ class BalanceLoss(RouterLoss):
         check_one_of("BalanceLoss", self, counts=("raw", "made", None), choices=("all", "first"))
         if self.devices is not None and self.devices < 1:
             raise ValueError(f"BalanceLoss.devices={self.devices} must be at least 1, or None")
-        if self.cheap < 0 or not 0 < self.cheap_weight <= 1:
+        if self.zero_computation < 0 or not 0 < self.zero_computation_weight <= 1:
             raise ValueError(
-                f"BalanceLoss.cheap={self.cheap}, cheap_weight={self.cheap_weight}: a number of "
-                "experts, and a weight above 0 and at most 1"
+                f"BalanceLoss.zero_computation={self.zero_computation}, zero_computation_weight="
+                f"{self.zero_computation_weight}: a number of experts, and a weight above 0 and at "
+                "most 1"
             )
-        if self.cheap and self.devices is not None:
-            raise ValueError("BalanceLoss.cheap and devices exclude each other")
+        if self.zero_computation and self.devices is not None:
+            raise ValueError("BalanceLoss.zero_computation and devices exclude each other")
+
+    @property
+    def uses_global_batch(self):
+        return self.scope == "global"
+
+    def check_layer(self, zero_computation):
+        if self.zero_computation not in (0, zero_computation):
+            raise ValueError(
+                f"BalanceLoss.zero_computation={self.zero_computation}, but the layer has "
+                f"{zero_computation} of them (zero + copy + constant of a ZeroCopyConstant in "
+                "MoELayer.companions: 4 unless set)"
+            )
 
     def batch_sums(self, routing, inputs):
         counted = self._counted(routing, inputs)
         if self.scope != "global" or counted is routing.decision:
             return {}
-        return {f"{self.name}.counted": choices_GE(counted).sum(0)}
+        return {"counted": choices_GE(counted).sum(0)}
 
     def __call__(self, routing, inputs, stats):
         score_GTE = require_scores(routing, self.name)
         counted = self._counted(routing, inputs)
         if self.scope == "global":
-            whole = stats if inputs.global_batch is None else inputs.global_batch.stats
+            global_batch = inputs.context.global_batch
+            whole = stats if global_batch is None else global_batch.stats
             same = counted is routing.decision
-            count_E = whole.count_E if same else whole.batch_sums[f"{self.name}.counted"]
+            count_E = whole.count_E if same else whole.batch_sums[self.owner]["counted"]
             score_E = global_batch_sum(stats, inputs, lambda stats: stats.score_sum_E)
             return self._balance(count_E, score_E)
         score_GTE = jnp.where(inputs.valid_GT[..., None], score_GTE, 0)
@@ -118,8 +127,9 @@ class BalanceLoss(RouterLoss):
         tokens = jax.lax.stop_gradient(score_sum_E.sum())
         mean_E = score_sum_E / jnp.where(tokens > 0, tokens, 1.0)
         experts = count_E.shape[0]
-        is_cheap_E = jnp.arange(experts) >= experts - self.cheap
-        return experts * jnp.sum(jnp.where(is_cheap_E, self.cheap_weight, 1) * share_E * mean_E)
+        is_free_E = jnp.arange(experts) >= experts - self.zero_computation
+        weight_E = jnp.where(is_free_E, self.zero_computation_weight, 1)
+        return experts * jnp.sum(weight_E * share_E * mean_E)
 
     def _by_device(self, sum_E):
         """Sums of the experts that share a device, where the loss is on devices."""
@@ -228,11 +238,15 @@ class ImportanceLoss(RouterLoss):
     def __post_init__(self):
         check_one_of("ImportanceLoss", self, of=("gates", "scores"), scope=("global", "group"))
 
+    @property
+    def uses_global_batch(self):
+        return self.scope == "global"
+
     def batch_sums(self, routing, inputs):
         if self.of == "scores" or self.scope == "group":
             return {}
         gate_GTE = jnp.where(inputs.valid_GT[..., None], gates_GTE(routing.decision), 0)
-        return {self.name: gate_GTE.sum((0, 1))}
+        return {"gates": gate_GTE.sum((0, 1))}
 
     def __call__(self, routing, inputs, stats):
         if self.scope == "group":
@@ -243,9 +257,8 @@ class ImportanceLoss(RouterLoss):
         if self.of == "scores":
             require_scores(routing, self.name)
             return cv_squared(global_batch_sum(stats, inputs, lambda stats: stats.score_sum_E))
-        return cv_squared(
-            global_batch_sum(stats, inputs, lambda stats: stats.batch_sums[self.name])
-        )
+        sum_E = global_batch_sum(stats, inputs, lambda s: s.batch_sums[self.owner]["gates"])
+        return cv_squared(sum_E)
 
 
 @gin.configurable
@@ -267,6 +280,10 @@ class LoadLoss(RouterLoss):
     def __post_init__(self):
         check_one_of("LoadLoss", self, scope=("global", "group"))
 
+    @property
+    def uses_global_batch(self):
+        return self.scope == "global"
+
     def batch_sums(self, routing, inputs):
         if routing.load_GTE is None:
             raise ValueError(
@@ -275,14 +292,13 @@ class LoadLoss(RouterLoss):
             )
         if self.scope == "group":
             return {}
-        return {self.name: jnp.where(inputs.valid_GT[..., None], routing.load_GTE, 0).sum((0, 1))}
+        return {"load": jnp.where(inputs.valid_GT[..., None], routing.load_GTE, 0).sum((0, 1))}
 
     def __call__(self, routing, inputs, stats):
         if self.scope == "group":
             return cv_squared_of_groups(routing.load_GTE, inputs)
-        return cv_squared(
-            global_batch_sum(stats, inputs, lambda stats: stats.batch_sums[self.name])
-        )
+        sum_E = global_batch_sum(stats, inputs, lambda s: s.batch_sums[self.owner]["load"])
+        return cv_squared(sum_E)
 
 
 def cv_squared_of_groups(value_GTE, inputs: RouterInputs) -> jax.Array:

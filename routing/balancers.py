@@ -22,7 +22,7 @@ class StepState(nnx.Module):
 
 
 class Balancer(StepState):
-    """Abstract: a memory whose bias enters selection, never the gates."""
+    """Abstract: router state whose bias enters selection, never the gates."""
 
     bias_E: nnx.Variable
 
@@ -100,8 +100,9 @@ class QuantileBalancer(Balancer):
         }
 
     def update(self, stats: RouterStats) -> None:
-        groups, old_E = stats.batch_sums["groups"], self.bias_E[...]
-        found_E = -stats.batch_sums["bar"] / jnp.maximum(groups, 1)
+        sums, old_E = stats.batch_sums["router"], self.bias_E[...]
+        groups = sums["groups"]
+        found_E = -sums["bar"] / jnp.maximum(groups, 1)
         new_E = self.decay * old_E + (1 - self.decay) * (found_E - found_E.mean())
         self.bias_E[...] = jnp.where(groups > 0, new_E, old_E)
 

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from routing.inputs import RouterInputs
 from routing.ranges import Count, Positive
-from routing.records import RouterInputs, TokenChoice
+from routing.records import TokenChoice
 
 
 def slots_per_expert(
@@ -161,7 +162,7 @@ class Capacity:
         if self.priority == "random" and inputs.train:
             tokens = inputs.valid_GT.shape[1]
             draw = jax.vmap(lambda key: jax.random.uniform(key, (tokens,)))
-            return jnp.argsort(draw(inputs.keys_G(purpose=1)), axis=1)
+            return jnp.argsort(draw(inputs.keys_G("priority")), axis=1)
         return None
 
 

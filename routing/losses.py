@@ -1,8 +1,8 @@
 """Losses on a routing decision, as values: a new loss touches no router.
 
 Every loss is a mean over valid tokens, unscaled; `coefficient` scales it in the objective. In a
-micro-batch, `inputs.global_batch` holds the statistics of the whole optimizer step, so that a loss
-on the global batch and its gradient are the same for any number of micro-batches.
+micro-batch, `inputs.context.global_batch` holds the statistics of the whole optimizer step, so that
+a loss on the global batch and its gradient are the same for any number of micro-batches.
 
 G groups, T tokens per group, E experts.
 """
@@ -15,8 +15,9 @@ import gin
 import jax
 import jax.numpy as jnp
 
+from routing.inputs import RouterInputs
 from routing.ranges import NonNegative, Real
-from routing.records import RouterInputs, RouterStats, Routing
+from routing.records import RouterStats, Routing
 
 
 class RouterLoss(abc.ABC):
@@ -36,11 +37,20 @@ class RouterLoss(abc.ABC):
     @property
     def uses_global_batch(self) -> bool:
         """Whether the loss needs the statistics of all micro-batches together."""
-        return getattr(self, "scope", None) == "global"
+        return False
+
+    @property
+    def owner(self) -> str:
+        """The key of the loss's own sums in `stats.batch_sums`."""
+        return f"loss/{self.name}"
 
     def batch_sums(self, routing: Routing, inputs: RouterInputs) -> dict[str, jax.Array]:
-        """Sums over valid tokens, by name, that the loss finds in `stats.batch_sums`."""
+        """Sums over valid tokens by name; later found in `stats.batch_sums[self.owner]`."""
         return {}
+
+    def check_layer(self, zero_computation: int) -> None:
+        """Raise ValueError where the loss doesn't fit a layer with so many such experts."""
+        assert zero_computation >= 0
 
     @abc.abstractmethod
     def __call__(self, routing: Routing, inputs: RouterInputs, stats: RouterStats) -> jax.Array:
@@ -48,16 +58,17 @@ class RouterLoss(abc.ABC):
 
 
 def global_batch_sum(stats: RouterStats, inputs: RouterInputs, read) -> jax.Array:
-    """A sum over the whole optimizer step, with the gradient of this micro-batch's part of it.
+    """A sum over the global batch whose gradient flows through this micro-batch alone.
 
-    The parts' losses are weighted with their share of the tokens and added, so that each part's
-    gradient is divided by its share here.
+    read: the sum, from statistics. Micro-batch losses are later weighted by their share of the
+    tokens; dividing the gradient by it here cancels that weight.
     """
-    own = read(stats)
-    if inputs.global_batch is None:
-        return own
-    whole = jax.lax.stop_gradient(read(inputs.global_batch.stats))
-    return whole + (own - jax.lax.stop_gradient(own)) / inputs.global_batch.share
+    local = read(stats)
+    global_batch = inputs.context.global_batch
+    if global_batch is None:
+        return local
+    whole = jax.lax.stop_gradient(read(global_batch.stats))
+    return whole + (local - jax.lax.stop_gradient(local)) / global_batch.share
 
 
 def token_weighted(value_N, tokens_N) -> jax.Array:

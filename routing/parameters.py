@@ -1,13 +1,13 @@
 """Parameters that know their logical axes and how they start, and one function that starts them.
 
-A module declares `parameter(shape, axes, init)`; `initialize(module, seed)` fills it. Values derive
-from (seed, path, layer, expert) alone: not from the mesh, not from the order of construction, not
-from how layers are stacked for the scan.
+A module declares `parameter(shape, axes, init, role=...)`; `initialize(module, seed)` fills it.
+Values derive from (seed, path, layer, expert) alone: not from the mesh, not from the order of
+construction, not from how layers are stacked for the scan.
 """
 
 from collections.abc import Callable
 import math
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 import zlib
 
 from flax import nnx
@@ -16,6 +16,20 @@ import jax.numpy as jnp
 
 M = TypeVar("M", bound=nnx.Module)
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+# What a parameter is for: FLOPs, weight decay, Muon and gradient norms go by it, never by names.
+Role = Literal[
+    "attention",
+    "companion",
+    "embedding",
+    "expert",
+    "feed_forward",
+    "head",
+    "latent",
+    "norm",
+    "position",
+    "router",
+]
+ROLES = get_args(Role)
 # Axes along which every index gets its own key.
 KEYED_AXES = ("layer", "expert")
 
@@ -45,10 +59,19 @@ class RouterState(_Filled):
     """What a router remembers outside its parameters: the optimizer never touches it."""
 
 
-def parameter(shape: tuple[int, ...], axes: tuple[str | None, ...], init: Init) -> nnx.Param:
-    """A float32 parameter, without values until `initialize`; one logical axis per dimension."""
+def parameter(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], init: Init, *, role: Role
+) -> nnx.Param:
+    """A float32 parameter, without values until `initialize`; one logical axis per dimension.
+
+    Raises:
+        ValueError: a role that is none of `ROLES`.
+    """
     assert len(shape) == len(axes), (shape, axes)
-    return Parameter(jnp.zeros(shape, jnp.float32), axes=axes, init=init, filled=False)
+    if role not in ROLES:
+        raise ValueError(f"parameter(role={role!r}): one of {', '.join(ROLES)}")
+    values = jnp.zeros(shape, jnp.float32)
+    return Parameter(values, axes=axes, init=init, role=role, filled=False)
 
 
 def router_state(shape: tuple[int, ...], dtype, axes: tuple[str | None, ...], init: Init):

@@ -7,19 +7,16 @@ E experts, K experts per token, C slots per expert, S soft slots per expert (seg
 an ExpertMerge), V vocabulary.
 """
 
-from collections.abc import Iterator
 import dataclasses
 import enum
 import functools
-import typing
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
-import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
-PIECE = 1 << 22  # tokens that are counted at a time, in int64
+from routing.training_text import TrainingText
 
 
 class Causality(enum.Enum):
@@ -28,54 +25,6 @@ class Causality(enum.Enum):
     CAUSAL = "causal"
     CAUSAL_AT_EVALUATION = "causal at evaluation only"
     NEVER = "not causal"
-
-
-@typing.runtime_checkable
-class TokenSequence(typing.Protocol):
-    """Token ids in order: an array (N,), or files that are read where they are sliced."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, where: slice, /) -> np.ndarray: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingText:
-    """What routers may count in the training text before they start: its tokens in order (N,)."""
-
-    token_N: TokenSequence
-    vocab_size: int
-
-    def _pieces(self) -> Iterator[np.ndarray]:
-        """The tokens in pieces, each from the last token before it on; a whole file is large."""
-        for start in range(0, len(self.token_N) - 1, PIECE):
-            yield self.token_N[start : start + PIECE + 1]
-
-    @functools.cached_property
-    def count_V(self) -> np.ndarray:
-        """How often each token id occurs: int64."""
-        count_V = np.zeros(self.vocab_size, np.int64)
-        for token_N in self._pieces():
-            count_V += np.bincount(token_N[1:], minlength=self.vocab_size)
-        count_V[self.token_N[:1]] += 1
-        return count_V
-
-    @functools.cached_property
-    def next_V(self) -> np.ndarray:
-        """The id that follows each id most often (ties: the lowest); a bigram model's guess."""
-        pair_P, count_P = np.zeros((2, 0), np.int64)
-        for token_N in self._pieces():
-            pair_N = token_N[:-1].astype(np.int64) * self.vocab_size + token_N[1:]
-            found_P, found_count_P = np.unique(pair_N, return_counts=True)
-            both_P, place_P = np.unique(np.concatenate([pair_P, found_P]), return_inverse=True)
-            both_count_P = np.concatenate([count_P, found_count_P])
-            pair_P, count_P = both_P, np.bincount(place_P, both_count_P).astype(np.int64)
-        first_P = np.lexsort((pair_P, -count_P, pair_P // self.vocab_size))
-        before_P = pair_P[first_P] // self.vocab_size
-        seen, place = np.unique(before_P, return_index=True)
-        next_V = np.zeros(self.vocab_size, np.int32)
-        next_V[seen] = pair_P[first_P][place] % self.vocab_size
-        return next_V
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +50,8 @@ class RouterStats(nnx.Pytree):
     """Sums over valid tokens: they add up over micro-batches and devices. Padding never counts.
 
     count_E is what the router chose, kept_E what was left after capacity; both count assignments.
-    batch_sums holds, by name, further sums that this router's losses and balancers asked for.
+    batch_sums holds further sums, by owner and then by name: those of "router" (its `Routing`), of
+    "loss/<name>" and of "companion/<name>".
     """
 
     token_count: Int[Array, "*L"] = nnx.data()
@@ -110,7 +60,7 @@ class RouterStats(nnx.Pytree):
     score_sum_E: Float[Array, "*L E"] = nnx.data()
     entropy_sum: Float[Array, "*L"] = nnx.data()
     logit_square_sum: Float[Array, "*L"] = nnx.data()
-    batch_sums: dict[str, Array] = nnx.data(default_factory=dict)
+    batch_sums: dict[str, dict[str, Array]] = nnx.data(default_factory=dict)
 
 
 @nnx.dataclass
@@ -119,35 +69,6 @@ class GlobalBatch(nnx.Pytree):
 
     stats: RouterStats = nnx.data()
     share: Float[Array, "*L"] = nnx.data()
-
-
-@nnx.dataclass
-class RouterInputs(nnx.Pytree):
-    """x_GTD is clean (padding is zero, no noise); valid_GT is True for a real token.
-
-    index_G numbers the groups of the whole optimizer step, so that random draws depend on neither
-    the mesh nor the number of micro-batches; key already names seed, step and layer.
-    logits_before_GTE are the router's logits in the sparse layer before, zero in the first, where
-    the router `reads_logits_before`. A group is so many sequences, one after the other; segment_GT
-    numbers the documents inside each, from 1, and is 0 for padding.
-    """
-
-    x_GTD: Float[Array, "G T D"] = nnx.data()
-    valid_GT: Bool[Array, "G T"] = nnx.data()
-    token_id_GT: Int[Array, "G T"] = nnx.data()
-    position_GT: Int[Array, "G T"] = nnx.data()
-    index_G: Int[Array, " G"] = nnx.data()
-    key: Key[Array, ""] = nnx.data()
-    train: bool = nnx.static()
-    global_batch: GlobalBatch | None = nnx.data(default=None)
-    logits_before_GTE: Float[Array, "G T E"] | None = nnx.data(default=None)
-    segment_GT: Int[Array, "G T"] | None = nnx.data(default=None)
-    sequences: int = nnx.static(default=1)
-
-    def keys_G(self, purpose: int) -> Key[Array, " G"]:
-        """One key per group for one purpose (jitter, sampling, ...)."""
-        key = jax.random.fold_in(self.key, purpose)
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, self.index_G)
 
 
 @nnx.dataclass
@@ -242,7 +163,7 @@ class RouterOutput(nnx.Pytree):
     """A decision, its losses (unscaled, by name), their scaled sum, and its statistics.
 
     For a whole model everything is stacked over its sparse layers; a step keeps no decision.
-    logits_GTE are on their way to the next sparse layer, where the router `reads_logits_before`.
+    logits_GTE are on their way to the next sparse layer, where the router `reads_previous_logits`.
     """
 
     decision: Decision | None = nnx.data()

@@ -15,11 +15,11 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.records import (
     Causality,
     ExpertChoice,
-    RouterInputs,
     RouterOutput,
     RouterStats,
     Routing,
@@ -41,6 +41,7 @@ class Router(nnx.Module):
         balanced: whether every expert gets the same load by construction.
         whole_sequences: whether a group has to be one sequence (it mixes the tokens of a group).
         repeats_experts: whether a token may name one expert several times.
+        unit_gates: whether every gate is 1, so that experts may leave them out.
         decoding: how it decides when text is generated one token at a time, in a few words.
     """
 
@@ -50,6 +51,7 @@ class Router(nnx.Module):
     balanced: bool = False
     whole_sequences: bool = False
     repeats_experts: bool = False
+    unit_gates: bool = False
     decoding: str
 
     num_experts: int
@@ -57,12 +59,12 @@ class Router(nnx.Module):
     sparse_layers: int = 1  # of the model; the layer that the router stands in sets it
     # Whether `route` itself reads the statistics of the whole step, which micro-batches then need.
     reads_global_batch: bool = False
-    # Whether `route` reads the logits of the sparse layer before: `inputs.logits_before_GTE`.
-    reads_logits_before: bool = False
+    # Whether `route` reads the logits of the sparse layer before: `inputs.context.previous_logits`.
+    reads_previous_logits: bool = False
     # How many experts work on a token in the mean, where a decision has room for more choices.
     experts_per_token: float | None = None
     # Names and weights of the losses that the objective completes, for routers with a policy.
-    completed: tuple[tuple[str, float], ...] = ()
+    policy_losses: tuple[tuple[str, float], ...] = ()
 
     @abc.abstractmethod
     def route(self, inputs: RouterInputs) -> Routing:
@@ -81,12 +83,13 @@ class Router(nnx.Module):
             check_names(self.losses)
             stats = statistics(routing, inputs, self.num_experts)
             for loss in self.losses:
-                stats.batch_sums.update(loss.batch_sums(routing, inputs))
+                if own := loss.batch_sums(routing, inputs):
+                    stats.batch_sums[loss.owner] = own
             losses = {loss.name: loss(routing, inputs, stats) for loss in self.losses}
             auxiliary_loss = sum(
                 (self.weight_of(loss) * losses[loss.name] for loss in self.losses), jnp.float32(0)
             )
-        logits_GTE = routing.logits_GTE if self.reads_logits_before else None
+        logits_GTE = routing.logits_GTE if self.reads_previous_logits else None
         return RouterOutput(
             routing.decision, losses, auxiliary_loss, stats, routing.policy, logits_GTE
         )
@@ -102,6 +105,19 @@ class Router(nnx.Module):
     def needs_global_batch(self) -> bool:
         """Whether micro-batches must all run forward before the first gradient."""
         return self.reads_global_batch or any(loss.uses_global_batch for loss in self.losses)
+
+
+class DepthRouter(Router):
+    """Abstract: decides which tokens go through a block at all, the one expert there is.
+
+    In training `route` returns an ExpertChoice of ceil(capacity * T) tokens in the order of their
+    positions, at evaluation a TokenChoice that keeps the tokens that go through.
+
+    Attributes:
+        capacity: share of the tokens that go through in training.
+    """
+
+    capacity: float
 
 
 def strike_padding(routing: Routing, inputs: RouterInputs) -> Routing:
@@ -146,7 +162,7 @@ def statistics(routing: Routing, inputs: RouterInputs, num_experts: int) -> Rout
         score_sum_E=score_sum_E,
         entropy_sum=entropy_sum,
         logit_square_sum=logit_square_sum,
-        batch_sums=dict(routing.batch_sums),
+        batch_sums={"router": dict(routing.batch_sums)} if routing.batch_sums else {},
     )
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from layers.dispatch import OneHotEinsum, SlotGather, Sorted, as_soft_slots
+from layers.experts.default_vectors import DefaultVectors
 from layers.experts.neurons import NeuronExperts
 from layers.experts.segmented import SegmentedExperts
-from layers.experts.zero_computation import DefaultVectors, ZeroCopyConstant
+from layers.experts.zero_computation import ZeroCopyConstant
 from layers.moe_layer import MoELayer
 from layers.stack import rematerialised
-from layers.tokens import Tokens
 from moe.conformance.properties import run_layer
 from moe.model import functional
 from routing import (
@@ -60,6 +60,7 @@ from routing import (
     ZLoss,
     initialize,
 )
+from routing.inputs import Tokens
 from routing.solvers.hash_tables import BalancedTable
 
 B, T, D, E, F, V = 24, 11, 8, 4, 8, 13
@@ -115,30 +116,30 @@ ROUTERS = {
         TopK,
         k=2,
         residual=True,
-        losses=(BalanceLoss(cheap=4), *LOSSES[1:]),
+        losses=(BalanceLoss(zero_computation=4), *LOSSES[1:]),
         learned=("weight_DE", "residual_EE"),
-        layer={"cheap_experts": ZeroCopyConstant},
+        layer={"companions": (ZeroCopyConstant,)},
     ),
     "default_moe": row(
         TopK,
         k=2,
         keep_rest=True,
         losses=LOSSES,
-        state=("defaults.mean_ED",),
-        layer={"default_vectors": DefaultVectors},
+        state=("default_vectors.mean_ED",),
+        layer={"companions": (DefaultVectors,)},
     ),
     "peer": row(
         ProductKeys,
         heads=2,
         k=2,
         learned=("query_DHXQ", "key_QXN"),
-        layer={"neurons": NeuronExperts},
+        layer={"experts": NeuronExperts},
     ),
     "multi_hash": row(
         MultiHash,
         learned=(),
         state=("table_NV",),
-        layer={"segmented": SegmentedExperts, "activation": "relu"},
+        layer={"experts": SegmentedExperts, "activation": "relu"},
     ),
     "groups": row(TopK, k=2, expert_groups=2, groups_per_token=1, orthogonal=True, losses=LOSSES),
     "noisy": row(NoisyTopK, k=2, learned=("weight_DE", "noise_DE")),
@@ -225,8 +226,8 @@ def values_of(name):
     layer = initialize(MoELayer(D, V, row.make, E, F, **row.layer), 3)
     if getattr(layer.router, "balancer", None) is not None:
         layer.router.balancer.bias_E.set_value(jnp.linspace(-0.1, 0.1, E))
-    if layer.defaults is not None:
-        layer.defaults.mean_ED.set_value(jnp.asarray(draw(4, E, D)))
+    if DefaultVectors.name in layer.companion_names:
+        layer.default_vectors.mean_ED.set_value(jnp.asarray(draw(4, E, D)))
     return functional.split(layer)[1:]
 
 

@@ -51,8 +51,8 @@ MISTAKES = {
         ("Sorted.buffer", "above 0 or None, got 0.0"),
     ),
     "dropout without slots": (
-        ("MoELayer.dispatcher = @Sorted()", "MoELayer.expert_dropout = 0.4"),
-        ("MoELayer.dispatcher = @Sorted()", "expert_dropout", "@SlotGather()"),
+        ("MoELayer.dispatcher = @Sorted()", "FeedForwardExperts.dropout = 0.4"),
+        ("MoELayer.dispatcher = @Sorted()", "FeedForwardExperts", "@SlotGather()"),
     ),
     "micro-batches": (("train.accumulate = 3",), ("batch_size=4", "accumulate=3")),
     "a router that sees the future": (

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from layers.moe_layer import MoELayer
-from layers.tokens import Tokens
 from moe.model import functional
 from moe.model.transformer import Transformer
 from routing import Sizes, Switch, TopK, initialize
+from routing.inputs import Tokens
 
 IDS = np.random.default_rng(0).integers(0, 11, (2, 6))
 

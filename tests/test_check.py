@@ -30,7 +30,7 @@ class Broken(Router):
     def __init__(self, sizes):
         self.num_experts, self.losses = sizes.num_experts, ()
         shape = (sizes.d_model, sizes.num_experts)
-        self.weight_DE = parameter(shape, ("embed", None), truncated_normal())
+        self.weight_DE = parameter(shape, ("embed", None), truncated_normal(), role="router")
 
     def route(self, inputs):
         x_GTD, wrong = inputs.x_GTD, self.wrong
@@ -97,7 +97,7 @@ def test_the_guides_router_passes_within_a_minute(tmp_path, monkeypatch, capsys)
     """The file of the guide, as a user would save and check it; it has some forty lines."""
     monkeypatch.chdir(tmp_path)
     guide = GUIDE.read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    code = re.search(r"```python\n(.*?)```", guide, re.DOTALL)[1]
     assert code.count("\n") <= 45
     Path("my_router.py").write_text(code)
     started = time.monotonic()

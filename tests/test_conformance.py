@@ -440,7 +440,7 @@ def moved(dispatcher, slow):
             inputs = RouterInputs(x_GTD, valid_T[None], ids, ids, index, key, True)
             fitted = Capacity(None).fit(decision, inputs)
             experts = graph.merge(every | params, state).experts
-            y_EGCD = experts(dispatcher.dispatch(x_GTD, fitted))
+            y_EGCD = experts.on_rows(dispatcher.dispatch(x_GTD, fitted))
             y_TD = dispatcher.combine(y_EGCD, fitted)[0]
         return jnp.sum(jnp.where(valid_T[:, None], y_TD * weight_TD, 0)), y_TD
 

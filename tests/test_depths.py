@@ -11,10 +11,10 @@ import pytest
 import test_flops
 from test_flops import built
 
+from layers.attention import Attention
 from layers.experts.feed_forward import hidden_width
 from layers.mixture_of_depths import DepthBlock
 from layers.moe_layer import MoELayer
-from layers.tokens import Tokens
 from moe.model import functional
 from moe.model.transformer import Transformer
 from routing import (
@@ -26,6 +26,7 @@ from routing import (
     TopK,
     initialize,
 )
+from routing.inputs import Tokens
 
 B, T, D, V = 4, 16, 16, 11
 
@@ -39,7 +40,7 @@ def router_of(given, dtype, **options):
 class Toy:
     """The example's block adds tanh(x) and the mean of all tokens that go through."""
 
-    is_moe, router = False, None
+    is_moe, router, attention = False, None, Attention(4, num_heads=1)
 
     def added(self, x_BCD, tokens):
         real = (tokens.segment_BT > 0)[..., None]
@@ -103,7 +104,7 @@ def test_the_predictor(dtype):
     router.guess_bias.set_value(jnp.asarray(0.0, dtype))
     output = router(inputs_of(x_TD, dtype))
     same(output.losses["guess"], told["predictor_bce"], dtype)
-    assert int(output.stats.batch_sums["guessed"]) / 8 == told["predictor_accuracy"]
+    assert int(output.stats.batch_sums["router"]["guessed"]) / 8 == told["predictor_accuracy"]
     later = router(inputs_of(x_TD, dtype, train=False)).decision
     np.testing.assert_array_equal(later.keep_GTK[0, :, 0], told["predictor_decisions"])
     # It changes nothing but itself.

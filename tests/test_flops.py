@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from layers.attention import Attention
+from layers.experts.shared import SharedExpert
 from layers.experts.zero_computation import ZeroCopyConstant
 from layers.moe_layer import MoELayer
-from layers.tokens import Tokens
 from moe.machine import hardware
 from moe.model.transformer import Transformer
 from moe.training.abstract_model import Vocabulary, abstract_model
@@ -24,6 +24,7 @@ from routing import (
     Switch,
     TopK,
 )
+from routing.inputs import Tokens
 
 D, L, H, T, V, E, F = 64, 2, 2, 32, 50, 4, 96
 ATTENTION = 4 * D * D  # query, key, value, out
@@ -56,7 +57,7 @@ def test_a_token_choice_model_by_hand():
 
 
 def test_shared_experts_are_always_active():
-    costs = built(functools.partial(TopK, k=2), shared_experts=1).costs
+    costs = built(functools.partial(TopK, k=2), companions=(SharedExpert,)).costs
     assert costs.parameters_active == V * D + NORMS + L * (ATTENTION + D * E + 3 * 3 * D * F)
     assert costs.flops_per_token == by_hand(2, D * E, shared=1)
 
@@ -93,7 +94,7 @@ def test_a_router_whose_choices_may_be_any_number_costs_those_it_aims_at(router,
 
 
 @pytest.mark.parametrize(
-    ("router", "cheap", "experts"),
+    ("router", "companion", "experts"),
     [
         # MoE++: tau = 3/4, so that of 2 choices 3/4 E go to an expert for every 4 that don't.
         (functools.partial(TopK, k=2), ZeroCopyConstant, 2 * 0.75 * E / (0.75 * E + 4)),
@@ -106,8 +107,8 @@ def test_a_router_whose_choices_may_be_any_number_costs_those_it_aims_at(router,
     ],
     ids=["moe_plus_plus", "mode_integrated"],
 )
-def test_choices_of_nothing_and_of_copies_cost_no_expert(router, cheap, experts):
-    costs = built(router, cheap_experts=cheap).costs
+def test_choices_of_nothing_and_of_copies_cost_no_expert(router, companion, experts):
+    costs = built(router, companions=(companion,)).costs
     assert costs.experts_per_token == pytest.approx(experts)
     assert costs.flops_per_assignment == 6 * 3 * D * F
     assert costs.flops_per_token == costs.flops_with(experts)

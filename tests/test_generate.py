@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from tiny import Runs, environment, quick
 
-from layers.tokens import Tokens
 from moe.cli import config
 from moe.cli import main as cli
 from moe.cli.eval import evaluate_run
@@ -21,6 +20,7 @@ from moe.errors import UserError
 from moe.inference.generate import Sampling, generate, nucleus
 from moe.runs.restore import restore_run
 from moe.runs.storage import checkpoint
+from routing.inputs import Tokens
 
 TEXT = "the quick brown fox jumps over the lazy dog. "
 LOGITS = jnp.log(jnp.array([[0.1, 0.4, 0.05, 0.3, 0.15], [0.7, 0.05, 0.05, 0.1, 0.1]]))

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from layers.dispatch import OneHotEinsum, as_soft_slots
-from layers.experts.feed_forward import Experts
+from layers.experts.base import LayerSizes, Routed
+from layers.experts.default_vectors import DefaultVectors
+from layers.experts.feed_forward_experts import FeedForwardExperts
 from layers.experts.segmented import SegmentedExperts
-from layers.experts.zero_computation import DefaultVectors, ZeroCopyConstant
+from layers.experts.zero_computation import ZeroCopyConstant
 from routing import (
     BASE,
     BalanceLoss,
@@ -88,7 +90,7 @@ def test_noisy_top_k_gradients(loss, name, dtype):
         router = noisy(given, dtype, weight=weight_DE, noise=noise_DE)
         routing = router.with_noise(inputs.x_GTD, draw_GTE)
         nothing = jnp.zeros((), dtype)
-        own = loss.batch_sums(routing, inputs)
+        own = {loss.owner: loss.batch_sums(routing, inputs)}
         stats = RouterStats(*[jnp.int32(0)] * 3, nothing, nothing, nothing, own)
         return loss(routing, inputs, stats)
 
@@ -397,7 +399,7 @@ def test_remoe(dtype):
     # The file averages over tokens and experts, the paper (eq. 9) sums over the experts.
     experts = example["E"]
     same(routing.terms["sparsity"].mean() / experts, expected["L_reg_lb"] / experts, dtype)
-    np.testing.assert_array_equal(output.stats.batch_sums["active"], [2, 2, 2, 1])
+    np.testing.assert_array_equal(output.stats.batch_sums["router"]["active"], [2, 2, 2, 1])
     router.penalty.weight.set_value(jnp.asarray(example["lambda0"], dtype))
     router.penalty.update(output.stats)
     # Target 1 - 1/4, found 5/12: too dense, so lambda grows.
@@ -416,7 +418,7 @@ def test_merged_experts(case, dtype):
     given, told = golden("17_other_routers")
     example = given["smear"] if case == "smear" else told["smear_relu"]
     expected = told["smear"]["y"] if case == "smear" else told["smear_relu"]["y_merged"]
-    experts = Experts(2, 2, 4, "relu")
+    experts = FeedForwardExperts(LayerSizes(2, 2, 4, "relu"))
     # relu(x) - relu(-x) = x: four hidden units make a linear expert of two.
     weight_EDF = np.asarray(example["experts"])
     both = np.concatenate([weight_EDF, -weight_EDF if case == "smear" else 0 * weight_EDF], 2)
@@ -458,16 +460,16 @@ def test_global_balance_is_one_where_each_micro_batch_is_pure(dtype):
 def test_moe_plus_plus_constant_expert(dtype):
     given, told = golden("17_other_routers")
     example, expected = given["moepp_const"], told["moepp_const"]
-    cheap = ZeroCopyConstant(2, zero=1, copy=1, constant=1)
-    cheap.mix_DMX.set_value(jnp.asarray(example["Wc"], dtype)[:, None])
-    cheap.vector_MD.set_value(jnp.asarray(example["v"], dtype)[None])
+    companion = ZeroCopyConstant(LayerSizes(2, 2, 4), zero=1, copy=1, constant=1)
+    companion.mix_DMX.set_value(jnp.asarray(example["Wc"], dtype)[:, None])
+    companion.vector_MD.set_value(jnp.asarray(example["v"], dtype)[None])
     x_GTD = jnp.asarray(example["x"], dtype)[None, None]
     for weight_N, expected_D in (
         ([0.0, 0.0, 1.0], expected["y"]),
         ([1.0, 0.0, 0.0], [0.0, 0.0]),
         ([0.3, 0.5, 0.0], 0.5 * np.asarray(example["x"])),
     ):
-        y_GTD = cheap(x_GTD, jnp.asarray(weight_N, dtype)[None, None])
+        y_GTD = companion.weighted_sum(x_GTD, jnp.asarray(weight_N, dtype)[None, None])
         same(y_GTD[0, 0], expected_D, dtype)
 
 
@@ -480,13 +482,18 @@ def test_default_moe(dtype):
     decision = router(inputs).decision
     np.testing.assert_array_equal(decision.expert_GTK[0, 0], example["active"])
     same(decision.unchosen_gate_GTE[0, 0], [0.0, *gates_E[1:]], dtype)
-    defaults = DefaultVectors(3, 2, decay=0.9)
+    defaults = DefaultVectors(LayerSizes(3, 2, 4), decay=0.9)
     defaults.mean_ED.set_value(jnp.asarray(example["ema_defaults"], dtype))
     active_D = jnp.asarray(example["expert_out_active"], dtype)
-    y_D = decision.gate_GTK[0, 0, 0] * active_D + defaults(decision.unchosen_gate_GTE, dtype)[0, 0]
+    added_GTD = defaults(Routed(inputs.x_GTD[..., :2], inputs, decision))
+    y_D = decision.gate_GTK[0, 0, 0] * active_D + added_GTD[0, 0]
     same(y_D, told["default_moe"]["y"], dtype)
     nothing, count_E = jnp.zeros((), dtype), jnp.array([2, 0, 0], jnp.int32)
-    own = {"expert_output": jnp.zeros((3, 2), dtype).at[0].set(2 * active_D)}
+    own = {
+        "companion/default_vectors": {
+            "expert_output": jnp.zeros((3, 2), dtype).at[0].set(2 * active_D)
+        }
+    }
     defaults.update(RouterStats(jnp.int32(2), count_E, count_E, nothing, nothing, nothing, own))
     expected_ED = np.asarray(example["ema_defaults"])
     expected_ED[0] = 0.9 * expected_ED[0] + 0.1 * np.asarray(example["expert_out_active"])
@@ -524,10 +531,10 @@ def test_multi_hash(dtype):
     inputs = inputs_of(x_TD, dtype)
     decision = router(inputs).decision
     np.testing.assert_array_equal(decision.expert_GTK[0, 0], example["hash_values"])
-    experts = SegmentedExperts(2, 2, 4, "relu", segments=2)
+    experts = SegmentedExperts(LayerSizes(2, 2, 4, "relu"), segments=2)
     experts.up_ENDF.set_value(jnp.asarray(up_ENDF, dtype))
     experts.down_ENFD.set_value(jnp.asarray(down_ENFD, dtype))
-    y_GTD = experts(inputs.x_GTD, decision, inputs, OneHotEinsum())
+    y_GTD, _ = experts(inputs.x_GTD, decision, inputs, OneHotEinsum())
     same(y_GTD[0, 0], told["multihash_output"], dtype)
 
 
@@ -539,15 +546,14 @@ def test_experts_that_are_copies_of_the_dense_layer(renormalise, dtype):
     router = TopK(Sizes(3, given["E"], 10), k=given["K"], renormalise=renormalise)
     logits_E = np.asarray(given["router_logits"])
     router.weight_DE.set_value(jnp.asarray(np.outer(x_D, logits_E) / (x_D @ x_D), dtype))
-    experts = Experts(given["E"], 3, 2, "relu")
+    experts = FeedForwardExperts(LayerSizes(given["E"], 3, 2, "relu"))
     for weight, name in ((experts.up_EDF, "W1"), (experts.down_EFD, "W2")):
         copies = np.broadcast_to(np.asarray(given[name]), (given["E"], *np.shape(given[name])))
         weight.set_value(jnp.asarray(copies, dtype))
     inputs = inputs_of([x_D], dtype)
     decision = Capacity(None).fit(router(inputs).decision, inputs)
     np.testing.assert_array_equal(decision.expert_GTK[0, 0], told["top2"])
-    mover = OneHotEinsum()
-    y_GTD = mover.combine(experts(mover.dispatch(inputs.x_GTD, decision)), decision)
+    y_GTD, _ = experts(inputs.x_GTD, decision, inputs, OneHotEinsum())
     expected = told["moe_out_normalised" if renormalise else "moe_out_unnormalised"]
     same(y_GTD[0, 0], expected, dtype)
     if not renormalise:

@@ -11,12 +11,14 @@ import pytest
 
 from layers.attention import Attention
 from layers.block import Block
-from layers.experts.feed_forward import ACTIVATIONS, GATED, Experts, FeedForward, hidden_width
+from layers.experts.base import LayerSizes
+from layers.experts.feed_forward import ACTIVATIONS, GATED, FeedForward, hidden_width
+from layers.experts.feed_forward_experts import FeedForwardExperts
 from layers.linear import linear
 from layers.norms import LayerNorm, RMSNorm
 from layers.positions import LearnedPositions, Rotary, alibi, alibi_slopes, sinusoidal
-from layers.tokens import Tokens
 from routing import initialize
+from routing.inputs import Tokens
 
 B, T, D, H = 2, 9, 16, 4
 
@@ -327,9 +329,9 @@ def test_feed_forward_and_experts_are_their_formula(activation):
     expected = FORMULAS[activation](up, gate) @ np.asarray(layer.down_FD[...])
     close(layer(put(x_BTD)), expected, atol=1e-5)
     # Experts are as many of them, each with its rows.
-    experts = initialize(Experts(3, D, 24, activation), 0)
+    experts = initialize(FeedForwardExperts(LayerSizes(3, D, 24, activation)), 0)
     x_EGND = draw(3, 2, 5, D)
-    found = experts(put(x_EGND))
+    found = experts.on_rows(put(x_EGND))
     for e in range(3):
         layer.up_DF.set_value(experts.up_EDF[...][e])
         layer.down_FD.set_value(experts.down_EFD[...][e])
@@ -344,7 +346,10 @@ def test_gated_kinds_have_the_parameters_of_plain_ones():
 
 
 def test_unknown_activations_are_refused():
-    for make in (functools.partial(FeedForward, D), functools.partial(Experts, 2, D, 8)):
+    def experts_of(activation):
+        return FeedForwardExperts(LayerSizes(2, D, 8, activation))
+
+    for make in (functools.partial(FeedForward, D), experts_of):
         with pytest.raises(ValueError, match="activation='tanh': one of swiglu"):
             make(activation="tanh")
 

@@ -112,7 +112,9 @@ def test_the_penalty_of_remoe_comes_back_from_zero():
         router.penalty.update(router(inputs()).stats)
     low = float(router.penalty.weight[...])
     assert low > 0
-    full = dataclasses.replace(router(inputs()).stats, batch_sums={"active": jnp.full(8, T)})
+    full = dataclasses.replace(
+        router(inputs()).stats, batch_sums={"router": {"active": jnp.full(8, T)}}
+    )
     for _ in range(10):
         router.penalty.update(full)
     assert float(router.penalty.weight[...]) > 5 * low

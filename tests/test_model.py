@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 
 from layers.attention import Attention
-from layers.experts.neurons import NeuronExperts
+from layers.dispatch import Sorted
+from layers.experts.default_vectors import DefaultVectors
+from layers.experts.feed_forward import feed_forward
+from layers.experts.feed_forward_experts import FeedForwardExperts
+from layers.experts.latent import LatentExperts
 from layers.experts.segmented import SegmentedExperts
-from layers.experts.zero_computation import DefaultVectors, ZeroCopyConstant
+from layers.experts.shared import SharedExpert
+from layers.experts.zero_computation import ZeroCopyConstant
 from layers.kernels.cross_entropy import cross_entropy_sum
 from layers.moe_layer import MoELayer
 from layers.norms import LayerNorm
-from layers.tokens import Tokens
 from moe.model import functional
 from moe.model.transformer import Transformer, runs_of_layers, sparse_layers
 from routing import (
@@ -30,6 +34,7 @@ from routing import (
     TopK,
     initialize,
 )
+from routing.inputs import Tokens
 
 B, T, V, D = 2, 6, 11, 16
 
@@ -273,12 +278,16 @@ def test_bfloat16_logits_are_summed_and_kept_in_float32():
 
 
 def test_shared_experts_add_what_every_token_uses():
-    with_shared = initialize(MoELayer(D, V, TopK, 4, 8, shared_experts=2), 0)
+    with_shared = initialize(
+        MoELayer(D, V, TopK, 4, 8, companions=(functools.partial(SharedExpert, count=2),)), 0
+    )
     without = initialize(MoELayer(D, V, TopK, 4, 8), 0)
     x_BTD = jnp.asarray(np.random.default_rng(0).standard_normal((B, T, D)), jnp.float32)
     y_BTD, plain_BTD = with_shared(x_BTD, tokens())[0], without(x_BTD, tokens())[0]
     assert with_shared.shared.up_DF.shape == (D, 16)
-    expected = plain_BTD + with_shared.shared(x_BTD)
+    shared = with_shared.shared
+    weights = shared.up_DF, shared.gate_DF, shared.down_FD
+    expected = plain_BTD + feed_forward(x_BTD, *weights, "swiglu")
     np.testing.assert_allclose(y_BTD, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -340,7 +349,7 @@ def test_a_decoder_refuses_a_router_that_sees_the_future(router):
         ({"moe": moe(functools.partial(TopK, k=1, gates="softmax_of_selected"))}, "starves"),
         ({"moe": moe(functools.partial(TopK, gates="hard"))}, "TopK.gates='hard': one of softmax"),
         ({"moe": moe(functools.partial(Switch, jitter=1.0))}, "Switch.jitter=1.0 must lie"),
-        ({"moe": moe(sequences_per_group=0)}, "sequences_per_group=0: at least 1"),
+        ({"moe": moe(sequences_per_group=0)}, "sequences_per_group=0 must be at least 1"),
         ({"moe": functools.partial(MoELayer, router=TopK, num_experts=0)}, "num_experts=0 must"),
         ({"moe": moe(activation="tanh")}, "activation='tanh'"),
         (
@@ -355,34 +364,49 @@ def test_a_decoder_refuses_a_router_that_sees_the_future(router):
             "set MoELayer.sequences_per_group = 1 (it is 2)",
         ),
         ({"moe": moe(MultiHash)}, "MultiHash may name one expert several times for a token"),
-        ({"moe": moe(segmented=SegmentedExperts)}, "is for MultiHash, whose gates are 1, not for"),
         (
-            {"moe": moe(MultiHash, segmented=SegmentedExperts, neurons=NeuronExperts)},
-            "exclude each other",
+            {"moe": moe(experts=SegmentedExperts, activation="relu")},
+            "SegmentedExperts leave gates out, so that the router's have to be 1, as MultiHash's",
         ),
         (
-            {"moe": moe(MultiHash, segmented=functools.partial(SegmentedExperts, segments=0))},
+            {"moe": moe(MultiHash, experts=functools.partial(SegmentedExperts, segments=0))},
             "MoELayer.activation='swiglu': one of gelu, relu, relu2",
         ),
         (
-            {"moe": moe(default_vectors=DefaultVectors, cheap_experts=ZeroCopyConstant)},
-            "leave neurons, segmented and cheap_experts out",
+            {"moe": moe(companions=(DefaultVectors, ZeroCopyConstant))},
+            "not beside ZeroCopyConstant",
+        ),
+        (
+            {"moe": moe(companions=(DefaultVectors,), experts=LatentExperts)},
+            "not beside LatentExperts",
+        ),
+        (
+            {"moe": moe(companions=(SharedExpert, SharedExpert))},
+            "MoELayer.companions has two of a kind: shared, shared",
+        ),
+        (
+            {"moe": moe(companions=(DefaultVectors,), eval_dispatcher=Sorted())},
+            "MoELayer.eval_dispatcher = @Sorted() has no slots, which DefaultVectors",
+        ),
+        (
+            {"moe": moe(experts=functools.partial(LatentExperts, width=D + 1))},
+            f"LatentExperts.width={D + 1} must lie between 1 and the model's {D}",
         ),
         (
             {
                 "moe": moe(
-                    functools.partial(TopK, losses=(BalanceLoss(cheap=3),)),
-                    cheap_experts=ZeroCopyConstant,
+                    functools.partial(TopK, losses=(BalanceLoss(zero_computation=3),)),
+                    companions=(ZeroCopyConstant,),
                 )
             },
-            "BalanceLoss.cheap=3, but MoELayer.cheap_experts has 4 of them",
+            "BalanceLoss.zero_computation=3, but the layer has 4 of them",
         ),
         (
-            {"moe": moe(functools.partial(TopK, losses=(BalanceLoss(cheap=4),)))},
-            "BalanceLoss.cheap=4, but MoELayer.cheap_experts has 0 of them",
+            {"moe": moe(functools.partial(TopK, losses=(BalanceLoss(zero_computation=4),)))},
+            "BalanceLoss.zero_computation=4, but the layer has 0 of them",
         ),
         (
-            {"moe": moe(cheap_experts=functools.partial(ZeroCopyConstant, share=0.0))},
+            {"moe": moe(companions=(functools.partial(ZeroCopyConstant, share=0.0),))},
             "ZeroCopyConstant.share=0.0 must lie between 0.001 and 1",
         ),
         (
@@ -392,7 +416,10 @@ def test_a_decoder_refuses_a_router_that_sees_the_future(router):
             },
             "TopK reads the logits of the sparse layer before",
         ),
-        ({"depth_router": Switch}, "makes a Switch; it has to be MixtureOfDepths"),
+        (
+            {"depth_router": Switch},
+            "makes a Switch; it has to be a DepthRouter, such as MixtureOfDepths",
+        ),
         (
             {
                 "depth_router": MixtureOfDepths,
@@ -413,11 +440,15 @@ def test_refused(options, part):
     assert part in str(refusal.value)
 
 
+def dropping_out(rate):
+    return functools.partial(FeedForwardExperts, dropout=rate)
+
+
 def test_expert_dropout_drops_in_training_alone_and_keeps_the_mean():
     """Half of the hidden units, doubled: over many draws the output is that without dropout."""
     x_BTD = np.random.default_rng(0).standard_normal((B, T, D)).astype(np.float32)
     plain, dropping = (
-        initialize(MoELayer(D, V, TopK, 4, 8, expert_dropout=rate), 0) for rate in (0.0, 0.5)
+        initialize(MoELayer(D, V, TopK, 4, 8, experts=dropping_out(rate)), 0) for rate in (0.0, 0.5)
     )
     expected = plain(x_BTD, tokens(train=True))[0]
     same = dropping(x_BTD, tokens())[0]
@@ -432,8 +463,8 @@ def test_expert_dropout_drops_in_training_alone_and_keeps_the_mean():
     assert np.abs(found[0] - found[1]).max() > 0.01
     error = np.abs(found.mean(0) - expected)
     assert error.max() < 5 * (found.std(0) / np.sqrt(2000)).max()
-    with pytest.raises(ValueError, match=r"expert_dropout=1.0 must lie in \[0, 1\)"):
-        MoELayer(D, V, TopK, 4, 8, expert_dropout=1.0)
+    with pytest.raises(ValueError, match=r"FeedForwardExperts.dropout=1.0 must lie in \[0, 1\)"):
+        MoELayer(D, V, TopK, 4, 8, experts=dropping_out(1.0))
 
 
 def test_a_decoder_refuses_to_drop_out_of_order_at_evaluation():

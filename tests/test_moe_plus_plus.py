@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from layers.experts.base import LayerSizes
 from layers.experts.neurons import NeuronExperts
 from layers.experts.zero_computation import ZeroCopyConstant
 from layers.moe_layer import MoELayer
 from moe.conformance.properties import draw, tokens
 from moe.model.transformer import Transformer
-from routing import BalanceLoss, Capacity, Sizes, TokenChoice, TopK, initialize
+from routing import BalanceLoss, Capacity, Context, Sizes, TokenChoice, TopK, initialize
 
 D, V, E, T = 8, 29, 4, 6  # V: the ids that `tokens` draws
 
@@ -25,7 +26,7 @@ def test_logits_are_of_the_token_and_of_the_layer_before():
     x_TD, before_TE = draw(0, T, D), draw(1, T, E)
     inputs = inputs_of(x_TD, jnp.float32)
     found = router.route(
-        dataclasses.replace(inputs, logits_before_GTE=jnp.asarray(before_TE)[None])
+        dataclasses.replace(inputs, context=Context(None, jnp.asarray(before_TE)[None]))
     )
     own_TE = x_TD @ np.asarray(router.weight_DE[...])
     passed_TE = before_TE @ np.asarray(router.residual_EE[...])
@@ -38,11 +39,11 @@ def test_logits_pass_through_all_layers_of_a_model(sparse):
     """Through the scans, from one to the next, and past dense layers: as by a plain loop."""
     moe = functools.partial(
         MoELayer,
-        router=functools.partial(TopK, residual=True, losses=(BalanceLoss(cheap=4),)),
+        router=functools.partial(TopK, residual=True, losses=(BalanceLoss(zero_computation=4),)),
         num_experts=E,
         d_ff=8,
         sequences_per_group=2,
-        cheap_experts=ZeroCopyConstant,
+        companions=(ZeroCopyConstant,),
     )
     layers = 3 if len(sparse) == 3 and sparse[2] == 2 else 4
     settings = {"d_model": D, "num_layers": layers, "num_heads": 2, "moe": moe}
@@ -56,7 +57,7 @@ def test_logits_pass_through_all_layers_of_a_model(sparse):
         for i in range(stack.repeats):
             unit = nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], state))
             for block in unit.blocks:
-                here = dataclasses.replace(batch, logits_BTE=logits_BTE)
+                here = batch.with_previous_logits(logits_BTE)
                 x_BTD, output = block(x_BTD, here)
                 if output is not None:
                     logits_BTE = output.logits_GTE.reshape(2, T, -1)
@@ -67,11 +68,12 @@ def test_logits_pass_through_all_layers_of_a_model(sparse):
 
 
 def test_capacity_is_divided_by_shares():
-    """Equation 8 with tau = 1/4, 2 experts, 3 cheap ones, 16 tokens: 8/7 and 32/7, rounded up."""
-    cheap = functools.partial(ZeroCopyConstant, zero=1, copy=1, constant=1, share=0.25)
+    """Equation 8 with tau = 1/4, 2 experts, 3 others, 16 tokens: 8/7 and 32/7, rounded up."""
+    companion = functools.partial(ZeroCopyConstant, zero=1, copy=1, constant=1, share=0.25)
     router = functools.partial(TopK, k=1, losses=())
     capacity = Capacity(1.0)
-    layer = initialize(MoELayer(D, V, router, 2, 8, capacity=capacity, cheap_experts=cheap), 1)
+    settings = {"capacity": capacity, "companions": (companion,)}
+    layer = initialize(MoELayer(D, V, router, 2, 8, **settings), 1)
     to_DE = np.zeros((D, 5), np.float32)
     to_DE[np.arange(5), np.arange(5)] = 9.0
     layer.router.weight_DE.set_value(jnp.asarray(to_DE))
@@ -85,10 +87,10 @@ def test_capacity_is_divided_by_shares():
 
 
 def test_beside_neurons_nothing_is_dropped():
-    """Their layer has no capacity, and so its cheap experts have none."""
+    """Their layer has no capacity, and so its zero-computation experts have none."""
     router = functools.partial(TopK, k=1, losses=())
-    cheap = functools.partial(ZeroCopyConstant, zero=0, constant=0)
-    settings = {"neurons": NeuronExperts, "cheap_experts": cheap, "capacity": Capacity(0.5)}
+    companion = functools.partial(ZeroCopyConstant, zero=0, constant=0)
+    settings = {"experts": NeuronExperts, "companions": (companion,), "capacity": Capacity(0.5)}
     layer = initialize(MoELayer(D, V, router, 2, **settings), 1)
     layer.router.weight_DE.set_value(jnp.zeros((D, 3)).at[0, 2].set(9.0))
     _, output = layer(jnp.zeros((1, 16, D)).at[..., 0].set(1.0), tokens(True, shape=(1, 16)))
@@ -101,7 +103,7 @@ def test_gates_without_a_zero():
     gate_GTK = jnp.asarray([[[0.5, 0.3], [0.6, 0.2], [0.4, 0.3], [0.5, 0.5]]])
     decision = TokenChoice(expert_GTK, gate_GTK, jnp.ones_like(expert_GTK, bool), 4)
     plain, alone = (
-        ZeroCopyConstant(D, 1, 1, 0, renormalise=renormalise).split(decision, 2)
+        ZeroCopyConstant(LayerSizes(2, D, 8), 1, 1, 0, renormalise=renormalise).split(decision, 2)
         for renormalise in (False, True)
     )
     np.testing.assert_array_equal(plain[0].gate_GTK, gate_GTK)
@@ -112,9 +114,11 @@ def test_gates_without_a_zero():
     np.testing.assert_array_equal(alone[1].expert_GTK, [[[0, 0], [0, 1], [0, 0], [0, 0]]])
 
 
-def test_the_balance_loss_weights_cheap_experts():
+def test_the_balance_loss_weights_zero_computation_experts():
     """E / K sum_e w_e f_e P_e by hand; the last two of four count half."""
-    router = TopK(Sizes(4, 4, V), k=1, losses=(BalanceLoss(cheap=2, cheap_weight=0.5),))
+    router = TopK(
+        Sizes(4, 4, V), k=1, losses=(BalanceLoss(zero_computation=2, zero_computation_weight=0.5),)
+    )
     router.weight_DE.set_value(jnp.eye(4))
     output = router(inputs_of(draw(3, 16, 4), jnp.float32, train=True))
     mean_E = np.asarray(output.stats.score_sum_E) / 16

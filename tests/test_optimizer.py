@@ -8,25 +8,27 @@ import numpy as np
 import optax
 import pytest
 
-from moe.training.optimizer import Adafactor, AdamW, Lion, Muon, matrix_axes
+from moe.training.optimizer import Adafactor, AdamW, Declared, Lion, Muon, matrix_axes
 from moe.training.schedules import Cosine, Linear, Rsqrt, WarmupStableDecay
 
-# Parameters by name with their logical axes: two layers, three experts.
-AXES = {
-    "embedding_VD": ("vocab", "embed"),
-    "blocks.norm.scale_D": ("layer", None),
-    "blocks.attention.query_DHK": ("layer", "embed", "heads", None),
-    "blocks.attention.out_HKD": ("layer", "heads", None, "embed"),
-    "blocks.moe.router.weight_DE": ("layer", "embed", None),
-    "blocks.moe.experts.up_EDF": ("layer", "expert", "embed", "mlp"),
-    "blocks.moe.experts.down_EFD": ("layer", "expert", "mlp", "embed"),
-    "blocks.hash.experts.up_ENDF": ("layer", "expert", "segment", "embed", "mlp"),
-    "blocks.feed_forward.bias_F": ("layer", "mlp"),
-    "blocks.feed_forward.bias_EF": ("layer", "expert", "mlp"),
+# Parameters by name with their logical axes and roles: two layers, three experts.
+PARAMETERS = {
+    "embedding_VD": Declared(("vocab", "embed"), "embedding"),
+    "blocks.norm.scale_D": Declared(("layer", None), "norm"),
+    "blocks.attention.query_DHK": Declared(("layer", "embed", "heads", None), "attention"),
+    "blocks.attention.out_HKD": Declared(("layer", "heads", None, "embed"), "attention"),
+    "blocks.moe.router.weight_DE": Declared(("layer", "embed", None), "router"),
+    "blocks.moe.experts.up_EDF": Declared(("layer", "expert", "embed", "mlp"), "expert"),
+    "blocks.moe.experts.down_EFD": Declared(("layer", "expert", "mlp", "embed"), "expert"),
+    "blocks.hash.experts.up_ENDF": Declared(
+        ("layer", "expert", "segment", "embed", "mlp"), "expert"
+    ),
+    "blocks.feed_forward.bias_F": Declared(("layer", "mlp"), "feed_forward"),
+    "blocks.feed_forward.bias_EF": Declared(("layer", "expert", "mlp"), "feed_forward"),
 }
 SHAPES = dict(
     zip(
-        AXES,
+        PARAMETERS,
         [
             (20, 8),
             (2, 8),
@@ -42,8 +44,8 @@ SHAPES = dict(
         strict=True,
     )
 )
-MATRICES = {name for name in AXES if "scale" not in name and "bias" not in name}
-EXPERTS = {name for name in AXES if ".experts." in name}
+MATRICES = {name for name in PARAMETERS if "scale" not in name and "bias" not in name}
+EXPERTS = {name for name in PARAMETERS if ".experts." in name}
 
 
 def arrays(seed: int):
@@ -53,7 +55,7 @@ def arrays(seed: int):
 
 
 def update(optimizer, grads, params, steps: int = 10):
-    transformation = optimizer.build({name: AXES[name] for name in params}, steps)
+    transformation = optimizer.build({name: PARAMETERS[name] for name in params}, steps)
     return transformation.update(grads, transformation.init(params), params)[0]
 
 
@@ -80,7 +82,7 @@ def test_without_a_gradient_matrices_shrink_by_rate_times_decay(kind):
 def moments(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], kind: str):
     """Two updates of one parameter, with gradients that differ in size by layer and expert."""
     optimizer = dataclasses.replace(KINDS[kind], clip_norm=None, weight_decay=0.0)
-    transformation = optimizer.build({name: axes}, 10)
+    transformation = optimizer.build({name: Declared(axes, "expert")}, 10)
 
     def run(params, *grads):
         state, changes = transformation.init({name: params}), {}
@@ -118,9 +120,9 @@ def test_a_weight_among_many_experts_and_layers_learns_as_if_it_were_alone(kind,
 
 
 def test_adafactors_moments_are_of_rows_and_columns_of_each_weight():
-    axes = {"up": ("layer", "expert", "embed", "mlp")}
+    parameters = {"up": Declared(("layer", "expert", "embed", "mlp"), "expert")}
     params = {"up": jax.ShapeDtypeStruct((2, 3, 128, 130), jnp.float32)}
-    state = jax.eval_shape(Adafactor().build(axes, 10).init, params)
+    state = jax.eval_shape(Adafactor().build(parameters, 10).init, params)
     shapes = {leaf.shape for leaf in jax.tree.leaves(state)}
     assert (2, 3, 128) in shapes and (2, 3, 130) in shapes
     assert not any(len(shape) == 4 for shape in shapes)
@@ -130,7 +132,7 @@ def test_adafactors_moments_are_of_rows_and_columns_of_each_weight():
 def test_every_optimizer_goes_downhill(kind):
     """sum of squares of all parameters, 60 steps"""
     params = arrays(1)
-    transformation = KINDS[kind].build(AXES, 1000)
+    transformation = KINDS[kind].build(PARAMETERS, 1000)
     state = transformation.init(params)
 
     def loss(params):
@@ -161,22 +163,26 @@ def test_muon_makes_each_experts_matrix_orthogonal():
 
 
 def test_muon_leaves_embedding_router_and_vectors_to_adam():
-    for name, axes in AXES.items():
-        muon = matrix_axes(name, axes)
+    for name, declared in PARAMETERS.items():
+        muon = matrix_axes(declared)
         assert (muon is None) == (
             name not in MATRICES or name.startswith("emb") or "router" in name
         )
-    assert matrix_axes("a", ("layer", "embed", "heads", None)).reduction_axis == (1,)
-    assert matrix_axes("a", ("layer", "embed", "heads", None)).output_axis == (2, 3)
-    assert matrix_axes("a", ("layer", "heads", None, "embed")).reduction_axis == (1, 2)
-    assert matrix_axes("a", ("layer", "expert", "mlp", "embed")).output_axis == (3,)
+
+    def sides(*axes):
+        found = matrix_axes(Declared(axes, "attention"))
+        return found.reduction_axis, found.output_axis
+
+    assert sides("layer", "embed", "heads", None) == ((1,), (2, 3))
+    assert sides("layer", "heads", None, "embed") == ((1, 2), (3,))
+    assert sides("layer", "expert", "mlp", "embed") == ((2,), (3,))
 
 
 def test_gradients_are_clipped_by_the_global_norm():
     """Lion's first update is a sign, Adam's a ratio: take plain momentum-free Adam moments."""
     params, grads = arrays(0), arrays(3)
     norm = float(optax.tree.norm(grads))
-    clipped, unclipped = (AdamW(clip_norm=c).build(AXES, 10) for c in (1.0, None))
+    clipped, unclipped = (AdamW(clip_norm=c).build(PARAMETERS, 10) for c in (1.0, None))
     _, state = clipped.update(grads, clipped.init(params), params)
     _, scaled = unclipped.update(
         jax.tree.map(lambda g: g / norm, grads), unclipped.init(params), params

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_conformance_model import Setting, batch_of, program
 
-from moe.training.objective import policy_losses
+from moe.training.losses import policy_losses
 from routing import Policy
 from routing.solvers import estimators
 

@@ -4,36 +4,40 @@ G groups, T tokens, D model width, E experts, K experts per token, N assignments
 """
 
 from einops import rearrange
-from flax import nnx
 import gin
 import jax
 import jax.numpy as jnp
 
+from layers.experts.base import Experts, ExpertsOutput, LayerSizes
 from routing.parameters import normal, parameter, truncated_normal
-from routing.ranges import Count, Positive
 from routing.records import TokenChoice
 
 AT_A_TIME = 16
 
 
 @gin.configurable
-class NeuronExperts(nnx.Module):
+class NeuronExperts(Experts):
     """y = sum_k gate_k gelu(u_k . x) v_k over the experts that a token chose (section 2.1).
 
+    A layer's d_ff, activation, capacity and dispatcher have no meaning for them.
+
     Args:
-        num_experts: E.
-        d_model: D.
-        out_scale: variance scale of v.
+        sizes: of the layer.
     """
 
-    def __init__(self, num_experts: Count, d_model: Count, out_scale: Positive = 1.0):
-        shape, axes = (num_experts, d_model), ("expert", "embed")
-        # After the expert axis an expert is one vector: u has fan-in D, v a fan-in of one unit.
-        self.down_ED = parameter(shape, axes, truncated_normal())
-        self.up_ED = parameter(shape, axes, normal(0.1 * out_scale**0.5))
+    takes_repeats = True
+    has_capacity = False
+    are_neurons = True
 
-    def __call__(self, x_GTD: jax.Array, decision: TokenChoice) -> jax.Array:
-        """(G, T, D). Some assignments at a time: all their weights at once would not fit."""
+    def __init__(self, sizes: LayerSizes):
+        shape, axes = (sizes.num_experts, sizes.d_model), ("expert", "embed")
+        # After the expert axis an expert is one vector: u has fan-in D, v a fan-in of one unit.
+        self.down_ED = parameter(shape, axes, truncated_normal(), role="expert")
+        self.up_ED = parameter(shape, axes, normal(0.1 * sizes.out_scale**0.5), role="expert")
+
+    def __call__(self, x_GTD, decision, inputs, dispatcher) -> ExpertsOutput:
+        # Some assignments at a time: all their weights at once would not fit.
+        assert isinstance(decision, TokenChoice)
         dtype = x_GTD.dtype
         down_ED, up_ED = self.down_ED[...], self.up_ED[...]
         gate_GTK = jnp.where(decision.keep_GTK, decision.gate_GTK, 0).astype(dtype)
@@ -55,4 +59,4 @@ class NeuronExperts(nnx.Module):
             return y_GTD + jnp.einsum("gtn,gtnd->gtd", weight_GTN, rows(up_ED, expert_GTN)), None
 
         pieces_of = cut(decision.expert_GTK), cut(gate_GTK)
-        return jax.lax.scan(add, jnp.zeros_like(x_GTD), pieces_of)[0]
+        return ExpertsOutput(jax.lax.scan(add, jnp.zeros_like(x_GTD), pieces_of)[0])

@@ -5,44 +5,36 @@ G groups, T tokens, D model width, F hidden width, E experts, N segments (choice
 
 import dataclasses
 
-from flax import nnx
 import gin
-import jax
 import jax.numpy as jnp
 
-from layers.dispatch import Dispatcher
-from layers.experts.feed_forward import ACTIVATIONS, GATED, Activation
+from layers.experts.base import Experts, ExpertsOutput, LayerSizes
+from layers.experts.feed_forward import ACTIVATIONS, GATED
 from routing.capacity import Capacity
+from routing.inputs import RouterInputs
 from routing.parameters import parameter, truncated_normal
-from routing.ranges import Count, Positive
-from routing.records import RouterInputs, TokenChoice
+from routing.ranges import Count
+from routing.records import TokenChoice
 
 
 @gin.configurable
-class SegmentedExperts(nnx.Module):
+class SegmentedExperts(Experts):
     """v = act([A^1_k1 x; ...; A^N_kN x]), y = [B^1_k1 v; ...; B^N_kN v], k_n the n-th choice.
 
     Every expert's matrices are cut into N row segments; a token's hidden vector and its output are
-    put together from the segments of the experts that its N choices name.
+    put together from the segments of the experts that its N choices name. Nothing is dropped.
 
     Args:
-        num_experts: E.
-        d_model: D, a multiple of N.
-        d_ff: F, a multiple of N.
-        activation: one without a gate.
-        out_scale: variance scale of B.
+        sizes: of the layer: D and F are multiples of N, the activation is one without a gate.
         segments: N.
     """
 
-    def __init__(
-        self,
-        num_experts: Count,
-        d_model: Count,
-        d_ff: Count,
-        activation: Activation = "relu",
-        out_scale: Positive = 1.0,
-        segments: Count = 2,
-    ):
+    takes_repeats = True
+    has_capacity = False
+    ignores_gates = True
+
+    def __init__(self, sizes: LayerSizes, segments: Count = 2):
+        d_model, d_ff, activation = sizes.d_model, sizes.d_ff, sizes.activation
         if activation in GATED or activation not in ACTIVATIONS:
             kinds = ", ".join(name for name in ACTIVATIONS if name not in GATED)
             raise ValueError(
@@ -56,19 +48,23 @@ class SegmentedExperts(nnx.Module):
                 f"hidden width {d_ff}"
             )
         self.activation, self.segments = activation, segments
-        shape = (num_experts, segments, d_model, d_ff // segments)
+        self.hidden_width = d_ff
+        shape = (sizes.num_experts, segments, d_model, d_ff // segments)
         axes = ("expert", "segment", "embed", "mlp")
         # Fan-in is D (then F) alone, without the axis of segments.
         init = truncated_normal(float(segments), 2)
-        self.up_ENDF = parameter(shape, axes, init)
-        shape = (num_experts, segments, d_ff, d_model // segments)
+        self.up_ENDF = parameter(shape, axes, init, role="expert")
+        shape = (sizes.num_experts, segments, d_ff, d_model // segments)
         axes = ("expert", "segment", "mlp", "embed")
-        self.down_ENFD = parameter(shape, axes, truncated_normal(out_scale * segments, 2))
+        self.down_ENFD = parameter(
+            shape, axes, truncated_normal(sizes.out_scale * segments, 2), role="expert"
+        )
 
-    def __call__(
-        self, x_GTD: jax.Array, decision: TokenChoice, inputs: RouterInputs, dispatcher: Dispatcher
-    ) -> jax.Array:
-        """(G, T, D)."""
+    def needs_slots(self, train: bool) -> bool:
+        return True
+
+    def __call__(self, x_GTD, decision, inputs, dispatcher) -> ExpertsOutput:
+        assert isinstance(decision, TokenChoice)
         if decision.expert_GTK.shape[-1] != self.segments:
             raise ValueError(
                 f"SegmentedExperts.segments={self.segments}, but the router makes "
@@ -86,7 +82,7 @@ class SegmentedExperts(nnx.Module):
             return jnp.concatenate(parts, axis=-1)
 
         hidden_GTF = ACTIVATIONS[self.activation](through(x_GTD, self.up_ENDF[...]))
-        return through(hidden_GTF, self.down_ENFD[...])
+        return ExpertsOutput(through(hidden_GTF, self.down_ENFD[...]))
 
 
 def only(decision: TokenChoice, n: int, inputs: RouterInputs) -> TokenChoice:

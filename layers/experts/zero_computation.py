@@ -1,43 +1,46 @@
-"""Experts that cost nothing worth counting: nothing, a copy, a constant, or a running mean.
+"""Zero-computation experts: nothing, a copy, or a constant (MoE++, Jin et al. 2024).
 
-G groups, T tokens, D model width, E experts, N cheap experts, M of them constant.
+G groups, T tokens, D model width, E experts, N zero-computation experts, M of them constant.
 """
 
 import dataclasses
 from fractions import Fraction
 
-from flax import nnx
 import gin
 import jax
 import jax.numpy as jnp
 
-from routing.balancers import StepState
+from layers.experts.base import ChosenCompanion, LayerSizes, Routed
 from routing.capacity import Capacity
-from routing.parameters import parameter, router_state, truncated_normal, zeros
-from routing.ranges import Count, LessThanOne, Natural, SomeShare
-from routing.records import RouterInputs, RouterStats, TokenChoice
+from routing.inputs import RouterInputs
+from routing.parameters import parameter, truncated_normal, zeros
+from routing.ranges import Natural, SomeShare
+from routing.records import TokenChoice, gates_GTE
 
 
 @gin.configurable
-class ZeroCopyConstant(nnx.Module):
-    """MoE++ (Jin et al. 2024): zero gives 0, copy gives x, constant a mixture of x and a vector.
+class ZeroCopyConstant(ChosenCompanion):
+    """Zero gives 0, copy gives x, constant a mixture of x and a vector.
 
     The router chooses among the experts and these, which follow them, as if all were alike. A
     constant expert gives a_1 x + a_2 v, (a_1, a_2) = softmax(W x) (eq. 4-5). Capacity is divided
-    so that an expert takes `share` of what a cheap one may take (eq. 8); `BalanceLoss.cheap`
-    weights the balance loss alike (eq. 7), and `TopK.residual` is the router's residual (eq. 6).
+    so that an expert takes `share` of what one of these may take (eq. 8);
+    `BalanceLoss.zero_computation` weights the balance loss alike (eq. 7), and `TopK.residual` is
+    the router's residual (eq. 6).
 
     Args:
-        d_model: D.
+        sizes: of the layer.
         zero, copy, constant: how many of each.
         share: tau in the paper; 1 treats all alike.
         renormalise: the gates of a token that chose a zero sum to 1 without it, as in the
             authors' code and not in the paper.
     """
 
+    name = "zero_computation"
+
     def __init__(
         self,
-        d_model: Count,
+        sizes: LayerSizes,
         zero: Natural = 1,
         copy: Natural = 1,
         constant: Natural = 2,
@@ -53,15 +56,16 @@ class ZeroCopyConstant(nnx.Module):
             raise ValueError(f"ZeroCopyConstant.share={share} must lie between 0.001 and 1")
         self.share, self.renormalise = Fraction(share).limit_denominator(10_000), renormalise
         self.zero, self.copy, self.constant = zero, copy, constant
-        self.count = zero + copy + constant
-        shape, axes = (d_model, constant, 2), ("embed", None, None)
-        self.mix_DMX = parameter(shape, axes, truncated_normal()) if constant else None
-        shape, axes = (constant, d_model), (None, "embed")
-        self.vector_MD = parameter(shape, axes, zeros) if constant else None
+        self.choices = zero + copy + constant
+        shape, axes = (sizes.d_model, constant, 2), ("embed", None, None)
+        self.mix_DMX = (
+            parameter(shape, axes, truncated_normal(), role="companion") if constant else None
+        )
+        shape, axes = (constant, sizes.d_model), (None, "embed")
+        self.vector_MD = parameter(shape, axes, zeros, role="companion") if constant else None
 
-    def split(self, decision: TokenChoice, experts: int) -> tuple[TokenChoice, TokenChoice]:
-        """The assignments to the experts, and those to the cheap ones, numbered from 0."""
-        zero_GTK = decision.expert_GTK - experts
+    def split(self, decision, num_experts):
+        zero_GTK = decision.expert_GTK - num_experts
         zero_GTK = (0 <= zero_GTK) & (zero_GTK < self.zero)
         if self.renormalise:
             gate_GTK = jnp.where(zero_GTK | ~decision.keep_GTK, 0, decision.gate_GTK)
@@ -79,26 +83,31 @@ class ZeroCopyConstant(nnx.Module):
                 num_experts=count,
             )
 
-        cheap_GTK = decision.expert_GTK >= experts
-        return part(~cheap_GTK, 0, experts), part(cheap_GTK, experts, self.count)
+        own_GTK = decision.expert_GTK >= num_experts
+        return part(~own_GTK, 0, num_experts), part(own_GTK, num_experts, self.choices)
 
     def fit_capacity(
-        self, cheap: TokenChoice, capacity: Capacity, inputs: RouterInputs, experts: int
+        self, own: TokenChoice, capacity: Capacity, inputs: RouterInputs, num_experts: int
     ) -> TokenChoice:
-        """What the cheap ones take. Nothing on its way to a zero is dropped: it gives nothing."""
+        """What they take. Nothing on its way to a zero is dropped: it gives nothing."""
         if capacity.keeps_all(inputs.train):
-            return cheap
-        kept = capacity.fit(cheap, inputs, self.share * experts + self.count)
+            return own
+        kept = capacity.fit(own, inputs, self.share * num_experts + self.choices)
         return dataclasses.replace(
-            kept, keep_GTK=kept.keep_GTK | (cheap.keep_GTK & (cheap.expert_GTK < self.zero))
+            kept, keep_GTK=kept.keep_GTK | (own.keep_GTK & (own.expert_GTK < self.zero))
         )
 
-    def choices(self, experts: int) -> Fraction:
-        """Among how many experts the assignments are divided, a cheap one counting 1 / share."""
-        return experts + self.count / self.share
+    def among(self, num_experts: int) -> Fraction:
+        """The experts and these, each of which counts 1 / share."""
+        return num_experts + self.choices / self.share
 
-    def __call__(self, x_GTD: jax.Array, weight_GTN: jax.Array) -> jax.Array:
+    def __call__(self, routed: Routed) -> jax.Array:
         """(G, T, D): the weighted sum of what they give."""
+        assert routed.own is not None
+        return self.weighted_sum(routed.x_GTD, gates_GTE(routed.own))
+
+    def weighted_sum(self, x_GTD: jax.Array, weight_GTN: jax.Array) -> jax.Array:
+        """(G, T, D): what they give, with these weights."""
         weight_GTN, split = weight_GTN.astype(x_GTD.dtype), self.zero + self.copy
         y_GTD = weight_GTN[..., self.zero : split].sum(-1, keepdims=True) * x_GTD
         if self.mix_DMX is None or self.vector_MD is None:
@@ -109,40 +118,3 @@ class ZeroCopyConstant(nnx.Module):
         y_GTD = y_GTD + mix_GTMX[..., 0].sum(-1, keepdims=True) * x_GTD
         vector_MD = self.vector_MD[...].astype(dtype)
         return y_GTD + jnp.einsum("gtm,md->gtd", mix_GTMX[..., 1], vector_MD)
-
-
-@gin.configurable
-class DefaultVectors(StepState):
-    """Default MoE (Panda et al. 2025): experts that were not chosen answer by their mean output.
-
-    The mean runs over optimizer steps and has no gradient; through it the router's gradient
-    reaches the scores of all experts. Needs `TopK.keep_rest`.
-
-    Args:
-        num_experts: E.
-        d_model: D.
-        decay: of the running mean.
-    """
-
-    def __init__(self, num_experts: Count, d_model: Count, decay: LessThanOne = 0.9):
-        if not 0 <= decay < 1:
-            raise ValueError(f"DefaultVectors.decay={decay} must lie in [0, 1)")
-        self.decay = decay
-        shape, axes = (num_experts, d_model), (None, "embed")
-        self.mean_ED = router_state(shape, jnp.float32, axes, zeros)
-
-    def __call__(self, weight_GTE: jax.Array, dtype) -> jax.Array:
-        """(G, T, D): the mean outputs of the experts that were not chosen, weighted."""
-        return jnp.einsum("gte,ed->gtd", weight_GTE.astype(dtype), self.mean_ED[...].astype(dtype))
-
-    def batch_sums(self, y_EGCD: jax.Array) -> dict[str, jax.Array]:
-        """Outputs summed over slots; an empty slot gives zero, since experts have no bias."""
-        y_EGCD = jax.lax.stop_gradient(y_EGCD).astype(jnp.float32)
-        return {"expert_output": y_EGCD.sum((1, 2))}
-
-    def update(self, stats: RouterStats) -> None:
-        count_E1 = stats.kept_E[:, None]
-        found_ED = stats.batch_sums["expert_output"] / jnp.maximum(count_E1, 1)
-        old_ED = self.mean_ED[...]
-        new_ED = self.decay * old_ED + (1 - self.decay) * found_ED
-        self.mean_ED[...] = jnp.where(count_E1 > 0, new_ED, old_ED)

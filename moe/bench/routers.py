@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.moe_layer import MoELayer
-from layers.tokens import Tokens
 from moe.model import functional
 from routing import (
     BASE,
@@ -39,6 +38,7 @@ from routing import (
     VMoE,
     initialize,
 )
+from routing.inputs import Tokens
 from routing.records import gates_GTE
 
 VOCABULARY = 4096
@@ -125,14 +125,7 @@ def layer(x_TD: np.ndarray, experts: int) -> tuple[float, float]:
 
 def batch(length: int) -> Tokens:
     place_BT = jnp.arange(length, dtype=jnp.int32)[None]
-    return Tokens(
-        token_BT=place_BT % VOCABULARY,
-        segment_BT=jnp.ones((1, length), jnp.int32),
-        position_BT=place_BT,
-        index_B=jnp.zeros(1, jnp.int32),
-        key=jax.random.key(0),
-        train=True,
-    )
+    return Tokens.of(place_BT % VOCABULARY, train=True)
 
 
 def router_step(make: Callable[[Sizes], Router], x_TD: np.ndarray, experts: int):
@@ -140,19 +133,9 @@ def router_step(make: Callable[[Sizes], Router], x_TD: np.ndarray, experts: int)
     tokens, width = x_TD.shape
     router = initialize(make(Sizes(width, experts, VOCABULARY)), 0)
     graph, params, state = functional.split(router)
-    told = batch(tokens)
 
     def total(params, x_GTD):
-        inputs = RouterInputs(
-            x_GTD=x_GTD,
-            valid_GT=told.segment_BT > 0,
-            token_id_GT=told.token_BT,
-            position_GT=told.position_BT,
-            index_G=told.index_B,
-            key=told.key,
-            train=True,
-        )
-        output = graph.merge(params, state)(inputs)
+        output = graph.merge(params, state)(RouterInputs.of(x_GTD, batch(tokens)))
         assert output.decision is not None
         gate = getattr(output.decision, "gate_GTK", None)
         gate = getattr(output.decision, "gate_GEC", None) if gate is None else gate

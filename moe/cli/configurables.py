@@ -5,7 +5,16 @@ A new module with a configurable gets its line here; tests/test_packaging.py loo
 
 from layers import attention, block, moe_layer, norms, positions
 from layers.dispatch import one_hot, slot_gather, sorted
-from layers.experts import feed_forward, neurons, segmented, zero_computation
+from layers.experts import (
+    default_vectors,
+    feed_forward,
+    feed_forward_experts,
+    latent,
+    neurons,
+    segmented,
+    shared,
+    zero_computation,
+)
 from moe.cli import eval
 from moe.data import mixture, shards, text
 from moe.data.corpora import corpus, hugging_face

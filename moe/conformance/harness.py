@@ -15,9 +15,9 @@ from layers.dispatch import Dispatcher, SlotGather
 from layers.experts.neurons import NeuronExperts
 from layers.moe_layer import MoELayer
 from layers.stack import rematerialised
-from layers.tokens import Tokens
 from moe.model import functional
 from routing import Router, Sizes, TrainingText, gates_GTE, initialize
+from routing.inputs import RouterInputs, Tokens
 
 B, T, D, V, F = 16, 12, 16, 29, 16
 RTOL, ATOL = 5e-5, 5e-6
@@ -39,7 +39,7 @@ class Bench:
         text = TrainingText(np.random.default_rng(0).integers(0, V, 2000), V)
         more = {}
         if make(Sizes(D, num_experts, V, text)).repeats_experts:
-            more["neurons"] = NeuronExperts
+            more["experts"] = NeuronExperts
         self.make_layer = functools.partial(
             MoELayer, router=make, num_experts=num_experts, d_ff=F, **more
         )
@@ -83,9 +83,9 @@ class Bench:
 
 def run_layer(layer: MoELayer, x_BTD: jax.Array, tokens: Tokens):
     """The layer, with logits of a layer before it that each token's own x makes up."""
-    if layer.router.reads_logits_before:
+    if layer.router.reads_previous_logits:
         to_DE = draw(11, x_BTD.shape[-1], layer.router.num_experts)
-        tokens = dataclasses.replace(tokens, logits_BTE=x_BTD.astype(jnp.float32) @ to_DE)
+        tokens = tokens.with_previous_logits(x_BTD.astype(jnp.float32) @ to_DE)
     return layer(x_BTD, tokens)
 
 
@@ -116,10 +116,10 @@ def router_matmuls(graph: functional.Graph, params, state, x_BTD, tokens: Tokens
 
     def total(params, x_BTD, tokens):
         layer = graph.merge(params, state)
-        if layer.router.reads_logits_before:
+        if layer.router.reads_previous_logits:
             logits_BTE = jnp.zeros((*tokens.token_BT.shape, layer.router.num_experts))
-            tokens = dataclasses.replace(tokens, logits_BTE=logits_BTE)
-        output = layer.router(layer._group(x_BTD, tokens))
+            tokens = tokens.with_previous_logits(logits_BTE)
+        output = layer.router(RouterInputs.of(x_BTD, tokens, layer.sequences_per_group))
         gates = [a for a in jax.tree.leaves(output.decision) if a.dtype == jnp.float32]
         return sum((gate.sum() for gate in gates), output.auxiliary_loss)
 

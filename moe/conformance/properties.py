@@ -174,7 +174,7 @@ def gradients(bench: Bench) -> Iterator[Verdict]:
     if not mine:
         yield Verdict("gradient", None, "learns nothing: it has no parameters")
         return
-    if bench.router.completed:
+    if bench.router.policy_losses:
         yield Verdict("gradient", None, "learns by the objective's reward, which is not run here")
         return
     broken = [name for name, grad in mine.items() if not np.isfinite(grad).all()]

@@ -18,7 +18,7 @@ from moe.data.corpora.corpus import hash_position
 
 if TYPE_CHECKING:  # it brings in JAX, and a config that names this file should load quickly
     from moe.data.batch import Batch
-    from routing.records import TokenSequence
+    from routing.training_text import TokenSequence
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from moe.data.tokens.cache import write_atomically
 from moe.errors import UserError
 
 if TYPE_CHECKING:
-    from routing.records import TokenSequence
+    from routing.training_text import TokenSequence
 
 MAX_DICTIONARY = 1 << 24  # bytes: all that is compressed
 VERSION = 3  # raise when a figure's definition changes

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.tokens import Tokens
 from moe.data.tokens.tokenizer import Tokenizer
 from moe.errors import UserError
 from moe.model.functional import Arrays
 from moe.training.abstract_model import AbstractModel
+from routing.inputs import Tokens
 
 
 @dataclasses.dataclass(frozen=True)

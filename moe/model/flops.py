@@ -1,11 +1,14 @@
 """What a token costs: parameters and FLOPs, total and active. T tokens, K experts per token."""
 
+from collections.abc import Sequence
 import dataclasses
 import math
 
+from flax import nnx
+
 from layers.mixture_of_depths import DepthBlock, blocks_of
-from moe.model.functional import Arrays
 from moe.model.transformer import Transformer
+from routing.parameters import ROLES, Role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Costs:
         return round(self.flops_per_token_base + work)
 
 
-def costs(model: Transformer, params: Arrays, decision_shapes, sequence_length: int) -> Costs:
+def costs(model: Transformer, decision_shapes, sequence_length: int) -> Costs:
     """Counted from the parameters: 6 FLOPs for each weight of a matmul, and attention.
 
     The decision is of the tokens that reach the layer: of a Mixture-of-Depths' block only the share
@@ -46,29 +49,23 @@ def costs(model: Transformer, params: Arrays, decision_shapes, sequence_length: 
     decoder (the window's share where there is one). Embedding look-ups cost nothing; the head
     does, tied or not.
     """
-    experts = {name: value for name, value in params.items() if ".experts." in name}
-    total = sum(math.prod(value.shape) for value in params.values())
-    in_experts = sum(math.prod(value.shape) for value in experts.values())
-    num_experts = model.moe_layers_of_units()[0].num_experts if experts else 1
+    total, in_experts = size_of(model), size_of(model, ("expert",))
+    num_experts = model.moe_layers_of_units()[0].num_experts if in_experts else 1
     sparse = sum(model.is_moe)
-    matmul = total - in_experts
-    matmul -= sum(math.prod(v.shape) for n, v in params.items() if _is_no_matmul(n, v, model))
-    depth = model.depth_router
-    if depth is not None:
-        inside = (
-            v
-            for n, v in params.items()
-            if ".block." in n and n not in experts and not _is_no_matmul(n, v, model)
-        )
-        matmul -= (1 - depth.capacity) * sum(math.prod(v.shape) for v in inside)
+    tied = model.head_DV is None
+    matmul = matmul_size(model, tied)
     layers = [(layer, stack.repeats) for stack in model.stacks for layer in stack.unit.blocks]
+    for layer, _ in layers:
+        if through(layer) < 1:
+            (block,) = blocks_of([layer])
+            matmul -= (1 - through(layer)) * matmul_size(block, tied)
     reached = sum(through(layer) * repeats for layer, repeats in layers if layer.is_moe)
     share_reached = reached / sparse if sparse else 1
     rows = rows_per_token(decision_shapes) * share_reached
     per_token = experts_per_token(decision_shapes, model) * share_reached
-    one_expert = in_experts // (num_experts * sparse) if experts else 0
-    if experts:  # of segmented experts, a choice computes one segment
-        segments = getattr(model.moe_layers_of_units()[0].experts, "segments", 1)
+    one_expert = in_experts // (num_experts * sparse) if in_experts else 0
+    if in_experts:
+        segments = model.moe_layers_of_units()[0].experts.segments
         one_expert //= segments
         num_experts *= segments
     attention = sum(_attention_flops(model, stack, sequence_length) for stack in model.stacks)
@@ -81,18 +78,31 @@ def costs(model: Transformer, params: Arrays, decision_shapes, sequence_length: 
         sparse_layers=sparse,
         experts_per_token=per_token,
         rows_per_token=rows,
-        num_experts=model.moe_layers_of_units()[0].num_experts if experts else 1,
+        num_experts=model.moe_layers_of_units()[0].num_experts if in_experts else 1,
     )
 
 
-def _is_no_matmul(name: str, value, model: Transformer) -> bool:
-    """Norms, biases and tables; the embedding only where it is not also the head."""
-    if name == "embedding_VD":
-        return model.head_DV is not None
-    return (
-        len(value.shape) < 2
-        or name.startswith("learned")
-        or "norm" in name.rpartition(".")[0].rpartition(".")[2]
+def parameters_of(module: nnx.Module) -> list[tuple[Role, tuple[int, ...]]]:
+    """Role and shape of every parameter, with the layers that it is stacked over."""
+    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return [(variable.get_metadata()["role"], variable.shape) for _, variable in flat]
+
+
+def size_of(module: nnx.Module, roles: Sequence[Role] = ROLES) -> int:
+    """How many numbers its parameters of these roles hold."""
+    return sum(math.prod(shape) for role, shape in parameters_of(module) if role in roles)
+
+
+def matmul_size(module: nnx.Module, tied: bool) -> int:
+    """Parameters that every token is multiplied with: none of experts, norms, biases and tables.
+
+    tied: the embedding is the head, too.
+    """
+    apart = {"expert", "norm", "position"} | (set() if tied else {"embedding"})
+    return sum(
+        math.prod(shape)
+        for role, shape in parameters_of(module)
+        if role not in apart and len(shape) >= 2
     )
 
 
@@ -120,7 +130,7 @@ def experts_per_token(decision_shapes, model: Transformer) -> float:
     """Experts that work on a token in the mean, where every expert gets its share.
 
     As many as a decision has rows for, unless the router says how many it aims at. Of choices among
-    experts and cheap ones, those to experts, as capacity is shared out (MoE++, eq. 8).
+    experts and zero-computation ones, those to experts, as capacity is shared out (MoE++, eq. 8).
     A choice that stands by chance (GShard's second) counts as made.
     """
     rows = rows_per_token(decision_shapes)
@@ -129,9 +139,9 @@ def experts_per_token(decision_shapes, model: Transformer) -> float:
     layer = model.moe_layers_of_units()[0]
     if layer.router.experts_per_token is not None:
         rows = layer.router.experts_per_token
-    if layer.cheap is None:
+    if layer.chosen is None:
         return rows
-    return float(rows * layer.num_experts / layer.cheap.choices(layer.num_experts))
+    return float(rows * layer.num_experts / layer.chosen.among(layer.num_experts))
 
 
 def rows_per_token(decision_shapes) -> float:

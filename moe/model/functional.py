@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 import jax
 
-from routing.parameters import RouterState, initialize
+from routing.parameters import Role, RouterState, initialize
 
 Arrays = dict[str, Any]  # jax.Array; jax.ShapeDtypeStruct in an abstract model
 
@@ -19,6 +19,7 @@ class Graph:
     graphdef: Any
     paths: dict[str, tuple]
     axes: dict[str, tuple[str | None, ...]]
+    roles: dict[str, Role]  # of the parameters
     variables: dict[str, nnx.Variable]
 
     def merge(self, params: Arrays, state: Arrays) -> Any:
@@ -47,7 +48,9 @@ def split(model: nnx.Module) -> tuple[Graph, Arrays, Arrays]:
         n: v.replace(jax.ShapeDtypeStruct(v.shape, v.dtype), filled=True)
         for n, v in variables.items()
     }
-    return Graph(graphdef, {n: p for n, (p, _) in flat.items()}, axes, abstract), params, state
+    paths = {n: p for n, (p, _) in flat.items()}
+    roles = {n: variables[n].get_metadata()["role"] for n in params}
+    return Graph(graphdef, paths, axes, roles, abstract), params, state
 
 
 def abstract(make: Callable[[], nnx.Module]) -> tuple[Graph, Arrays, Arrays]:

@@ -4,7 +4,6 @@ B batch, T tokens, D model width, V vocabulary, L sparse layers, H heads.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-import dataclasses
 import functools
 
 from flax import nnx
@@ -24,16 +23,16 @@ from layers.moe_layer import MoELayer
 from layers.norms import RMSNorm
 from layers.positions import POSITIONS, LearnedPositions, Positions, sinusoidal
 from layers.stack import REMAT, Remat, Stack, moe_layers
-from layers.tokens import Tokens
 from routing import (
     Causality,
+    DepthRouter,
     GlobalBatch,
-    MixtureOfDepths,
     RouterOutput,
     RouterStats,
     Sizes,
     TrainingText,
 )
+from routing.inputs import Tokens
 from routing.parameters import normal, parameter, truncated_normal
 from routing.ranges import Count, Natural
 
@@ -106,7 +105,8 @@ class Transformer(nnx.Module):
         moe: `MoELayer`, or None for the dense model.
         moe_every: layers n-1, 2n-1, ... (from 0) are sparse.
         moe_layers: exactly these layers (from 0) are sparse; then moe_every must be 1.
-        depth_router: `MixtureOfDepths`, which lets only some tokens through a layer; None for all.
+        depth_router: a `DepthRouter` such as `MixtureOfDepths`, which lets only some tokens through
+            a layer; None for all.
         depth_every: layers n-1, 2n-1, ... (from 0) have one.
         positions: rotary, alibi, learned, sinusoidal or none.
         max_length: tokens per sequence at most; needed by learned positions alone.
@@ -135,7 +135,7 @@ class Transformer(nnx.Module):
         moe: Callable[..., MoELayer] | None = None,
         moe_every: Count = 1,
         moe_layers: Sequence[Natural] | None = None,
-        depth_router: Callable[[Sizes], MixtureOfDepths] | None = None,
+        depth_router: Callable[[Sizes], DepthRouter] | None = None,
         depth_every: Count = 2,
         positions: Positions = "rotary",
         max_length: Count | None = None,
@@ -156,7 +156,9 @@ class Transformer(nnx.Module):
         self.vocab_size, self.d_model, self.causal = vocab_size, d_model, causal
         is_deep = sparse_layers(num_layers, depth_router is not None, depth_every, None, "depth")
         self.is_moe, self.positions, self.compute_dtype = is_moe, positions, compute_dtype
-        self.embedding_VD = parameter((vocab_size, d_model), ("vocab", "embed"), normal(0.02))
+        self.embedding_VD = parameter(
+            (vocab_size, d_model), ("vocab", "embed"), normal(0.02), role="embedding"
+        )
         self.learned = learned_positions(positions, max_length, d_model)
         scale = 0.5 / num_layers
         make_attention = functools.partial(
@@ -180,7 +182,7 @@ class Transformer(nnx.Module):
         self.stacks = nnx.List(stacks_of(kinds, make_block, remat, scan))
         self.final_norm = norm(d_model)
         head = (d_model, vocab_size), ("embed", "vocab"), truncated_normal()
-        self.head_DV = None if tie_embeddings else parameter(*head)
+        self.head_DV = None if tie_embeddings else parameter(*head, role="head")
         self.leak = self._leak() if causal else None
         if self.leak and not allow_leaks:
             raise ValueError(self.leak)
@@ -190,7 +192,7 @@ class Transformer(nnx.Module):
         return [layer for stack in self.stacks for layer in moe_layers(stack.unit.blocks)]
 
     @property
-    def depth_router(self) -> MixtureOfDepths | None:
+    def depth_router(self) -> DepthRouter | None:
         """One of its routers of depth (their parameters are stacked); None where it has none."""
         layers = [block for stack in self.stacks for block in stack.unit.blocks]
         return next((b.depth_router for b in layers if isinstance(b, DepthBlock)), None)
@@ -231,25 +233,25 @@ class Transformer(nnx.Module):
             x_BTD = x_BTD + sinusoidal(tokens.position_BT, self.d_model)
         x_BTD = constrain(x_BTD.astype(dtype), "batch", "length", None)
         tokens = self._before_the_first(tokens)
-        outputs, depths, done = [], [], 0
+        outputs, mod_outputs, done = [], [], 0
         for stack in self.stacks:
             per_unit = sum(b.is_moe for b in stack.unit.blocks)
             steps = per_block(global_batch, done, per_unit, stack.repeats)
-            x_BTD, logits_BTE, output, depth = stack(x_BTD, tokens, steps)
-            tokens = dataclasses.replace(tokens, logits_BTE=logits_BTE)
+            x_BTD, logits_BTE, output, mod_output = stack(x_BTD, tokens, steps)
+            tokens = tokens.with_previous_logits(logits_BTE)
             done += per_unit * stack.repeats
             outputs += [] if output is None else [output]
-            depths += [] if depth is None else [depth]
+            mod_outputs += [] if mod_output is None else [mod_output]
         hidden_BTD = self.final_norm(x_BTD)  # pyright: ignore[reportCallIssue]
-        return ModelOutput(hidden_BTD, over_layers(outputs), over_layers(depths))
+        return ModelOutput(hidden_BTD, over_layers(outputs), over_layers(mod_outputs))
 
     def _before_the_first(self, tokens: Tokens) -> Tokens:
         """The tokens with logits of zero, where routers read those of the sparse layer before."""
         for layer in self.moe_layers_of_units():
-            if layer.router.reads_logits_before:
+            if layer.router.reads_previous_logits:
                 shape = (*tokens.token_BT.shape, layer.router.num_experts)
                 logits_BTE = constrain(jnp.zeros(shape), "batch", "length", None)
-                return dataclasses.replace(tokens, logits_BTE=logits_BTE)
+                return tokens.with_previous_logits(logits_BTE)
         return tokens
 
     def head(self) -> jax.Array:

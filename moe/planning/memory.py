@@ -141,22 +141,24 @@ def _rows(layer, model: AbstractModel, mesh, tokens: int) -> Iterator[int]:
     if not isinstance(layer, MoELayer):
         yield tokens * (4 * width + _arrays(layer.activation) * layer.up_DF.shape[-1])
         return
-    if layer.shared is not None:
-        yield from _rows(layer.shared, model, mesh, tokens)
+    for companion in layer.companions:
+        if companion.hidden_width:
+            arrays = _arrays(companion.activation)
+            yield tokens * (4 * width + arrays * companion.hidden_width)
     sent = round(tokens * model.costs.rows_per_token)
     if isinstance(layer.dispatcher, Sorted):
         devices, dispatcher = mesh["expert"], layer.dispatcher
         came = devices * dispatcher.most_rows(sent, devices)
         if dispatcher.buffer is not None and dispatcher.overflow == "exact" and devices > 1:
-            came += devices * sent  # the second way has room for all
+            came += devices * sent  # the second exchange has room for all
     elif layer.capacity.factor is None:
         came = tokens * layer.num_experts
     else:
         came = min(round(sent * layer.capacity.factor), tokens * layer.num_experts)
-    up = getattr(layer.experts, "up_EDF", None)
-    hidden = 0 if up is None else up.shape[-1]
-    arrays = _arrays(getattr(layer.experts, "activation", "relu"))
-    yield 2 * sent * width + came * (4 * width + arrays * hidden)
+    experts = layer.experts
+    width = experts.row_width or width
+    hidden = _arrays(experts.activation) * experts.hidden_width
+    yield 2 * sent * width + came * (4 * width + hidden)
 
 
 def _arrays(activation: str) -> int:

@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from layers.experts.neurons import NeuronExperts
-from layers.tokens import Tokens
 from moe.data.tokens.tokenizer import Tokenizer
 from moe.errors import UserError
 from moe.model import flops, functional
@@ -19,7 +17,8 @@ from moe.model.transformer import Transformer
 from moe.training import metrics
 from moe.training.objective import Objective
 from routing import Decision, ExpertMerge, SoftSlots, TrainingText
-from routing.records import TokenSequence
+from routing.inputs import Tokens
+from routing.training_text import TokenSequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,7 @@ class AbstractModel:
         if self.moe_layer is not None:
             router = self.moe_layer.router
             told = {loss.name: router.weight_of(loss) for loss in router.losses}
-            told |= dict(router.completed)
+            told |= dict(router.policy_losses)
         if self.module.depth_router is not None:
             depth = self.module.depth_router
             told |= {f"depth/{loss.name}": loss.coefficient for loss in depth.losses}
@@ -103,7 +102,7 @@ def abstract_model(
         decision = _decision(graph, shapes, shape)
     except ValueError as error:
         raise UserError(_first_line(error)) from error
-    costs = flops.costs(module, shapes[0], decision, sequence_length)
+    costs = flops.costs(module, decision, sequence_length)
     num_bytes_2V = vocabulary.num_bytes_2V
     if num_bytes_2V is None:
         num_bytes_2V = np.ones((2, vocabulary.size), np.int32)
@@ -120,7 +119,7 @@ def kind_of(module: Transformer, decision: Decision | None) -> str:
     """How the sparse layers share out their work, by what their routers decide."""
     if decision is None:
         return metrics.DENSE
-    if any(isinstance(layer.experts, NeuronExperts) for layer in module.moe_layers_of_units()):
+    if any(layer.experts.are_neurons for layer in module.moe_layers_of_units()):
         return metrics.NEURONS
     return {SoftSlots: metrics.SOFT, ExpertMerge: metrics.MERGED}.get(
         type(decision), metrics.CHOICES

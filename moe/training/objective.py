@@ -6,12 +6,10 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from layers.tokens import Tokens
 from moe.data.batch import Batch
-from routing import Policy
+from routing.inputs import Tokens, named_key
 from routing.ranges import OpenShare
 
-_MASKING, _ROUTING = 0, 1
 EVALUATION = 2**32 - 1  # the step whose key evaluation uses
 
 
@@ -80,24 +78,6 @@ class MaskedToken:
 Objective = NextToken | MaskedToken
 
 
-def policy_losses(policy: Policy, nats_BT: jax.Array, scored_BT: jax.Array) -> dict:
-    """REINFORCE with a learned value, summed over scored tokens, for each layer (L,).
-
-    A token's reward is its own log-likelihood R = -nats. "policy": -(R - V) log p of the choice;
-    "value": half of (R - V)^2. No gradient flows through the reward or, in the first, the value.
-    """
-    layers = policy.value_GT.shape[0]
-    reward_LN = jax.lax.stop_gradient(-nats_BT).reshape(1, -1)
-    scored_LN = scored_BT.reshape(1, -1)
-    value_LN, log_prob_LN = (a.reshape(layers, -1) for a in (policy.value_GT, policy.log_prob_GT))
-    advantage_LN = jax.lax.stop_gradient(reward_LN - value_LN)
-    each = {
-        "policy": -advantage_LN * log_prob_LN,
-        "value": 0.5 * jnp.square(reward_LN - value_LN),
-    }
-    return {name: jnp.where(scored_LN, a, 0).sum(1) for name, a in each.items()}
-
-
 def step_key(seed, step) -> jax.Array:
     """The key of an optimizer step (uint32)."""
     return jax.random.fold_in(jax.random.key(seed), step)
@@ -109,7 +89,7 @@ def prepared(objective: Objective, batch: Batch, key: jax.Array, num_bytes_2V: j
     num_bytes_2V: bytes of text that each token of the model's vocabulary gives back, as a
         document's first and anywhere else; 0 in both for tokens that are not of text.
     """
-    return objective.prepare(batch, jax.random.fold_in(key, _MASKING), num_bytes_2V)
+    return objective.prepare(batch, named_key(key, "masking"), num_bytes_2V)
 
 
 def text_of(
@@ -134,6 +114,6 @@ def tokens_of(batch: Batch, key: jax.Array, *, train: bool) -> Tokens:
         segment_BT=jnp.asarray(batch.segment_BT),
         position_BT=jnp.asarray(batch.position_BT),
         index_B=jnp.asarray(batch.index_B),
-        key=jax.random.fold_in(key, _ROUTING),
+        key=named_key(key, "routing"),
         train=train,
     )

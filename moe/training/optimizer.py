@@ -1,14 +1,14 @@
-"""Optimizers as values: `build(axes, steps)` gives an optax transformation.
+"""Optimizers as values: `build(parameters, steps)` gives an optax transformation.
 
 All of them clip by the global norm, choose a direction, and step by the rate: p -= rate *
-(direction + weight_decay * p). `axes` holds every parameter's logical axes by name; from them
-follows what is a matrix, and which axes only stack matrices. Weight decay leaves norms and biases
-alone; router state is no parameter and never comes here.
+(direction + weight_decay * p). `parameters` holds every parameter's logical axes and role by name;
+from them follows what is a matrix, and which axes only stack matrices. Weight decay leaves norms
+and biases alone; router state is no parameter and never comes here.
 """
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import gin
 import jax
@@ -16,9 +16,20 @@ import optax
 import optax.contrib
 
 from moe.training.schedules import Cosine, Schedule
+from routing.parameters import Role
 from routing.ranges import Count, LessThanOne, NonNegative, Positive
 
-Axes = dict[str, tuple[str | None, ...]]
+Axes = tuple[str | None, ...]
+
+
+class Declared(NamedTuple):
+    """What a parameter says of itself where it is declared."""
+
+    axes: Axes
+    role: Role
+
+
+Parameters = dict[str, Declared]
 # Axes along which every index has a weight of its own.
 STACKED = ("layer", "expert", "segment")
 
@@ -40,7 +51,7 @@ class Optimizer(abc.ABC):
     clip_norm: float | None
 
     @abc.abstractmethod
-    def direction(self, axes: Axes) -> optax.GradientTransformation:
+    def direction(self, parameters: Parameters) -> optax.GradientTransformation:
         """From gradients to what the rate multiplies, uphill as they are; without decay."""
 
     def rate(self, steps: int) -> optax.Schedule:
@@ -48,42 +59,44 @@ class Optimizer(abc.ABC):
         schedule = Cosine() if self.schedule is None else self.schedule
         return schedule.build(self.learning_rate, steps)
 
-    def build(self, axes: Axes, steps: int) -> optax.GradientTransformation:
+    def build(self, parameters: Parameters, steps: int) -> optax.GradientTransformation:
         """Clip, direct, decay, scale; state lives under the parameters' names."""
         clip = optax.identity()
         if self.clip_norm is not None:
             clip = optax.clip_by_global_norm(self.clip_norm)
         return optax.chain(
             clip,
-            self.direction(axes),
-            optax.add_decayed_weights(self.weight_decay, decayed(axes)),
+            self.direction(parameters),
+            optax.add_decayed_weights(self.weight_decay, decayed(parameters)),
             optax.scale_by_learning_rate(self.rate(steps)),
         )
 
 
-def own_axes(axes: tuple[str | None, ...]) -> tuple[str | None, ...]:
+def own_axes(axes: Axes) -> Axes:
     """The axes of one weight: without the layers, experts and segments it is stacked over."""
     return tuple(a for a in axes if a not in STACKED)
 
 
-def is_matrix(axes: tuple[str | None, ...]) -> bool:
-    """True for what weight decay applies to."""
+def is_matrix(axes: Axes) -> bool:
+    """Whether a weight has two axes or more."""
     return len(own_axes(axes)) >= 2
 
 
-def stacked(axes: tuple[str | None, ...]) -> int:
+def stacked(axes: Axes) -> int:
     """How many leading axes count layers and experts, each of whose entries is a weight."""
     return len(axes) - len(own_axes(axes))
 
 
-def per_weight(rule: optax.GradientTransformation, axes: Axes) -> optax.GradientTransformation:
+def per_weight(
+    rule: optax.GradientTransformation, parameters: Parameters
+) -> optax.GradientTransformation:
     """A rule for one weight, applied to every layer's and expert's by itself.
 
     State lies under the parameters' names, with the stacked axes in front.
     """
 
     def over(function, name):
-        for _ in range(stacked(axes[name])):
+        for _ in range(stacked(parameters[name].axes)):
             function = jax.vmap(function)
         return function
 
@@ -101,9 +114,9 @@ def per_weight(rule: optax.GradientTransformation, axes: Axes) -> optax.Gradient
     return optax.GradientTransformation(init, update)
 
 
-def decayed(axes: Axes) -> dict[str, bool]:
+def decayed(parameters: Parameters) -> dict[str, bool]:
     """Weight decay by name: matrices and embeddings, not norms, biases or scales."""
-    return {name: is_matrix(a) for name, a in axes.items()}
+    return {name: is_matrix(p.axes) and p.role != "norm" for name, p in parameters.items()}
 
 
 @gin.configurable
@@ -123,7 +136,7 @@ class AdamW(Optimizer):
     weight_decay: NonNegative = 0.1
     clip_norm: Positive | None = 1.0
 
-    def direction(self, axes):
+    def direction(self, parameters):
         return optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.epsilon)
 
 
@@ -141,9 +154,9 @@ class Adafactor(Optimizer):
     weight_decay: NonNegative = 0.0
     clip_norm: Positive | None = 1.0
 
-    def direction(self, axes):
+    def direction(self, parameters):
         rule = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
-        return per_weight(rule, axes)
+        return per_weight(rule, parameters)
 
 
 @gin.configurable
@@ -158,7 +171,7 @@ class Lion(Optimizer):
     weight_decay: NonNegative = 0.3
     clip_norm: Positive | None = 1.0
 
-    def direction(self, axes):
+    def direction(self, parameters):
         return optax.scale_by_lion(b1=self.b1, b2=self.b2)
 
 
@@ -185,10 +198,10 @@ class Muon(Optimizer):
     weight_decay: NonNegative = 0.1
     clip_norm: Positive | None = 1.0
 
-    def direction(self, axes):
+    def direction(self, parameters):
 
         def numbers(params: Any):
-            return {name: matrix_axes(name, axes[name]) for name in params}
+            return {name: matrix_axes(parameters[name]) for name in params}
 
         return optax.contrib.muon(
             -1.0,  # the direction alone: decay and rate follow in `build`
@@ -201,13 +214,14 @@ class Muon(Optimizer):
         )
 
 
-def matrix_axes(name: str, axes: tuple[str | None, ...]):
+def matrix_axes(declared: Declared):
     """Which axes Muon reads as rows and columns; None for what Adam updates.
 
     Weights that start at the model width ("embed" first) are read as width by the rest, e.g.
     (D, H*K); the others as the rest by their last axis, e.g. (H*K, D).
     """
-    if not is_matrix(axes) or "vocab" in axes or ".router." in name:
+    axes, role = declared
+    if not is_matrix(axes) or role in ("embedding", "head", "router"):
         return None
     first = len(axes) - len(own_axes(axes))
     every = tuple(range(first, len(axes)))

@@ -14,14 +14,15 @@ import numpy as np
 import optax
 
 from layers.constrain import sharding_rules
-from layers.kernels.cross_entropy import cross_entropy_of_each, cross_entropy_sums
 from moe.data.batch import Batch
 from moe.machine import processes
 from moe.model import sharding
 from moe.model.functional import Arrays, Graph, first_values, split
 from moe.training import objective as objectives
+from moe.training.losses import measure
 from moe.training.optimizer import stacked
 from routing import GlobalBatch, RouterOutput
+from routing.parameters import ROLES, Role
 
 # Without these the TPU's compiler runs nothing beside rows that travel to their experts.
 BESIDE_EXCHANGES = {
@@ -123,20 +124,25 @@ class Step:
             return grads, measured
 
         if self.accumulate == 1:
-            grads, (loss, text_nats, routers, depths) = one(batch, None)
+            grads, measured = one(batch, None)
         else:
             micros = micro_batches(batch, self.accumulate, self.sequences_per_group)
             statistics = None
             if self.global_batch_losses:
                 only = jax.lax.map(lambda micro: self._statistics(state, micro, key), micros)
                 statistics = jax.tree.map(lambda a: a.sum(0), only)
-            grads, (loss, text_nats, routers, depths) = summed(
+            grads, measured = summed(
                 lambda micro: one(micro, share_of(statistics, micro, valid)), micros
             )
         text_bytes = objectives.text_of(self.objective, batch, num_bytes_2V)[1]
-        norms = grad_norms(grads)
         return grads, StepMetrics(
-            loss, scored, text_nats, text_bytes, routers, norms, depths=depths
+            loss=measured.losses.task,
+            scored=scored,
+            text_nats=measured.text_nats,
+            text_bytes=text_bytes,
+            routers=measured.routers,
+            grad_norms=grad_norms(grads, self.graph.roles),
+            depths=measured.depths,
         )
 
     def _loss(self, params, state, batch: Batch, key, whole: GlobalBatch | None, scored, valid):
@@ -145,33 +151,8 @@ class Step:
         out = model(objectives.tokens_of(batch, key, train=True), whole)
         num_bytes_2V = jnp.asarray(self.num_bytes_2V)
         text_BT, _ = objectives.text_of(self.objective, batch, num_bytes_2V)
-        nats, text_nats = cross_entropy_sums(
-            model.head(), out.hidden_BTD, batch.target_BT, batch.scored_BT, text_BT
-        )
-        loss, share = nats / scored, (batch.segment_BT > 0).sum() / valid
-        depths, deep = None, 0.0
-        if out.depths is not None:
-            depths = {name: share * value for name, value in out.depths.losses.items()}
-            depths |= {name: value / valid for name, value in out.depths.stats.batch_sums.items()}
-            deep = share * out.depths.auxiliary_loss.sum()
-        if out.routers is None:
-            return loss + deep, (loss, text_nats, None, depths)
-        losses = {name: share * value for name, value in out.routers.losses.items()}
-        auxiliary_L = share * out.routers.auxiliary_loss
-        if out.routers.policy is not None:
-            completed = self._completed(model, out, batch, scored)
-            losses |= completed
-            weights = dict(model.moe_layers_of_units()[0].router.completed)
-            auxiliary_L += sum(weights[name] * value for name, value in completed.items())
-        routers = RouterOutput(None, losses, auxiliary_L, out.routers.stats)
-        return loss + deep + auxiliary_L.sum(), (loss, text_nats, routers, depths)
-
-    def _completed(self, model, out, batch: Batch, scored) -> dict[str, Array]:
-        """The losses of routers whose choices are rewarded by each token's likelihood."""
-        nats_BT = cross_entropy_of_each(model.head(), out.hidden_BTD, batch.target_BT)
-        scored_BT = jnp.asarray(batch.scored_BT)
-        sums = objectives.policy_losses(out.routers.policy, nats_BT, scored_BT)
-        return {name: value_L / scored for name, value_L in sums.items()}
+        measured = measure(model, out, batch, text_BT, scored, valid)
+        return measured.losses.total, measured
 
     def _statistics(self, state: TrainState, micro: Batch, key):
         """What the routers count in a micro-batch."""
@@ -252,10 +233,13 @@ def summed(one: Callable, micros: Batch):
     return jax.lax.scan(add, zeros, micros)[0]
 
 
-def grad_norms(grads: Arrays) -> dict[str, Array]:
+def grad_norms(grads: Arrays, roles: dict[str, Role]) -> dict[str, Array]:
     """L2 norms of all gradients, of the routers' and of the experts'."""
-    kinds = {"all": "", "router": "router.", "experts": ".experts."}
-    chosen = {kind: [g for n, g in grads.items() if part in n] for kind, part in kinds.items()}
+    kinds = {"all": ROLES, "router": ("router",), "experts": ("expert",)}
+    chosen = {
+        kind: [grad for name, grad in grads.items() if roles[name] in those]
+        for kind, those in kinds.items()
+    }
     return {kind: optax.tree.norm(found) for kind, found in chosen.items() if found}
 
 

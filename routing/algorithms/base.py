@@ -10,9 +10,10 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.parameters import orthogonal, parameter
-from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
+from routing.records import Causality, Routing, Sizes, TokenChoice
 from routing.router import Router
 from routing.selection import top_k
 from routing.solvers.auction import balanced_assignment
@@ -40,7 +41,7 @@ class BASE(Router):
     def __init__(self, sizes: Sizes, shuffle: bool = False, losses: Sequence[RouterLoss] = ()):
         self.num_experts, self.shuffle, self.losses = sizes.num_experts, shuffle, tuple(losses)
         shape = (sizes.d_model, sizes.num_experts)
-        self.weight_DE = parameter(shape, ("embed", None), orthogonal(0.1))
+        self.weight_DE = parameter(shape, ("embed", None), orthogonal(0.1), role="router")
 
     def route(self, inputs: RouterInputs) -> Routing:
         score_GTE = jnp.einsum("gtd,de->gte", inputs.x_GTD, self.weight_DE[...])
@@ -62,7 +63,7 @@ class BASE(Router):
         shape = inputs.valid_GT.shape
         # Valid tokens by a draw of their own, padding last.
         draw = jax.vmap(lambda key: jax.random.uniform(key, shape[1:]))
-        draw_GT = jnp.where(inputs.valid_GT, draw(inputs.keys_G(purpose=2)), 2)
+        draw_GT = jnp.where(inputs.valid_GT, draw(inputs.keys_G("shuffle")), 2)
         order_N = jnp.argsort(draw_GT.ravel())
         valid_GT = inputs.valid_GT.ravel()[order_N].reshape(shape)
         mixed_GTE = score_GTE.reshape(-1, self.num_experts)[order_N].reshape(score_GTE.shape)

@@ -9,10 +9,11 @@ import gin
 import jax
 import jax.numpy as jnp
 
+from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.parameters import parameter, router_state, truncated_normal
 from routing.ranges import Count, NonNegative
-from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
+from routing.records import Causality, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
 from routing.selection import top_k, top_k_indices
 
@@ -112,7 +113,7 @@ class AllExperts(Router):
     def __init__(self, sizes: Sizes, losses: Sequence[RouterLoss] = ()):
         self.num_experts, self.losses = sizes.num_experts, tuple(losses)
         shape = (sizes.d_model, sizes.num_experts)
-        self.weight_DE = parameter(shape, ("embed", None), truncated_normal())
+        self.weight_DE = parameter(shape, ("embed", None), truncated_normal(), role="router")
 
     def route(self, inputs: RouterInputs) -> Routing:
         logits_GTE = jnp.einsum("gtd,de->gte", inputs.x_GTD, self.weight_DE[...])
@@ -155,7 +156,7 @@ class FrozenTopK(Router):
 def _uniform_draws(inputs: RouterInputs, num_experts: int) -> jax.Array:
     """(G, T, E); at evaluation the same for every group, step and batch."""
     groups, tokens = inputs.valid_GT.shape
-    keys_G = inputs.keys_G(purpose=0) if inputs.train else jax.random.key(0)[None]
+    keys_G = inputs.keys_G("uniform") if inputs.train else jax.random.key(0)[None]
     draw_GTE = jax.vmap(lambda key: jax.random.uniform(key, (tokens, num_experts)))(keys_G)
     return jnp.broadcast_to(draw_GTE, (groups, tokens, num_experts))
 

@@ -12,17 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from routing.balancers import StepState
+from routing.inputs import RouterInputs
 from routing.losses import RouterLoss, TermLoss
 from routing.parameters import parameter, router_state, truncated_normal, uniform, zeros
 from routing.ranges import Count, Positive
-from routing.records import (
-    Causality,
-    RouterInputs,
-    RouterStats,
-    Routing,
-    Sizes,
-    TokenChoice,
-)
+from routing.records import Causality, RouterStats, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
 
 
@@ -76,12 +70,14 @@ class DSelectK(Router):
         if per_token:
             shape, axes = (sizes.d_model, k, bits), ("embed", None, None)
             # z starts close to 0, the middle of the smooth step, where all experts get a gradient.
-            self.code_DKM = parameter(shape, axes, truncated_normal(1e-4 * gamma**2))
-            self.mix_DK = parameter((sizes.d_model, k), ("embed", None), truncated_normal(2.5e-3))
+            self.code_DKM = parameter(shape, axes, truncated_normal(1e-4 * gamma**2), role="router")
+            self.mix_DK = parameter(
+                (sizes.d_model, k), ("embed", None), truncated_normal(2.5e-3), role="router"
+            )
             self.code_KM = self.mix_K = None
         else:
-            self.code_KM = parameter((k, bits), (None, None), uniform(gamma / 100))
-            self.mix_K = parameter((k,), (None,), uniform(0.05))
+            self.code_KM = parameter((k, bits), (None, None), uniform(gamma / 100), role="router")
+            self.mix_K = parameter((k,), (None,), uniform(0.05), role="router")
             self.code_DKM = self.mix_DK = None
 
     def route(self, inputs: RouterInputs) -> Routing:

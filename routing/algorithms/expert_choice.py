@@ -13,18 +13,11 @@ import jax.numpy as jnp
 
 from routing.balancers import StepState, exceeded_by
 from routing.capacity import slots_for_valid, slots_per_expert
+from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.parameters import parameter, router_state, truncated_normal
 from routing.ranges import Count, LessThanOne, Positive
-from routing.records import (
-    Causality,
-    ExpertChoice,
-    RouterInputs,
-    RouterStats,
-    Routing,
-    Sizes,
-    TokenChoice,
-)
+from routing.records import Causality, ExpertChoice, RouterStats, Routing, Sizes, TokenChoice
 from routing.router import Router
 from routing.selection import top_k
 from routing.solvers.dykstra import capped_plan
@@ -85,7 +78,7 @@ class ExpertChoiceRouter(Router):
         self.capacity_factor, self.most_experts = capacity_factor, most_experts
         self.entropy, self.iterations = entropy, iterations
         shape = (sizes.d_model, sizes.num_experts)
-        self.weight_DE = parameter(shape, ("embed", None), truncated_normal())
+        self.weight_DE = parameter(shape, ("embed", None), truncated_normal(), role="router")
         by_threshold = evaluation == "threshold"
         self.thresholds = Thresholds(sizes.num_experts, decay) if by_threshold else None
         if not by_threshold:
@@ -170,8 +163,9 @@ class Thresholds(StepState):
         }
 
     def update(self, stats: RouterStats) -> None:
-        groups = stats.batch_sums["groups"]
-        mean_E = stats.batch_sums["lowest"] / jnp.maximum(groups, 1)
+        sums = stats.batch_sums["router"]
+        groups = sums["groups"]
+        mean_E = sums["lowest"] / jnp.maximum(groups, 1)
         old_E = self.threshold_E[...]
         new_E = self.decay * old_E + (1 - self.decay) * mean_E
         self.threshold_E[...] = jnp.where(groups > 0, new_E, old_E)

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from routing.balance_losses import BalanceLoss
+from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.parameters import parameter, truncated_normal
 from routing.ranges import Positive
-from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
+from routing.records import Causality, Routing, Sizes, TokenChoice
 from routing.router import Router
 from routing.selection import top_k
 
@@ -55,14 +56,14 @@ class GShard(Router):
         of_first = (BalanceLoss(choices="first", scope="group"),)
         self.losses = of_first if losses is None else tuple(losses)
         shape = (sizes.d_model, sizes.num_experts)
-        self.weight_DE = parameter(shape, ("embed", None), truncated_normal())
+        self.weight_DE = parameter(shape, ("embed", None), truncated_normal(), role="router")
 
     def route(self, inputs: RouterInputs) -> Routing:
         draw_GT = None
         if inputs.train and self.second == "random":
             shape, dtype = inputs.x_GTD.shape[1:2], inputs.x_GTD.dtype
             draw = jax.vmap(lambda key: jax.random.uniform(key, shape, dtype))
-            draw_GT = draw(inputs.keys_G(purpose=0))
+            draw_GT = draw(inputs.keys_G("second_expert"))
         return self.with_draws(inputs.x_GTD, draw_GT)
 
     def with_draws(self, x_GTD: jax.Array, draw_GT: jax.Array | None) -> Routing:

@@ -9,8 +9,9 @@ import gin
 import jax
 import jax.numpy as jnp
 
+from routing.inputs import RouterInputs
 from routing.parameters import router_state
-from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
+from routing.records import Causality, Routing, Sizes, TokenChoice
 from routing.router import Router
 from routing.solvers.hash_tables import RandomTable, Table, mixed
 
@@ -32,6 +33,7 @@ class Hash(Router):
 
     causality = Causality.CAUSAL
     needs_token_ids = True
+    unit_gates = True
     decoding = "as in training"
 
     def __init__(

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 
 from routing.algorithms.noisy_top_k import chance_of_selection, standard_normal
 from routing.balance_losses import ImportanceLoss, cv_squared
+from routing.inputs import RouterInputs
 from routing.losses import RouterLoss, global_batch_sum
 from routing.parameters import parameter, zeros
 from routing.ranges import Count, NonNegative
-from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
+from routing.records import Causality, Routing, Sizes, TokenChoice
 from routing.router import Router
 from routing.selection import top_k
 
@@ -36,10 +37,10 @@ class HierarchicalLoadLoss(RouterLoss):
         return True
 
     def __call__(self, routing, inputs, stats):
-        if "primary_load" not in stats.batch_sums:
+        if "primary_load" not in stats.batch_sums.get("router", {}):
             raise ValueError("HierarchicalLoadLoss is for Hierarchical; NoisyTopK has LoadLoss")
         primary_A, secondary_AB, size_A = (
-            global_batch_sum(stats, inputs, lambda stats, name=name: stats.batch_sums[name])
+            global_batch_sum(stats, inputs, lambda s, name=name: s.batch_sums["router"][name])
             for name in ("primary_load", "secondary_load", "group_tokens")
         )
         return cv_squared(hierarchical_load(primary_A, secondary_AB, size_A).ravel())
@@ -84,10 +85,10 @@ class Hierarchical(Router):
         defaults = (ImportanceLoss(), HierarchicalLoadLoss())
         self.losses = defaults if losses is None else tuple(losses)
         axes = ("embed", None)
-        self.primary_DA = parameter((sizes.d_model, branches), axes, zeros)
-        self.primary_noise_DA = parameter((sizes.d_model, branches), axes, zeros)
-        self.weight_DE = parameter((sizes.d_model, experts), axes, zeros)
-        self.noise_DE = parameter((sizes.d_model, experts), axes, zeros)
+        self.primary_DA = parameter((sizes.d_model, branches), axes, zeros, role="router")
+        self.primary_noise_DA = parameter((sizes.d_model, branches), axes, zeros, role="router")
+        self.weight_DE = parameter((sizes.d_model, experts), axes, zeros, role="router")
+        self.noise_DE = parameter((sizes.d_model, experts), axes, zeros, role="router")
 
     def route(self, inputs: RouterInputs) -> Routing:
         x_GTD, a, b = inputs.x_GTD, self.branches, self.num_experts // self.branches

@@ -10,10 +10,11 @@ import gin
 import jax
 import jax.numpy as jnp
 
+from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.parameters import parameter, truncated_normal
 from routing.ranges import Count
-from routing.records import Causality, ExpertMerge, RouterInputs, Routing, Sizes
+from routing.records import Causality, ExpertMerge, Routing, Sizes
 from routing.router import Router
 
 
@@ -36,7 +37,7 @@ class SMEAR(Router):
     def __init__(self, sizes: Sizes, losses: Sequence[RouterLoss] = ()):
         self.num_experts, self.losses = sizes.num_experts, tuple(losses)
         shape = (sizes.d_model, sizes.num_experts)
-        self.weight_DE = parameter(shape, ("embed", None), truncated_normal())
+        self.weight_DE = parameter(shape, ("embed", None), truncated_normal(), role="router")
 
     def route(self, inputs: RouterInputs) -> Routing:
         tokens = inputs.valid_GT.shape[1]
@@ -79,7 +80,7 @@ class Lory(Router):
         self.num_experts, self.losses = sizes.num_experts, tuple(losses)
         self.segment, self.first = segment, first
         shape = (sizes.d_model, sizes.num_experts)
-        self.weight_DE = parameter(shape, ("embed", None), truncated_normal())
+        self.weight_DE = parameter(shape, ("embed", None), truncated_normal(), role="router")
 
     def route(self, inputs: RouterInputs) -> Routing:
         mean_GSD = segment_means(inputs, self.segment)

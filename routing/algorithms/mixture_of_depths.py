@@ -13,15 +13,16 @@ import jax.numpy as jnp
 import optax
 
 from routing.algorithms.expert_choice import best_tokens
+from routing.inputs import RouterInputs
 from routing.losses import RouterLoss, TermLoss
 from routing.parameters import parameter, truncated_normal, zeros
 from routing.ranges import Count, SomeShare
-from routing.records import Causality, ExpertChoice, RouterInputs, Routing, Sizes, TokenChoice
-from routing.router import Router
+from routing.records import Causality, ExpertChoice, Routing, Sizes, TokenChoice
+from routing.router import DepthRouter
 
 
 @gin.configurable
-class MixtureOfDepths(Router):
+class MixtureOfDepths(DepthRouter):
     """The C = ceil(capacity * T) tokens with the largest r = w . x, in their order (eq. 1).
 
     r multiplies what the block adds to a token, so that the router learns. The choice sees the
@@ -59,12 +60,16 @@ class MixtureOfDepths(Router):
             raise ValueError(f"MixtureOfDepths.guess={guess!r}: predictor or auxiliary")
         self.num_experts, self.capacity = 1, capacity
         self.losses = (TermLoss("guess", 0.01),) if losses is None else tuple(losses)
-        self.weight_D = parameter((sizes.d_model,), ("embed",), truncated_normal())
+        self.weight_D = parameter((sizes.d_model,), ("embed",), truncated_normal(), role="router")
         separate = guess == "predictor"
         shape, axes = (sizes.d_model, predictor_width), ("embed", None)
-        self.hidden_DH = parameter(shape, axes, truncated_normal()) if separate else None
-        self.guess_H = parameter((predictor_width,), (None,), zeros) if separate else None
-        self.guess_bias = parameter((), (), zeros) if separate else None
+        self.hidden_DH = (
+            parameter(shape, axes, truncated_normal(), role="router") if separate else None
+        )
+        self.guess_H = (
+            parameter((predictor_width,), (None,), zeros, role="router") if separate else None
+        )
+        self.guess_bias = parameter((), (), zeros, role="router") if separate else None
 
     def route(self, inputs: RouterInputs) -> Routing:
         weight_GT = jnp.einsum("gtd,d->gt", inputs.x_GTD, self.weight_D[...])

@@ -7,9 +7,10 @@ import gin
 import jax
 import jax.numpy as jnp
 
+from routing.inputs import RouterInputs
 from routing.parameters import router_state
 from routing.ranges import Count
-from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
+from routing.records import Causality, Routing, Sizes, TokenChoice
 from routing.router import Router
 
 
@@ -27,6 +28,7 @@ class MultiHash(Router):
     causality = Causality.CAUSAL
     repeats_experts = True
     needs_token_ids = True
+    unit_gates = True
     decoding = "as in training"
 
     def __init__(self, sizes: Sizes, hashes: Count = 2):

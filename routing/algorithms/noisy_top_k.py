@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from routing.balance_losses import ImportanceLoss, LoadLoss
+from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.parameters import parameter, zeros
 from routing.ranges import Count
-from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
+from routing.records import Causality, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
 from routing.selection import top_k, top_k_indices
 
@@ -45,8 +46,8 @@ class NoisyTopK(Router):
         self.num_experts, self.k = sizes.num_experts, k
         self.losses = (ImportanceLoss(), LoadLoss()) if losses is None else tuple(losses)
         shape, axes = (sizes.d_model, sizes.num_experts), ("embed", None)
-        self.weight_DE = parameter(shape, axes, zeros)
-        self.noise_DE = parameter(shape, axes, zeros)
+        self.weight_DE = parameter(shape, axes, zeros, role="router")
+        self.noise_DE = parameter(shape, axes, zeros, role="router")
 
     def route(self, inputs: RouterInputs) -> Routing:
         draw_GTE = standard_normal(inputs, self.num_experts) if inputs.train else None
@@ -70,7 +71,7 @@ def standard_normal(inputs: RouterInputs, num_experts: int) -> jax.Array:
     """N(0, 1) draws (G, T, E) that depend on neither the mesh nor the micro-batch."""
     shape = (inputs.x_GTD.shape[1], num_experts)
     draw = jax.vmap(lambda key: jax.random.normal(key, shape, inputs.x_GTD.dtype))
-    return draw(inputs.keys_G(purpose=0))
+    return draw(inputs.keys_G("noise"))
 
 
 def chance_of_selection(clean_GTE, noisy_GTE, std_GTE, k: int) -> jax.Array:

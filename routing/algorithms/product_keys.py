@@ -11,10 +11,11 @@ import gin
 import jax
 import jax.numpy as jnp
 
+from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.parameters import parameter, truncated_normal
 from routing.ranges import Count
-from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
+from routing.records import Causality, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
 from routing.selection import top_k
 
@@ -67,10 +68,10 @@ class ProductKeys(Router):
             raise ValueError(f"ProductKeys.query_width={width} must be even: it has two halves")
         self.num_experts, self.k, self.losses = sizes.num_experts, k, tuple(losses)
         shape, axes = (sizes.d_model, heads, 2, width // 2), ("embed", None, None, None)
-        self.query_DHXQ = parameter(shape, axes, truncated_normal())
+        self.query_DHXQ = parameter(shape, axes, truncated_normal(), role="router")
         # A half's scores have unit variance for a query of unit mean square.
         shape = (width // 2, 2, side)
-        self.key_QXN = parameter(shape, (None, None, None), truncated_normal())
+        self.key_QXN = parameter(shape, (None, None, None), truncated_normal(), role="router")
 
     def route(self, inputs: RouterInputs) -> Routing:
         query_GTHXQ = jnp.einsum("gtd,dhxq->gthxq", inputs.x_GTD, self.query_DHXQ[...])

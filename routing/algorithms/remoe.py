@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from routing.balancers import StepState
+from routing.inputs import RouterInputs
 from routing.losses import RouterLoss, TermLoss
 from routing.parameters import parameter, router_state, truncated_normal
 from routing.ranges import AboveOne, Count, Positive
-from routing.records import Causality, RouterInputs, RouterStats, Routing, Sizes, TokenChoice
+from routing.records import Causality, RouterStats, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
 
 
@@ -53,7 +54,7 @@ class ReMoE(Router):
         of_layers = (TermLoss("sparsity", over_layers="mean"),)  # eq. 9
         self.losses = of_layers if losses is None else tuple(losses)
         shape = (sizes.d_model, sizes.num_experts)
-        self.weight_DE = parameter(shape, ("embed", None), truncated_normal())
+        self.weight_DE = parameter(shape, ("embed", None), truncated_normal(), role="router")
         self.penalty = SparsityPenalty(sizes.num_experts, k, start, factor)
 
     def route(self, inputs: RouterInputs) -> Routing:
@@ -65,8 +66,8 @@ class ReMoE(Router):
         valid_GT1 = inputs.valid_GT[..., None]
         batch_sums = {"active": jnp.sum(active_GTE & valid_GT1, axis=(0, 1), dtype=jnp.int32)}
         counted = batch_sums["active"], inputs.valid_GT.sum()
-        if (whole := inputs.global_batch) is not None:
-            counted = whole.stats.batch_sums["active"], whole.stats.token_count
+        if (whole := inputs.context.global_batch) is not None:
+            counted = whole.stats.batch_sums["router"]["active"], whole.stats.token_count
         share_E = counted[0] / jnp.maximum(counted[1], 1)
         crowd_E = self.num_experts / self.k * share_E.astype(gate_GTE.dtype)
         term_GT = self.penalty.weight[...] * jnp.einsum("gte,e->gt", gate_GTE, crowd_E)
@@ -91,7 +92,7 @@ class SparsityPenalty(StepState):
 
     def update(self, stats: RouterStats) -> None:
         # In floats: tokens times experts may exceed an int32.
-        active = stats.batch_sums["active"].astype(jnp.float32).mean()
+        active = stats.batch_sums["router"]["active"].astype(jnp.float32).mean()
         sparsity = 1 - active / jnp.maximum(stats.token_count, 1)
         weight = self.weight[...] * self.factor ** jnp.sign(self.target - sparsity)
         # It must be able to come back from either end.

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from routing.balance_losses import BalanceLoss
+from routing.inputs import RouterInputs
 from routing.losses import RouterLoss, TermLoss
 from routing.parameters import parameter, truncated_normal, zeros
 from routing.ranges import Count, NonNegative, Positive
-from routing.records import Causality, Policy, RouterInputs, Routing, Sizes, TokenChoice
+from routing.records import Causality, Policy, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
 from routing.selection import top_k
 from routing.solvers import estimators
@@ -54,7 +55,7 @@ class Sampled(Router):
         sizes: width, number of experts, vocabulary.
         estimator: how the choice is drawn and learned, as described above.
         k: experts per token that independent draws aim at.
-        heat: temperature of "gumbel".
+        temperature: of "gumbel".
         policy_weight: of the policy gradient.
         value_weight: of half the squared error of the value.
         value_width: H.
@@ -69,7 +70,7 @@ class Sampled(Router):
         sizes: Sizes,
         estimator: Estimator = "reinforce",
         k: Count = 2,
-        heat: Positive = 1.0,
+        temperature: Positive = 1.0,
         policy_weight: NonNegative = 1e-2,
         value_weight: NonNegative = 1e-2,
         value_width: Count = 64,
@@ -78,20 +79,25 @@ class Sampled(Router):
         check_k("Sampled", k, sizes)
         if estimator not in ESTIMATORS:
             raise ValueError(f"Sampled.estimator={estimator!r}: one of {', '.join(ESTIMATORS)}")
-        if not heat > 0:
-            raise ValueError(f"Sampled.heat={heat} must be above 0")
-        self.num_experts, self.k, self.heat, self.estimator = sizes.num_experts, k, heat, estimator
+        if not temperature > 0:
+            raise ValueError(f"Sampled.temperature={temperature} must be above 0")
+        self.num_experts, self.k, self.estimator = sizes.num_experts, k, estimator
+        self.temperature = temperature
         self.experts_per_token = 1.0 if estimator in ONE else float(k)
         defaults = (BalanceLoss(),) if estimator in ONE else (TermLoss("sparsity", 0.1),)
         self.losses = defaults if losses is None else tuple(losses)
         shape, axes = (sizes.d_model, sizes.num_experts), ("embed", None)
-        self.weight_DE = parameter(shape, axes, truncated_normal())
+        self.weight_DE = parameter(shape, axes, truncated_normal(), role="router")
         rewarded = estimator in ("reinforce", "unbiased")
         if rewarded:
-            self.completed = (("policy", policy_weight), ("value", value_weight))
+            self.policy_losses = (("policy", policy_weight), ("value", value_weight))
         hidden = (sizes.d_model, value_width)
-        self.value_DH = parameter(hidden, axes, truncated_normal()) if rewarded else None
-        self.value_H = parameter((value_width,), (None,), zeros) if rewarded else None
+        self.value_DH = (
+            parameter(hidden, axes, truncated_normal(), role="router") if rewarded else None
+        )
+        self.value_H = (
+            parameter((value_width,), (None,), zeros, role="router") if rewarded else None
+        )
 
     def route(self, inputs: RouterInputs) -> Routing:
         logits_GTE = jnp.einsum("gtd,de->gte", inputs.x_GTD, self.weight_DE[...])
@@ -99,7 +105,7 @@ class Sampled(Router):
         if inputs.train:
             shape, dtype = logits_GTE.shape[1:], logits_GTE.dtype
             draw = jax.vmap(lambda key: jax.random.uniform(key, shape, dtype, 1e-6, 1 - 1e-6))
-            draw_GTE = draw(inputs.keys_G(purpose=0))
+            draw_GTE = draw(inputs.keys_G("sampling"))
         if self.estimator in ONE:
             return self._one(logits_GTE, draw_GTE, inputs)
         return self._many(logits_GTE, draw_GTE, inputs)
@@ -110,7 +116,7 @@ class Sampled(Router):
         gate_GT1 = jnp.ones(expert_GT1.shape, logits_GTE.dtype)
         prob_GTE, policy = jax.nn.softmax(logits_GTE), None
         if draw_GTE is not None and self.estimator == "gumbel":
-            smooth_GTE = jax.nn.softmax(noisy_GTE / self.heat)
+            smooth_GTE = jax.nn.softmax(noisy_GTE / self.temperature)
             smooth_GT1 = jnp.take_along_axis(smooth_GTE, expert_GT1, -1)
             gate_GT1 = 1 + smooth_GT1 - jax.lax.stop_gradient(smooth_GT1)
         elif draw_GTE is not None:

@@ -10,10 +10,11 @@ import gin
 import jax
 import jax.numpy as jnp
 
+from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.parameters import parameter, truncated_normal
 from routing.ranges import Count, Positive
-from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
+from routing.records import Causality, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
 from routing.selection import top_k
 
@@ -57,7 +58,7 @@ class Sinkhorn(Router):
         self.num_experts, self.k, self.gates = sizes.num_experts, k, gates
         self.tolerance, self.iterations, self.losses = tolerance, iterations, tuple(losses)
         shape = (sizes.d_model, sizes.num_experts)
-        self.weight_DE = parameter(shape, ("embed", None), truncated_normal())
+        self.weight_DE = parameter(shape, ("embed", None), truncated_normal(), role="router")
 
     def route(self, inputs: RouterInputs) -> Routing:
         logits_GTE = jnp.einsum("gtd,de->gte", inputs.x_GTD, self.weight_DE[...])

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 
 from routing.algorithms.soft_moe import slot_logits, soft_routing
 from routing.balancers import StepState
+from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.parameters import ones, parameter, router_state, truncated_normal
 from routing.ranges import Count, Natural, Positive
-from routing.records import Causality, RouterInputs, RouterStats, Routing, Sizes
+from routing.records import Causality, RouterStats, Routing, Sizes
 from routing.router import Router
 
 
@@ -66,8 +67,8 @@ class SoftChoice(Router):
             self.decoding = "slots change only where a segment begins"
         self.num_experts, self.losses, self.segment = sizes.num_experts, tuple(losses), segment
         shape = (sizes.d_model, sizes.num_experts, slots_per_expert)
-        self.phi_DES = parameter(shape, ("embed", None, None), truncated_normal())
-        self.scale = parameter((), (), ones)
+        self.phi_DES = parameter(shape, ("embed", None, None), truncated_normal(), role="router")
+        self.scale = parameter((), (), ones, role="router")
         self.cooling = Cooling((read, write), cooling_steps)
 
     def route(self, inputs: RouterInputs) -> Routing:

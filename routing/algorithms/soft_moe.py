@@ -9,10 +9,11 @@ import gin
 import jax
 import jax.numpy as jnp
 
+from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.parameters import ones, parameter, truncated_normal
 from routing.ranges import Count
-from routing.records import Causality, RouterInputs, Routing, Sizes, SoftSlots
+from routing.records import Causality, Routing, Sizes, SoftSlots
 from routing.router import Router
 
 
@@ -54,8 +55,8 @@ class SoftMoE(Router):
         self.num_experts, self.losses = sizes.num_experts, tuple(losses)
         self.normalise = normalise
         shape = (sizes.d_model, sizes.num_experts, slots_per_expert)
-        self.phi_DES = parameter(shape, ("embed", None, None), truncated_normal())
-        self.scale = parameter((), (), ones) if normalise else None
+        self.phi_DES = parameter(shape, ("embed", None, None), truncated_normal(), role="router")
+        self.scale = parameter((), (), ones, role="router") if normalise else None
 
     def route(self, inputs: RouterInputs) -> Routing:
         scale = None if self.scale is None else self.scale[...]

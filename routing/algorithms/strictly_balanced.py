@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from routing.algorithms.expert_choice import best_tokens
+from routing.inputs import RouterInputs
 from routing.losses import RouterLoss, TermLoss
 from routing.parameters import parameter, truncated_normal
 from routing.ranges import Count
-from routing.records import Causality, ExpertChoice, RouterInputs, Routing, Sizes, TokenChoice
+from routing.records import Causality, ExpertChoice, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
 
 
@@ -44,8 +45,8 @@ class StrictlyBalanced(Router):
             return jnp.full(shape, 1 / sizes.num_experts, dtype)
 
         shape = (sizes.d_model, sizes.num_experts)
-        self.weight_DE = parameter(shape, ("embed", None), truncated_normal())
-        self.threshold_E = parameter((sizes.num_experts,), (None,), uniform)
+        self.weight_DE = parameter(shape, ("embed", None), truncated_normal(), role="router")
+        self.threshold_E = parameter((sizes.num_experts,), (None,), uniform, role="router")
 
     def route(self, inputs: RouterInputs) -> Routing:
         logits_GTE = jnp.einsum("gtd,de->gte", inputs.x_GTD, self.weight_DE[...])

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from routing.balance_losses import BalanceLoss
+from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.parameters import parameter, truncated_normal
 from routing.ranges import LessThanOne, Positive
-from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
+from routing.records import Causality, Routing, Sizes, TokenChoice
 from routing.router import Router
 from routing.selection import top_k
 
@@ -45,14 +46,16 @@ class Switch(Router):
         self.num_experts, self.jitter = sizes.num_experts, jitter
         self.losses = (BalanceLoss(),) if losses is None else tuple(losses)
         shape = (sizes.d_model, sizes.num_experts)
-        self.weight_DE = parameter(shape, ("embed", None), truncated_normal(init_scale))
+        self.weight_DE = parameter(
+            shape, ("embed", None), truncated_normal(init_scale), role="router"
+        )
 
     def route(self, inputs: RouterInputs) -> Routing:
         x_GTD = inputs.x_GTD
         if inputs.train and self.jitter:
             low, high, shape = 1 - self.jitter, 1 + self.jitter, x_GTD.shape[1:]
             draw = jax.vmap(lambda key: jax.random.uniform(key, shape, jnp.float32, low, high))
-            x_GTD = x_GTD * draw(inputs.keys_G(purpose=0))
+            x_GTD = x_GTD * draw(inputs.keys_G("jitter"))
         logits_GTE = jnp.einsum("gtd,de->gte", x_GTD, self.weight_DE[...])
         prob_GTE = jax.nn.softmax(logits_GTE)
         expert_GT1 = top_k(prob_GTE, 1)

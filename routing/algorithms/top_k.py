@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from routing import parameters
 from routing.balance_losses import BalanceLoss
 from routing.balancers import Balancer
+from routing.inputs import RouterInputs
 from routing.losses import RouterLoss, ZLoss
 from routing.parameters import parameter, truncated_normal
 from routing.ranges import Count, Positive
-from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
+from routing.records import Causality, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
 from routing.selection import top_k, top_k_indices
 
@@ -95,16 +96,18 @@ class TopK(Router):
         self.losses = (BalanceLoss(), ZLoss()) if losses is None else tuple(losses)
         shape = (sizes.d_model, sizes.num_experts)
         init = parameters.orthogonal() if orthogonal else truncated_normal(init_scale)
-        self.weight_DE = parameter(shape, ("embed", None), init)
-        self.reads_logits_before = residual
+        self.weight_DE = parameter(shape, ("embed", None), init, role="router")
+        self.reads_previous_logits = residual
         shape = (sizes.num_experts, sizes.num_experts)
-        self.residual_EE = parameter(shape, (None, None), truncated_normal()) if residual else None
+        self.residual_EE = (
+            parameter(shape, (None, None), truncated_normal(), role="router") if residual else None
+        )
         self.balancer = balancer(sizes.num_experts) if balancer else None
 
     def route(self, inputs: RouterInputs) -> Routing:
         logits_GTE = jnp.einsum("gtd,de->gte", inputs.x_GTD, self.weight_DE[...])
-        if self.residual_EE is not None and inputs.logits_before_GTE is not None:
-            logits_GTE = logits_GTE + inputs.logits_before_GTE @ self.residual_EE[...]
+        if self.residual_EE is not None and inputs.context.previous_logits is not None:
+            logits_GTE = logits_GTE + inputs.context.previous_logits @ self.residual_EE[...]
         if self.gates == "sigmoid":
             raw_GTE, log_GTE = jax.nn.sigmoid(logits_GTE), jax.nn.log_sigmoid(logits_GTE)
             score_GTE = jax.nn.softmax(log_GTE)  # sigmoids over their sum, however small

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 
 from routing.algorithms.noisy_top_k import standard_normal
 from routing.balance_losses import ImportanceLoss, LoadLoss
+from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.parameters import parameter, truncated_normal
 from routing.ranges import Count, Positive
-from routing.records import Causality, RouterInputs, Routing, Sizes, TokenChoice
+from routing.records import Causality, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
 from routing.selection import top_k
 
@@ -52,7 +53,7 @@ class VMoE(Router):
         halves = (ImportanceLoss(0.005, of="scores", scope="group"), LoadLoss(0.005, scope="group"))
         self.losses = halves if losses is None else tuple(losses)
         shape = (sizes.d_model, sizes.num_experts)
-        self.weight_DE = parameter(shape, ("embed", None), truncated_normal())
+        self.weight_DE = parameter(shape, ("embed", None), truncated_normal(), role="router")
 
     def route(self, inputs: RouterInputs) -> Routing:
         clean_GTE = jnp.einsum("gtd,de->gte", inputs.x_GTD, self.weight_DE[...])

@@ -104,16 +104,16 @@ def entropic_prices(score_TE, valid_T, quota_E) -> jax.Array:
     """Column potentials of a Sinkhorn iteration that cools down: float32 (E,)."""
     share_E = jnp.log(jnp.maximum(quota_E, 1).astype(score_TE.dtype))
 
-    def one(price_E, heat):
-        logit_TE = (score_TE - price_E[None]) / heat
+    def one(price_E, temperature):
+        logit_TE = (score_TE - price_E[None]) / temperature
         top_T1 = logit_TE.max(1, keepdims=True)
         weight_TE = jnp.exp(logit_TE - top_T1)
         weight_TE = weight_TE * (valid_T[:, None] / weight_TE.sum(1, keepdims=True))
         excess_E = jnp.log(jnp.maximum(weight_TE.sum(0), 1e-6)) - share_E
-        return price_E + heat * excess_E, None
+        return price_E + temperature * excess_E, None
 
-    heats = jnp.geomspace(0.3, 0.003, 16, dtype=score_TE.dtype)
-    price_E = jax.lax.scan(one, jnp.zeros(quota_E.shape, score_TE.dtype), heats)[0]
+    temperatures = jnp.geomspace(0.3, 0.003, 16, dtype=score_TE.dtype)
+    price_E = jax.lax.scan(one, jnp.zeros(quota_E.shape, score_TE.dtype), temperatures)[0]
     return price_E - price_E.min()
 
 

@@ -1,0 +1,154 @@
+"""Experts that are feed-forwards, each on the rows of the tokens that go to it.
+
+G groups, T tokens per group, D model width, F hidden width, E experts, C slots per expert, P shards
+of a mesh with N rows each, S segments of L tokens of a merge.
+"""
+
+from typing import Literal
+
+from einops import rearrange
+from flax import nnx
+import gin
+import jax
+import jax.numpy as jnp
+
+from layers.constrain import is_cut, per_shard
+from layers.dispatch import Dispatcher
+from layers.dispatch.input_gates import GATED_DECISIONS, dispatch_gated, without_gates
+from layers.experts.base import Experts, ExpertsOutput, LayerSizes
+from layers.experts.feed_forward import GATED, check_activation, hidden_units
+from layers.kernels.grouped_matmul import SortedRows, grouped_feed_forward
+from routing.inputs import RouterInputs
+from routing.parameters import parameter, truncated_normal
+from routing.ranges import LessThanOne
+from routing.records import Decision, ExpertChoice, ExpertMerge, SoftSlots, TokenChoice
+
+
+@gin.configurable
+class FeedForwardExperts(Experts):
+    """E feed-forwards, each on its own rows.
+
+    Args:
+        sizes: of the layer.
+        dropout: share of the hidden units that is dropped in training, for fine-tuning (expert
+            dropout, Fedus et al. 2021, section 2.4: 0.4).
+        gates_on: what the gates multiply: an expert's "output", or its "input" (Llama 4), whose
+            outputs are then added as they are.
+    """
+
+    accepts = (TokenChoice, ExpertChoice, SoftSlots, ExpertMerge)
+    shows_slots = True
+
+    def __init__(
+        self,
+        sizes: LayerSizes,
+        dropout: LessThanOne = 0.0,
+        gates_on: Literal["output", "input"] = "output",
+    ):
+        check_activation(sizes.activation)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"FeedForwardExperts.dropout={dropout} must lie in [0, 1)")
+        if gates_on not in ("output", "input"):
+            raise ValueError(f"FeedForwardExperts.gates_on={gates_on!r}: output or input")
+        self.activation, self.dropout, self.gates_on = sizes.activation, dropout, gates_on
+        self.hidden_width = sizes.d_ff
+        if gates_on == "input":
+            self.accepts = GATED_DECISIONS
+        if dropout:
+            self.accepts = tuple(kind for kind in self.accepts if kind is not ExpertMerge)
+        shape = (sizes.num_experts, sizes.d_model, sizes.d_ff)
+        axes = ("expert", "embed", "mlp")
+        self.up_EDF = parameter(shape, axes, truncated_normal(), role="expert")
+        gated = sizes.activation in GATED
+        gate_EDF = parameter(shape, axes, truncated_normal(), role="expert") if gated else None
+        self.gate_EDF = gate_EDF
+        shape, axes = (sizes.num_experts, sizes.d_ff, sizes.d_model), ("expert", "mlp", "embed")
+        out = truncated_normal(sizes.out_scale)
+        self.down_EFD = parameter(shape, axes, out, role="expert")
+
+    def needs_slots(self, train: bool) -> bool:
+        return train and self.dropout > 0  # which hidden units are dropped is drawn by slot
+
+    def __call__(
+        self, x_GTD: jax.Array, decision: Decision, inputs: RouterInputs, dispatcher: Dispatcher
+    ) -> ExpertsOutput:
+        if isinstance(decision, ExpertMerge):
+            with jax.named_scope("merged_experts"):
+                return ExpertsOutput(self.merged(x_GTD, decision))
+        with jax.named_scope("dispatch"):
+            if self.gates_on == "input":
+                x_EGCD = dispatch_gated(dispatcher, x_GTD, decision)
+                decision = without_gates(decision)
+            else:
+                x_EGCD = dispatcher.dispatch(x_GTD, decision)
+        with jax.named_scope("experts"):
+            drops = inputs.train and self.dropout > 0
+            y_EGCD = self.on_rows(x_EGCD, inputs.keys_G("expert_dropout") if drops else None)
+        with jax.named_scope("combine"):
+            return ExpertsOutput(dispatcher.combine(y_EGCD, decision), y_EGCD)
+
+    def on_rows(self, x_EGCD: jax.Array | SortedRows, key_G: jax.Array | None = None) -> jax.Array:
+        """(E, G, C, D): expert e works on x_EGCD[e]; G keeps the groups apart for the mesh.
+
+        Of sorted rows (P, N, D), every expert works on its own. With keys for the groups, a share
+        of the hidden units is dropped.
+        """
+        if isinstance(x_EGCD, SortedRows):
+            return self._sorted(x_EGCD)
+        shape, dtype = x_EGCD.shape, x_EGCD.dtype
+        # One row axis, as in layers.linear, unless a mesh cuts both of them.
+        rows = shape[1:3] if is_cut("slot") else (-1,)
+        x_END = x_EGCD.reshape(shape[0], *rows, shape[-1])
+        hidden = hidden_units(self.activation)(
+            *(jnp.einsum("e...d,edf->e...f", x_END, up[...].astype(dtype)) for up in self._ups)
+        )
+        if key_G is not None:
+            kept_ENF = kept_units(key_G, shape, hidden.shape[-1], self.dropout)
+            hidden = hidden * kept_ENF.reshape(hidden.shape).astype(dtype)
+        y_END = jnp.einsum("e...f,efd->e...d", hidden, self.down_EFD[...].astype(dtype))
+        return y_END.reshape(shape)
+
+    @property
+    def _ups(self) -> list[nnx.Param]:
+        """What the hidden units are made with, as `hidden_units` takes it."""
+        return [self.up_EDF] if self.gate_EDF is None else [self.up_EDF, self.gate_EDF]
+
+    def _sorted(self, rows: SortedRows) -> jax.Array:
+        dtype, activate = rows.rows_PND.dtype, hidden_units(self.activation)
+        weights = tuple(w[...].astype(dtype) for w in (*self._ups, self.down_EFD))
+
+        def one_shard(x_1ND, count_1E, *weights):
+            x_ND, count_E, ups, down_EFD = x_1ND[0], count_1E[0], weights[:-1], weights[-1]
+            y_ND = grouped_feed_forward(x_ND, ups, down_EFD, count_E, activate, rows.kernel)
+            return y_ND[None]
+
+        held = "expert" if rows.own_experts else None
+        axes = (*((held, "embed", "mlp") for _ in self._ups), (held, "mlp", "embed"))
+        split = (rows.rows_PND, rows.count_PE)
+        return per_shard(one_shard, split, weights, axes, rows.shard_axis)
+
+    def merged(self, x_GTD: jax.Array, decision: ExpertMerge) -> jax.Array:
+        """(G, T, D): every segment through the mean of all experts that its weights make."""
+        groups, segments, _ = decision.weight_GSE.shape
+        tokens, width, dtype = x_GTD.shape[1], x_GTD.shape[-1], x_GTD.dtype
+        more = ((0, 0), (0, segments * decision.segment - tokens), (0, 0))
+        x_GSLD = jnp.pad(x_GTD, more).reshape(groups, segments, decision.segment, width)
+
+        def mean(weight_EXY):
+            return jnp.einsum("gse,exy->gsxy", decision.weight_GSE, weight_EXY).astype(dtype)
+
+        hidden = hidden_units(self.activation)(
+            *(jnp.einsum("gsld,gsdf->gslf", x_GSLD, mean(up[...])) for up in self._ups)
+        )
+        y_GSLD = jnp.einsum("gslf,gsfd->gsld", hidden, mean(self.down_EFD[...]))
+        return y_GSLD.reshape(groups, -1, width)[:, :tokens]
+
+
+def kept_units(key_G, shape_EGND, width: int, dropout: float) -> jax.Array:
+    """0 for dropped hidden units, 1 / (1 - dropout) for the others: (E, G * N, F)."""
+    experts, _, rows, _ = shape_EGND
+
+    def draw(key):
+        return jax.random.bernoulli(key, 1 - dropout, (experts, rows, width))
+
+    return rearrange(jax.vmap(draw)(key_G), "g e n f -> e (g n) f") / (1 - dropout)
