@@ -51,7 +51,7 @@ def layer(flags) -> Iterator[dict]:
     print("forward and step in ms (times the dense layer's), the share of the roofline, and what a")
     print("step holds over the dense activations and the experts' weights")
     rows = []
-    for row in progress.told(lambda say: layer.layers(cases, flags.dtype, say)):
+    for row in progress.with_status(lambda say: layer.layers(cases, flags.dtype, say)):
         forward, step = (
             f"{row[f'milliseconds_{what}']:9.1f} ({row[f'ratio_to_dense_{what}']:.2f})"
             for what in ("forward", "step")

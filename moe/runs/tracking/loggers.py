@@ -1,7 +1,7 @@
-"""Where else a run's numbers go: TensorBoard, Weights & Biases, MLflow, or a class of one's own.
+"""Loggers beside a run's own files: TensorBoard, Weights & Biases, MLflow, or a user's class.
 
-A logger is fed what metrics.jsonl gets, by the first process alone. One that fails is told of once
-and left out from then on: no run ends for it.
+A logger gets the numbers of metrics.jsonl, from the first process alone. One that fails is named
+once and gets no more numbers: no run ends for it.
 """
 
 from collections.abc import Callable, Mapping
@@ -119,7 +119,7 @@ class MLflow:
 
 
 class _Writer:
-    """Two functions as a writer."""
+    """A writer made of two functions."""
 
     def __init__(self, scalars: Callable[[int, Scalars], None], close: Callable[[], None]):
         self._scalars, self._close = scalars, close
@@ -131,8 +131,8 @@ class _Writer:
         self._close()
 
 
-class Fed:
-    """The writers of a run; one that fails is told of, closed to further numbers, and forgotten."""
+class Writers:
+    """The writers of a run; one that fails is named, and gets no more numbers."""
 
     def __init__(self, writers: Mapping[str, Writer], say: Callable[[str], None]):
         self._writers, self._say = dict(writers), say
@@ -166,7 +166,7 @@ def _imported(module: str, extra: str) -> Any:
 
 
 def _identity(path: Path, make: Callable[[], str]) -> str:
-    """A run's name in a service, kept beside the run so that a later start goes on with it."""
+    """The run's id in a service, from `path`, where the run's first start has written it."""
     if not path.exists():
         path.write_text(make(), encoding="utf-8")
     return path.read_text(encoding="utf-8")
