@@ -22,7 +22,7 @@ SETTINGS = {
 
 
 def prepare() -> None:
-    """Set the cache's environment variables, unless they are set; to be called before importing jax."""
+    """Set the cache's environment variables, unless they are set; before jax is imported."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     folder = default_cache_dir() / "compiled"
