@@ -85,6 +85,13 @@ def plan(topology: Topology, vocab_size: int, tries: int, say) -> Iterator[dict[
     yield found
     if of_state(found["bytes_per_chip"]) > topology.memory:
         return  # no batch is small enough
+    yield from _with_changes(found, topology, vocab_size, tries, say)
+
+
+def _with_changes(
+    found: dict[str, Any], topology: Topology, vocab_size: int, tries: int, say
+) -> Iterator[dict[str, Any]]:
+    """The findings with the first of `changes` that fits, or with how many were tried."""
     tried = untried = 0
     for change in changes():
         with gin.unlock_config():
