@@ -19,8 +19,8 @@ import zlib
 
 import numpy as np
 
-from moe.data.corpora.corpus import Part
-from moe.data.shards import ShardPart
+from moe.data.corpora.corpus import Split
+from moe.data.shards import ShardSplit
 from moe.data.text import PreparedData
 from moe.data.tokens.cache import write_atomically
 from moe.errors import UserError
@@ -48,33 +48,33 @@ def baselines(data: PreparedData, say: Say = lambda line: None) -> dict[str, flo
         document_id=data.tokenizer.document_id,
         validation_bytes=data.info.validation_bytes,
     )
-    key = [VERSION, data.train_part.sha256, data.validation_part.sha256]
+    key = [VERSION, data.train_split.sha256, data.validation_split.sha256]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = data.cache_dir / "baselines" / f"{name}.json"
     if (known := _read(path)) is None:
-        part = data.train_part
-        make = part.sample if isinstance(part, ShardPart) else functools.partial(sample, part)
+        split = data.train_split
+        make = split.sample if isinstance(split, ShardSplit) else functools.partial(sample, split)
         train = make(MOST_TRAINING)
-        validation = sample(data.validation_part, MOST_VALIDATION)
+        validation = sample(data.validation_split, MOST_VALIDATION)
         say(f"compressing {(len(train) + len(validation)) / 1e6:,.1f} MB for comparison")
         known = compressor_baselines(train, validation, say)
         write_atomically(path, json.dumps(known).encode())
     return {"unigram": unigram} | known
 
 
-def sample(part: Part, most: int) -> bytes:
+def sample(split: Split, most: int) -> bytes:
     """The concatenated texts of a split; where they exceed `most` bytes, of a sample of that size.
 
     Documents are chosen in a fixed random order: the first ones may be of a single folder, or of a
     single corpus of a mixture.
     """
-    chosen_M = np.flatnonzero(part.chosen)
-    size_M = np.array([part.entries[int(m)].num_bytes for m in chosen_M], np.int64)
+    chosen_M = np.flatnonzero(split.chosen)
+    size_M = np.array([split.entries[int(m)].num_bytes for m in chosen_M], np.int64)
     order_M = np.random.default_rng(0).permutation(len(chosen_M))
     enough = np.searchsorted(np.cumsum(size_M[order_M]), most) + 1
-    sampled = np.zeros(len(part.chosen), bool)
+    sampled = np.zeros(len(split.chosen), bool)
     sampled[chosen_M[order_M[:enough]]] = True
-    texts = dataclasses.replace(part, chosen=sampled.tolist()).texts()
+    texts = dataclasses.replace(split, chosen=sampled.tolist()).texts()
     return b"".join(text.encode("utf-8") for text in texts)[:most]
 
 

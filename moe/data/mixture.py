@@ -9,7 +9,7 @@ import gin
 import numpy as np
 
 from moe.data.batches import Share
-from moe.data.corpora.corpus import Corpus, Document, Part, left_out_of
+from moe.data.corpora.corpus import Corpus, Document, Split, left_out_of
 from moe.data.tokens.cache import TokenStream
 from moe.errors import UserError
 from routing.ranges import Positive
@@ -72,7 +72,7 @@ class Mixture:
         return self.corpora[int(number)].holds_out(name, fraction, seed)
 
 
-def shares_of(corpus: Corpus, train: Part, stream: TokenStream) -> tuple[Share, ...]:
+def shares_of(corpus: Corpus, train: Split, stream: TokenStream) -> tuple[Share, ...]:
     """The range and weight of each corpus of a mixture in the training stream; else empty.
 
     Raises:

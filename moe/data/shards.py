@@ -11,7 +11,7 @@ from pathlib import Path
 import gin
 import numpy as np
 
-from moe.data.corpora.corpus import Corpus, Document, Part, hashed_hold_out, left_out_of, whole
+from moe.data.corpora.corpus import Corpus, Document, Split, hashed_hold_out, left_out_of, whole
 from moe.data.text import DataInfo, PreparedData, Say, seldom
 from moe.data.tokens.cache import token_stream
 from moe.data.tokens.files import Paths, ShardedTokens, files_of, mapped, name_of
@@ -21,7 +21,7 @@ from moe.machine.user_cache import default_cache_dir
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardPart:
+class ShardSplit:
     """The training split of token files, with its size and a sample of its text."""
 
     token_N: ShardedTokens
@@ -116,7 +116,7 @@ class TokenShards:
         tokenizer = load_tokenizer(Path(self.tokenizer).expanduser(), self.document_token)
         files = files_of(self.paths)
         say(f"counting the tokens of {len(files)} shards")
-        train = self._train_part(files, tokenizer, seldom(say))
+        train = self._train_split(files, tokenizer, seldom(say))
         validation = whole(self._held_out(tokenizer))
         for line in left_out_of(validation.corpus):
             say(line)
@@ -130,8 +130,8 @@ class TokenShards:
             tokenizer=tokenizer,
             train=train,
             validation=held_out,
-            train_part=train,
-            validation_part=validation,
+            train_split=train,
+            validation_split=validation,
             isolate_documents=self.isolate_documents,
             cache_dir=self.cache_dir,
         )
@@ -148,11 +148,11 @@ class TokenShards:
         _counted(token_N, tokenizer, files)
         return DecodedShards(name_of(files), token_N, tokenizer)
 
-    def _train_part(self, files: list[Path], tokenizer: Tokenizer, say: Say) -> ShardPart:
+    def _train_split(self, files: list[Path], tokenizer: Tokenizer, say: Say) -> ShardSplit:
         """The token files as one stream, with its counts and hash."""
         token_N = ShardedTokens([mapped(path, self.dtype) for path in files])
         count_V, sha256 = _counted(token_N, tokenizer, files, say)
-        return ShardPart(
+        return ShardSplit(
             token_N=token_N,
             tokenizer=tokenizer,
             sha256=sha256,
@@ -186,7 +186,7 @@ def _counted(
     return count_V, digest.hexdigest()
 
 
-def _info(name: str, train: ShardPart, validation: Part, validation_tokens: int) -> DataInfo:
+def _info(name: str, train: ShardSplit, validation: Split, validation_tokens: int) -> DataInfo:
     both = hashlib.sha256(f"{train.sha256} {validation.sha256}".encode())
     return DataInfo(
         name=name,

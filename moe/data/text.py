@@ -24,7 +24,7 @@ from moe.data.batches import (
     pack,
     pieces_of,
 )
-from moe.data.corpora.corpus import Corpus, Part, digest_of, in_both, left_out_of, split, whole
+from moe.data.corpora.corpus import Corpus, Split, digest_of, in_both, left_out_of, split, whole
 from moe.data.mixture import shares_of
 from moe.data.tokens.cache import TokenStream, token_stream
 from moe.data.tokens.tokenizer import Tokenizer, TokenizerSpec, TrainedBPE
@@ -33,7 +33,7 @@ from moe.machine.user_cache import default_cache_dir
 from routing.ranges import Natural, OpenShare
 
 if TYPE_CHECKING:
-    from moe.data.shards import ShardPart
+    from moe.data.shards import ShardSplit
 
 Say = Callable[[str], None]
 
@@ -60,16 +60,16 @@ class PreparedData:
     """Both splits as token streams, with their tokenizer.
 
     Attributes:
-        train_part, validation_part: the documents behind the streams.
+        train_split, validation_split: the documents behind the streams.
         shares: ranges and weights of a mixture's corpora in the training stream; else empty.
     """
 
     info: DataInfo
     tokenizer: Tokenizer
-    train: "TokenStream | ShardPart"
+    train: "TokenStream | ShardSplit"
     validation: TokenStream
-    train_part: "Part | ShardPart"
-    validation_part: Part
+    train_split: "Split | ShardSplit"
+    validation_split: Split
     isolate_documents: bool
     cache_dir: Path
     shares: tuple[Share, ...] = ()
@@ -77,8 +77,8 @@ class PreparedData:
     def fingerprint(self) -> dict[str, Any]:
         """Hashes and settings that have to stay equal for a run to continue with this text."""
         return {
-            "train_sha256": self.train_part.sha256,
-            "validation_sha256": self.validation_part.sha256,
+            "train_sha256": self.train_split.sha256,
+            "validation_sha256": self.validation_split.sha256,
             "tokenizer": self.tokenizer.fingerprint,
             "isolate_documents": self.isolate_documents,
             **({"mixture": [share.weight for share in self.shares]} if self.shares else {}),
@@ -228,7 +228,7 @@ class TextData:
                 tokenizer.
         """
         say(f"reading the corpus {self.corpus.name}")
-        train, validation = self._parts()
+        train, validation = self._splits()
         self._report(train, validation, say)
         now_and_then = seldom(say)
         say(f"fitting the tokenizer to {train.num_bytes:,} bytes")
@@ -241,19 +241,19 @@ class TextData:
             tokenizer=tokenizer,
             train=train_stream,
             validation=validation_stream,
-            train_part=train,
-            validation_part=validation,
+            train_split=train,
+            validation_split=validation,
             isolate_documents=self.isolate_documents,
             cache_dir=self.cache_dir,
             shares=shares_of(self.corpus, train, train_stream),
         )
 
-    def _parts(self) -> tuple[Part, Part]:
+    def _splits(self) -> tuple[Split, Split]:
         if self.validation_corpus is None:
             return split(self.corpus, self.validation_fraction, self.split_seed)
         return whole(self.corpus), whole(self.validation_corpus)
 
-    def _report(self, train: Part, validation: Part, say: Say) -> None:
+    def _report(self, train: Split, validation: Split, say: Say) -> None:
         """Say what was left out, and which held-out documents are training documents, too."""
         for line in dict.fromkeys((*left_out_of(train.corpus), *left_out_of(validation.corpus))):
             say(line)
@@ -267,12 +267,12 @@ class TextData:
             f"in the training text too, word for word: {names}"
         )
 
-    def _stream(self, part: Part, tokenizer: Tokenizer, say: Say) -> TokenStream:
-        key = part.sha256, tokenizer.fingerprint
-        return token_stream(part.documents, tokenizer, key=key, cache_dir=self.cache_dir, say=say)
+    def _stream(self, chosen: Split, tokenizer: Tokenizer, say: Say) -> TokenStream:
+        key = chosen.sha256, tokenizer.fingerprint
+        return token_stream(chosen.documents, tokenizer, key=key, cache_dir=self.cache_dir, say=say)
 
     def _info(
-        self, train: Part, validation: Part, train_tokens: TokenStream, held_out: TokenStream
+        self, train: Split, validation: Split, train_tokens: TokenStream, held_out: TokenStream
     ) -> DataInfo:
         sha256, name, documents = digest_of(train.entries), train.corpus.name, len(train.entries)
         if self.validation_corpus is not None:

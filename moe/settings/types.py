@@ -77,7 +77,7 @@ def fits(value: object, annotation: Any) -> bool:
 
 def _reference_fits(reference: Reference, annotation: Any) -> bool:
     """Whether a reference fits: `@X()` stands for what X makes, `@X` for X, to be called later."""
-    made = product(reference)
+    made = made_class(reference)
     if _is_callable(annotation):
         wanted = typing.get_args(annotation)[1] if typing.get_args(annotation) else UNKNOWN
         if reference.called:
@@ -90,7 +90,7 @@ def _reference_fits(reference: Reference, annotation: Any) -> bool:
     return is_a(made, typing.get_origin(annotation) or annotation)
 
 
-def product(reference: Reference) -> Any:
+def made_class(reference: Reference) -> Any:
     """The class that a configurable makes when called; UNKNOWN without a return annotation."""
     name = reference.name.rsplit("/", 1)[-1]
     matches = tuple(gin_config._REGISTRY.matching_selectors(name))
@@ -135,7 +135,7 @@ def _of_reference(reference: Reference, annotation: Any) -> str:
     if fits(other, annotation):
         why = "is made when it is needed" if reference.called else "has to be made here"
         return f"write {other!r}, not {reference!r}: it {why}"
-    made = product(reference)
+    made = made_class(reference)
     found = f"{reference!r} is no such thing" if made is UNKNOWN else f"got {reference!r}"
     return f"expected {described(annotation)}, {found}"
 
@@ -181,7 +181,7 @@ def _candidates(annotation: Any) -> list[str]:
     found = []
     for name in names:
         short = gin_config._REGISTRY.minimal_selector(name)
-        made = product(Reference(short, False))
+        made = made_class(Reference(short, False))
         reference = Reference(short, not _is_callable(annotation))
         if not inspect.isclass(made) or not _reference_fits(reference, annotation):
             continue

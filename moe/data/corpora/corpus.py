@@ -206,7 +206,7 @@ class StandardLibrary:
     It differs between versions of Python.
 
     Attributes:
-        max_bytes: of text at most: a document that would exceed it is left out; all where None.
+        max_bytes: bytes of text at most, by leaving out documents that exceed it; all where None.
     """
 
     max_bytes: Size | None = None
@@ -279,7 +279,7 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Split:
     """Some documents of a corpus, such as a split; they are read again at every use.
 
     entries: of all documents, in the corpus's order. chosen: which of them these are.
@@ -332,13 +332,13 @@ def entry_of(document: Document) -> Entry:
     return Entry(document.name, len(text), digest, content)
 
 
-def whole(corpus: Corpus) -> Part:
+def whole(corpus: Corpus) -> Split:
     """All documents of a corpus, after reading each once; UserError where there is no text."""
     entries = [entry_of(document) for document in corpus.documents()]
     if not any(entry.num_bytes for entry in entries):
         why = "; ".join([f"{len(entries)} documents, 0 bytes", *left_out_of(corpus)])
         raise UserError(f"the corpus {corpus.name!r} is empty ({why})")
-    return Part(corpus, entries, [True] * len(entries))
+    return Split(corpus, entries, [True] * len(entries))
 
 
 def left_out_of(corpus: Corpus) -> list[str]:
@@ -346,14 +346,14 @@ def left_out_of(corpus: Corpus) -> list[str]:
     return getattr(corpus, "left_out", list)()
 
 
-def in_both(train: Part, validation: Part) -> list[Entry]:
+def in_both(train: Split, validation: Split) -> list[Entry]:
     """Held-out documents whose text is that of a training document, word for word."""
     seen = {e.content for e in itertools.compress(train.entries, train.chosen) if e.num_bytes}
     held_out = itertools.compress(validation.entries, validation.chosen)
     return [entry for entry in held_out if entry.content in seen]
 
 
-def split(corpus: Corpus, fraction: float, seed: int) -> tuple[Part, Part]:
+def split(corpus: Corpus, fraction: float, seed: int) -> tuple[Split, Split]:
     """The training and the validation documents; both splits have text.
 
     Where the corpus's rule leaves a split without text, it gets the document whose hash is nearest.
@@ -377,7 +377,7 @@ def split(corpus: Corpus, fraction: float, seed: int) -> tuple[Part, Part]:
     if all(held_out[i] for i in texts):
         held_out[by_hash[-1]] = False
     kept = [not held for held in held_out]
-    return Part(corpus, entries, kept), Part(corpus, entries, held_out)
+    return Split(corpus, entries, kept), Split(corpus, entries, held_out)
 
 
 def _library_files(root: Path) -> list[tuple[str, Path]]:
