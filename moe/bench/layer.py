@@ -149,7 +149,7 @@ def layers(
         say: prints what is under way.
     """
     say("measuring the peaks of matmul and copy")
-    # The best of several: a slow moment of the machine is not its peak.
+    # The best of several, since a slow moment of the machine hides its peak.
     peak = max(hardware.matmul_peak(dtype) for _ in range(5))
     bandwidth = max(copy_bandwidth() for _ in range(5))
     for number, case in enumerate(cases, start=1):
@@ -197,7 +197,7 @@ def _programs(case: Case, x_TD: np.ndarray) -> Iterator[tuple[str, str, Abstract
             yield routing, name, nullcontext(_sparse(case, x_TD, make, dispatcher, capacity))
     has_torch = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
     on_cpu = x_TD.dtype == np.float32 and jax.default_backend() == "cpu"
-    if has_torch and on_cpu and case.experts <= 64:  # of more experts its backward pass takes 16 s
+    if has_torch and on_cpu and case.experts <= 64:  # with more experts it takes 16 s
         from moe.bench import torch_block
 
         for name in torch_block.VARIANTS:

@@ -166,7 +166,7 @@ def page() -> str:
     """The content of docs/settings.md."""
     blocks = [PAGE]
     for kind, entries in kinds().items():
-        if kind == reference.OTHERS:  # of whoever imports this
+        if kind == reference.OTHERS:  # of modules outside the packages
             continue
         blocks.append(f"\n## {kind.replace('_', ' ')}\n")
         for one in entries:

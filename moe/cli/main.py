@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("moe: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # `moe ... | head`
+    except BrokenPipeError:  # as in `moe ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Exception as error:
@@ -239,7 +239,7 @@ def _unset_parameter(text: str, whole: str) -> str | None:
     called = re.search(r"In call to configurable '(\w+)'", whole)
     if called and (match := re.match(missing, text)):
         name = match[1].removesuffix(".__init__").rsplit(".")[-1]
-        if name == called[1]:  # else a call inside it: a fault of the program's
+        if name == called[1]:  # else a call inside it failed: a fault of the program
             return f"the config sets no value for {name}: {match[2]}"
     return None
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from moe.data.corpora.corpus import hash_position
 
-if TYPE_CHECKING:  # it brings in JAX, and a config that names this file should load quickly
+if TYPE_CHECKING:  # it imports JAX, without which a config loads quickly
     from moe.data.batch import Batch
     from routing.records import TokenSequence
 

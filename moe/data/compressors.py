@@ -28,7 +28,7 @@ from moe.errors import UserError
 if TYPE_CHECKING:
     from routing.records import TokenSequence
 
-MAX_DICTIONARY = 1 << 24  # bytes: all that is compressed
+MAX_DICTIONARY = 1 << 24  # bytes, in all that is compressed
 VERSION = 3  # raise when a figure's definition changes
 # A sample of larger corpora bounds the time and memory: xz takes a second for each 2 MB, and 11
 # bytes of memory per byte of text.

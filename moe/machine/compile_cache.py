@@ -35,7 +35,7 @@ def prepare() -> None:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    if importlib.util.find_spec("filelock"):  # which JAX needs to bound the size
+    if importlib.util.find_spec("filelock"):  # JAX needs it to bound the size
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(MAX_BYTES))
 
 

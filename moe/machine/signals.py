@@ -29,7 +29,7 @@ def catching_signals() -> Iterator[Signals]:
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             old[number] = signal.signal(number, remember)
-    except ValueError:  # not the main thread: a notebook's worker, say
+    except ValueError:  # not the main thread
         old.clear()
     try:
         yield caught

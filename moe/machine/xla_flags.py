@@ -14,7 +14,7 @@ def flags(devices: int) -> list[str]:
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
     ]
-    if version("jax").startswith("0.10."):  # XLA refuses names that it does not know
+    if version("jax").startswith("0.10."):  # XLA refuses unknown names
         found.append("--xla_cpu_use_fusion_emitters=false")
     return found
 

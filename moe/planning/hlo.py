@@ -188,7 +188,7 @@ def group_of(attributes: str, sizes: tuple[int, ...]) -> list[int]:
         return _group_of_axes(*named.groups())
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
         return [int(n) for n in pairs.groups()]
-    return list(range(math.prod(sizes)))  # no groups are one of all devices
+    return list(range(math.prod(sizes)))  # without groups, one of all devices
 
 
 def _group_of_axes(mesh: str, chosen: str) -> list[int]:

@@ -84,7 +84,7 @@ def plan(topology: Topology, vocab_size: int, tries: int, say) -> Iterator[dict[
         return
     yield found
     if of_state(found["bytes_per_chip"]) > topology.memory:
-        return  # no batch is small enough
+        return  # no smaller batch helps
     yield from _with_changes(found, topology, vocab_size, tries, say)
 
 
@@ -98,9 +98,9 @@ def _with_changes(
             gin.parse_config(list(change))
         try:
             changed = build(topology, vocab_size)
-        except UserError:  # a batch that doesn't divide so far
+        except UserError:  # the batch doesn't divide into so many micro-batches
             continue
-        # Counting is within a tenth of the compiler: what is far too much is not compiled.
+        # Counts are within a tenth of the compiler's: what exceeds that is not compiled.
         if (held := counted(changed)).get("total", 0) > 1.1 * topology.memory:
             continue
         if tried == tries:
@@ -179,7 +179,7 @@ def tpu_devices(topology: Topology) -> tuple[list, str | None]:
         described = topologies.get_topology_desc(
             platform="tpu", topology_name=topology.slice_name, **more
         )
-    except Exception as error:  # whatever a missing or refusing libtpu makes JAX raise
+    except Exception as error:  # a missing or failing libtpu raises errors of any kind
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return [jax.devices()[0]] * topology.devices, first
     return list(described.devices), None
@@ -226,7 +226,7 @@ def compiled(step: TrainingStep) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
         "arguments": arguments,
         "temporaries": temporaries,
-        # The most at any one time: temporaries reuse arguments that are read no more.
+        # The peak over time: temporaries may reuse the memory of arguments.
         "total": analysis.peak_memory_in_bytes or whole,
         "collectives": hlo.by_kind(hlo.collectives(text, MESH_AXES, sizes)),
         "exchanges": [

@@ -82,7 +82,7 @@ class Loop:
             evaluating = bool(spec.eval_every) and step % spec.eval_every == 0 and step < spec.steps
             if evaluating or (spec.save_every and step % spec.save_every == 0):
                 self._evaluate_and_save(state, step, evaluating)
-            # Several processes ask each other only when they wait for a step anyway.
+            # Several processes exchange flags only at logged steps.
             if step % spec.log_every == 0 or jax.process_count() == 1:
                 self._ask_processes()
         self.metrics.read(last=self.late)

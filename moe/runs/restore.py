@@ -61,7 +61,7 @@ def mesh_at_hand(shape: MeshShape, say: Say) -> Mesh:
     try:
         return shape.build()
     except ValueError as error:
-        # Every size: gin would fill in the run's own.
+        # Every axis is given: gin would fill in the run's sizes.
         mesh = MeshShape(data=-1, fsdp=1, expert=1, tensor=1, sequence=1).build()
         say(f"{error}; here: data={mesh.size}")
         return mesh

@@ -62,7 +62,7 @@ def first_state(
         return state, extra, {k: extra[k] for k in ("started_from",) if k in extra}
     try:
         state = program.init(source.seed)
-    except ValueError as error:  # a router that looks at the text, say
+    except ValueError as error:  # of a router that can't use this text, say
         raise UserError(str(error)) from error
     if source.run is None:
         return state, {}, {}

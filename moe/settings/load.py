@@ -86,7 +86,7 @@ def _import(reading: read.Reading) -> Iterator[str]:
     """Import the modules that the texts name, also from beside a config file; yields mistakes."""
     for folder in (Path.cwd(), *reading.folders):
         if reading.imports and str(folder) not in sys.path:
-            sys.path.append(str(folder))  # last: it shadows no installed package
+            sys.path.append(str(folder))  # last, so that it shadows no installed package
     for where, statement in reading.imports:
         if statement.module.startswith(read.FEATURE):
             yield f"{where}: {statement.format()}: import the module that defines the configurable"

@@ -220,7 +220,7 @@ def _statements(text: str) -> Iterator[tuple[int, object]]:
     parser = None
     try:
         parser = config_parser.ConfigParser(text, _Delegate())
-        # Not `for statement in parser`: its iterator takes a cut-off text for the end.
+        # Not `for statement in parser`, which ends silently where a text is cut off.
         while (statement := parser.parse_statement()) is not None:
             yield statement.location.line_num, statement
     except (SyntaxError, tokenize.TokenError, StopIteration, ValueError, RecursionError) as error:

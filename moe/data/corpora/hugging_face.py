@@ -79,7 +79,7 @@ class HuggingFaceDataset:
         try:
             for batch in self._rows.select_columns([self.column]).iter(batch_size=1000):
                 yield from batch[self.column]
-        except Exception as error:  # those of Arrow, of files, of decoding
+        except Exception as error:  # errors of Arrow, of files, of decoding
             raise self._unreadable(error) from error
 
     @functools.cached_property
@@ -101,7 +101,7 @@ class HuggingFaceDataset:
             )
         except UserError:
             raise
-        except Exception as error:  # its own classes, the hub's, Arrow's, plain ValueErrors
+        except Exception as error:  # errors of the library, the hub, Arrow and Python
             raise self._unreadable(error) from error
 
     def _saved(self, saved: Any) -> Any:

@@ -181,7 +181,7 @@ def nearest_path(path: Path) -> str:
         while not path.parent.exists():
             path = path.parent
         return nearest(path.name, os.listdir(path.parent)) if path.name else ""
-    except OSError:  # too long, no folder, not readable
+    except OSError:  # too long, not a folder, or not readable
         return ""
 
 

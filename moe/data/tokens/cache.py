@@ -22,7 +22,7 @@ import numpy as np
 
 from moe.errors import UserError
 
-if TYPE_CHECKING:  # the tokenizer's module writes files by this one
+if TYPE_CHECKING:  # tokenizer.py imports this module
     from moe.data.corpora.corpus import Document
     from moe.data.tokens.tokenizer import Tokenizer
 

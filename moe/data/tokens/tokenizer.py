@@ -129,7 +129,7 @@ class SubwordTokenizer:
         inner.no_padding()
         if inner.token_to_id(DOCUMENT_TOKEN) is None:
             inner.add_special_tokens([DOCUMENT_TOKEN])
-        inner.encode_special_tokens = True  # special tokens that a text spells out are text
+        inner.encode_special_tokens = True  # encodes special tokens in a text as text
         self._inner = inner
         self.document_id: int = inner.token_to_id(DOCUMENT_TOKEN)
         self.vocab_size: int = 1 + max(inner.get_vocab(with_added_tokens=True).values())
@@ -164,7 +164,7 @@ class SubwordTokenizer:
                 for lists in ([[i] for i in ids], [[i, i] for i in ids])
             )
             num_bytes_2V[:, ids] = once_V, np.subtract(twice_V, once_V)
-            if "ByteFallback" in kinds:  # one alone is not UTF-8
+            if "ByteFallback" in kinds:  # a single byte may not be UTF-8
                 found = [i for t, i in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", t)]
                 num_bytes_2V[:, found] = 1
         num_bytes_2V[:, self.document_id] = 0
@@ -173,9 +173,7 @@ class SubwordTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         try:
             encodings = self._inner.encode_batch_fast(texts, add_special_tokens=False)
-        except (
-            Exception
-        ) as error:  # of a word without a token, and without a token for unknown words
+        except Exception as error:  # of a word without a token, where none is for unknown words
             raise UserError(
                 f"the tokenizer cannot encode this text ({error}); use a byte-level tokenizer, "
                 "such as TextData.tokenizer = @TrainedBPE()"
@@ -300,7 +298,7 @@ def _renamed(content: str, document_token: str, path: Path) -> str:
     vocabulary = record["model"]["vocab"]
     if isinstance(vocabulary, dict) and document_token in vocabulary:
         vocabulary[DOCUMENT_TOKEN] = vocabulary.pop(document_token)
-    elif isinstance(vocabulary, list):  # of (token, score)
+    elif isinstance(vocabulary, list):  # (token, score) pairs
         names = [DOCUMENT_TOKEN if name == document_token else name for name, _ in vocabulary]
         record["model"]["vocab"] = [
             [n, score] for n, (_, score) in zip(names, vocabulary, strict=True)

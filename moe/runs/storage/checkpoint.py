@@ -41,19 +41,19 @@ class Checkpoints:
 
         self.folder = folder.absolute()
         _hush_cancelled_tasks()
-        absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax raises is printed once, by us
+        absl.logging.set_verbosity(absl.logging.FATAL)  # we report what Orbax raises
         best = keeping.BestN(
             get_metric_fn=lambda m: m["val_loss"],
             reverse=True,
             n=1,
-            keep_checkpoints_without_metrics=False,  # or all that were not evaluated stay
+            keep_checkpoints_without_metrics=False,  # else all without an evaluation would stay
         )
         policy = keeping.AnyPreservationPolicy([keeping.LatestN(n=keep), best])
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,
             preservation_policy=None if read_only else policy,
-            # Without it no metric reaches the disk, and a run that goes on has forgotten its best.
+            # Without it Orbax writes no metric, and a continued run would not know its best one.
             best_fn=lambda m: m["val_loss"],
             best_mode="min",
         )
@@ -163,7 +163,7 @@ class Checkpoints:
                 found = read(candidate)
             except UserError:
                 raise
-            except Exception as error:  # whatever a damaged file makes the readers raise
+            except Exception as error:  # damaged files raise errors of any kind
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 say(f"the checkpoint of step {candidate} can't be read ({reason[:160]})")
                 damaged.append(candidate)
@@ -186,7 +186,7 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(tree, strict=True), extra=ocp.args.JsonRestore()
             ),
         )
-        # By name: a dict's leaves come sorted, a state's fields need not be.
+        # By name: a dict's leaves are sorted, those of a state are not.
         leaves = [found["state"][name] for name in tree]
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves), found["extra"]
 

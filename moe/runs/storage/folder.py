@@ -137,7 +137,7 @@ class RunFolder:
 def _step(line: str) -> int:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line that a crash cut short
+    except (ValueError, KeyError):  # a line cut off by a crash
         return 2**62
 
 

@@ -89,7 +89,9 @@ class MLflow:
         mlflow = _imported("mlflow", "mlflow")
         import logging
 
-        logging.getLogger("mlflow").setLevel(logging.ERROR)  # of the tables that it makes
+        logging.getLogger("mlflow").setLevel(
+            logging.ERROR
+        )  # else it lists the tables that it makes
         home = folder.resolve()
         client = mlflow.MlflowClient(self.uri or f"sqlite:///{home / 'mlflow.db'}")
         try:
@@ -148,7 +150,7 @@ class Writers:
     def _guarded(self, name: str, call: Callable[[Writer], None]) -> None:
         try:
             call(self._writers[name])
-        except Exception as error:  # of a service or a package that is not ours
+        except Exception as error:  # errors of a service or of another package
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             self._say(f"{name} takes no more numbers ({first}); the run goes on")
             del self._writers[name]

@@ -88,7 +88,7 @@ class MetricsLogger:
         bits = {"bits_per_byte": metrics.bits_per_byte(nats, num_bytes)} if num_bytes else {}
         scalars = {
             "loss": float(measured.loss),
-            **bits,  # a step may score document tokens alone
+            **bits,  # none where only document tokens are scored
             "learning_rate": float(self.rate_N[step - 1]),
             **{f"grad_norm/{k}": float(v) for k, v in measured.grad_norms.items()},
             "update_norm": float(measured.update_norm),
@@ -109,7 +109,7 @@ class MetricsLogger:
         """A user's numbers; a function that fails is named once, and not called again."""
         try:
             return {str(key): float(value) for key, value in metric(routing, scalars).items()}
-        except Exception as error:  # of code that is not ours
+        except Exception as error:  # errors of the user's code
             name = getattr(metric, "__name__", str(metric))
             self.display.say(f"train.metrics: {name} is left out: {type(error).__name__}: {error}")
             self.own_metrics = [one for one in self.own_metrics if one is not metric]

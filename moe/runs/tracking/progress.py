@@ -86,7 +86,7 @@ class Display:
             compiled = True
             self.say(f"compiling {what}")
             start, before = time.perf_counter(), compile_cache.counts()
-            result = call(*given)  # it returns once it is compiled, and runs on
+            result = call(*given)  # returns once compiled, before the result is there
             seconds, cached = time.perf_counter() - start, compile_cache.counts().since(before)
             self.say(f"compiled {what} in {seconds:.1f} s{cached}")
             return result
