@@ -111,7 +111,7 @@ def write(
     write_summary(baselines)
     values = processes.gathered((state.params, state.router_state))
     if values is None:
-        say("no samples and no picture: the parameters are too large for one host")
+        say("no samples and no picture: the parameters are too large for one process")
     elif first:
         lines = baselines | {"held out": summary["val_bits_per_byte"]}
         samples = attempted("samples", say, artifacts.samples, values) or []

@@ -90,8 +90,8 @@ def steps_that_fit(
         needed = used_seconds + compiling + pace * (spec.steps - first)
         raise UserError(
             f"{used_seconds:.0f} of train.max_seconds={spec.max_seconds:g} are spent on {first} "
-            "steps, and there is no room for more; to train on, give more of both: "
-            f"train.steps={spec.steps} would take about {needed:.0f} seconds"
+            "steps, and no further step fits; to train on, raise train.steps and "
+            f"train.max_seconds: train.steps={spec.steps} would take about {needed:.0f} seconds"
         )
     return min(spec.steps, first + room)
 
@@ -103,7 +103,7 @@ def complete_message(step: int, spec: RunSpec, folder: RunFolder) -> str:
         return f"this run is complete at step {step}; {where}"
     return (
         f"this run ended at step {step} of {spec.steps}, when train.max_seconds="
-        f"{spec.max_seconds:g} was over; {where}. To train on, give more of both"
+        f"{spec.max_seconds:g} was over; {where}. To train on, raise both"
     )
 
 
@@ -111,7 +111,7 @@ def late_message(step: int, spec: RunSpec) -> str:
     """That the time is over before the last step, and what helps."""
     return (
         f"train.max_seconds={spec.max_seconds:g} is over at step {step} of {spec.steps}, before "
-        "the schedule's end: more of it, or fewer train.steps, would train on to a low rate"
+        "the schedule's end; raise it, or lower train.steps, for the learning rate to end low"
     )
 
 

@@ -63,7 +63,7 @@ def mesh_at_hand(shape: MeshShape, say: Say) -> Mesh:
     except ValueError as error:
         # Every axis is given: gin would fill in the run's sizes.
         mesh = MeshShape(data=-1, fsdp=1, expert=1, tensor=1, sequence=1).build()
-        say(f"{error}; here: data={mesh.size}")
+        say(f"{error}; used here: data={mesh.size}")
         return mesh
 
 

@@ -36,7 +36,7 @@ def describe(
             router += f", at evaluation {layer.eval_dispatcher}"
     losses = ", ".join(f"{c:g} * {n}" for n, c in model.loss_coefficients.items()) or "none"
     say(
-        f"text: {info.name}, {info.train_bytes:,} bytes to learn from, "
+        f"text: {info.name}, {info.train_bytes:,} bytes of training text, "
         f"{info.validation_bytes:,} held out in {info.validation_documents} documents; "
         f"{info.bytes_per_token:.2f} bytes per token"
     )

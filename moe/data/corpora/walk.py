@@ -191,7 +191,7 @@ def _entries(folder: Path) -> list[os.DirEntry]:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(
-            f"{folder}: {error.strerror}: a corpus without it would be another one; make it "
+            f"{folder}: {error.strerror}: without it the corpus would be another one; make it "
             "readable, or name the files to read"
         ) from error
 

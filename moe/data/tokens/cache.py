@@ -238,7 +238,7 @@ def check_lossless(
             pairs = enumerate(zip(text, back, strict=False))
             at = next((i for i, (ours, theirs) in pairs if ours != theirs), len(back))
             raise UserError(
-                f"document {passage.name}: the tokenizer does not give back its text: from "
+                f"document {passage.name}: its tokens don't decode to its text: from "
                 f"character {passage.start + at} on {text[at : at + 20]!r} became "
                 f"{back[at : at + 20]!r}, so that bits per byte would be wrong; {way_out}"
             )
@@ -248,7 +248,7 @@ def check_lossless(
         found = int((later_V if passage.start else first_V)[tokens[0]] + later_V[tokens[1:]].sum())
         if found != (size := len(text.encode("utf-8"))):
             raise UserError(
-                f"document {passage.name}: its tokens give back {found} bytes one by one, and it "
+                f"document {passage.name}: its tokens decode to {found} bytes one by one, and it "
                 f"has {size}: with this tokenizer bits per byte would be wrong; {way_out}"
             )
 

@@ -81,8 +81,9 @@ class RunFolder:
         ]
         trained = [int(p.name) for p in self.checkpoints.iterdir() if p.name.isdecimal()]
         if trained and max(trained) > steps:
+            most = max(trained)
             differs.append(
-                f"train.steps: {max(trained)} are trained there, {steps} here; give as many or more"
+                f"train.steps: {most} are trained there, {steps} here; give at least {most}"
             )
         if differs:
             raise UserError(

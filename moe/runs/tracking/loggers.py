@@ -152,7 +152,7 @@ class Writers:
             call(self._writers[name])
         except Exception as error:  # errors of a service or of another package
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-            self._say(f"{name} takes no more numbers ({first}); the run goes on")
+            self._say(f"{name} has failed and gets no more numbers ({first}); the run goes on")
             del self._writers[name]
 
 
@@ -163,7 +163,7 @@ def _imported(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise UserError(
-            f"this logger needs a package that is not there: pip install 'moe-routing[{extra}]'"
+            f"this logger needs a package that is not installed: pip install 'moe-routing[{extra}]'"
         ) from None
 
 

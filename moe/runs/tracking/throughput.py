@@ -13,21 +13,20 @@ from moe.training.abstract_model import AbstractModel
 
 
 class ThroughputMeter:
-    """Measures training time: without evaluations and checkpoints, the first step's apart.
+    """Measures training time, without evaluations and checkpoints, and the speed of training.
 
-    The first step after each start of a run compiles, so that its time says nothing of the speed.
+    The first step after each start of a run compiles: its time is summed apart from the others'.
 
     Args:
         peak: FLOP/s of a matmul, measured on this machine.
         model: whose FLOPs count.
         tokens_per_step: of an optimizer step's batch.
-        before: `total` from the checkpoint that the run goes on from.
+        before: `total` from the checkpoint that the run continues.
         max_seconds: how long training may take, over all starts of the run; None for no limit.
 
     Attributes:
-        total: sums over all starts of the run, which a checkpoint keeps: seconds of first steps, of
-            other steps, the number of the latter, kept experts per token, and how often these
-            were logged.
+        total: sums over all starts of the run, for its checkpoints: seconds of first steps, seconds
+            and number of other steps, and kept experts per token with the number of summands.
         pace: notices slow steps.
     """
 
