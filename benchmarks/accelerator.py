@@ -1,9 +1,10 @@
-"""One device: layers beside dense ones, and the utilisation of whole training steps.
+"""Times layers beside dense ones, and whole training steps, on one device.
 
     python benchmarks/accelerator.py --folder=benchmarks/results
 
-Writes DEVICE.json there. Layers by `moe bench layer` in bfloat16; steps of OLMoE's shape with few
-layers, on random tokens, for every dispatcher that fits. --small takes sizes for a laptop's CPU.
+Writes DEVICE.json there. Layers are timed as by `moe bench layer` in bfloat16. Training steps have
+OLMoE's shape with few layers, and random tokens; there is one for each dispatcher. --small takes
+sizes for a laptop's CPU.
 """
 
 import argparse
@@ -34,7 +35,7 @@ STEPS = 10
 
 
 def step_seconds(dispatcher: Dispatcher, capacity: Capacity, *, small: bool) -> dict:
-    """Median seconds of a training step, and the share of the matmul peak that its FLOPs need."""
+    """Median seconds of a training step, its FLOPs, and the model's number of parameters."""
     width, layers, experts, hidden = (64, 2, 8, 64) if small else (2048, 4, 64, 1024)
     vocab, batch, length = (256, 4, 64) if small else (50304, 8, 2048)
     moe = functools.partial(
@@ -84,22 +85,22 @@ def main():
     def save():
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
-    print(f"{device}: {peak / 1e12:.3g} TFLOP/s of bfloat16 products")
+    print(f"{device}: {peak / 1e12:.3g} TFLOP/s in bfloat16 matmuls")
     cases = tuple(map(layer.Case.read, SMALL_CASES if given.small else CASES))
     for row in layer.layers(cases, "bfloat16"):
         print(row, flush=True)
         record["layers"].append(row)
         save()
     record["ratios"] = layer.summary(record["layers"])
-    ways = {
+    variants = {
         "Sorted": (Sorted(), Capacity(None)),
         "SlotGather": (SlotGather(), Capacity(1.25)),
     }
-    for way, (dispatcher, capacity) in ways.items():
+    for name, (dispatcher, capacity) in variants.items():
         found = step_seconds(dispatcher, capacity, small=given.small)
         found["utilisation"] = found["flops"] / found["seconds"] / peak
-        print(f"a step with {way}: {found}", flush=True)
-        record.setdefault("steps", {})[way] = found
+        print(f"a step with {name}: {found}", flush=True)
+        record.setdefault("steps", {})[name] = found
         save()
     print(f"written to {path}")
 

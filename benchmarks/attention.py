@@ -1,9 +1,9 @@
-"""Attention in chunks of queries: milliseconds of forward and backward, and bytes held meanwhile.
+"""Attention in chunks of queries: milliseconds and temporary bytes of forward and backward.
 
     python benchmarks/attention.py --json=benchmarks/results/attention.json
 
-One layer of width 256 with 4 heads, 4,096 tokens in sequences of each length, causal, rotary. The
-chunks take turns, each after a call that is not counted; bytes are the compiler's temporaries.
+A causal layer of width 256 with 4 heads and rotary positions, on 4,096 tokens in sequences of each
+length. Chunk sizes take turns, each after a warm-up call; bytes are the compiler's temporaries.
 """
 
 import argparse
@@ -26,7 +26,7 @@ LENGTHS, CHUNKS, ROUNDS = (256, 512, 1024, 2048, 4096), (None, 2048, 1024, 512, 
 
 
 def gradients(length: int, chunk: int | None):
-    """The compiled gradients of a layer, and what to call them with."""
+    """The compiled gradients of a layer, and their arguments."""
     graph, state = nnx.split(initialize(Attention(WIDTH, HEADS, chunk=chunk), 0))
     x_BTD = jax.random.normal(jax.random.key(0), (TOKENS // length, length, WIDTH))
     place_BT = jnp.broadcast_to(jnp.arange(length), x_BTD.shape[:2])

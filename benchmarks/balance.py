@@ -1,11 +1,11 @@
-"""Without a balancing loss the load collapses; does either CV^2 loss, or a bias, repair it?
+"""Without balancing the load collapses onto few experts; do the CV^2 losses, or a bias, repair it?
 
     python benchmarks/balance.py --json=benchmarks/results/balance.json
 
-`moe train` at half the quickstart's width with 16 experts, for each way of balancing (Shazeer et
-al. 2017, table 6; Wang et al. 2024). A violation is max over mean of an expert's load, less 1: of
-batches (the mean over layers and over what is logged of the last hundred steps), and of all
-held-out documents (of the most crowded layer; they speak of other things than the training text).
+`moe train` at half the quickstart's width with 16 experts, for each variant of balancing (Shazeer
+et al. 2017, table 6; Wang et al. 2024). A violation is the maximum over the mean of the experts'
+loads, less 1: once in training batches (mean over layers and the logged ones of the last hundred
+steps), and once in all held-out documents, whose topics differ (the layer with the largest).
 """
 
 import json
@@ -18,7 +18,7 @@ NOISY = ("routers/noisy_top_k.gin", "NoisyTopK.k = 2", "MoELayer.capacity = @Cap
 SIGMOID = ("routers/loss_free.gin", "MoELayer.capacity = @Capacity()")
 EASY = "Capacity.factor = 2.0"  # so that dropping doesn't stand in for balancing
 LONGER = "sigmoid top-2, loss-free bias, three times the steps"
-WAYS = {
+VARIANTS = {
     "noisy top-2, no loss": (*NOISY, EASY, "NoisyTopK.losses = ()"),
     "noisy top-2, importance": (*NOISY, EASY, "NoisyTopK.losses = [@ImportanceLoss()]"),
     "noisy top-2, load": (*NOISY, EASY, "NoisyTopK.losses = [@LoadLoss()]"),
@@ -30,11 +30,11 @@ WAYS = {
 }
 
 
-def one(way: str, seed: int, place: Place, steps: int) -> dict:
+def one(variant: str, seed: int, place: Place, steps: int) -> dict:
     """Load of one run's last steps, and load and bits per byte in the held-out documents."""
-    steps *= 3 if way == LONGER else 1
-    config, *bindings = WAYS[way]
-    workdir = place.folder / f"{list(WAYS).index(way)}-{seed}"
+    steps *= 3 if variant == LONGER else 1
+    config, *bindings = VARIANTS[variant]
+    workdir = place.folder / f"{list(VARIANTS).index(variant)}-{seed}"
     settings = (*QUICKSTART, *SMALL, "MoELayer.num_experts = 16", f"train.seed = {seed}")
     files = ("--gin_file=quickstart.gin", f"--gin_file={config}")
     settings = (*settings, f"train.steps = {steps}", *bindings)
@@ -53,12 +53,12 @@ def one(way: str, seed: int, place: Place, steps: int) -> dict:
 
 def table(runs: list[dict], steps: int) -> str:
     body = []
-    for way, own in by_case(runs).items():
+    for variant, own in by_case(runs).items():
         dead = statistics.mean(run["dead_experts"] for run in own)
         names = ("batch_violation", "held_out_violation")
         violations = [spread([run[name] for run in own], 2) for name in names]
         bits = spread([run["bits_per_byte"] for run in own])
-        body.append((way, *violations, f"{dead:.1f}", bits, len(own)))
+        body.append((variant, *violations, f"{dead:.1f}", bits, len(own)))
     header = (
         *("balancing", "violation", "held-out violation", "dead of 64", "bits per byte"),
         "seeds",
@@ -67,4 +67,4 @@ def table(runs: list[dict], steps: int) -> str:
 
 
 if __name__ == "__main__":
-    measure(arguments(__doc__, steps=300), tuple(WAYS), one, table)
+    measure(arguments(__doc__, steps=300), tuple(VARIANTS), one, table)

@@ -1,7 +1,7 @@
-"""How much memory and time preparing a text takes: `python benchmarks/data_memory.py --json=PATH`.
+"""Memory and time of preparing a text: `python benchmarks/data_memory.py --json=PATH`.
 
-Each size in a process of its own: a corpus of words on disk, a BPE fitted to it, both splits
-tokenised, the comparison with compressors. StepState is the process's peak beyond its imports.
+For each size, a process of its own fits a BPE to a corpus of random words, tokenises both splits
+and compresses them. Memory is the process's peak, less what its imports take.
 """
 
 import argparse
@@ -18,7 +18,7 @@ MEGABYTES = (20, 50, 200)
 
 
 def write(folder: Path, megabytes: int) -> None:
-    """Files of half a megabyte, of words of which the common ones are common."""
+    """Write files of half a megabyte of random words, whose frequencies follow Zipf's law."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randint(2, 9))) for _ in range(20_000)]
     weights = [1 / (rank + 1) for rank in range(len(words))]
@@ -32,11 +32,12 @@ def write(folder: Path, megabytes: int) -> None:
 
 
 def peak() -> int:
+    """The process's peak memory in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(folder: str) -> dict:
-    """In this process."""
+    """Size, peak memory and time of one corpus, prepared in this process."""
     import grain  # noqa: F401  what training imports in any case
     import tokenizers  # noqa: F401
 

@@ -1,10 +1,9 @@
-"""Does the mixture of experts beat the dense model? Equal active parameters, equal steps, 3 seeds.
+"""A mixture of experts beside the dense model of equal active parameters, at equal steps, 3 seeds.
 
     python benchmarks/dense_vs_moe.py --json=benchmarks/results/dense_vs_moe.json
 
-Each run is `moe train` on the quickstart's text with another seed, at half its width: so small a
-model is short of parameters after a few hundred steps already. The figure is bits per byte of all
-held-out documents.
+Each run is `moe train` on the quickstart's text at half its width: a model of this size lacks
+parameters after a few hundred steps already. The result is bits per byte of all held-out documents.
 """
 
 import argparse

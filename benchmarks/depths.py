@@ -2,9 +2,9 @@
 
     python benchmarks/depths.py --json=benchmarks/results/depths.json
 
-The dense quickstart in small; the same model with an eighth of the tokens through every other
-block, for as many more steps as its FLOPs allow; and one with half as many layers again. Held-out
-text is scored by the causal predictor's rule, as text would be generated.
+The dense model is the quickstart's at half its width. In the others, every other block processes an
+eighth of the tokens; they have 4, 6 or 8 layers, and train for more steps where their FLOPs per
+token are fewer. Held-out text is scored by the causal predictor's rule, as in generation.
 """
 
 import shutil
@@ -14,7 +14,7 @@ from runs import QUICKSTART, Place, arguments, by_case, measure, rows, spread
 SMALL = ("Transformer.d_model = 64", "Transformer.num_heads = 1", "TrainedBPE.vocab_size = 2048")
 DENSE = "FeedForward.d_ff = 256"
 DEPTHS = "--gin_file=models/mixture_of_depths.gin"
-# Router files, further settings, and the FLOPs per token that come of them.
+# Files, further settings, and FLOPs per token with these.
 DENSE_FLOPS = 2_555_904
 CASES = {
     "dense, 4 layers": ((), (), DENSE_FLOPS),
@@ -33,7 +33,7 @@ CASES = {
 
 
 def one(case: str, seed: int, place: Place, steps: int) -> dict:
-    """Held-out bits per byte of a run of as many FLOPs as so many steps of the dense model."""
+    """Held-out bits per byte of a run with the FLOPs of `steps` steps of the dense model."""
     files, more, flops = CASES[case]
     steps = round(steps * DENSE_FLOPS / flops)
     workdir = place.folder / f"depths-{list(CASES).index(case)}-{seed}"

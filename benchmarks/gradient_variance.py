@@ -1,10 +1,10 @@
-"""Bias and variance of gradients through a random unit, for every estimator of routing/estimators.
+"""Bias and variance of gradients through a random unit, for each estimator of routing/solvers.
 
     python benchmarks/gradient_variance.py --json=benchmarks/results/gradient_variance.json
 
-One unit with logit a and loss L(h) = (h - 0.3)^2. The truth is the derivative of E[L(h)] over that
-estimator's own h. `unbiased` is reinforce on the unit: (h - p) L, without and with the best
-constant baseline.
+The unit has logit a and loss L(h) = (h - 0.3)^2. The true gradient is the derivative of E[L(h)] for
+the estimator's own distribution of h. `unbiased` is REINFORCE, (h - p) L, without a baseline and
+with the best constant one.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def rewarded(a, u, baseline):
 
 
 def measured() -> list[dict]:
-    """A row for every estimator and logit."""
+    """A row of results for each estimator and logit."""
     u_N = jnp.asarray(np.random.default_rng(0).uniform(1e-6, 1 - 1e-6, DRAWS), jnp.float32)
     rows = []
     for a in map(jnp.float32, LOGITS):

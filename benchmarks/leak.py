@@ -1,11 +1,11 @@
-"""Which routers read the future? Models of fair coin flips, of which nothing can be predicted.
+"""Which routers see the future? Measured on fair coin flips, which can't be predicted.
 
     python benchmarks/leak.py --json=benchmarks/results/leak.json
 
-A run's text is heads and tails at random: a causal model can't get below 1 bit per flip. What the
-training rule gets below it, the router has told of flips to come; what the evaluation rule gets
-above it is what the model misses when it can't look. Expert choice (Zhou et al. 2022) and BASE
-(Lewis et al. 2021) choose among the tokens of a whole sequence; top-k does not.
+A causal model can't get below 1 bit per flip. Fewer bits by the training rule are information on
+later flips that the router leaks; more bits by the evaluation rule are what a model loses that has
+relied on the leak. Expert choice (Zhou et al. 2022) and BASE (Lewis et al. 2021) choose among the
+tokens of a whole sequence; top-k does not.
 """
 
 from pathlib import Path
@@ -46,7 +46,7 @@ CASES = {
 
 
 def one(case: str, seed: int, place: Place, steps: int) -> dict:
-    """Bits per flip of held-out flips by both rules."""
+    """Bits per held-out flip of one run, by both rules."""
     router, length, more = CASES[case]
     name = f"{list(CASES).index(case)}-{seed}"
     workdir = place.folder / name
@@ -69,7 +69,7 @@ def one(case: str, seed: int, place: Place, steps: int) -> dict:
 
 
 def coins(folder: Path) -> Path:
-    """A folder with 40 files of 20,000 flips, the same ones every time."""
+    """A folder with 40 files of 20,000 flips, from a fixed seed."""
     made = (folder / "coins").absolute()
     made.mkdir(exist_ok=True)
     draw = random.Random(0)

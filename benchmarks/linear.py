@@ -1,4 +1,4 @@
-"""What flattening rows before a matmul saves (layers/linear.py): a gated feed-forward's gradient.
+"""Time saved by flattening rows before a matmul (layers/linear.py), in a feed-forward's gradient.
 
 python benchmarks/linear.py --json=benchmarks/results/linear.json
 """
@@ -31,7 +31,7 @@ def flattened(x, weight):
 
 
 def milliseconds(multiply, weights, x) -> float:
-    """Median of 15 runs of the gradient by all weights and the input."""
+    """Median milliseconds of the gradient by all weights and the input, over 15 runs."""
     gradient = jax.jit(jax.grad(lambda w, x: jnp.square(gated(multiply, w, x)).sum(), (0, 1)))
     times = []
     for _ in range(16):

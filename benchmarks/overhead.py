@@ -1,13 +1,12 @@
-"""What a router's own work costs a training step: its time over that of round robin.
+"""The time of a training step with each router, over that with round robin.
 
     python benchmarks/overhead.py --json=benchmarks/results/overhead.json
 
-The quickstart's step at the batch of benchmarks/routers.py, once with the router and once with
-`Balanced` in its place, all else as the router's file has it: as many experts per token, the same
-capacity, dispatcher and experts. Both take turns, and the ratio is the median over the turns. What
-is no choice of experts by tokens (soft slots, product keys, merged experts) is set against the
-`balanced` row itself, so that its ratio is of the whole layer. Rows that stand in the file are not
-repeated.
+It is the quickstart's step at the batch size of benchmarks/routers.py, with the router and with
+`Balanced` in its place; the experts per token, capacity, dispatcher and experts are those of the
+router's file. Both take turns, and the ratio is the median over the turns. Routers whose tokens
+don't choose experts (soft slots, product keys, merged experts) are compared with the `balanced`
+row, so that their ratio is one of whole layers. Rows in the results file are not repeated.
 """
 
 import argparse
@@ -24,9 +23,9 @@ from moe.machine import hardware
 from moe.machine.allocator import keep_freed_memory
 
 ROUNDS, STEPS = 6, 1
-# What round robin can't use: other experts, or means in place of the unchosen.
+# Their experts, or means in place of unchosen experts, are nothing that round robin can use.
 OTHER_EXPERTS = ("peer", "lory", "soft_moe_causal", "soft_choice", "multi_hash", "default_moe")
-CHOICES = {  # experts per token of the file, where they are not 2
+CHOICES = {  # experts per token in the router's file, where they are not 2
     **dict.fromkeys(("switch", "mode_staged", "mode_integrated", "base", "sinkhorn"), 1),
     **dict.fromkeys(("sampled_reinforce", "sampled_gumbel"), 1),
     **dict.fromkeys((name for name in ROUTERS if name.startswith("hash_")), 1),

@@ -1,10 +1,10 @@
-"""Why the quickstart is set up as it is: seconds per step of its alternatives, taken in turns.
+"""Seconds per training step of the quickstart and of alternatives to its settings.
 
     python benchmarks/quickstart_step.py --json=benchmarks/results/quickstart_step.json
 
-Every row is the quickstart with some settings changed. The rows take turns, so that a busy moment
-of the machine hits all of them; the first row alone runs before the allocator is told to keep
-freed memory, which can't be taken back.
+Each row is the quickstart with some settings changed. The rows take turns, so that a busy moment of
+the machine slows all of them. Only the row with the default allocator runs by itself, before the
+others: once the allocator keeps freed memory, that can't be undone.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""Every router on the quickstart's text, at equal steps: quality, leak, load, drops, parameters.
+"""All routers on the quickstart's text at equal steps: quality, leak, load, drops, parameters.
 
     python benchmarks/routers.py --json=benchmarks/results/routers.json --workers=2
 
-Each run is `moe train` with one file of configs/routers/, half the quickstart's sequences a step so
-that the table takes hours and not a day. `bits per byte` is of all held-out documents, every router
-by its evaluation rule. `training rule` is the same text with the router deciding as in training;
-what it is better by than the evaluation rule is what the router saw of the future (or what noise
-and dropping cost it, where it is worse). The step's time is from benchmarks/overhead.py.
+Each run is `moe train` with one file of configs/routers/ and half the quickstart's batch, so that
+the table takes hours and not a day. `bits per byte` is of all held-out documents, by each router's
+evaluation rule. In `training rule`, the router decides as in training: where that is better, the
+router sees the future; where it is worse, noise and dropping cost it something. Times of steps are
+from benchmarks/overhead.py.
 
-A whole table takes hours: runs that stand in the JSON file are not repeated, so that the same
-command goes on where it stopped. --small trains at half the quickstart's width with 16 experts.
+Runs in the JSON file are not repeated, so that the same command continues an interrupted table.
+--small trains at half the quickstart's width with 16 experts.
 """
 
 import json
@@ -71,7 +71,10 @@ EXPORT = Path(__file__).parents[1] / "scripts" / "export_embeddings.py"
 
 
 def settings_of(router: str, embeddings: Path) -> tuple[list[str], list[str]]:
-    """Files and bindings of a run with a router; embeddings: of the baseline, for clusters."""
+    """Config files and bindings of a run with a router.
+
+    embeddings: those of the baseline, which clustered hashing needs.
+    """
     bindings = [*QUICKSTART, f"train.batch_size = {BATCH}"]
     if router in ("hash_clustered", "hash_dispersed"):
         table = f"{router.split('_')[1].title()}Table"
@@ -82,7 +85,7 @@ def settings_of(router: str, embeddings: Path) -> tuple[list[str], list[str]]:
 
 
 def one(router: str, seed: int, place: Place, *, steps: int, small: bool) -> dict:
-    """What a run and two evaluations of it say."""
+    """Results of a run, and of its evaluation by the training rule."""
     workdir = place.folder / f"{router}-{seed}"
     embeddings = place.folder / f"embeddings-{seed}.npy"
     files, bindings = settings_of(router, embeddings)

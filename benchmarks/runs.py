@@ -1,4 +1,4 @@
-"""What benchmarks of whole runs share: `moe` in processes, several at a time, and tables."""
+"""Shared by benchmarks of whole runs: `moe` in parallel processes, and tables of results."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -22,14 +22,14 @@ SMALL = (
 
 
 class Place:
-    """Where a run happens: some cores of its own, and a folder."""
+    """Cores that belong to one run at a time, and a folder for its files."""
 
     def __init__(self, cores: Sequence[int], folder: Path):
         self.cores = ",".join(map(str, cores))
         self.folder = folder
 
     def moe(self, *words: str, bindings: Sequence[str] = ()) -> dict:
-        """A command of `moe` in a process; what it wrote with --json."""
+        """Run a command of `moe` on these cores; returns what it writes with --json."""
         path = self.folder / f"result-{self.cores}.json"
         given = [*words, *(f"--gin_bindings={binding}" for binding in bindings), f"--json={path}"]
         pin = ["taskset", "--cpu-list", self.cores]
@@ -40,15 +40,17 @@ class Place:
 
 
 def arguments(description: str, steps: int, **more) -> argparse.Namespace:
-    """The flags of every such benchmark; `more` are further ones."""
+    """The parsed flags of such a benchmark; `more` are further ones."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", required=True, help="runs that stand there are not repeated")
+    parser.add_argument("--json", required=True, help="results; runs in it are not repeated")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time, each on own cores")
-    parser.add_argument("--folder", default="runs/benchmark", help="for runs that are under way")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="runs at a time, each on its own cores"
+    )
+    parser.add_argument("--folder", default="runs/benchmark", help="for the files of runs")
     for name, options in more.items():
         parser.add_argument(f"--{name}", **options)
     return parser.parse_args()
@@ -61,10 +63,16 @@ def measure(
     table: Callable[..., str],
     **settings,
 ) -> None:
-    """Every case with every seed, all cases of one seed first; JSON and Markdown after each.
+    """Run each case with each seed, and write JSON and Markdown after each run.
 
-    one(case, seed, place, steps=..., **settings): what a run says, where it finds a free place; the
-    row starts with case and seed. table(runs, steps=..., **settings): all of them as Markdown.
+    All cases of one seed come before the next seed. Runs in the JSON file are not repeated.
+
+    Args:
+        given: the flags, of `arguments`.
+        cases: names of the cases.
+        one: one(case, seed, place, steps=..., **settings) makes a run and returns its results.
+        table: table(runs, steps=..., **settings) returns the Markdown of all runs' results.
+        settings: further settings of all runs.
     """
     path, folder = Path(given.json), Path(given.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +111,7 @@ def measure(
             runs.sort(key=lambda run: (run["seed"], order.get(run["case"], len(order))))
             write()
             print(f"{len(runs)} of {len(wanted)}: {run}", flush=True)
-    write()  # a new table, where all runs stood there
+    write()  # for a new table, where no run was left
     print(table(runs, **settings))
     if failed:
         raise SystemExit(f"{failed} runs failed")
@@ -120,13 +128,13 @@ def read_runs(path: Path, settings: dict) -> list[dict]:
 
 
 def by_case(runs: list[dict]) -> dict[str, list[dict]]:
-    """The runs of each case, in the order of their first."""
+    """The runs of each case, in the order of first appearance."""
     cases = dict.fromkeys(run["case"] for run in runs)
     return {case: [run for run in runs if run["case"] == case] for case in cases}
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
-    """Mean and, of several, the standard error."""
+    """The mean, and for several values its standard error."""
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     error = statistics.stdev(values) / len(values) ** 0.5

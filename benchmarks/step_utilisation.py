@@ -1,11 +1,10 @@
-"""How much of the machine's matmul peak a whole training step uses.
+"""The share of the machine's matmul peak that a whole training step uses.
 
     python benchmarks/step_utilisation.py --json=benchmarks/results/step_utilisation.json
 
-The step of a configuration (31 M parameters, unless others are given) with each dispatcher, in
-turns: forward, backward and optimizer. Its FLOPs are those of chosen experts and of attention's
-kept half, without what is recomputed; for slots with dropping, of the assignments that were kept.
-The peak is a matmul's, measured between the turns.
+Each dispatcher's step (forward, backward, optimizer) of a config (31 M parameters by default) takes
+turns. FLOPs count the chosen experts and the causal half of attention, without recomputation; with
+dropping, only assignments that were kept. The peak is a matmul's, measured between the turns.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from moe.machine import hardware
 from moe.machine.allocator import keep_freed_memory
 from moe.training import metrics
 
-WAYS = {
+VARIANTS = {
     "Sorted, nothing dropped": (),
     "SlotGather, capacity 1.0": ("MoELayer.dispatcher = @SlotGather()", "Capacity.factor = 1.0"),
 }
@@ -35,7 +34,7 @@ def main():
     parser.add_argument("--gin_file", default="thirty_million.gin")
     given = parser.parse_args()
     keep_freed_memory()
-    rows = {name: CompiledStep([given.gin_file], bindings) for name, bindings in WAYS.items()}
+    rows = {name: CompiledStep([given.gin_file], bindings) for name, bindings in VARIANTS.items()}
     peak = in_turns(rows.values(), ROUNDS, STEPS)
     found = {"device": hardware.describe_device(), "jax": jax.__version__, "config": given.gin_file}
     found |= {"matmul_peak_flops": peak, "rows": []}
@@ -43,7 +42,7 @@ def main():
         seconds = statistics.median(row.seconds)
         kept = row.kept_per_token()
         speed = metrics.speed_scalars(row.tokens, seconds, row.costs, kept, peak)
-        told = {
+        result = {
             "dispatcher": name,
             "seconds": round(seconds, 3),
             "tokens_per_second": round(row.tokens / seconds),
@@ -52,8 +51,8 @@ def main():
             "parameters_total": row.costs.parameters_total,
             "parameters_active": row.costs.parameters_active,
         }
-        found["rows"].append(told)
-        print(told)
+        found["rows"].append(result)
+        print(result)
     given.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 

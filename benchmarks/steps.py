@@ -1,4 +1,4 @@
-"""What benchmarks of single steps share: a configuration's training step, compiled and timed."""
+"""Shared by benchmarks of training steps: a config's step, compiled and timed."""
 
 from collections.abc import Iterable, Sequence
 import math
@@ -15,7 +15,7 @@ from moe.training.train_step import to_devices
 
 
 class CompiledStep:
-    """A configuration's step on one batch of its text, and the seconds of each run of it."""
+    """A config's training step on one batch of its text; `seconds` has the time of each run."""
 
     def __init__(self, files: Sequence[str], bindings: Sequence[str] = ()):
         spec = config.load(files, bindings)
@@ -33,7 +33,7 @@ class CompiledStep:
         self.seconds.clear()  # the first step compiled
 
     def run(self, steps: int) -> None:
-        """So many steps, each waited for."""
+        """Run and time this number of steps, one after the other."""
         for _ in range(steps):
             start = time.perf_counter()
             self.state, self.measured = self.step(self.state, self.batch)
@@ -41,13 +41,16 @@ class CompiledStep:
             self.seconds.append(time.perf_counter() - start)
 
     def kept_per_token(self) -> float:
-        """Assignments of the last step that reached an expert, per token and layer."""
+        """Assignments that reached an expert in the last step, per token and layer."""
         routing = metrics.Routing.of(jax.device_get(self.measured.routers))
         return routing.kept_per_token(self.costs.num_experts)
 
 
 def in_turns(rows: Iterable[CompiledStep], rounds: int, steps: int) -> float:
-    """So many steps of each row in every round; the median of a matmul's FLOP/s between them."""
+    """Run `steps` steps of each row in each round; returns FLOP/s of a matmul.
+
+    That is the median over the rounds, each measured before its steps.
+    """
     peaks = []
     for _ in range(rounds):
         peaks.append(hardware.matmul_peak())

@@ -10,7 +10,7 @@ GOOGLE = "0x1ae0"  # the PCI vendor of TPUs
 
 
 def _folder_of(name: str) -> Path | None:
-    """The folder that `import name` would read, found without importing it."""
+    """The folder that `import name` reads; found without importing it."""
     loaded = sys.modules.get(name)
     spec = loaded.__spec__ if loaded is not None else importlib.util.find_spec(name)
     if spec is None:
@@ -21,7 +21,7 @@ def _folder_of(name: str) -> Path | None:
 
 
 def _check_neighbours() -> None:
-    """`layers` and `routing` are generic names: another folder called so would be read instead."""
+    """Raise ImportError where another folder named `layers` or `routing` hides ours."""
     home = Path(__file__).resolve().parents[1]
     for name in ("layers", "routing"):
         found = _folder_of(name)
@@ -35,10 +35,10 @@ def _check_neighbours() -> None:
 
 
 def _leave_out_an_absent_tpu() -> None:
-    """With libtpu installed and no TPU, JAX would look for one and complain in five lines.
+    """Set JAX_PLATFORMS=cpu where libtpu is installed without a TPU, as `moe plan` needs it.
 
-    `moe plan` needs libtpu's compiler on any machine. Where JAX has plugins for GPUs it looks for
-    those as well, and nothing is set.
+    JAX would look for the TPU and print five lines about it. Where JAX has plugins for GPUs nothing
+    is set, since it has to look for those.
     """
     if "JAX_PLATFORMS" in os.environ or importlib.util.find_spec("jax_plugins"):
         return

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one clear line, exit status 2, no traceback."""
+"""Errors that users can mend: printed in one line, with exit status 2 and no traceback."""
 
 from collections.abc import Callable, Iterable
 import difflib
@@ -6,11 +6,11 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """What was given, what was expected and the nearest valid choice, in one line."""
+    """A user's mistake: what was given, what is expected and the nearest choice, in one line."""
 
 
 class Problems(UserError):
-    """Several mistakes at once, a line each."""
+    """Several mistakes, a line each."""
 
     def __init__(self, lines: Iterable[str]):
         self.lines = tuple(lines)
@@ -26,7 +26,10 @@ def nearest(name: str, valid: Iterable[str], *, most: int = 3) -> str:
 
 
 def attempted(what: str, say: Callable[[str], None], call: Callable, *given: Any) -> Any:
-    """What a call returns; where it fails that is told, the results stand, and this is None."""
+    """call(*given), or None where it fails, with a line that says so.
+
+    what: the result of the call in words.
+    """
     try:
         return call(*given)
     except Exception as error:  # decoration is never worth a run

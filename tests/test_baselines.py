@@ -16,7 +16,7 @@ from moe.data.compressors import (
     sample,
     unigram_baseline,
 )
-from moe.data.corpora.corpus import Part, StandardLibrary, TextFiles, whole
+from moe.data.corpora.corpus import Split, StandardLibrary, TextFiles, whole
 from moe.data.text import TextData
 from moe.data.tokens.tokenizer import Bytes
 from moe.errors import UserError
@@ -55,7 +55,7 @@ def test_figures_are_kept_by_the_corpus_and_its_split(tmp_path, monkeypatch):
     data = prepared(200_000)
     first = baselines(data)
     with monkeypatch.context() as patch:
-        patch.setattr(Part, "texts", lambda part: pytest.fail("read again"))
+        patch.setattr(Split, "texts", lambda part: pytest.fail("read again"))
         assert baselines(data) == first
     assert baselines(prepared(300_000)) != first
     for file in (tmp_path / "baselines").glob("*.json"):
@@ -97,7 +97,7 @@ def test_the_baselines_of_a_run(tmp_path):
     found = baselines(data)
     assert list(found) == ["unigram", "gzip", "xz"]
     train, validation = (
-        "".join(part.texts()).encode() for part in (data.train_part, data.validation_part)
+        "".join(part.texts()).encode() for part in (data.train_split, data.validation_split)
     )
     counts = Counter(train)
     bits = sum(math.log2((len(train) + 256) / (counts[byte] + 1)) for byte in validation)

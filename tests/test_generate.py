@@ -269,7 +269,7 @@ def test_a_run_of_eight_devices_is_used_on_one(spread):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "expert=2" in done.stdout and "here: data=1" in done.stdout
+    assert "expert=2" in done.stdout and "used here: data=1" in done.stdout
     assert done.stdout.count("-" * 80) == 5
 
 

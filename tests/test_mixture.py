@@ -50,7 +50,7 @@ def test_without_weights_the_sizes_are_the_weights(corpora, tmp_path):
 
 def test_every_corpus_has_documents_held_out(corpora, tmp_path):
     data = prepared(corpora, (1, 1, 1), tmp_path, validation_fraction=0.3)
-    assert {text[0] for text in data.validation_part.texts()} == set(LETTERS)
+    assert {text[0] for text in data.validation_split.texts()} == set(LETTERS)
     assert data.train_batches(2, 16, seed=3).batch(7).token_BT.tolist() == (
         prepared(corpora, (1, 1, 1), tmp_path, validation_fraction=0.3)
         .train_batches(2, 16, seed=3)

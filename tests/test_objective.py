@@ -214,7 +214,7 @@ def test_a_tokenizer_whose_tokens_do_not_add_up_is_refused(words, tmp_path):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     corpus, spec = JsonLines(str(path)), suffixed(texts, tmp_path / "mine.json")
     with pytest.raises(
-        UserError, match=r"jsonl:1: its tokens give back \d+ bytes .* it has \d+: .*wrong"
+        UserError, match=r"jsonl:1: its tokens decode to \d+ bytes .* it has \d+: .*wrong"
     ):
         TextData(corpus, spec, validation_corpus=corpus, cache_dir=tmp_path).prepare()
 

@@ -157,7 +157,7 @@ def test_the_roofline_and_the_report_by_hand():
     told = compiled_report(found | {"roofline": line})
     assert "chips wait" not in told
     assert "fits: 8.0 of 16 GiB" in told and "2 x all-reduce" in told
-    assert "3 in the program, 2 of them while products run, 1 while shared experts do" in told
+    assert "3 in the program, 2 of them while matmuls run, 1 while shared experts do" in told
     told = compiled_report(found | {"roofline": line, "change": ["train.accumulate = 2"]})
     assert 'with which it does:\n  --gin_bindings="train.accumulate = 2"' in told
     refused = {"compiled": {"fits": False, "refused": "RESOURCE_EXHAUSTED: 20G of 16G"}}
@@ -252,7 +252,7 @@ SCHEDULE = """HloModule step, is_scheduled=true
 
 def test_what_runs_beside_an_exchange():
     """Between its start and its end, in the program's order; integers are no exchange of rows."""
-    assert [(one.name, one.products) for one in exchanges(SCHEDULE)] == [
+    assert [(one.name, one.matmuls) for one in exchanges(SCHEDULE)] == [
         ("dispatch/ragged_all_to_all", ("shared_experts/dot_general",)),
         ("combine/all_to_all", ("ragged-dot-none", "attention/dot_general")),
         ("waits/all_to_all", ()),

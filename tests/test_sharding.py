@@ -276,7 +276,7 @@ def test_every_parameter_names_its_axes():
         assert all(axis is None or axis in sharding.RULES for axis in graph.axes[name]), name
 
 
-def test_hosts_put_their_rows_together():
+def test_processes_put_their_rows_together():
     mesh = sharding.MeshShape().build()
     where = sharding.sharding(mesh, ("batch",), (ROWS,))
     batch = train_step.to_devices(batch_of(), where, ROWS)

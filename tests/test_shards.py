@@ -121,7 +121,7 @@ def test_a_foreign_document_token_behind_each_document(tmp_path):
     )
     data = spec.prepare()
     assert (data.tokenizer.document_id, data.tokenizer.vocab_size) == (256, 257)
-    assert [document.text for document in data.validation_part.documents()] == [
+    assert [document.text for document in data.validation_split.documents()] == [
         texts[0].removesuffix("<|endoftext|>"),
         *texts[1:],
     ]

@@ -75,7 +75,7 @@ def test_the_stream_is_a_document_token_and_the_text_of_each_document(settings):
     data = settings().prepare()
     stream = data.train
     assert stream.token_N.dtype == np.uint16 and isinstance(stream.token_N, np.memmap)
-    texts = list(data.train_part.texts())
+    texts = list(data.train_split.texts())
     assert len(texts) == stream.num_documents
     for text, start, end in zip(texts, stream.start_M[:-1], stream.start_M[1:], strict=True):
         assert stream.token_N[start] == data.tokenizer.document_id
@@ -186,7 +186,7 @@ def test_every_held_out_token_is_scored_once_with_enough_context(settings, isola
     # Without packing the rows are in order, and their targets join to the text itself.
     if not isolate:
         joined = b"".join(bytes(target.tolist()) for _, target, _ in found)
-        assert joined.decode() == "".join(data.validation_part.texts())
+        assert joined.decode() == "".join(data.validation_split.texts())
 
 
 def test_packed_rows_hold_the_same_pieces_as_single_ones(settings):
@@ -217,7 +217,7 @@ def test_a_limit_keeps_the_same_text_for_every_tokenizer_but_for_the_cut(setting
         assert 990 < batches.num_bytes <= 1000
         found = [data.tokenizer.decode(target) for _, target, _ in scored_texts(data, batches)]
         assert sum(len(text.encode()) for text in found) == batches.num_bytes
-        whole = set(data.validation_part.texts())
+        whole = set(data.validation_split.texts())
         chosen[spec] = sorted(text for text in found if text in whole)
         (cut[spec],) = (text for text in found if text not in whole)
     assert len(set(map(tuple, chosen.values()))) == 1
@@ -267,7 +267,7 @@ def test_two_tokenizers_of_one_size_do_not_share_a_cache(settings, folder):
     second = settings(tokenizer=TokenizerFile(str(folder / "zz"))).prepare()
     assert first.tokenizer.vocab_size == second.tokenizer.vocab_size
     end = int(second.train.start_M[5])
-    expected = "".join(itertools.islice(second.train_part.texts(), 5))
+    expected = "".join(itertools.islice(second.train_split.texts(), 5))
     assert second.tokenizer.decode(second.train.token_N[:end]) == expected
 
 
@@ -404,9 +404,9 @@ def test_a_tokenizer_that_writes_a_space_before_a_text_sees_all_of_it(tmp_path, 
 def test_a_document_that_changes_on_the_way_is_not_kept_as_what_it_was(settings, folder):
     """The cache's name is the hash of what was read first."""
     data = settings()
-    parts = data._parts()
+    parts = data._splits()
     (folder / "texts" / "39.txt").write_text("changed")
-    data._parts = lambda: parts
+    data._splits = lambda: parts
     with pytest.raises(UserError, match=r"'39.txt' of the corpus 'texts' has changed since"):
         data.prepare()
     (folder / "texts" / "39.txt").unlink()

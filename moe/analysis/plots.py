@@ -1,4 +1,4 @@
-"""Pictures of a run: its loss, the load of its experts, the tokens they work on."""
+"""Plots of a run: its loss, the load of its experts, and the tokens that these process."""
 
 from pathlib import Path
 import re
@@ -9,9 +9,12 @@ from moe.analysis.specialisation import TokenTable, read_metrics
 
 
 def plot_loss(axis, workdir: str | Path, baselines: dict[str, float] | None = None) -> None:
-    """Training bits per byte by step, and what compressors reach on the held-out text."""
+    """Plot training and validation bits per byte by step.
+
+    baselines: bits per byte that are drawn as lines, such as those of compressors.
+    """
     lines = [line for line in read_metrics(workdir) if "bits_per_byte" in line]
-    mark = "o" if len(lines) < 3 else None  # a line of one point is none
+    mark = "o" if len(lines) < 3 else None  # a line needs two points
     steps, values = [m["step"] for m in lines], [m["bits_per_byte"] for m in lines]
     axis.plot(steps, values, marker=mark, label="training")
     held_out = [line for line in read_metrics(workdir) if "val/bpb" in line]
@@ -25,7 +28,7 @@ def plot_loss(axis, workdir: str | Path, baselines: dict[str, float] | None = No
 
 
 def plot_load(axis, workdir: str | Path, last: int = 10) -> None:
-    """Each expert's share of its layer's assignments over the last logged steps; 1 is the mean."""
+    """Plot each expert's load, over its layer's mean load, in the `last` logged steps."""
     lines = read_metrics(workdir, "routing.jsonl")[-last:]
     axis.set(xlabel="expert", ylabel="sparse layer", title="Load (1 = the mean)")
     if not lines:
@@ -43,7 +46,7 @@ def plot_load(axis, workdir: str | Path, last: int = 10) -> None:
 
 
 def write_tokens(axis, table: TokenTable, layer: int, most_experts: int = 16) -> None:
-    """The tokens most faithful to each expert of a layer, as text."""
+    """Write the tokens with the largest share of their gates at each expert of a layer."""
     axis.axis("off")
     axis.set_title(
         f"Tokens most faithful to each expert of sparse layer {layer}", loc="left", fontsize=11
@@ -58,14 +61,17 @@ def write_tokens(axis, table: TokenTable, layer: int, most_experts: int = 16) ->
 
 
 def visible(token: str) -> str:
-    """A token with its spaces and line breaks shown, safe to draw; many spaces are counted."""
+    """The token with spaces and line breaks as visible signs, safe for matplotlib.
+
+    More than three spaces are written as their number.
+    """
     shown = re.sub(" {4,}", lambda spaces: f"·×{len(spaces[0])}", token)
     shown = shown.replace("\n", "↵").replace(" ", "·").replace("\t", "→")
     return "".join(c if c.isprintable() else "?" for c in shown).replace("$", r"\$")
 
 
 def picture(workdir: str | Path, path: Path, table: TokenTable, baselines=None) -> None:
-    """One PNG: loss, load, and the tokens of the first and the last sparse layer."""
+    """Write a PNG with loss, load, and the tokens of the first and the last sparse layer."""
     import matplotlib
 
     matplotlib.use("agg", force=False)

@@ -1,4 +1,4 @@
-"""What the experts learned: which tokens go where.
+"""Specialisation of experts: the gates that tokens give to them.
 
 L sparse layers, B batch, T tokens, E experts, V vocabulary.
 """
@@ -19,8 +19,11 @@ from moe.training.abstract_model import AbstractModel
 from routing import gates_GTE
 
 
-def gates_step(model: AbstractModel) -> Callable[[Arrays, Arrays, Batch], np.ndarray]:
-    """A function of (parameters, router state, batch): gates (L, B, T, E) at evaluation."""
+def gates_function(model: AbstractModel) -> Callable[[Arrays, Arrays, Batch], np.ndarray]:
+    """A function of (parameters, router state, batch) that returns gates (L, B, T, E).
+
+    Routers decide by their evaluation rule.
+    """
 
     @jax.jit
     def run(params, router_state, batch):
@@ -29,25 +32,28 @@ def gates_step(model: AbstractModel) -> Callable[[Arrays, Arrays, Batch], np.nda
         out = module(objectives.tokens_of(batch, key, train=False))
         return jax.vmap(gates_GTE)(out.routers.decision)
 
-    def step(params: Arrays, router_state: Arrays, batch: Batch) -> np.ndarray:
+    def gates_of(params: Arrays, router_state: Arrays, batch: Batch) -> np.ndarray:
         gates_LGTE = np.asarray(run(params, router_state, batch))
         layers, *_, experts = gates_LGTE.shape
         return gates_LGTE.reshape(layers, *np.shape(batch.token_BT), experts)
 
-    return step
+    return gates_of
 
 
 def gates_of_text(run, text: str) -> tuple[list[str], np.ndarray]:
-    """The tokens of a text (at most one sequence) and their gates (L, T, E), for a restored run."""
+    """The tokens of a text and their gates (L, T, E), by a restored run.
+
+    What exceeds the run's sequence length is cut off.
+    """
     length = run.spec.sequence_length
     ids = [run.tokenizer.document_id, *run.tokenizer.encode_batch([text])[0]][:length]
     batch = batch_of(ids, length)
-    gates_LBTE = gates_step(run.model)(run.params, run.router_state, batch)
+    gates_LBTE = gates_function(run.model)(run.params, run.router_state, batch)
     return [run.tokenizer.decode([i]) for i in ids[1:]], gates_LBTE[:, 0, 1 : len(ids)]
 
 
 def batch_of(ids: list[int], length: int) -> Batch:
-    """One sequence, padded to `length`."""
+    """A batch of one sequence of these tokens, padded to `length`."""
     token_BT = np.zeros((1, length), np.int32)
     token_BT[0, : len(ids)] = ids
     place_BT = np.arange(length, dtype=np.int32)[None]
@@ -57,15 +63,15 @@ def batch_of(ids: list[int], length: int) -> Batch:
 
 @dataclasses.dataclass(frozen=True)
 class TokenTable:
-    """load_LVE: the summed gates that tokens of each kind gave each expert."""
+    """load_LVE: the gates that each token of the vocabulary gave each expert, summed."""
 
     load_LVE: np.ndarray
     tokenizer: Tokenizer
 
     def top(self, layer: int, expert: int, most: int = 6, least: int = 20) -> list[str]:
-        """The tokens most faithful to an expert: the largest share of their own gates.
+        """The `most` tokens that give the largest share of their gates to an expert, best first.
 
-        Only tokens with at least `least` summed gates in the layer count, or the share is chance.
+        Tokens whose gates sum to less than `least` in the layer are left out: chance rules them.
         """
         load_VE = self.load_LVE[layer]
         total_V = load_VE.sum(1)
@@ -77,10 +83,10 @@ class TokenTable:
 def token_table(
     model: AbstractModel, params, router_state, tokenizer: Tokenizer, batches
 ) -> TokenTable:
-    """Which tokens each expert works on, over some batches."""
-    step, load_LVE = gates_step(model), None
+    """The summed gates of each token of the vocabulary at each expert, over some batches."""
+    gates_of, load_LVE = gates_function(model), None
     for batch in batches:
-        gates_LBTE = step(params, router_state, batch)
+        gates_LBTE = gates_of(params, router_state, batch)
         layers, _, _, experts = gates_LBTE.shape
         if load_LVE is None:
             load_LVE = np.zeros((layers, model.module.vocab_size, experts))

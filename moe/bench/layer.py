@@ -1,4 +1,7 @@
-"""What an MoE layer costs beside the dense feed-forward of the same active FLOPs.
+"""Times an MoE layer beside the dense feed-forward of the same active FLOPs.
+
+"step" in the rows' keys stands for a forward and backward pass of the layer; a whole training step
+is timed by benchmarks/step_utilisation.py.
 
 T tokens in one group, D model width, F hidden width of an expert, E experts, K experts per token.
 """
@@ -30,7 +33,7 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A layer's sizes; the experts are SwiGLU."""
+    """The sizes T, D, F, E and K of a layer whose experts are SwiGLU."""
 
     tokens: int
     width: int
@@ -40,11 +43,11 @@ class Case:
 
     @classmethod
     def read(cls, text: str) -> "Case":
-        """From "T,D,F,E,K"; ValueError for anything else."""
-        parts = text.split(",")
-        if len(parts) != 5 or not all(part.strip().isdigit() and int(part) for part in parts):
+        """Parse "T,D,F,E,K"; ValueError for anything else."""
+        numbers = text.split(",")
+        if len(numbers) != 5 or not all(n.strip().isdigit() and int(n) for n in numbers):
             raise ValueError(f"--case={text}: five numbers T,D,F,E,K, such as 4096,256,1024,16,2")
-        case = cls(*map(int, parts))
+        case = cls(*map(int, numbers))
         if case.k > case.experts:
             raise ValueError(f"--case={text}: K={case.k} of E={case.experts} experts")
         return case
@@ -52,31 +55,42 @@ class Case:
     def __str__(self) -> str:
         return f"T={self.tokens} D={self.width} F={self.hidden} E={self.experts} K={self.k}"
 
-    def least_seconds(self, peak: float, bandwidth: float, size: int, *, step: bool) -> float:
-        """The roofline: products at the matmul peak, or every byte moved once, what takes longer.
+    def least_seconds(self, peak: float, bandwidth: float, size: int) -> float:
+        """The roofline of a forward and backward pass, in seconds.
 
-        A step reads the weights twice and writes their gradients; three times a forward's FLOPs.
-        size: bytes of a number.
+        The larger one of two times: for all matmuls at the peak, and for moving every byte once.
+        A backward pass counts twice the forward pass: it reads the weights again and writes their
+        gradients.
+
+        Args:
+            peak: FLOP/s of a matmul.
+            bandwidth: bytes per second of a copy.
+            size: bytes of a number.
         """
         rows, weights = self.tokens * self.k, 3 * self.experts * self.width * self.hidden
         flops = 2 * rows * 3 * self.width * self.hidden
         bytes_moved = size * (weights + 2 * rows * self.width)
-        times = 3 if step else 1
-        return times * max(flops / peak, bytes_moved / bandwidth)
+        return 3 * max(flops / peak, bytes_moved / bandwidth)
 
 
 class Calls(NamedTuple):
-    """What is timed, without arguments, and the bytes that a step holds at its fullest."""
+    """Functions without arguments that are timed, and the peak bytes of the second.
+
+    bytes: None where they are unknown.
+    """
 
     forward: Callable
-    step: Callable
+    forward_backward: Callable
     bytes: int | None = None
 
 
 class Timing(NamedTuple):
-    """Of the second call of a pair: its median seconds, and how many times the first's it takes.
+    """The time of a pair's second call, alone and over that of the first.
 
-    ratio: the median over the rounds. fastest: the fastest call of each over all rounds.
+    Attributes:
+        seconds: median over the rounds.
+        ratio: the second's time over the first's, median over the rounds.
+        fastest: the same ratio of the fastest calls of each.
     """
 
     seconds: float
@@ -90,8 +104,8 @@ CASES = (
     Case(8192, 512, 2048, 8, 2),
     Case(8192, 512, 1024, 128, 1),
 )
-# Nothing is dropped: as many slots as round robin fills, or rows without slots.
-WAYS: dict[str, tuple[tuple[str, Dispatcher, Capacity], ...]] = {
+# Nothing is dropped: slots as round robin fills them, or rows without slots.
+VARIANTS: dict[str, tuple[tuple[str, Dispatcher, Capacity], ...]] = {
     "balanced": (
         ("SlotGather", SlotGather(), Capacity(1.0)),
         ("Sorted", Sorted(), Capacity(None)),
@@ -100,11 +114,14 @@ WAYS: dict[str, tuple[tuple[str, Dispatcher, Capacity], ...]] = {
 }
 
 
-def ways(routing: str) -> tuple[tuple[str, Dispatcher, Capacity], ...]:
-    """What is timed with a routing; on an accelerator with tokamax, its kernels too."""
+def variants(routing: str) -> tuple[tuple[str, Dispatcher, Capacity], ...]:
+    """Name, dispatcher and capacity of each variant of the layer that is timed with a routing.
+
+    On an accelerator with tokamax, its kernels are one of them.
+    """
     if jax.default_backend() == "cpu" or not importlib.util.find_spec("tokamax"):
-        return WAYS[routing]
-    return *WAYS[routing], ("Sorted tokamax", Sorted("tokamax"), Capacity(None))
+        return VARIANTS[routing]
+    return *VARIANTS[routing], ("Sorted tokamax", Sorted("tokamax"), Capacity(None))
 
 
 ROUTERS: dict[str, Callable[..., Router]] = {"balanced": Balanced, "zipf": Zipf}
@@ -120,14 +137,19 @@ def copy_bandwidth() -> float:
 def layers(
     cases: tuple[Case, ...], dtype: str = "float32", say: Say = lambda line: None
 ) -> Iterator[dict]:
-    """A row for each case, routing and dispatcher; `say` tells what is under way.
+    """A row of results for each case, routing and dispatcher.
 
-    Each is timed in turns with the dense layer on K*T tokens. memory_ratio: what a step holds at
-    its fullest, by the compiler, over what the dense one does beside its weights plus the experts'
+    Each variant takes turns with the dense layer on K*T tokens. memory_ratio in a row: peak bytes
+    of forward and backward, by the compiler, over those of the dense layer with E times its
     weights and their gradients.
+
+    Args:
+        cases: sizes of the layers.
+        dtype: of inputs and weights.
+        say: prints what is under way.
     """
     say("measuring the peaks of matmul and copy")
-    # The best of several: a slow moment of the machine is not its peak.
+    # The best of several, since a slow moment of the machine hides its peak.
     peak = max(hardware.matmul_peak(dtype) for _ in range(5))
     bandwidth = max(copy_bandwidth() for _ in range(5))
     for number, case in enumerate(cases, start=1):
@@ -146,48 +168,48 @@ def _rows(case: Case, peak: float, bandwidth: float, dtype: str, say: Say) -> It
     # The dense layer holds its weights and their gradients once, the sparse one E times.
     weights = 2 * 3 * case.width * case.hidden * x_TD.dtype.itemsize
     room = (dense.bytes or 0) + (case.experts - 1) * weights
-    least = case.least_seconds(peak, bandwidth, x_TD.dtype.itemsize, step=True)
+    least = case.least_seconds(peak, bandwidth, x_TD.dtype.itemsize)
     with ExitStack() as stack:
         programs = [(*names, stack.enter_context(calls)) for *names, calls in _programs(case, x_TD)]
         pairs = [pair for *_, calls in programs for pair in zip(dense[:2], calls[:2], strict=True)]
         timings = iter(paired(pairs, say))
     for routing, name, calls in programs:
-        forward, step = next(timings), next(timings)
+        forward, both = next(timings), next(timings)
         yield {
             "case": str(case),
             "routing": routing,
             "dispatcher": name,
             "milliseconds_forward": round(1e3 * forward.seconds, 3),
-            "milliseconds_step": round(1e3 * step.seconds, 3),
+            "milliseconds_step": round(1e3 * both.seconds, 3),
             "ratio_to_dense_forward": round(forward.ratio, 4),
-            "ratio_to_dense_step": round(step.ratio, 4),
+            "ratio_to_dense_step": round(both.ratio, 4),
             "fastest_to_dense_forward": round(forward.fastest, 4),
-            "fastest_to_dense_step": round(step.fastest, 4),
-            "roofline_fraction": round(least / step.seconds, 4),
+            "fastest_to_dense_step": round(both.fastest, 4),
+            "roofline_fraction": round(least / both.seconds, 4),
         } | ({} if calls.bytes is None else {"memory_ratio": round(calls.bytes / room, 4)})
 
 
 def _programs(case: Case, x_TD: np.ndarray) -> Iterator[tuple[str, str, AbstractContextManager]]:
-    """Routing and name of everything that is timed, and its calls for as long as they are open."""
-    for routing in WAYS:
+    """Routing and name of each variant, with a context manager of its `Calls`."""
+    for routing in VARIANTS:
         make = functools.partial(ROUTERS[routing], k=case.k)
-        for name, dispatcher, capacity in ways(routing):
+        for name, dispatcher, capacity in variants(routing):
             yield routing, name, nullcontext(_sparse(case, x_TD, make, dispatcher, capacity))
     has_torch = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
     on_cpu = x_TD.dtype == np.float32 and jax.default_backend() == "cpu"
-    if has_torch and on_cpu and case.experts <= 64:  # of more experts its backward pass takes 16 s
+    if has_torch and on_cpu and case.experts <= 64:  # with more experts it takes 16 s
         from moe.bench import torch_block
 
-        for name in torch_block.WAYS:
+        for name in torch_block.VARIANTS:
             yield "balanced", name, torch_block.mixtral(case, x_TD, name)
 
 
 def paired(pairs: list[tuple[Callable, Callable]], say: Say = lambda line: None) -> list[Timing]:
-    """How long each pair's second call takes beside its first.
+    """The time of each pair's second call beside its first, over several rounds.
 
-    In every round each pair's calls follow one another twice, and only the second time counts: in
-    the first they find the memory that they then keep. A slow moment of the machine counts for both
-    calls of a pair, and a slow minute for few rounds of all pairs.
+    In each round a pair's calls alternate twice, and only the second time counts: in the first,
+    they allocate the memory that they then keep. A slow moment of the machine slows both calls of a
+    pair, and a slow minute few rounds of all pairs.
     """
     for pair in pairs:
         settle(pair)
@@ -203,7 +225,7 @@ def paired(pairs: list[tuple[Callable, Callable]], say: Say = lambda line: None)
 
 
 def settle(calls: Iterable[Callable]) -> None:
-    """Calls them until they need no new memory: the heap is then cut as they need it."""
+    """Make the calls until they need no new memory pages, `MOST_CALLS` times at most."""
     for _ in range(MOST_CALLS):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for call in calls:
@@ -213,7 +235,7 @@ def settle(calls: Iterable[Callable]) -> None:
 
 
 def _dense(case: Case, x_TD: np.ndarray) -> Calls:
-    """Forward pass and step of one feed-forward on K * T tokens."""
+    """The calls of one feed-forward on K * T tokens."""
     graph, params, state = functional.split(initialize(FeedForward(case.width, case.hidden), 0))
     x_ND = jnp.asarray(np.tile(x_TD, (case.k, 1)))
 
@@ -224,7 +246,7 @@ def _dense(case: Case, x_TD: np.ndarray) -> Calls:
 
 
 def _sparse(case: Case, x_TD, make: Callable[[Sizes], Router], dispatcher, capacity) -> Calls:
-    """The same of an MoE layer."""
+    """The calls of an MoE layer on T tokens."""
     settings = {"capacity": capacity, "dispatcher": dispatcher}
     layer = MoELayer(case.width, VOCABULARY, make, case.experts, case.hidden, **settings)
     graph, params, state = functional.split(initialize(layer, 0))
@@ -237,22 +259,23 @@ def _sparse(case: Case, x_TD, make: Callable[[Sizes], Router], dispatcher, capac
 
 
 def _calls(total, *args) -> Calls:
+    """The compiled calls of a scalar function, and of its gradients by its first two arguments."""
     functions = (total, jax.grad(total, (0, 1)))
-    forward, step = (jax.jit(function).lower(*args).compile() for function in functions)
-    memory = step.memory_analysis()
-    if memory is None:  # not every platform's compiler tells
+    forward, both = (jax.jit(function).lower(*args).compile() for function in functions)
+    memory = both.memory_analysis()
+    if memory is None:  # unknown on some platforms
         held = None
     else:
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes
         held += memory.temp_size_in_bytes
-    return Calls(functools.partial(forward, *args), functools.partial(step, *args), held)
+    return Calls(functools.partial(forward, *args), functools.partial(both, *args), held)
 
 
 def summary(rows: list[dict]) -> dict[str, float]:
     """Geometric means over the cases, by medians and by the fastest calls.
 
-    Of the better of our dispatchers in each: times the dense layer's; and how many times ours
-    transformers' block takes, in the better of its ways, where it was timed.
+    One kind is the time of our fastest dispatcher over the dense layer's. The other, where
+    transformers' block was timed, is the time of its fastest variant over that of ours.
     """
     theirs = [row for row in rows if row["dispatcher"].startswith("transformers")]
     kept = [row for row in theirs if row["dispatcher"].endswith("kept")]
@@ -281,7 +304,7 @@ def summary(rows: list[dict]) -> dict[str, float]:
 
 
 def _best(rows: list[dict], name: str) -> dict[str, float]:
-    """The smallest of that name for each case."""
+    """The smallest value of that name in the rows of each case."""
     return {
         case: min(row[name] for row in rows if row["case"] == case)
         for case in dict.fromkeys(row["case"] for row in rows)

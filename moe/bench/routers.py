@@ -1,4 +1,4 @@
-"""What routing costs: every router's own time beside that of an MoE layer at the same shapes.
+"""Times every router alone, beside an MoE layer of the same shapes.
 
 T tokens in one group, D model width, E experts, F hidden width of an expert.
 """
@@ -67,23 +67,24 @@ REPEATS = 7
 
 
 def timed(call: Callable, *args) -> float:
-    """Seconds of one call whose result is waited for."""
+    """Seconds of one call, until its result is there."""
     started = time.perf_counter()
     jax.block_until_ready(call(*args))
     return time.perf_counter() - started
 
 
 def median_ms(call: Callable, *args) -> float:
-    """Median time of a call whose result is waited for, after two that are not counted."""
+    """Median milliseconds of a call, until its result is there, after two warm-up calls."""
     return 1e3 * statistics.median([timed(call, *args) for _ in range(REPEATS + 2)][2:])
 
 
 def routers(tokens: int, width: int, experts: int) -> Iterator[dict]:
-    """A row for the layer, one for one expert's forward pass, then one for every router.
+    """Two rows of results for the layer, then one for each router.
 
-    A router's time is that of its forward and backward pass: scores, selection, losses and
-    statistics, and the gradient of a weighted sum of its gates. `fraction_of_layer` is of the step
-    (forward and backward) of a layer with two experts per token, round robin.
+    The layer's are its forward and backward pass with two experts per token, and its forward pass
+    with one, both round robin. A router's time is that of its forward and backward pass: scores,
+    selection, losses, statistics, and the gradient of its squared gates. `fraction_of_layer` is the
+    time over that of the first row.
     """
     shape = {"tokens": tokens, "width": width, "experts": experts}
     x_TD = np.random.default_rng(0).standard_normal((tokens, width)).astype(np.float32)
@@ -91,10 +92,11 @@ def routers(tokens: int, width: int, experts: int) -> Iterator[dict]:
     yield row("layer: two experts per token, forward and backward", layer_ms, layer_ms, shape)
     yield row("layer: one expert per token, forward", forward_ms, layer_ms, shape)
     for name, make in ROUTERS.items():
-        yield row(name, median_ms(*router_step(make, x_TD, experts)), layer_ms, shape)
+        yield row(name, median_ms(*router_gradient(make, x_TD, experts)), layer_ms, shape)
 
 
 def row(name: str, milliseconds: float, layer_ms: float, shape: dict) -> dict:
+    """A row of results. layer_ms: milliseconds of the layer's forward and backward pass."""
     fraction = round(milliseconds / layer_ms, 5)
     return {
         "router": name,
@@ -105,15 +107,13 @@ def row(name: str, milliseconds: float, layer_ms: float, shape: dict) -> dict:
 
 
 def layer(x_TD: np.ndarray, experts: int) -> tuple[float, float]:
-    """Milliseconds of a layer's step with K = 2, and of its forward pass with K = 1."""
+    """Milliseconds of a layer's forward and backward pass with K = 2, and forward with K = 1."""
     times = []
     x_BTD = jnp.asarray(x_TD)[None]
     for k in (2, 1):
         make = functools.partial(Balanced, k=k)
-        built = initialize(
-            MoELayer(x_TD.shape[1], VOCABULARY, make, experts, capacity=Capacity(1.0)), 0
-        )
-        graph, params, state = functional.split(built)
+        layer = MoELayer(x_TD.shape[1], VOCABULARY, make, experts, capacity=Capacity(1.0))
+        graph, params, state = functional.split(initialize(layer, 0))
 
         def total(params, x_BTD, graph=graph, state=state):
             return jnp.sum(graph.merge(params, state)(x_BTD, batch(x_BTD.shape[1]))[0] * x_BTD)
@@ -124,12 +124,13 @@ def layer(x_TD: np.ndarray, experts: int) -> tuple[float, float]:
 
 
 def batch(length: int) -> Tokens:
+    """One training sequence of `length` tokens, without padding."""
     place_BT = jnp.arange(length, dtype=jnp.int32)[None]
     return Tokens.of(place_BT % VOCABULARY, train=True)
 
 
-def router_step(make: Callable[[Sizes], Router], x_TD: np.ndarray, experts: int):
-    """A jitted function of a router's forward and backward pass, and its arguments."""
+def router_gradient(make: Callable[[Sizes], Router], x_TD: np.ndarray, experts: int):
+    """A router's jitted forward and backward pass on x (T, D), and its arguments."""
     tokens, width = x_TD.shape
     router = initialize(make(Sizes(width, experts, VOCABULARY)), 0)
     graph, params, state = functional.split(router)

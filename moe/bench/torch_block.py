@@ -1,7 +1,6 @@
 """transformers' Mixtral block in torch on the CPU, to be timed beside our layer.
 
-It runs in a process of its own: in one, each library would work with the other's allocator settings
-and between the other's memory.
+It runs in a process of its own: in ours it would share the allocator's settings and the heap.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,29 +16,29 @@ import numpy as np
 from moe.bench.layer import Calls, Case
 from moe.machine.allocator import keep_freed_memory
 
-# How it runs its experts, and whether its process keeps freed memory as ours does: torch itself
-# leaves the C library's settings as they are.
-WAYS = {
+# The implementation of its experts, and whether its process keeps freed memory as ours does; torch
+# leaves the C library's settings alone.
+VARIANTS = {
     "transformers eager": ("eager", False),
     "transformers grouped_mm": ("grouped_mm", False),
     "transformers grouped_mm, memory kept": ("grouped_mm", True),
 }
 
-# In the process: the block and its input.
+# In the block's process: the block and its input.
 block: Any
 x: Any
 
 
 @contextlib.contextmanager
-def mixtral(case: Case, x_TD: np.ndarray, way: str) -> Iterator[Calls]:
-    """Forward pass and step (gradients to weights and x) of the block, for as long as it is open.
+def mixtral(case: Case, x_TD: np.ndarray, variant: str) -> Iterator[Calls]:
+    """The block's calls, which work during the `with` block; each returns when it is done.
 
-    They are over when they return.
+    The backward pass is with respect to the weights and x (T, D). variant: one of VARIANTS.
     """
     start = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, start, _build, (case, x_TD, *WAYS[way])) as process:
+    with ProcessPoolExecutor(1, start, _build, (case, x_TD, *VARIANTS[variant])) as process:
         run = functools.partial(_call, process)
-        yield Calls(functools.partial(run, _forward), functools.partial(run, _step))
+        yield Calls(functools.partial(run, _forward), functools.partial(run, _forward_backward))
 
 
 def _call(process: ProcessPoolExecutor, function: Callable) -> None:
@@ -51,7 +50,7 @@ def _build(case: Case, x_TD: np.ndarray, experts: str, keep: bool) -> None:
     if keep:
         keep_freed_memory()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own
+        warnings.simplefilter("ignore")  # those of torch
         import torch
         from transformers import MixtralConfig
         from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -77,7 +76,7 @@ def _forward() -> None:
         (block(x) * x).sum().item()
 
 
-def _step() -> None:
+def _forward_backward() -> None:
     block.zero_grad(set_to_none=True)
     x.grad = None
     (block(x) * x).sum().backward()

@@ -1,4 +1,4 @@
-"""`moe bench`: times of our own parts on this machine."""
+"""`moe bench`: times of routers and layers on this machine."""
 
 from collections.abc import Iterator
 import json
@@ -11,7 +11,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def run(flags) -> int:
-    """Print a line for each case as it is measured; `--json` also writes the list of them."""
+    """Print a line for each result as it is measured; `--json` also writes the list of them."""
     if flags.suite not in SUITES:
         hint = nearest(flags.suite, SUITES) or f"; there is {', '.join(SUITES)}"
         raise UserError(f"moe bench has no suite {flags.suite!r}{hint}")
@@ -22,7 +22,7 @@ def run(flags) -> int:
 
 
 def routers(flags) -> Iterator[dict]:
-    """A line for every router."""
+    """Print a line for each router, and yield it as a row."""
     from moe.bench import routers
     from moe.machine import hardware
 
@@ -35,7 +35,7 @@ def routers(flags) -> Iterator[dict]:
 
 
 def layer(flags) -> Iterator[dict]:
-    """A line for every case, routing and dispatcher; then the means over the cases."""
+    """Print a line for each case, routing and dispatcher, and yield it as a row; then the means."""
     from moe.bench import layer
     from moe.machine import hardware
     from moe.runs.tracking import progress
@@ -48,17 +48,19 @@ def layer(flags) -> Iterator[dict]:
         raise UserError(str(error)) from error
     device = hardware.describe_device()
     print(f"{device}; {flags.dtype}; medians of {layer.ROUNDS} paired calls")
-    print("forward and step in ms (times the dense layer's), the share of the roofline, and what a")
-    print("step holds over the dense activations and the experts' weights")
+    print(
+        "ms of forward and of forward + backward (over the dense layer's), share of the roofline,"
+    )
+    print("peak memory over the dense layer's with all experts' weights")
     rows = []
-    for row in progress.told(lambda say: layer.layers(cases, flags.dtype, say)):
-        forward, step = (
+    for row in progress.with_status(lambda say: layer.layers(cases, flags.dtype, say)):
+        forward, both = (
             f"{row[f'milliseconds_{what}']:9.1f} ({row[f'ratio_to_dense_{what}']:.2f})"
             for what in ("forward", "step")
         )
         where = f"{row['case']:34} {row['routing']:9} {row['dispatcher']:36}"
         memory = f"{row['memory_ratio']:5.2f}" if "memory_ratio" in row else ""
-        line = f"  {where} {forward} {step} {row['roofline_fraction']:5.2f} {memory}"
+        line = f"  {where} {forward} {both} {row['roofline_fraction']:5.2f} {memory}"
         print(line.rstrip(), flush=True)
         rows.append(row)
         yield row

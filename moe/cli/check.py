@@ -1,4 +1,4 @@
-"""`moe check`: the properties of any router, one line each."""
+"""`moe check`: judges the properties of any router, and prints a line for each."""
 
 import importlib
 import inspect
@@ -17,7 +17,7 @@ MARK = {True: "ok", False: "FAILS", None: "-"}
 
 
 def run(flags) -> int:
-    """Print a verdict for every property; 1 where one fails, else 0. `--json` also writes them."""
+    """Print a verdict for each property; returns 1 if one fails, else 0. `--json` writes them."""
     started = time.monotonic()
     xla_flags.prepare(devices=8)  # before jax is imported
     router = find(flags.router)
@@ -52,7 +52,8 @@ def run(flags) -> int:
 def find(name: str):
     """The class or function that `MODULE:ROUTER`, `FILE.py:ROUTER` or `ROUTER` names.
 
-    Raises UserError with the nearest name there is.
+    Raises:
+        UserError: there is none; with the nearest name.
     """
     module_name, _, attribute = name.rpartition(":")
     if not module_name and name.endswith((".py", ".gin")):
@@ -67,7 +68,7 @@ def find(name: str):
 
 
 def _module(name: str) -> ModuleType:
-    """A module by its name, or by the path of its file."""
+    """The module of this name, or in this file."""
     path = Path(name)
     if path.suffix == ".py":
         if not path.is_file():
@@ -86,7 +87,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _line_of(error: Exception, router: type) -> str:
-    """The last line of the router's own file that the error came through, if it did."""
+    """The last line in the router's own file of the error's traceback; empty if it has none."""
     own = inspect.getsourcefile(router)
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == own]
     if not frames:

@@ -1,15 +1,22 @@
-"""The table of commands: what `moe COMMAND --help` says and what the command line accepts."""
+"""The table of commands and their flags, for the command line and for `moe COMMAND --help`."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag. `kind` is str, int, float or list (repeatable text); bounds are inclusive."""
+    """One flag.
+
+    Attributes:
+        kind: str, int, float or list (repeatable text).
+        value: the word after `=` in the help.
+        help: what the flag does.
+        low, high: inclusive bounds of a number.
+    """
 
     name: str
     kind: type
-    value: str  # what stands after `=` in the help
+    value: str
     help: str
     default: object = None
     required: bool = False
@@ -18,7 +25,7 @@ class Flag:
 
     @property
     def expected(self) -> str:
-        """Such as "a whole number of at least 1"."""
+        """The kind and bounds in words, such as "a whole number of at least 1"."""
         noun = {int: "a whole number", float: "a number", str: "text", list: "text"}[self.kind]
         if self.high is not None:
             return f"{noun} from {self.low:g} to {self.high:g}"
@@ -27,16 +34,23 @@ class Flag:
 
 @dataclass(frozen=True)
 class Command:
-    """`module` holds `run(flags) -> int`; it is imported only when the command runs."""
+    """One command.
+
+    Attributes:
+        module: holds `run(flags) -> int`; it is imported only when the command runs.
+        positional: name of the one argument without a flag; None if the command takes none.
+        optional: whether that argument may be left out.
+        form: that argument in the help.
+    """
 
     name: str
     summary: str
     module: str
     example: str
     flags: tuple[Flag, ...]
-    positional: str | None = None  # the name of the one argument that is no flag
-    optional: bool = False  # whether it may be left out
-    form: str = ""  # and how the help writes it
+    positional: str | None = None
+    optional: bool = False
+    form: str = ""
 
 
 GIN_FILE = Flag(
@@ -49,14 +63,14 @@ JSON = Flag("json", str, "PATH", "also write the results to this file")
 RUN = Flag("workdir", str, "FOLDER", "the folder of a run", required=True)
 
 PROCESSES = (
-    Flag("processes", str, "N", "train in N processes together, or auto: TPU pods, Slurm, ..."),
-    Flag("coordinator", str, "HOST:PORT", "with --processes=N: where the first one listens"),
-    Flag("process", int, "I", "with --processes=N: which one this is, from 0", low=0),
+    Flag("processes", str, "N", "train in N processes together; auto on TPU pods, Slurm, ..."),
+    Flag("coordinator", str, "HOST:PORT", "with --processes=N: where the first process listens"),
+    Flag("process", int, "I", "with --processes=N: index of this process, from 0", low=0),
 )
 
 TRAIN = Command(
     name="train",
-    summary="Train a model; continue the run that the folder holds.",
+    summary="Train a model, or continue the run that the folder holds.",
     module="moe.cli.train",
     example="moe train --gin_file=quickstart.gin --workdir=runs/quickstart",
     flags=(
@@ -119,7 +133,7 @@ BENCH = Command(
     module="moe.cli.bench",
     example="moe bench layer --json=layer.json",
     flags=(
-        Flag("tokens", int, "N", "routers: tokens of a step (default: 8192)", 8192, low=1),
+        Flag("tokens", int, "N", "routers: tokens in the batch (default: 8192)", 8192, low=1),
         Flag("width", int, "N", "routers: width of the model (default: 512)", 512, low=1),
         Flag("experts", int, "N", "routers: experts (default: 64)", 64, low=8),
         Flag("case", list, "T,D,F,E,K", "layer: sizes to measure (repeatable; default: four)"),

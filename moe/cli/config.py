@@ -1,4 +1,4 @@
-"""Configs, checked against every configurable there is: how commands and notebooks load runs."""
+"""Loads configs for commands and notebooks, checked against every configurable."""
 
 from collections.abc import Sequence
 
@@ -11,20 +11,20 @@ from moe.training.run_spec import RunSpec
 assert configurables  # imported to be registered
 
 
-bind = settings.load  # by this name where every configurable has to be known
+bind = settings.load  # under this name, every configurable is imported
 
 
 def load(gin_files: Sequence[str], gin_bindings: Sequence[str] = ()) -> RunSpec:
-    """The run that files and further settings describe; errors: `settings.load`."""
+    """The run that config files and further settings describe; raises as `settings.load`."""
     bind(gin_files, gin_bindings)
     return RunSpec()
 
 
 def of_folder(workdir: str, gin_bindings: Sequence[str] = ()) -> RunSpec:
-    """The run that a folder holds, with further settings on top.
+    """The run in a folder, with further settings on top.
 
     Raises:
-        UserError: no run there, or settings that can't be.
+        UserError: there is no run, or a setting is wrong.
     """
     folder = RunFolder(workdir)
     if not folder.config.exists():

@@ -1,6 +1,6 @@
-"""Imports every gin-configurable of the house, so that a config is checked against all of them.
+"""Imports every gin-configurable of the three packages, so that configs are checked against all.
 
-A new module with a configurable gets its line here; tests/test_packaging.py looks for it.
+A new module with a configurable gets its line here; tests/test_packaging.py checks that it has.
 """
 
 from layers import attention, block, moe_layer, norms, positions

@@ -1,4 +1,4 @@
-"""`moe describe`: what a config is, without reading its text or training."""
+"""`moe describe`: a config's model, costs and settings, without reading its text or training."""
 
 from collections.abc import Sequence
 import itertools
@@ -47,19 +47,19 @@ def run(flags) -> int:
 
 
 def vocabulary_of(spec: RunSpec) -> int:
-    """The size that the config's tokenizer asks for, where it says; as of `moe plan` elsewhere."""
+    """The vocabulary size that the config's tokenizer asks for; without one, that of `moe plan`."""
     tokenizer = getattr(spec.data, "tokenizer", None)
     return getattr(tokenizer, "vocab_size", DEFAULT_VOCABULARY)
 
 
 def mesh_of(spec: RunSpec) -> str:
-    """The size of each mesh axis; -1 takes the devices that are left."""
+    """The size of each mesh axis, in words."""
     sizes = vars(spec.in_force.mesh)
     return ", ".join(f"{k}={'the devices left' if v == -1 else v}" for k, v in sizes.items())
 
 
 def layers_of(module: Transformer) -> str:
-    """Each layer's router, such as "0: dense; 1-3: TopK"; with the one of depth before it."""
+    """Each layer's router, such as "0: dense; 1-3: TopK"; after that of a Mixture-of-Depths."""
     kinds: dict[str, list[int]] = {}
     units = (s.unit.blocks for s in module.stacks for _ in range(s.repeats))
     for layer, block in enumerate(itertools.chain.from_iterable(units)):
@@ -71,7 +71,7 @@ def layers_of(module: Transformer) -> str:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers, such as 0-2, 5, 7."""
+    """Ascending numbers as ranges, such as 0-2, 5, 7."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -82,7 +82,7 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def described(spec: RunSpec, model: AbstractModel, vocab_size: int) -> dict[str, Any]:
-    """Numbers and words of a run, in the order in which they are read."""
+    """A run's sizes, costs, layers and routing by name, in the order in which they are printed."""
     costs, tokens = model.costs, math.prod(spec.shape)
     found: dict[str, Any] = {
         "vocabulary": vocab_size,

@@ -23,7 +23,7 @@ from routing.ranges import Count, Size
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """A tokenizer that is there already, where a spec of one is asked for."""
+    """A tokenizer spec whose `fit` returns a given tokenizer."""
 
     tokenizer: Tokenizer
 
@@ -40,14 +40,15 @@ def evaluate_run(
     max_bytes: Size | None = None,
     rule: Literal["evaluation", "training"] = "evaluation",
 ) -> Evaluation:
-    """Score every token of held-out documents once.
+    """Score every token of the held-out documents, or of a corpus, once.
 
     Args:
-        run: model, values and tokenizer.
+        run: the restored run.
         corpus: all of its documents are scored; the run's own held-out split where None.
-        batch_size: sequences at a time; changes the speed alone.
-        stride: how far the windows of a long document advance; half the sequence where None.
-        max_bytes: only so much text: documents in a fixed random order, the last one cut.
+        batch_size: sequences at a time; it changes only the speed.
+        stride: tokens from one window of a long document to the next; half the sequence where None.
+        max_bytes: bytes of text to score at most: documents in a fixed random order, the last one
+            cut; all where None.
         rule: "evaluation", or "training": routers decide as in training, with noise and capacity.
             A router that sees the future in training looks better by that rule than it is.
     """
@@ -68,17 +69,17 @@ def evaluate_run(
         for line in left_out_of(corpus):
             print(line, file=sys.stderr)
     causal = run.model.objective.causal
-    # As many rows as the mesh needs; those without a sequence are padding.
-    parts = sharding.batch_shards(run.mesh)
-    parts *= run.model.sequences_per_group if rule == "training" else 1
-    batch_size = -(-batch_size // parts) * parts
+    # A multiple of what the mesh needs; rows without a sequence are padding.
+    shards = sharding.batch_shards(run.mesh)
+    shards *= run.model.sequences_per_group if rule == "training" else 1
+    batch_size = -(-batch_size // shards) * shards
     batches = data.validation_batches(batch_size, length, stride, max_bytes, causal)
-    step = evaluation_step(run.model, run.mesh, training_rule=rule == "training")
-    return evaluate(step, run, batches, run.mesh)
+    score_batch = evaluation_step(run.model, run.mesh, training_rule=rule == "training")
+    return evaluate(score_batch, run, batches, run.mesh)
 
 
 def depths_of(model: AbstractModel) -> dict[str, Any]:
-    """The router of a Mixture-of-Depths, where there is one."""
+    """The router of a Mixture-of-Depths, its capacity and evaluation rule; empty without one."""
     depth = model.module.depth_router
     if depth is None:
         return {}
@@ -87,19 +88,22 @@ def depths_of(model: AbstractModel) -> dict[str, Any]:
 
 
 def loads_of(routing: Routing) -> dict[str, Any]:
-    """Loads and drops of the layers that made choices, None where none did, and how many didn't."""
-    told = load_scalars(routing)
+    """Loads and drops of the layers whose tokens choose experts, and the number of other layers.
+
+    Values are None where no layer has choices.
+    """
+    scalars = load_scalars(routing)
     return {
-        "max_over_mean_load": told.get("max_over_mean"),
-        "max_over_mean_load_worst": told.get("max_over_mean_worst"),
-        "dropped": told.get("dropped"),
-        "dropped_worst": told.get("dropped_worst"),
+        "max_over_mean_load": scalars.get("max_over_mean"),
+        "max_over_mean_load_worst": scalars.get("max_over_mean_worst"),
+        "dropped": scalars.get("dropped"),
+        "dropped_worst": scalars.get("dropped_worst"),
         "layers_without_choices": int((routing.count_LE.sum(1) == 0).sum()),
     }
 
 
 def run(flags) -> int:
-    """Print the result; `--json` also writes it."""
+    """Print the evaluation's result; `--json` also writes it."""
     spec = config.of_folder(flags.workdir, flags.gin_bindings)
     restored = restore_run(flags.workdir, spec, flags.step)
     result = evaluate_run(restored)

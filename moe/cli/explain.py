@@ -1,4 +1,4 @@
-"""`moe help NAME`, `moe list KIND` and docs/settings.md: what can be set, in words."""
+"""`moe help NAME`, `moe list KIND` and docs/settings.md: configurables and their settings."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,10 +24,10 @@ them, `moe list KIND` a kind. A setting is written `Name.setting = value`, in a 
 
 
 def help_of(name: str) -> str:
-    """What a configurable is, or one setting of it (`TopK.k`), where it goes and how it is set.
+    """The help on a configurable, on one of its settings (`TopK.k`), or on a shipped config.
 
     Raises:
-        UserError: neither is there.
+        UserError: there is nothing of this name.
     """
     given = name
     name, _, setting = name.removeprefix("@").removesuffix("()").partition(".")
@@ -46,8 +46,8 @@ def help_of(name: str) -> str:
     lines = [title(found), "", textwrap.indent(found.text, "  ")]
     if goes := reference.places(name):
         more = f", and {len(goes) - 4} more" if len(goes) > 4 else ""
-        told = f"goes into  {', '.join(goes[:4])}{more}"
-        lines += ["", *textwrap.wrap(told, WIDTH, subsequent_indent=" " * 11)]
+        line = f"goes into  {', '.join(goes[:4])}{more}"
+        lines += ["", *textwrap.wrap(line, WIDTH, subsequent_indent=" " * 11)]
     if rows:
         lines += ["", f"settings, such as {flag_of(found)} (in a file without the flag)"]
         lines += [textwrap.indent(row, "  ") for row in rows.values()]
@@ -55,7 +55,7 @@ def help_of(name: str) -> str:
 
 
 def config_named(name: str) -> Path | None:
-    """A shipped file that is named as --gin_file takes it, or by its stem alone."""
+    """The path of a shipped config, named as --gin_file takes it or by its stem alone."""
     for path in shipped_files():
         full = path.relative_to(read.shipped()).as_posix()
         if name in (full, flag_name(path), path.name, path.stem):
@@ -64,17 +64,17 @@ def config_named(name: str) -> Path | None:
 
 
 def shipped_files() -> list[Path]:
-    """Every gin file that comes along, in the order of its name."""
+    """The paths of all shipped gin files, sorted by name."""
     return [read.shipped() / name for name in read.shipped_names()]
 
 
 def flag_name(path: Path) -> str:
-    """A shipped file's name as --gin_file takes it."""
+    """The name of a shipped file for --gin_file."""
     return path.relative_to(read.shipped()).as_posix().removeprefix("runs/")
 
 
 def flag_of(found: Entry) -> str:
-    """The flag that sets one of its settings, one with a plain value if there is any."""
+    """A flag that sets one setting of a configurable, if possible one with a plain value."""
     valued = [
         one
         for one in found.settings
@@ -86,20 +86,20 @@ def flag_of(found: Entry) -> str:
 
 
 def title(found: Entry) -> str:
-    """Such as Switch (routers, causal)."""
+    """A configurable's name, kind and causality, such as "Switch (routers, causal)"."""
     more = f", {found.causality}" if found.causality else ""
     return f"{found.name} ({found.kind}{more})"
 
 
 def paragraphs(found: Entry) -> Iterator[str]:
-    """A setting with its default, and below it what it may be and means."""
-    for head, told in reference.rows(found.settings):
-        below = textwrap.wrap(told, WIDTH, initial_indent="    ", subsequent_indent="    ")
+    """A paragraph for each setting: name and default, and below them type and meaning."""
+    for head, meaning in reference.rows(found.settings):
+        below = textwrap.wrap(meaning, WIDTH, initial_indent="    ", subsequent_indent="    ")
         yield "\n".join([head, *below])
 
 
 def unknown(name: str) -> str:
-    """That there is no such name, and the nearest command or configurable."""
+    """The message on an unknown name, with the nearest command or configurable."""
     from moe.cli.commands import COMMANDS
 
     if name in (known := [*kinds(), CONFIGS]):
@@ -111,7 +111,7 @@ def unknown(name: str) -> str:
 
 
 def kinds() -> dict[str, list[Entry]]:
-    """Everything that can be configured, by kind."""
+    """All configurables by kind."""
     found: dict[str, list[Entry]] = {}
     for one in reference.entries():
         found.setdefault(one.kind, []).append(one)
@@ -119,7 +119,7 @@ def kinds() -> dict[str, list[Entry]]:
 
 
 def list_of(kind: str) -> str:
-    """One line for each of a kind; for an empty one, the kinds.
+    """A line for each configurable of a kind; for an empty kind, a line for each kind.
 
     Raises:
         UserError: an unknown kind.
@@ -140,7 +140,7 @@ def list_of(kind: str) -> str:
 
 
 def shipped() -> Iterator[tuple[str, str]]:
-    """Every shipped file by the name that --gin_file takes, and its first comment."""
+    """(name for --gin_file, first sentence of the opening comment) of each shipped file."""
     for path in shipped_files():
         comment = re.match(r"((?:#.*\n)+)", path.read_text(encoding="utf-8"))
         lines = (comment[1] if comment else "").splitlines()
@@ -151,43 +151,43 @@ def shipped() -> Iterator[tuple[str, str]]:
 
 
 def table(rows: Iterable[tuple[str, str]]) -> str:
-    """Two columns, the second one wrapped."""
+    """Rows as a table of two columns, the second one wrapped."""
     rows = list(rows)
     width = max(len(name) for name, _ in rows) + 2
     lines = []
-    for name, told in rows:
-        wrapped = textwrap.wrap(told, WIDTH - width) or [""]
+    for name, text in rows:
+        wrapped = textwrap.wrap(text, WIDTH - width) or [""]
         lines.append(f"{name:<{width}}{wrapped[0]}".rstrip())
         lines += [" " * width + line for line in wrapped[1:]]
     return "\n".join(lines)
 
 
 def page() -> str:
-    """docs/settings.md."""
-    parts = [PAGE]
+    """The content of docs/settings.md."""
+    blocks = [PAGE]
     for kind, entries in kinds().items():
-        if kind == reference.OTHERS:  # of whoever imports this
+        if kind == reference.OTHERS:  # of modules outside the packages
             continue
-        parts.append(f"\n## {kind.replace('_', ' ')}\n")
+        blocks.append(f"\n## {kind.replace('_', ' ')}\n")
         for one in entries:
             more = f" ({one.causality})" if one.causality else ""
-            parts.append(f"\n### {one.name}{more}\n\n{fenced(one.text)}\n")
+            blocks.append(f"\n### {one.name}{more}\n\n{fenced(one.text)}\n")
             if one.settings:
-                parts.append("\n| setting | default | is | means |\n|---|---|---|---|\n")
+                blocks.append("\n| setting | default | is | means |\n|---|---|---|---|\n")
             for s in one.settings:
                 default = "" if s.default is None else f"`{s.default}`"
                 cells = f"`{s.name}`", default, s.expected, s.meaning
-                parts.append(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in cells)} |\n")
-    return "".join(parts)
+                blocks.append(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in cells)} |\n")
+    return "".join(blocks)
 
 
 def fenced(text: str) -> str:
-    """A docstring as Markdown: formulas would lose their underscores and stars."""
+    """A docstring as a block of text; in Markdown, formulas would lose underscores and stars."""
     return f"```text\n{text}\n```"
 
 
 def run(flags) -> int:
-    """`moe list`."""
+    """`moe list`: print the configurables of a kind, or the kinds."""
     print(list_of(flags.kind))
     return 0
 

@@ -9,7 +9,7 @@ from moe.runs.restore import restore_run
 
 
 def run(flags) -> int:
-    """Print `--count` continuations of the prompt; `--json` also writes them."""
+    """Print the prompt with each of `--count` continuations; `--json` also writes them."""
     restored = restore_run(flags.workdir, config.of_folder(flags.workdir))
     texts = generate(
         restored.model,

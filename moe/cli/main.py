@@ -1,4 +1,4 @@
-"""The program `moe`: help, flags and errors. Heavy modules load only when a command runs."""
+"""The program `moe`: help, flags and errors. Heavy modules are imported only by a command."""
 
 from collections.abc import Sequence
 import errno
@@ -20,14 +20,14 @@ from moe.machine.allocator import keep_freed_memory
 
 MISTAKE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 HELP = ("--help", "-h", "-help")
-CONFIGURED = ("train", "eval")  # commands that a config configures, too
+CONFIGURED = ("train", "eval")  # commands with settings in a config
 DEFINE = {
     str: absl_flags.DEFINE_string,
     int: absl_flags.DEFINE_integer,
     float: absl_flags.DEFINE_float,
     list: absl_flags.DEFINE_multi_string,
 }
-# The disk's or the caller's doing, not a fault of the program's.
+# Errors of the disk or the caller, not faults of the program.
 DISK = {
     getattr(errno, name)
     for name in "EROFS EACCES EPERM ENOSPC EDQUOT EFBIG ENOTDIR EISDIR EEXIST ENAMETOOLONG".split()
@@ -35,16 +35,16 @@ DISK = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status: 0, or 2 for a user's mistake."""
+    """Run one command; returns the exit status, which is 2 for a user's mistake."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without our letters shows a "?"
+    if isinstance(sys.stdout, io.TextIOWrapper):  # letters that the terminal lacks become "?"
         sys.stdout.reconfigure(errors="replace")
     try:
         return _run(argv)
     except KeyboardInterrupt:
         print("moe: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # `moe ... | head`
+    except BrokenPipeError:  # as in `moe ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Exception as error:
@@ -74,12 +74,12 @@ def _run(argv: list[str]) -> int:
 
 
 def _help(name: str) -> str:
-    """Of a command, or of what can be configured."""
+    """The text of `moe help NAME`, for a command or a configurable."""
     command = usage(_command(name)) if name in [c.name for c in COMMANDS] else ""
     if command and name not in CONFIGURED:
         return command
-    told = importlib.import_module("moe.cli.explain").help_of(name)
-    return f"{command}\n\n{told}" if command else told
+    settings = importlib.import_module("moe.cli.explain").help_of(name)
+    return f"{command}\n\n{settings}" if command else settings
 
 
 def _command(name: str) -> Command:
@@ -122,14 +122,15 @@ def usage(command: Command) -> str:
     named = [command.form] if command.positional else []
     more = ["[--FLAG=VALUE ...]"] if forms else []
     usage_line = " ".join(["usage: moe", command.name, *named, *required, *more])
-    parts = [usage_line, "", command.summary, *(["", "flags:", *rows] if rows else [])]
-    return "\n".join([*parts, "", "example:", f"  {command.example}"])
+    lines = [usage_line, "", command.summary, *(["", "flags:", *rows] if rows else [])]
+    return "\n".join([*lines, "", "example:", f"  {command.example}"])
 
 
 def parse(command: Command, arguments: Sequence[str]) -> SimpleNamespace:
-    """The command's flags as attributes; a repeatable flag is a list, an absent one its default.
+    """The command's flags as attributes; a repeatable one is a list, an absent one its default.
 
-    Raises UserError for an unknown, missing or ill-valued flag.
+    Raises:
+        UserError: a flag is unknown, missing or has a wrong value.
     """
     values = absl_flags.FlagValues()
     for flag in command.flags:
@@ -158,11 +159,11 @@ def parse(command: Command, arguments: Sequence[str]) -> SimpleNamespace:
 def _check(command: Command, flag: Flag, value: object) -> None:
     if flag.required and not value:
         raise UserError(f"moe {command.name} needs --{flag.name}={flag.value} ({flag.help})")
-    # Other paths may hold any bytes; checkpoints can't be written below such a folder.
+    # Other paths may have any bytes, but below such a --workdir no checkpoint can be written.
     if (flag.value in ("TEXT", "SETTING") or flag.name == "workdir") and not _is_utf8(value):
         raise UserError(f"moe {command.name}: --{flag.name} holds bytes that are not UTF-8")
     if flag.name == "json" and value and not Path(str(value)).absolute().parent.is_dir():
-        # Told now: what is to be written there may take hours.
+        # Checked before the command, which may take hours.
         raise UserError(f"moe {command.name}: --json={value}: there is no such folder")
     if isinstance(value, int | float):
         low = float("-inf") if flag.low is None else flag.low
@@ -172,7 +173,7 @@ def _check(command: Command, flag: Flag, value: object) -> None:
 
 
 def _is_utf8(value: object) -> bool:
-    """Python hands on what is not UTF-8 as halves of surrogate pairs, which nothing can write."""
+    """Whether arguments are UTF-8; other bytes arrive as halves of surrogate pairs."""
     texts = value if isinstance(value, list) else [value]
     try:
         for text in texts:
@@ -183,11 +184,11 @@ def _is_utf8(value: object) -> bool:
 
 
 def _flag_mistake(command: Command, error: absl_flags.Error) -> str:
-    """absl's complaint in our words."""
+    """A message for absl's error."""
     names = [f"--{flag.name}" for flag in command.flags]
     if isinstance(error, absl_flags.UnrecognizedFlagError):
         name = f"--{error.flagname}"
-        near = nearest(name, names, most=1)  # the dashes alone make all of them a little alike
+        near = nearest(name, names, most=1)  # all are a little alike, by their dashes
         return f"unknown flag {name}{near or '; there are ' + ', '.join(names)}"
     text = str(error)
     if match := re.match(r"flag --(\w+)=(.*?): ", text, re.DOTALL):
@@ -199,8 +200,8 @@ def _flag_mistake(command: Command, error: absl_flags.Error) -> str:
 
 
 def _users_mistake(error: Exception, argv: Sequence[str]) -> str | None:
-    """What to tell the user; None where the program is at fault and a traceback is due."""
-    # gin appends where it was, and hides errno and filename behind the text it changed.
+    """The message for a user's mistake; None for a fault of the program, with a traceback."""
+    # gin appends its call stack to the message, and drops errno and filename.
     text = re.split(r"\n +(?:In call to configurable|In file|In bindings string)", str(error))[0]
     if isinstance(error, Problems) and len(error.lines) > 1:
         return "\n  ".join([f"{len(error.lines)} problems", *error.lines])
@@ -218,19 +219,19 @@ def _users_mistake(error: Exception, argv: Sequence[str]) -> str | None:
 
 
 def _missing_run(unset: str, argv: Sequence[str]) -> str:
-    """What to put before a config that is a part of a run alone; empty for anything else."""
+    """A hint to name a run's config before a config that is only a part of one; else empty."""
     if "value for train" not in unset or "'data'" not in unset:
         return ""
     files = [a.split("=", 1)[1] for a in argv if a.startswith("--gin_file=")]
     run = "--gin_file=quickstart.gin"
     if not files:
         return f"; name a run's config, such as {run}"
-    which = "are parts" if files[1:] else "is a part"
-    return f"; {' and '.join(files)} {which} of a run: name the run before, such as {run}"
+    what = "are parts" if files[1:] else "is a part"
+    return f"; {' and '.join(files)} {what} of a run: name the run before, such as {run}"
 
 
 def _unset_parameter(text: str, whole: str) -> str | None:
-    """A configurable that was called without a value it needs, in gin's or in Python's words."""
+    """The message for a configurable that lacks a required value, from gin's or Python's error."""
     required = r"Required bindings for `(.*)` not provided in config: \[(.*)\]"
     if match := re.match(required, text):
         return f"the config sets no value for {match[1]}: {match[2]}"
@@ -238,7 +239,7 @@ def _unset_parameter(text: str, whole: str) -> str | None:
     called = re.search(r"In call to configurable '(\w+)'", whole)
     if called and (match := re.match(missing, text)):
         name = match[1].removesuffix(".__init__").rsplit(".")[-1]
-        if name == called[1]:  # else a call inside it: a fault of the program's
+        if name == called[1]:  # else a call inside it failed: a fault of the program
             return f"the config sets no value for {name}: {match[2]}"
     return None
 
@@ -254,6 +255,6 @@ def _disk_mistake(error: OSError, text: str, argv: Sequence[str]) -> str | None:
 
 
 def _workdir(argv: Sequence[str]) -> str:
-    """The folder in question where the error names none."""
+    """The --workdir, for errors that name no path."""
     named = [a.split("=", 1)[1] for a in argv if a.startswith("--workdir=")]
     return named[-1] if named else "writing"

@@ -1,4 +1,4 @@
-"""`moe plan`: what a config needs on a TPU slice, by the real compiler, without a TPU."""
+"""`moe plan`: memory and time of a config on a TPU slice, by the TPU's compiler, without a TPU."""
 
 import json
 import os
@@ -14,15 +14,15 @@ from moe.planning.report import compiled_report
 
 
 def run(flags) -> int:
-    """Print the answer; 0 whether it fits or not. `--json` also writes it."""
+    """Print the findings; returns 0 whether the config fits or not. `--json` also writes them."""
     try:
         topology = Topology.read(flags.topology)
     except ValueError as error:
         raise UserError(str(error)) from error
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.json"
-        # In a process and environment of its own: the compiler may end it, and JAX with libtpu
-        # would look for a TPU.
+        # In a process of its own, since the compiler may end it; its environment keeps JAX from
+        # looking for a TPU.
         words = [str(path), topology.name, str(flags.vocab_size), str(flags.tries)]
         words += [*flags.gin_file, "--", *flags.gin_bindings]
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
@@ -48,7 +48,7 @@ def run(flags) -> int:
 
 
 def why(stderr: str) -> str:
-    """The last line that names an error, else the last one."""
+    """The last line that names an error, or else the last line."""
     lines = stderr.strip().splitlines()
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|F\d{4})\b", line)]
     return (named or lines or [""])[-1]

@@ -1,4 +1,4 @@
-"""The process that compiles for `moe plan`: it may be stopped by the compiler, its caller not."""
+"""The process that compiles for `moe plan`: the compiler may end it, but not its caller."""
 
 import json
 from pathlib import Path
@@ -15,9 +15,10 @@ def say(line: str) -> None:
 
 
 def main(path: str, topology: str, vocab_size: str, tries: str, *words: str) -> int:
-    """words: config files, "--", settings. Every new finding replaces what stands in the file.
+    """Write the findings on a config to a JSON file, each time with all findings so far.
 
-    What can be counted is printed at once; the compiler's answer is left to the caller.
+    The counted findings are also printed; the caller prints those of the compiler.
+    words: config files, "--", settings.
     """
     from moe.planning.plan import plan
 

@@ -1,4 +1,4 @@
-"""`moe train`: a run from a configuration, and the summary at its end."""
+"""`moe train`: trains a run from its config, and prints its results."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from moe.runs.storage.folder import RunFolder
 
 
 def run(flags) -> int:
-    """Train or continue; 0 when the run is complete, 128 + the signal when it was interrupted."""
+    """Train or continue; returns 0, or 128 + the signal where one has interrupted the run."""
     from moe.cli import config
 
     config.bind(flags.gin_file, flags.gin_bindings)
@@ -33,7 +33,7 @@ def run(flags) -> int:
 
 
 def report(summary: dict[str, Any], samples: list[str], folder: RunFolder) -> str:
-    """The last screen of a run."""
+    """The results of a run, as text for the screen."""
     lines = [
         *bars(summary),
         "",
@@ -58,7 +58,10 @@ def report(summary: dict[str, Any], samples: list[str], folder: RunFolder) -> st
 
 
 def bars(summary: dict[str, Any]) -> list[str]:
-    """The model beside what compressors reach; of masked tokens, which see both sides, alone."""
+    """Bars of bits per byte, of the model and the baselines.
+
+    A masked objective has no baselines: it sees both sides of a token.
+    """
     if summary["objective"] == "MaskedToken":
         value = f"{summary['val_bits_per_byte']:.3f}"
         return [
@@ -66,20 +69,20 @@ def bars(summary: dict[str, Any]) -> list[str]:
             f"bits per byte of hidden tokens of held-out text: {value} (lower is better; each is "
             "seen from both sides, which no compressor does)",
         ]
-    marks = {"this model": summary["val_bits_per_byte"], **summary["baselines"]}
-    widest = max(marks.values()) or 1.0
+    figures = {"this model": summary["val_bits_per_byte"], **summary["baselines"]}
+    widest = max(figures.values()) or 1.0
     lines = ["", "bits per byte of held-out text (lower is better)"]
-    for name, value in sorted(marks.items(), key=lambda mark: mark[1]):
+    for name, value in sorted(figures.items(), key=lambda figure: figure[1]):
         bar = "#" * round(40 * value / widest)
         lines.append(f"  {name:<12}{value:6.3f}  {bar}")
     scored, there = summary["val_bytes"], summary["held_out_bytes"]
-    if scored < there and len(marks) > 1:
+    if scored < there and len(figures) > 1:
         lines.append(f"  (this model on {scored:,} of {there:,} held-out bytes, the rest on all)")
     return lines
 
 
 def _files(folder: RunFolder) -> list[str]:
-    """What a reader may open."""
+    """The names of the run's visible files and folders."""
     return [
         path.name + ("/" if path.is_dir() else "")
         for path in folder.path.iterdir()

@@ -15,7 +15,7 @@ class Batch(nnx.Pytree):
         token_BT: the tokens the model reads, int32.
         target_BT: the token that each position predicts, int32.
         segment_BT: 0 for padding, else 1, 2, ... for the documents of the window, int32.
-        position_BT: position inside the document's piece, from 0, int32.
+        position_BT: position within the document's piece in the window, from 0, int32.
         scored_BT: True where the prediction counts in the loss.
         index_B: number of each sequence in the whole optimizer step; random keys derive from it.
     """

@@ -16,14 +16,14 @@ import numpy as np
 
 from moe.data.corpora.corpus import hash_position
 
-if TYPE_CHECKING:  # it brings in JAX, and a config that names this file should load quickly
+if TYPE_CHECKING:  # it imports JAX, without which a config loads quickly
     from moe.data.batch import Batch
     from routing.training_text import TokenSequence
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Tokens start to end of the stream, of which windows are drawn with a weight."""
+    """A range of the token stream, from `start` to `end`, whose windows are drawn by `weight`."""
 
     start: int
     end: int
@@ -32,9 +32,15 @@ class Share:
 
 
 class TrainBatches:
-    """Shuffled windows of T tokens and their successors; another order and offset each epoch.
+    """Endless batches of shuffled windows of T + 1 tokens; each epoch has its own order and offset.
 
-    shares: parts of the stream with windows of their own, drawn by weight; all of it where None.
+    Args:
+        token_N: the training stream.
+        batch_size: B.
+        sequence_length: T.
+        seed: of the order and the offsets.
+        document_id: the token that starts a document, to isolate documents; None to not do so.
+        shares: ranges of the stream whose windows are mixed by weight; all of it where None.
     """
 
     def __init__(
@@ -62,7 +68,7 @@ class TrainBatches:
         self._windows = made[0] if len(made) == 1 else grain.MapDataset.mix(made, weights)
 
     def batch(self, i: int, rows: slice | None = None) -> "Batch":
-        """Batch i, or this host's rows of it."""
+        """Batch i; of its rows only `rows`, those that a process reads."""
         index_B = np.arange(self._batch_size, dtype=np.int32)[rows or slice(None)]
         first = i * self._batch_size
         window_BW = np.stack([np.asarray(self._windows[first + int(row)]) for row in index_B])
@@ -71,7 +77,7 @@ class TrainBatches:
     def batches(
         self, start: int = 0, rows: slice | None = None, depth: int = 4
     ) -> Generator["Batch", None, None]:
-        """Batches start, start + 1, ... for ever, made by a thread that is `depth` ahead."""
+        """Batches `start`, `start` + 1, ... without end, made by a thread `depth` batches ahead."""
         with ThreadPoolExecutor(1, "train-batches") as thread:
             made = collections.deque(
                 thread.submit(self.batch, i, rows) for i in range(start, start + depth)
@@ -86,18 +92,22 @@ class TrainBatches:
         end = start + self._length + 1
         if end <= share.end:
             return self._token_N[start:end]
-        over = slice(share.start, share.start + end - share.end)  # on to the first document
+        over = slice(share.start, share.start + end - share.end)  # wraps to the share's start
         return np.concatenate([self._token_N[start : share.end], self._token_N[over]])
 
     def _offset(self, epoch: int) -> int:
-        """Where the epoch's first window starts, so that documents are cut elsewhere each time."""
+        """Tokens before an epoch's first window, so that each epoch cuts documents elsewhere."""
         return int(hash_position(f"epoch {epoch}", self._seed) * self._length)
 
 
 def train_batch(
     window_BW: np.ndarray, index_B: np.ndarray, document_id: int | None = None
 ) -> "Batch":
-    """Inputs and targets of windows of W = T + 1 tokens; no document_id: one segment a row."""
+    """The batch of windows (B, W) of W = T + 1 tokens.
+
+    index_B: the number of each row in the global batch. document_id: the token that starts a new
+        segment; None for one segment per row.
+    """
     from moe.data.batch import Batch
 
     token_BT, target_BT = window_BW[:, :-1], window_BW[:, 1:]
@@ -115,7 +125,10 @@ def train_batch(
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """`length` inputs from `start`; the first `context` and the last `after` are not scored."""
+    """A range of the stream in a validation window: `length` inputs from `start`.
+
+    The first `context` and the last `after` inputs are not scored.
+    """
 
     start: int
     length: int
@@ -124,16 +137,21 @@ class Piece:
 
     @property
     def scored(self) -> int:
-        """How many of its inputs are scored."""
+        """The number of inputs that are scored."""
         return self.length - self.context - self.after
 
 
 @dataclasses.dataclass(frozen=True)
 class ValidationBatches:
-    """A fixed list of batches, in which no token is scored twice.
+    """A fixed list of batches of held-out documents, in which no token is scored twice.
 
-    num_bytes: of text in the documents, as far as they are taken. shift: how far behind an input
-    its target lies: 1 for the next token, 0 for the token itself.
+    Attributes:
+        token_N: the held-out stream.
+        rows: the pieces that are packed into each row.
+        num_bytes: bytes of the text that is scored.
+        num_documents: documents that are scored, the last one perhaps in part.
+        shift: targets are this many tokens after their inputs: 1 for the next token, 0 for the
+            token itself.
     """
 
     token_N: np.ndarray
@@ -146,7 +164,7 @@ class ValidationBatches:
 
     @property
     def num_tokens(self) -> int:
-        """Inputs that are scored, in all batches; of masked tokens only those that are hidden."""
+        """Inputs that are scored, in all batches; a masked objective scores only hidden ones."""
         return sum(piece.scored for row in self.rows for piece in row)
 
     def __len__(self) -> int:
@@ -156,7 +174,7 @@ class ValidationBatches:
         return (self.batch(i) for i in range(len(self)))
 
     def batch(self, i: int, rows: slice | None = None) -> "Batch":
-        """Batch i, or this host's rows of it; the last one is filled up with padding."""
+        """Batch i; of its rows only `rows`. The last batch is padded with empty rows."""
         from moe.data.batch import Batch
 
         if not 0 <= i < len(self):
@@ -175,12 +193,15 @@ class ValidationBatches:
                 position_BT[b, at:end] = np.arange(piece.length)
                 scored_BT[b, at + piece.context : end - piece.after] = True
                 at = end
-        index_B += i * self.batch_size  # so that what is hidden doesn't depend on the batch size
+        index_B += i * self.batch_size  # so that masks don't depend on the batch size
         return Batch(token_BT, target_BT, segment_BT, position_BT, scored_BT, index_B)
 
 
 def bytes_of(token_N: np.ndarray, start_M: np.ndarray, num_bytes_2V: np.ndarray) -> np.ndarray:
-    """Bytes of text that each token gives back (N,); start_M: where document tokens stand."""
+    """Bytes of text that each token decodes to, (N,).
+
+    start_M: positions of the document tokens. num_bytes_2V: as of `Tokenizer`.
+    """
     bytes_N = num_bytes_2V[1, token_N]
     first_M = start_M[start_M + 1 < len(token_N)] + 1
     bytes_N[first_M] = num_bytes_2V[0, token_N[first_M]]
@@ -194,10 +215,18 @@ def choose_spans(
     num_bytes_2V: np.ndarray,
     max_bytes: int | None,
 ) -> list[tuple[int, int, int]]:
-    """What is taken of the documents with text: (first token, end, bytes), in the stream's order.
+    """Spans (first token, end, bytes of text) of the documents to score, in the stream's order.
 
-    All of them, or in a fixed random order as many as hold max_bytes: the last one is cut where
-    its next token would be too many. But for that cut the text is the same for every tokenizer.
+    Without max_bytes these are all documents with text. Else documents are taken in a fixed random
+    order until max_bytes are full, and the last one is cut after its last token that fits; but for
+    that cut, the text is the same for every tokenizer.
+
+    Args:
+        token_N: the stream.
+        start_M: start of each document in it, and its end.
+        num_bytes_M: bytes of each document's text.
+        num_bytes_2V: as of `Tokenizer`.
+        max_bytes: of text in all; None for all of it.
     """
     texts = np.flatnonzero(num_bytes_M)
     if max_bytes is None:
@@ -209,7 +238,7 @@ def choose_spans(
             chosen.append((start, end, int(num_bytes_M[m])))
             left -= int(num_bytes_M[m])
             continue
-        # Only as many tokens as can fit: behind the first of text, each has at least a byte.
+        # An upper bound of the tokens that fit: after the first of text, each has a byte or more.
         fitting_N = token_N[start : min(end, start + left + 2)]
         total_N = np.cumsum(bytes_of(fitting_N, np.zeros(1, int), num_bytes_2V))
         kept = int(np.searchsorted(total_N, left, side="right"))
@@ -220,10 +249,13 @@ def choose_spans(
 
 
 def pieces_of(start: int, end: int, sequence_length: int, stride: int) -> list[Piece]:
-    """A document's windows for the next token. Its inputs are all of its tokens but the last."""
+    """A document's windows for next-token prediction; its last token is no input.
+
+    start, end: of the document in the stream. stride: tokens from one window to the next.
+    """
     end -= 1
     pieces = [Piece(start, min(sequence_length, end - start), context=0)]
-    for scored in range(start + sequence_length, end, stride):  # up to here all is scored
+    for scored in range(start + sequence_length, end, stride):  # inputs before this one are scored
         new = min(stride, end - scored)
         context = sequence_length - stride
         pieces.append(Piece(scored - context, context + new, context))
@@ -231,10 +263,10 @@ def pieces_of(start: int, end: int, sequence_length: int, stride: int) -> list[P
 
 
 def masked_pieces_of(start: int, end: int, sequence_length: int, stride: int) -> list[Piece]:
-    """A document's windows for masked tokens: all of its tokens, each scored in one window.
+    """A document's windows for masked tokens: each of its tokens is scored in exactly one.
 
-    A window scores `stride` tokens in its middle; the first and the last one score to the
-    document's end.
+    A window scores the `stride` tokens in its middle; the first one also scores those before, the
+    last one those after.
     """
     context = (sequence_length - stride) // 2
     pieces, scored = [], start
@@ -248,7 +280,10 @@ def masked_pieces_of(start: int, end: int, sequence_length: int, stride: int) ->
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Indices of the lengths by row, no row longer than `room`: longest first, best fit."""
+    """Packs lengths into rows of at most `room` by best fit, longest first.
+
+    Returns the indices of the lengths in each row.
+    """
     rows: list[list[int]] = []
     free: list[tuple[int, int]] = []  # (tokens left, row), sorted
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

@@ -1,8 +1,8 @@
-"""What bits per byte cost without learning a language model: the marks that a run must beat.
+"""Baselines for a language model: bits per byte of compressors and of token frequencies.
 
-A compressor's figure is conditional, as a trained model's is: 8 (C(train + val) - C(train)) /
-|val|, where C counts the bytes of the compressed text. Of large corpora (over 14 MiB to
-learn from, 2 MiB held out) a sample of the documents is compressed.
+A compressor's figure is conditional on the training text, as a model's is: 8 (C(train + val) -
+C(train)) / |val|, where C is the size of the compressed text in bytes. Of larger corpora (over
+14 MiB of training text, 2 MiB held out) a sample of the documents is compressed.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ import zlib
 
 import numpy as np
 
-from moe.data.corpora.corpus import Part
-from moe.data.shards import ShardPart
+from moe.data.corpora.corpus import Split
+from moe.data.shards import ShardSplit
 from moe.data.text import PreparedData
 from moe.data.tokens.cache import write_atomically
 from moe.errors import UserError
@@ -28,18 +28,18 @@ from moe.errors import UserError
 if TYPE_CHECKING:
     from routing.training_text import TokenSequence
 
-MAX_DICTIONARY = 1 << 24  # bytes: all that is compressed
+MAX_DICTIONARY = 1 << 24  # bytes, in all that is compressed
 VERSION = 3  # raise when a figure's definition changes
-# Of larger corpora a sample of the documents stands for all: xz takes a second for each 2 MB, and
-# 11 bytes of memory for each that it sees.
+# A sample of larger corpora bounds the time and memory: xz takes a second for each 2 MB, and 11
+# bytes of memory per byte of text.
 MOST_TRAINING, MOST_VALIDATION = 14 << 20, 2 << 20
 Say = Callable[[str], None]
 
 
 def baselines(data: PreparedData, say: Say = lambda line: None) -> dict[str, float]:
-    """Bits per byte of the validation split: `unigram` (over the run's tokens), `gzip`, `xz`.
+    """Bits per byte of the validation split by `unigram` (of the run's tokens), `gzip` and `xz`.
 
-    Compressed once for each corpus and split, and kept in the cache folder by their hashes.
+    The compressors' figures are cached by the hashes of the two splits.
     """
     unigram = unigram_baseline(
         data.train.token_N,
@@ -48,33 +48,33 @@ def baselines(data: PreparedData, say: Say = lambda line: None) -> dict[str, flo
         document_id=data.tokenizer.document_id,
         validation_bytes=data.info.validation_bytes,
     )
-    key = [VERSION, data.train_part.sha256, data.validation_part.sha256]
+    key = [VERSION, data.train_split.sha256, data.validation_split.sha256]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = data.cache_dir / "baselines" / f"{name}.json"
     if (known := _read(path)) is None:
-        part = data.train_part
-        make = part.sample if isinstance(part, ShardPart) else functools.partial(sample, part)
+        split = data.train_split
+        make = split.sample if isinstance(split, ShardSplit) else functools.partial(sample, split)
         train = make(MOST_TRAINING)
-        validation = sample(data.validation_part, MOST_VALIDATION)
+        validation = sample(data.validation_split, MOST_VALIDATION)
         say(f"compressing {(len(train) + len(validation)) / 1e6:,.1f} MB for comparison")
         known = compressor_baselines(train, validation, say)
         write_atomically(path, json.dumps(known).encode())
     return {"unigram": unigram} | known
 
 
-def sample(part: Part, most: int) -> bytes:
-    """The texts one after the other, or of more than `most` bytes so many, from all over them.
+def sample(split: Split, most: int) -> bytes:
+    """The concatenated texts of a split; where they exceed `most` bytes, of a sample of that size.
 
-    Documents in a fixed random order, as many as are needed: a beginning would be of one corpus of
-    a mixture, or one folder.
+    Documents are chosen in a fixed random order: the first ones may be of a single folder, or of a
+    single corpus of a mixture.
     """
-    chosen_M = np.flatnonzero(part.chosen)
-    size_M = np.array([part.entries[int(m)].num_bytes for m in chosen_M], np.int64)
+    chosen_M = np.flatnonzero(split.chosen)
+    size_M = np.array([split.entries[int(m)].num_bytes for m in chosen_M], np.int64)
     order_M = np.random.default_rng(0).permutation(len(chosen_M))
     enough = np.searchsorted(np.cumsum(size_M[order_M]), most) + 1
-    taken = np.zeros(len(part.chosen), bool)
-    taken[chosen_M[order_M[:enough]]] = True
-    texts = dataclasses.replace(part, chosen=taken.tolist()).texts()
+    sampled = np.zeros(len(split.chosen), bool)
+    sampled[chosen_M[order_M[:enough]]] = True
+    texts = dataclasses.replace(split, chosen=sampled.tolist()).texts()
     return b"".join(text.encode("utf-8") for text in texts)[:most]
 
 
@@ -97,7 +97,7 @@ def unigram_baseline(
 
 
 def counts(token_N: "TokenSequence", vocab_size: int) -> np.ndarray:
-    """How often each token occurs, int64 (V,), in pieces: a whole file need not be in memory."""
+    """The number of occurrences of each token, int64 (V,); the stream is read in pieces."""
     count_V = np.zeros(vocab_size, np.int64)
     for start in range(0, len(token_N), 1 << 22):
         count_V += np.bincount(token_N[start : start + (1 << 22)], minlength=vocab_size)
@@ -107,7 +107,7 @@ def counts(token_N: "TokenSequence", vocab_size: int) -> np.ndarray:
 def compressor_baselines(
     train_bytes: bytes, validation_bytes: bytes, say: Say = lambda line: None
 ) -> dict[str, float]:
-    """Conditional bits per byte of `gzip` (level 9) and `xz` (preset 9, dictionary over all).
+    """Conditional bits per byte by `gzip` (level 9) and `xz` (preset 9, dictionary over all text).
 
     About 6 s for 11 MB on two cores.
     """
@@ -131,7 +131,10 @@ def compressor_baselines(
 
 
 def _gzip_extra(train: bytes, validation: bytes) -> int:
-    """Bytes that the validation text adds. The copy spares a second pass over the training text."""
+    """Compressed bytes that the validation text adds to the training text's.
+
+    Copying the compressor spares a second pass over the training text.
+    """
     compressor = zlib.compressobj(9)
     compressor.compress(train)
     alone = compressor.copy()

@@ -1,4 +1,4 @@
-"""Several corpora as one, whose training windows are drawn in given proportions."""
+"""A mixture of corpora, whose training windows are drawn in given proportions."""
 
 from collections.abc import Iterator, Sequence
 import dataclasses
@@ -9,7 +9,7 @@ import gin
 import numpy as np
 
 from moe.data.batches import Share
-from moe.data.corpora.corpus import Corpus, Document, Part, left_out_of
+from moe.data.corpora.corpus import Corpus, Document, Split, left_out_of
 from moe.data.tokens.cache import TokenStream
 from moe.errors import UserError
 from routing.ranges import Positive
@@ -18,10 +18,10 @@ from routing.ranges import Positive
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Training windows from each corpus with its weight; held-out documents are those of all.
+    """Several corpora; training windows are drawn from each by its weight.
 
-    A window lies in one corpus, however large that is: a small corpus with a large weight is
-    read many times over. The tokenizer is fitted to all of them.
+    A window lies in a single corpus. A small corpus with a large weight is read many times over.
+    Held-out documents are those of all corpora, and the tokenizer is fitted to all of them.
 
     Attributes:
         corpora: such as `[@StandardLibrary(), @TextFiles()]`.
@@ -57,23 +57,23 @@ class Mixture:
         return "+".join(corpus.name for corpus in self.corpora)
 
     def documents(self) -> Iterator[Document]:
-        """Those of each corpus in turn, their names with its number in front."""
+        """The documents of each corpus in turn; names start with the corpus's number."""
         for number, corpus in enumerate(self.corpora):
             for document in corpus.documents():
                 yield Document(f"{number}/{document.name}", document.text)
 
     def left_out(self) -> list[str]:
-        """What its corpora did not read, and why."""
+        """A line for each reason why entries of the corpora were not read."""
         return [line for corpus in self.corpora for line in left_out_of(corpus)]
 
     def holds_out(self, document_name: str, fraction: float, seed: int, /) -> bool:
-        """As the document's own corpus does."""
+        """Whether the document's own corpus holds it out."""
         number, _, name = document_name.partition("/")
         return self.corpora[int(number)].holds_out(name, fraction, seed)
 
 
-def shares_of(corpus: Corpus, train: Part, stream: TokenStream) -> tuple[Share, ...]:
-    """Where each corpus of a mixture lies in the training stream; nothing for any other corpus.
+def shares_of(corpus: Corpus, train: Split, stream: TokenStream) -> tuple[Share, ...]:
+    """The range and weight of each corpus of a mixture in the training stream; else empty.
 
     Raises:
         UserError: a corpus that has no document to train on.

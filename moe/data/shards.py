@@ -1,4 +1,4 @@
-"""Text that comes as tokens: files that are memory-mapped and read as one stream.
+"""Training text given as token files, memory-mapped and read as one stream.
 
 N tokens, V vocabulary.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import gin
 import numpy as np
 
-from moe.data.corpora.corpus import Corpus, Document, Part, hashed_hold_out, left_out_of, whole
+from moe.data.corpora.corpus import Corpus, Document, Split, hashed_hold_out, left_out_of, whole
 from moe.data.text import DataInfo, PreparedData, Say, seldom
 from moe.data.tokens.cache import token_stream
 from moe.data.tokens.files import Paths, ShardedTokens, files_of, mapped, name_of
@@ -21,8 +21,8 @@ from moe.machine.user_cache import default_cache_dir
 
 
 @dataclasses.dataclass(frozen=True)
-class ShardPart:
-    """The training split of shards: what a run and its comparison ask of it."""
+class ShardSplit:
+    """The training split of token files, with its size and a sample of its text."""
 
     token_N: ShardedTokens
     tokenizer: Tokenizer
@@ -32,11 +32,11 @@ class ShardPart:
 
     @property
     def num_text_tokens(self) -> int:
-        """Tokens of text: the document tokens are not counted."""
+        """The number of tokens without document tokens."""
         return len(self.token_N) - self.num_documents
 
     def sample(self, most: int) -> bytes:
-        """The text, or of more than `most` bytes so many, from 64 places all over it."""
+        """The decoded text; where it exceeds `most` bytes, as many from 64 evenly spaced places."""
         size = int(most / 64 * self.num_text_tokens / self.num_bytes) + 1
         starts = np.linspace(0, len(self.token_N) - size, 64).astype(int)
         cuts = [slice(start, start + size) for start in starts]
@@ -48,7 +48,7 @@ class ShardPart:
 
 @dataclasses.dataclass(frozen=True)
 class DecodedShards:
-    """A corpus of the text that tokens give back."""
+    """A corpus of the text that token files decode to."""
 
     name: str
     token_N: ShardedTokens
@@ -67,10 +67,11 @@ class DecodedShards:
 class TokenShards:
     """Training text as token files, instead of `TextData`; held-out text as such files or as text.
 
-    A file is a .npy array of one dimension, or a .bin of bare numbers (`dtype`); files follow each
-    other in the order of `paths`, those of a glob by name. They are mapped and never copied; each
-    start reads them once, to count and to hash them: seconds per GB. Held-out tokens are decoded,
-    and their text is tokenised anew: its bytes are what bits per byte divides by.
+    A file is a one-dimensional .npy array, or a .bin of bare numbers (`dtype`). Files are
+    concatenated in the order of `paths`, those of a glob by name. They are memory-mapped and never
+    copied; each start of a run reads them once to count and hash the tokens, in seconds per GB.
+    Held-out tokens are decoded and tokenised again, since bits per byte divides by their text's
+    bytes.
 
     Args:
         paths: files or globs.
@@ -106,16 +107,16 @@ class TokenShards:
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
 
     def prepare(self, say: Say = lambda line: None) -> PreparedData:
-        """Map and count the shards, tokenise the held-out text or find it in the cache.
+        """Map and count the shards, and tokenise the held-out text or load it from the cache.
 
         Raises:
-            UserError: files that are missing, empty or no tokens of this tokenizer; held-out text
-                that can't be had back from its tokens.
+            UserError: files that are missing, empty or not of this tokenizer's tokens; held-out
+                text that its tokens don't decode to.
         """
         tokenizer = load_tokenizer(Path(self.tokenizer).expanduser(), self.document_token)
         files = files_of(self.paths)
         say(f"counting the tokens of {len(files)} shards")
-        train = self._train_part(files, tokenizer, seldom(say))
+        train = self._train_split(files, tokenizer, seldom(say))
         validation = whole(self._held_out(tokenizer))
         for line in left_out_of(validation.corpus):
             say(line)
@@ -129,8 +130,8 @@ class TokenShards:
             tokenizer=tokenizer,
             train=train,
             validation=held_out,
-            train_part=train,
-            validation_part=validation,
+            train_split=train,
+            validation_split=validation,
             isolate_documents=self.isolate_documents,
             cache_dir=self.cache_dir,
         )
@@ -147,11 +148,11 @@ class TokenShards:
         _counted(token_N, tokenizer, files)
         return DecodedShards(name_of(files), token_N, tokenizer)
 
-    def _train_part(self, files: list[Path], tokenizer: Tokenizer, say: Say) -> ShardPart:
-        """The shards as one stream."""
+    def _train_split(self, files: list[Path], tokenizer: Tokenizer, say: Say) -> ShardSplit:
+        """The token files as one stream, with its counts and hash."""
         token_N = ShardedTokens([mapped(path, self.dtype) for path in files])
         count_V, sha256 = _counted(token_N, tokenizer, files, say)
-        return ShardPart(
+        return ShardSplit(
             token_N=token_N,
             tokenizer=tokenizer,
             sha256=sha256,
@@ -163,9 +164,10 @@ class TokenShards:
 def _counted(
     token_N: ShardedTokens, tokenizer: Tokenizer, files: list[Path], say: Say = lambda line: None
 ) -> tuple[np.ndarray, str]:
-    """How often each token comes (V,), and the sha256 of all, in one pass.
+    """The number of occurrences of each token (V,), and the sha256 of the stream, in one pass.
 
-    UserError for a token that the tokenizer doesn't have, and where there is none of text.
+    Raises:
+        UserError: a token that the tokenizer doesn't have; or no tokens of text.
     """
     count_V, done = np.zeros(tokenizer.vocab_size, np.int64), 0
     digest = hashlib.sha256()
@@ -184,7 +186,7 @@ def _counted(
     return count_V, digest.hexdigest()
 
 
-def _info(name: str, train: ShardPart, validation: Part, validation_tokens: int) -> DataInfo:
+def _info(name: str, train: ShardSplit, validation: Split, validation_tokens: int) -> DataInfo:
     both = hashlib.sha256(f"{train.sha256} {validation.sha256}".encode())
     return DataInfo(
         name=name,

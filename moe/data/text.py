@@ -1,7 +1,7 @@
-"""Text as batches of token windows: the training stream and the held-out documents.
+"""A run's text, prepared: a training stream and held-out documents, as batches of token windows.
 
-B sequences a batch, T tokens each; N tokens in a stream. Training batch i is a pure function of
-the seed and i, so that a run resumes exactly, on any number of hosts. Validation scores every
+B sequences per batch, T tokens each; N tokens in a stream. Training batch i is a pure function of
+the seed and i, so that a run resumes exactly, on any number of processes. Validation scores every
 token of every held-out document exactly once.
 """
 
@@ -24,7 +24,7 @@ from moe.data.batches import (
     pack,
     pieces_of,
 )
-from moe.data.corpora.corpus import Corpus, Part, digest_of, in_both, left_out_of, split, whole
+from moe.data.corpora.corpus import Corpus, Split, digest_of, in_both, left_out_of, split, whole
 from moe.data.mixture import shares_of
 from moe.data.tokens.cache import TokenStream, token_stream
 from moe.data.tokens.tokenizer import Tokenizer, TokenizerSpec, TrainedBPE
@@ -33,14 +33,14 @@ from moe.machine.user_cache import default_cache_dir
 from routing.ranges import Natural, OpenShare
 
 if TYPE_CHECKING:
-    from moe.data.shards import ShardPart
+    from moe.data.shards import ShardSplit
 
 Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class DataInfo:
-    """What a run records of its text. Tokens are those of text, without document tokens."""
+    """The size and hash of a run's text, for its records. Document tokens are not counted."""
 
     name: str
     sha256: str
@@ -57,30 +57,35 @@ class DataInfo:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedData:
-    """Both splits as token streams, with their tokenizer."""
+    """Both splits as token streams, with their tokenizer.
+
+    Attributes:
+        train_split, validation_split: the documents behind the streams.
+        shares: ranges and weights of a mixture's corpora in the training stream; else empty.
+    """
 
     info: DataInfo
     tokenizer: Tokenizer
-    train: "TokenStream | ShardPart"
+    train: "TokenStream | ShardSplit"
     validation: TokenStream
-    train_part: "Part | ShardPart"
-    validation_part: Part
+    train_split: "Split | ShardSplit"
+    validation_split: Split
     isolate_documents: bool
     cache_dir: Path
-    shares: tuple[Share, ...] = ()  # of a mixture of corpora
+    shares: tuple[Share, ...] = ()
 
     def fingerprint(self) -> dict[str, Any]:
-        """What has to be equal for a run to go on: the text, its split, tokens and isolation."""
+        """Hashes and settings that have to stay equal for a run to continue with this text."""
         return {
-            "train_sha256": self.train_part.sha256,
-            "validation_sha256": self.validation_part.sha256,
+            "train_sha256": self.train_split.sha256,
+            "validation_sha256": self.validation_split.sha256,
             "tokenizer": self.tokenizer.fingerprint,
             "isolate_documents": self.isolate_documents,
             **({"mixture": [share.weight for share in self.shares]} if self.shares else {}),
         }
 
     def train_batches(self, batch_size: int, sequence_length: int, seed: int) -> TrainBatches:
-        """Endless shuffled windows of the training stream; UserError where it is too short."""
+        """Endless batches of shuffled training windows; UserError where the text is too short."""
         _check_sizes(batch_size, sequence_length)
         have, need = len(self.train.token_N), sequence_length + 1
         if have < need:
@@ -107,16 +112,21 @@ class PreparedData:
         max_bytes: int | None = None,
         causal: bool = True,
     ) -> ValidationBatches:
-        """The held-out documents, every token scored once.
+        """Batches of the held-out documents, in which every token is scored once.
 
         Args:
-            stride: by how much the windows of a long document advance; each scored token but the
-                document's first `sequence_length` has at least `sequence_length - stride` tokens
-                before it. The default is half the sequence.
-            max_bytes: score only so much text: documents in a fixed random order, the last one
-                cut. It is the same text for every batch size and sequence length and, but for
-                where the cut falls, for every tokenizer.
-            causal: targets are the next tokens; else the tokens themselves, for masked ones.
+            batch_size: B.
+            sequence_length: T.
+            stride: tokens from one window of a long document to the next. Each scored token, those
+                of the document's first window aside, has at least T - stride tokens before it.
+                The default is T // 2.
+            max_bytes: bytes of text to score at most: documents in a fixed random order, the last
+                one cut. The text is the same for every batch size and sequence length and, but for
+                the place of the cut, for every tokenizer.
+            causal: whether targets are the next tokens, or the tokens themselves (masked ones).
+
+        Raises:
+            UserError: a stride or max_bytes out of range; no text to score.
         """
         _check_sizes(batch_size, sequence_length)
         stride = sequence_length // 2 if stride is None else stride
@@ -153,7 +163,7 @@ class PreparedData:
 
 
 def seldom(say: Say, seconds: float = 10.0) -> Say:
-    """Says a line where the one before it is so long ago; of lines that come thick and fast."""
+    """A `say` that drops lines within `seconds` of the last one it has printed."""
     last = time.monotonic()
 
     def now_and_then(line: str) -> None:
@@ -174,7 +184,7 @@ def _check_sizes(batch_size: int, sequence_length: int) -> None:
 
 @gin.configurable
 class TextData:
-    """Settings of a run's text; nothing is read before `prepare`.
+    """A run's text: its corpus, tokenizer and split. Nothing is read before `prepare`.
 
     Args:
         corpus: where the text comes from, such as `StandardLibrary()`.
@@ -209,15 +219,17 @@ class TextData:
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
 
     def prepare(self, say: Say = lambda line: None) -> PreparedData:
-        """Read, split and tokenise the text, or find it in the cache; `say` tells of each phase.
+        """Read, split and tokenise the text, or load its tokens from the cache.
+
+        say: prints each phase.
 
         Raises:
-            UserError: for text that is missing, empty, not UTF-8 or cannot be split, or that the
-                tokenizer does not give back.
+            UserError: text that is missing, empty, not UTF-8, can't be split, or is lost by the
+                tokenizer.
         """
         say(f"reading the corpus {self.corpus.name}")
-        train, validation = self._parts()
-        self._tell(train, validation, say)
+        train, validation = self._splits()
+        self._report(train, validation, say)
         now_and_then = seldom(say)
         say(f"fitting the tokenizer to {train.num_bytes:,} bytes")
         tokenizer = self.tokenizer.fit(train.texts, self.cache_dir, train.sha256, now_and_then)
@@ -229,20 +241,20 @@ class TextData:
             tokenizer=tokenizer,
             train=train_stream,
             validation=validation_stream,
-            train_part=train,
-            validation_part=validation,
+            train_split=train,
+            validation_split=validation,
             isolate_documents=self.isolate_documents,
             cache_dir=self.cache_dir,
             shares=shares_of(self.corpus, train, train_stream),
         )
 
-    def _parts(self) -> tuple[Part, Part]:
+    def _splits(self) -> tuple[Split, Split]:
         if self.validation_corpus is None:
             return split(self.corpus, self.validation_fraction, self.split_seed)
         return whole(self.corpus), whole(self.validation_corpus)
 
-    def _tell(self, train: Part, validation: Part, say: Say) -> None:
-        """What was left out, and held-out text that is training text, too."""
+    def _report(self, train: Split, validation: Split, say: Say) -> None:
+        """Say what was left out, and which held-out documents are training documents, too."""
         for line in dict.fromkeys((*left_out_of(train.corpus), *left_out_of(validation.corpus))):
             say(line)
         twice = in_both(train, validation)
@@ -255,12 +267,12 @@ class TextData:
             f"in the training text too, word for word: {names}"
         )
 
-    def _stream(self, part: Part, tokenizer: Tokenizer, say: Say) -> TokenStream:
-        key = part.sha256, tokenizer.fingerprint
-        return token_stream(part.documents, tokenizer, key=key, cache_dir=self.cache_dir, say=say)
+    def _stream(self, chosen: Split, tokenizer: Tokenizer, say: Say) -> TokenStream:
+        key = chosen.sha256, tokenizer.fingerprint
+        return token_stream(chosen.documents, tokenizer, key=key, cache_dir=self.cache_dir, say=say)
 
     def _info(
-        self, train: Part, validation: Part, train_tokens: TokenStream, held_out: TokenStream
+        self, train: Split, validation: Split, train_tokens: TokenStream, held_out: TokenStream
     ) -> DataInfo:
         sha256, name, documents = digest_of(train.entries), train.corpus.name, len(train.entries)
         if self.validation_corpus is not None:

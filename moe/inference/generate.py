@@ -1,4 +1,4 @@
-"""Text from a model: each token from a whole forward pass over the last T tokens.
+"""Generates text: each token by a forward pass over the last T tokens, without a cache.
 
 B samples, T tokens of context, V vocabulary.
 """
@@ -19,14 +19,20 @@ from routing.inputs import Tokens
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """temperature 0 takes the likeliest token; top_k and top_p cut the tail off."""
+    """How a token is drawn from the model's logits.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: draw from this many likeliest tokens; from all where None.
+        top_p: draw from the fewest likeliest tokens with this much probability; all where None.
+    """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
 
     def draw(self, logits_BV: jax.Array, key: jax.Array) -> jax.Array:
-        """One token for every row, int32 (B,)."""
+        """A token for each row, int32 (B,)."""
         if self.temperature == 0:
             return jnp.argmax(logits_BV, axis=-1)
         logits_BV = logits_BV / self.temperature
@@ -39,10 +45,13 @@ class Sampling:
 
 
 def nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
-    """The fewest likeliest tokens whose probabilities reach top_p (Holtzman et al. 2020)."""
+    """The logits (B, V), with -inf for all but the fewest likeliest tokens that reach top_p.
+
+    Nucleus sampling (Holtzman et al. 2020).
+    """
     order_BV = jnp.argsort(-logits_BV, axis=-1)
     prob_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, -1))
-    # A token stays when those before it don't reach top_p yet; so the first always stays.
+    # A token is kept while those before it don't reach top_p; so the first is always kept.
     keep_BV = jnp.cumsum(prob_BV, axis=-1) - prob_BV < max(top_p, 1e-9)
     keep_BV = jnp.take_along_axis(keep_BV, jnp.argsort(order_BV, axis=-1), -1)
     return jnp.where(keep_BV, logits_BV, -jnp.inf)
@@ -61,12 +70,19 @@ def generate(
     sampling: Sampling = Sampling(),
     seed: int = 0,
 ) -> list[str]:
-    """`count` continuations of the prompt (each with the prompt), at most `tokens` tokens long.
+    """Texts of the prompt and its continuation, which ends early where the model ends the document.
 
-    A continuation ends early where the model ends the document.
+    Args:
+        model, params, router_state, tokenizer: of a restored or trained run.
+        prompt: the text to continue; empty for the start of a document.
+        tokens: how many tokens are generated at most.
+        count: number of texts.
+        context: T, the tokens that the model sees.
+        sampling: how tokens are drawn.
+        seed: of the draws.
 
     Raises:
-        UserError: for a model that doesn't predict the next token, or looks at it first.
+        UserError: the model doesn't predict the next token, or its router sees it.
     """
     if not model.objective.causal:
         raise UserError(
@@ -97,7 +113,7 @@ def generate(
 def _next_token(
     model: AbstractModel, sampling: Sampling, params, router_state, window_BT, length, key
 ):
-    """int32 (B,): what follows the first `length` tokens of each window."""
+    """A token, int32 (B,), to follow the first `length` tokens of each window (B, T)."""
     module = model.graph.merge(params, router_state)
     count, context = window_BT.shape
     place_BT = jnp.broadcast_to(jnp.arange(context, dtype=jnp.int32)[None], window_BT.shape)

@@ -1,8 +1,8 @@
-"""Compiled programs are kept on disk, so that a command compiles no program a second time.
+"""A cache of compiled programs on disk, so that no command compiles the same program twice.
 
-JAX's own persistent cache, in the user's cache folder, bounded. Where it can't be had (a folder
-that can't be written), everything works without it. `JAX_COMPILATION_CACHE_DIR` names another
-folder, `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
+It is JAX's persistent cache, in the user's cache folder and bounded in size. Where that folder
+can't be written, programs are compiled without a cache. `JAX_COMPILATION_CACHE_DIR` names another
+folder, `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ SETTINGS = {
 
 
 def prepare() -> None:
-    """Sets what the environment doesn't set yet; to be called before jax is imported."""
+    """Set the cache's environment variables, unless they are set; before jax is imported."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     folder = default_cache_dir() / "compiled"
@@ -35,19 +35,19 @@ def prepare() -> None:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    if importlib.util.find_spec("filelock"):  # which JAX needs to keep a bound
+    if importlib.util.find_spec("filelock"):  # JAX needs it to bound the size
         os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(MAX_BYTES))
 
 
 @dataclasses.dataclass
 class Counts:
-    """Programs that came from the cache, and those that were compiled for it."""
+    """Programs that were found in the cache (hits), and compiled and added to it (misses)."""
 
     hits: int = 0
     misses: int = 0
 
     def since(self, before: "Counts") -> str:
-        """Such as " (2 of 3 programs from the cache)"; empty where no cache was asked."""
+        """A note such as " (2 of 3 programs from the cache)"; empty where it was not used."""
         hits, misses = self.hits - before.hits, self.misses - before.misses
         if not hits + misses:
             return ""
@@ -58,7 +58,7 @@ class Counts:
 
 @functools.cache
 def _counted() -> Counts:
-    """Counts from its first call on: JAX's listeners stay for good."""
+    """The counts since the first call; cached, since JAX's listeners can't be removed."""
     from jax import monitoring
 
     counts = Counts()
@@ -72,5 +72,5 @@ def _counted() -> Counts:
 
 
 def counts() -> Counts:
-    """What was asked of the cache since the first call in this process."""
+    """Hits and misses since the first call of this function in this process."""
     return dataclasses.replace(_counted())

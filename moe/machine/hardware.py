@@ -1,4 +1,4 @@
-"""What this machine is and what it can do: measured, not looked up."""
+"""This machine's devices, memory and matmul speed, measured rather than looked up."""
 
 import os
 from pathlib import Path
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 
 def matmul_peak(dtype: str = "float32", seconds: float = 0.5) -> float:
-    """FLOP/s of a large square matmul: the median of repeated runs on one device.
+    """FLOP/s of a large square matmul on all devices, from the median of repeated runs on one.
 
-    Accelerators get a larger matrix; virtual CPU devices share one machine, so that one device's
-    figure is the machine's.
+    Virtual CPU devices share one processor, so that one device's figure is already the machine's.
+    seconds: how long to measure.
     """
     size = 2048 if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((size, size), dtype)
@@ -31,7 +31,7 @@ def matmul_peak(dtype: str = "float32", seconds: float = 0.5) -> float:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory in use so far: on the fullest device, or of this process on CPU."""
+    """Peak memory in use so far: on the fullest device, or of this process on CPU."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     used = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
     if used:
@@ -40,7 +40,7 @@ def peak_memory_bytes() -> int:
 
 
 def memory_bytes() -> int | None:
-    """Of all local devices together, or of this machine on CPU; None where nobody says."""
+    """Memory of all local devices together, or of this machine on CPU; None where it is unknown."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     limits = [s["bytes_limit"] for s in stats if s and "bytes_limit" in s]
     if limits:
@@ -52,7 +52,7 @@ def memory_bytes() -> int | None:
 
 
 def describe_device() -> str:
-    """Such as "1 x NVIDIA H100", or "1 x cpu (AMD EPYC, 2 cores)"."""
+    """The devices in a few words: "1 x NVIDIA H100", or "1 x cpu (AMD EPYC, 2 cores)"."""
     devices = jax.devices()
     name = f"{len(devices)} x {devices[0].device_kind}"
     if devices[0].platform != "cpu":
@@ -61,7 +61,7 @@ def describe_device() -> str:
 
 
 def _processor() -> str:
-    """The processor's name where Linux tells it, else its architecture."""
+    """The processor's name on Linux, elsewhere its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

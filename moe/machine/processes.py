@@ -1,4 +1,8 @@
-"""Several processes that train together: joining, the rows each one reads, what all agree on."""
+"""Several processes that train together: how they meet, which rows each reads, what all agree on.
+
+A collective function (`any_process`, `minimum`, `gathered`) returns only when every process of the
+run has called it.
+"""
 
 from typing import Any
 
@@ -7,18 +11,21 @@ import numpy as np
 
 from moe.errors import UserError
 
-# Larger parameters are not brought together in every host's memory.
+# Larger parameters are not gathered in every process's memory.
 MOST_GATHERED_BYTES = 8 * 2**30
 
 
 def join(processes: str | None, coordinator: str | None, process: int | None) -> None:
-    """Meet the other processes of the run, before JAX looks for devices.
+    """Connect to the run's other processes; to be called before JAX looks for devices.
 
-    processes: "auto" on TPU pods, Slurm, Open MPI and Kubernetes, which tell the rest; else how
-        many there are, where coordinator is HOST:PORT of the first one and process counts from 0.
+    Args:
+        processes: their number, or "auto" on TPU pods, Slurm, Open MPI and Kubernetes, which
+            provide the other two; None for a single process.
+        coordinator: HOST:PORT where the first process listens.
+        process: the index of this process, from 0.
 
     Raises:
-        UserError: flags that don't go together, or the others can't be reached.
+        UserError: flags that don't go together, or processes that can't be reached.
     """
     if processes is None:
         if coordinator is not None or process is not None:
@@ -54,29 +61,29 @@ def join(processes: str | None, coordinator: str | None, process: int | None) ->
 
 
 def is_first() -> bool:
-    """True in the one process that writes and prints."""
+    """Whether this is the process that writes and prints."""
     return jax.process_index() == 0
 
 
 def rows(where: jax.sharding.Sharding, batch_size: int) -> slice:
-    """The rows of a batch that this process's devices hold, and those between them."""
+    """The smallest range of a batch's rows with all those that this process's devices hold."""
     held = where.addressable_devices_indices_map((batch_size,)).values()
     ends = [index[0].indices(batch_size) for index in held]  # pyright: ignore[reportOptionalSubscript]
     return slice(min(start for start, _, _ in ends), max(stop for _, stop, _ in ends))
 
 
-def any_says(*flags: bool) -> list[bool]:
-    """For each flag whether it is set in any process; all of them have to ask."""
+def any_process(*flags: bool) -> list[bool]:
+    """For each flag, whether it is set in any process. Collective."""
     return [bool(column.any()) for column in _of_all(flags).T]
 
 
-def least(number: int) -> int:
-    """The smallest of all processes' numbers; all of them have to ask."""
+def minimum(number: int) -> int:
+    """The smallest of all processes' numbers. Collective."""
     return int(_of_all(number).min())
 
 
 def _of_all(value: Any) -> np.ndarray:
-    """Every process's value, one a row."""
+    """The values of all processes, stacked along a new first axis."""
     if jax.process_count() == 1:
         return np.array(value)[None]
     from jax.experimental import multihost_utils
@@ -85,7 +92,10 @@ def _of_all(value: Any) -> np.ndarray:
 
 
 def gathered(tree: Any) -> Any:
-    """Whole arrays in every process's memory; None where they are too large. All have to ask."""
+    """The tree with whole arrays, in every process's memory; None where they are too large.
+
+    Collective.
+    """
     if jax.process_count() == 1:
         return tree
     from jax.experimental import multihost_utils

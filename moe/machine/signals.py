@@ -1,4 +1,4 @@
-"""Being asked to stop: the step is finished and saved first."""
+"""SIGINT and SIGTERM, remembered so that a run can finish its step and save before it stops."""
 
 from collections.abc import Iterator
 import contextlib
@@ -6,7 +6,7 @@ import signal
 
 
 class Signals:
-    """True once SIGINT or SIGTERM came; a second one ends the program at once."""
+    """True once SIGINT or SIGTERM was received; `signal` is its number."""
 
     signal: int | None = None
 
@@ -16,7 +16,10 @@ class Signals:
 
 @contextlib.contextmanager
 def catching_signals() -> Iterator[Signals]:
-    """Finish the step and save when asked to stop. Only in the main thread."""
+    """Remember the first SIGINT or SIGTERM during the block; a second one acts as usual.
+
+    Outside the main thread, where signals can't be handled, this does nothing.
+    """
     caught, old = Signals(), {}
 
     def remember(number, frame):
@@ -26,7 +29,7 @@ def catching_signals() -> Iterator[Signals]:
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             old[number] = signal.signal(number, remember)
-    except ValueError:  # not the main thread: a notebook's worker, say
+    except ValueError:  # not the main thread
         old.clear()
     try:
         yield caught

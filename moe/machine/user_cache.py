@@ -1,4 +1,4 @@
-"""The folder of a user's caches: data, tokenizers, token files and compiled programs."""
+"""The folder of a user's caches: tokenizers, token files, baselines and compiled programs."""
 
 import os
 from pathlib import Path

@@ -1,24 +1,26 @@
-"""XLA flags for programs that run little: read before jax is imported, they cut compile time to a
-fifth and change nothing before XLA's last stage, the machine code."""
+"""XLA flags for programs that run little: they cut compile time to a fifth.
+
+They change nothing before XLA's last stage, the generation of machine code.
+"""
 
 from importlib.metadata import version
 import os
 
 
 def flags(devices: int) -> list[str]:
-    """For so many virtual CPU devices."""
+    """The flags, with this number of virtual CPU devices."""
     found = [
         f"--xla_force_host_platform_device_count={devices}",
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
     ]
-    if version("jax").startswith("0.10."):  # XLA refuses names that it does not know
+    if version("jax").startswith("0.10."):  # XLA refuses unknown names
         found.append("--xla_cpu_use_fusion_emitters=false")
     return found
 
 
 def prepare(devices: int) -> None:
-    """Sets what XLA_FLAGS doesn't set yet."""
+    """Add to XLA_FLAGS what it doesn't set yet; to be called before jax is imported."""
     given = os.environ.get("XLA_FLAGS", "")
     missing = [flag for flag in flags(devices) if flag.split("=")[0] not in given]
     os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()

@@ -1,4 +1,4 @@
-"""TPU chips: what one of them has, by Google Cloud's pages on TPU versions."""
+"""TPU chips and slices of them, with the figures of Google Cloud's pages on TPU versions."""
 
 from dataclasses import dataclass
 import math
@@ -9,14 +9,14 @@ from moe.errors import nearest
 
 @dataclass(frozen=True)
 class Chip:
-    """Of one chip: bfloat16 FLOP/s, bytes of memory, bytes/s of memory and of the interconnect."""
+    """The peak figures of one TPU chip."""
 
-    flops: float
-    memory: float
-    memory_bandwidth: float
-    interconnect: float
+    flops: float  # bfloat16, per second
+    memory: float  # bytes
+    memory_bandwidth: float  # bytes per second
+    interconnect: float  # bytes per second, over all links
     dimensions: int  # of the torus
-    devices: int = 1  # as which JAX sees it, each with its share of all this
+    devices: int = 1  # JAX devices on the chip, among which all figures are divided
 
 
 GIB = 2**30
@@ -31,7 +31,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice, such as v5p:8x8x16, or several that are alike, such as 2*v5p:8x8x16."""
+    """A TPU slice, such as v5p:8x8x16, or several equal ones, such as 2*v5p:8x8x16."""
 
     name: str
     chip: Chip
@@ -40,7 +40,7 @@ class Topology:
 
     @property
     def slice_name(self) -> str:
-        """Of one of the slices."""
+        """The name of one of the slices."""
         return self.name.split("*")[-1]
 
     @property
@@ -53,12 +53,12 @@ class Topology:
         return self.share(self.chip.memory)
 
     def share(self, of_chip: float) -> float:
-        """What one device has of what a chip has."""
+        """One device's share of a chip's figure."""
         return of_chip / self.chip.devices
 
     @classmethod
     def read(cls, name: str) -> "Topology":
-        """From KIND:AxBxC, N*KIND:AxBxC or KIND-N; ValueError for what is no slice."""
+        """Parse KIND:AxBxC, N*KIND:AxBxC or KIND-N; ValueError where that names no slice."""
         number, _, one = name.rpartition("*")
         one = shape_of_accelerator(one)
         if number and not re.fullmatch(r"[1-9]\d*", number):
@@ -68,33 +68,33 @@ class Topology:
             hint = nearest(kind, CHIPS) or f"; one of {', '.join(CHIPS)}"
             raise ValueError(f"--topology={name}: no TPU is called {kind!r}{hint}")
         chip = CHIPS[kind]
-        parts = shape.split("x")
-        if not re.fullmatch(r"\d+(x\d+)*", shape) or len(parts) != chip.dimensions:
+        sides = shape.split("x")
+        if not re.fullmatch(r"\d+(x\d+)*", shape) or len(sides) != chip.dimensions:
             example = "x".join(["4"] * chip.dimensions)
             raise ValueError(f"--topology={name}: {kind} has slices such as {kind}:{example}")
         slices = int(number or 1)
         name = f"{number}*{one}" if number else one
-        return cls(name, chip, slices * math.prod(map(int, parts)), slices)
+        return cls(name, chip, slices * math.prod(map(int, sides)), slices)
 
 
 def shape_of_accelerator(name: str) -> str:
-    """KIND:AxB of Google Cloud's accelerator type KIND-N; any other name as it is.
+    """The slice KIND:AxB of Google Cloud's accelerator type KIND-N; other names are returned as is.
 
-    N counts chips (v5e, v6e) or cores, two a chip (v4, v5p, tpu7x). The slice is the most nearly
-    cubic one, whose sides are powers of two: v5e-8 is v5e:2x4, v5p-64 is v5p:2x4x4.
+    N counts chips (v5e, v6e) or cores, two per chip (v4, v5p, tpu7x). The slice has sides that are
+    powers of two, as equal as possible: v5e-8 is v5e:2x4, v5p-64 is v5p:2x4x4.
     """
     match = re.fullmatch(r"(v5litepod|\w+)-(\d+)", name)
     if match is None:
         return name
     kind, number = match[1].replace("v5litepod", "v5e"), int(match[2])
     if kind not in CHIPS:
-        return f"{kind}:"  # whose refusal names the kinds there are
+        return f"{kind}:"  # Topology.read refuses it and names the kinds
     dimensions = CHIPS[kind].dimensions
-    chips, rest = divmod(number, dimensions - 1)  # of three dimensions are those named by cores
+    chips, rest = divmod(number, dimensions - 1)  # kinds with a 3D torus count cores
     if rest or chips < 1 or chips & (chips - 1):
         return f"{kind}:"
     sides = [1] * dimensions
-    if dimensions == 3 and chips >= 4:  # a board: the smallest slice of these
+    if dimensions == 3 and chips >= 4:  # a board of four is their smallest slice
         sides, chips = [1, 2, 2], chips // 4
     while chips > 1:
         sides, chips = sorted([2 * min(sides), *sorted(sides)[1:]]), chips // 2

@@ -1,4 +1,7 @@
-"""Reading a compiled program's text: which collectives it runs, how often, over which mesh axes."""
+"""Reads a compiled program's HLO text: its collectives, how often each runs, over which mesh axes.
+
+Sizes in bytes are those of one device.
+"""
 
 from dataclasses import dataclass
 import math
@@ -18,7 +21,7 @@ _WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 _EXCHANGE = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (.*?) (?:ragged-)?all-to-all(-start)?\(")
 _DONE = re.compile(r" (?:ragged-)?all-to-all-done\(%?([\w.-]+)\)")
 _FLOATS = re.compile(r"(?:bf16|f16|f32)\[")
-_PRODUCT = re.compile(r"dot_general|ragged[_-]dot")
+_MATMUL = re.compile(r"dot_general|ragged[_-]dot")
 _CALLED = re.compile(r"(?:calls|to_apply|branch_computations)=\{?((?:%?[\w.-]+(?:, )?)+)")
 
 
@@ -26,8 +29,12 @@ _CALLED = re.compile(r"(?:calls|to_apply|branch_computations)=\{?((?:%?[\w.-]+(?
 class Collective:
     """One collective of the program.
 
-    bytes: of its result on one device; times: how often a step runs it; devices: of a group;
-    axes: the mesh axes in which those differ, such as "fsdp+expert".
+    Attributes:
+        kind: one of COLLECTIVES.
+        axes: the mesh axes that the devices of a group differ in, such as "fsdp+expert".
+        devices: how many a group has.
+        bytes: size of the result on one device.
+        times: how often one run of the program runs it.
     """
 
     kind: str
@@ -38,7 +45,7 @@ class Collective:
 
     @property
     def moved(self) -> float:
-        """Bytes that one device sends in a step, by the best known way of doing it."""
+        """Bytes that one device sends in one run of the program, by the best known algorithm."""
         n = max(self.devices, 1)
         share = {
             "all-reduce": 2 * (n - 1) / n,
@@ -49,7 +56,7 @@ class Collective:
 
 
 def collectives(text: str, axis_names: tuple[str, ...], sizes: tuple[int, ...]) -> list[Collective]:
-    """Every collective of a compiled program, for a mesh of these axes."""
+    """Every collective of a compiled program, for a mesh with axes of these names and sizes."""
     bodies = computations(text)
     times = runs(bodies)
     found = []
@@ -59,7 +66,7 @@ def collectives(text: str, axis_names: tuple[str, ...], sizes: tuple[int, ...]) 
                 shapes, kind, start, rest = match.groups()
                 group = group_of(rest, sizes)
                 axes = axes_of(group, axis_names, sizes)
-                if start and shapes.startswith("(("):  # ((what it sends), what it gets, flags)
+                if start and shapes.startswith("(("):  # ((operands), result, flags)
                     shapes = shapes.partition("), ")[2].replace("u32[]", "")
                 size = result_bytes(shapes, whole=kind == "all-to-all")
                 found.append(Collective(kind, axes, len(group), size, times.get(name, 1)))
@@ -67,7 +74,7 @@ def collectives(text: str, axis_names: tuple[str, ...], sizes: tuple[int, ...]) 
 
 
 def by_kind(found: list[Collective]) -> list[dict[str, Any]]:
-    """Those of one kind over the same axes together: how many there are, runs, bytes moved."""
+    """A row for each kind and axes: the number of collectives, their runs, and bytes moved."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for one in found:
         start = {"kind": one.kind, "axes": one.axes, "count": 0, "times": 0, "moved": 0.0}
@@ -80,16 +87,16 @@ def by_kind(found: list[Collective]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Exchange:
-    """An all-to-all of rows: the names of the products that run while it is under way."""
+    """An all-to-all of rows, and the names of the matmuls between its start and its end."""
 
     name: str
-    products: tuple[str, ...]
+    matmuls: tuple[str, ...]
 
 
 def exchanges(text: str) -> list[Exchange]:
-    """Every all-to-all of floating-point numbers, in a compiled program's own order.
+    """Every all-to-all of floating-point numbers, in the order of a compiled program.
 
-    One that the program waits for has no products.
+    An all-to-all that the program waits for has no matmuls.
     """
     found = []
     for lines in computations(text).values():
@@ -103,19 +110,19 @@ def exchanges(text: str) -> list[Exchange]:
             elif (done := _DONE.search(line)) and done[1] in started:
                 first = started[done[1]]
                 between = (name_of(line) for line in lines[first + 1 : number])
-                products = tuple(name for name in between if _PRODUCT.search(name))
-                found.append(Exchange(name_of(lines[first]), products))
+                matmuls = tuple(name for name in between if _MATMUL.search(name))
+                found.append(Exchange(name_of(lines[first]), matmuls))
     return found
 
 
 def name_of(line: str) -> str:
-    """What an instruction stands for in the model's source: op_name, or nothing."""
+    """An instruction's op_name, which names the place in the model's source; empty without one."""
     match = re.search(r'op_name="([^"]*)"', line)
     return match[1] if match else ""
 
 
 def computations(text: str) -> dict[str, list[str]]:
-    """The program's functions by name, with their lines; the one that is run is ENTRY."""
+    """The lines of each of the program's functions, by name; the main function is ENTRY."""
     found: dict[str, list[str]] = {}
     inside = None
     for line in text.splitlines():
@@ -129,7 +136,7 @@ def computations(text: str) -> dict[str, list[str]]:
 
 
 def runs(bodies: dict[str, list[str]]) -> dict[str, int]:
-    """How often each function runs in one run of the program; a loop of unknown length once."""
+    """How often each function runs in one run of the program; unknown loops count once."""
     calls: dict[str, list[tuple[str, int]]] = {name: [] for name in bodies}
     for name, lines in bodies.items():
         for line in lines:
@@ -149,13 +156,16 @@ def runs(bodies: dict[str, list[str]]) -> dict[str, int]:
 
 
 def trips(condition: list[str]) -> int:
-    """Of a loop that counts up to the one constant of its condition; 1 for any other."""
+    """Iterations of a loop that counts up to the only constant of its condition, else 1."""
     limits = {match[1] for line in condition if (match := re.search(r" constant\((\d+)\)", line))}
     return int(limits.pop()) if len(limits) == 1 else 1
 
 
 def result_bytes(shapes: str, *, whole: bool = False) -> int:
-    """Of the largest array among a result's, such as (f32[8,16]{1,0}, f32[64,16]{1,0}), or all."""
+    """Bytes of the largest array of a result such as (f32[8,16]{1,0}, f32[64,16]{1,0}).
+
+    whole: of all arrays together.
+    """
     sizes = [
         BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
         for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
@@ -164,12 +174,12 @@ def result_bytes(shapes: str, *, whole: bool = False) -> int:
 
 
 def group_of(attributes: str, sizes: tuple[int, ...]) -> list[int]:
-    """The devices of the first group of a collective, by any of the ways XLA writes them."""
+    """The devices of a collective's first group, in any of the notations of XLA."""
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return [int(n) for n in listed[1].split(",")]
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if iota:
-        shape, dims = ([int(n) for n in part.split(",")] for part in iota.groups()[:2])
+        shape, dims = ([int(n) for n in text.split(",")] for text in iota.groups()[:2])
         ids = np.arange(math.prod(dims)).reshape(dims)
         ids = ids.transpose([int(n) for n in iota[3].split(",")]) if iota[3] else ids
         return ids.reshape(shape)[0].tolist()
@@ -178,28 +188,31 @@ def group_of(attributes: str, sizes: tuple[int, ...]) -> list[int]:
         return _group_of_axes(*named.groups())
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
         return [int(n) for n in pairs.groups()]
-    return list(range(math.prod(sizes)))  # no groups are one of all devices
+    return list(range(math.prod(sizes)))  # without groups, one of all devices
 
 
 def _group_of_axes(mesh: str, chosen: str) -> list[int]:
-    """Of mesh['a'=2,'b'=4] {'b'}; 'b':(2)2 is the part of b with 2 before it, of size 2."""
+    """The first group over the axes `chosen` of a mesh, such as "'a'=2,'b'=4" and "'b'".
+
+    'b':(2)2 stands for a sub-axis of b: of size 2, below a sub-axis of size 2.
+    """
     axes = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)]
     ids = np.arange(math.prod(size for _, size in axes)).reshape([size for _, size in axes])
-    picked = {
+    sub_axes = {
         name: (int(before or 1), int(size) if size else None)
         for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen)
     }
     index: list[Any] = []
     for name, size in axes:
-        before, part = picked.get(name, (1, 1))
-        part = size if part is None else part
-        step = size // before // part  # devices that lie between two neighbours of the group
-        index.append(slice(0, part * step, step))
+        before, length = sub_axes.get(name, (1, 1))
+        length = size if length is None else length
+        stride = size // before // length  # between two neighbours of the group
+        index.append(slice(0, length * stride, stride))
     return ids[tuple(index)].ravel().tolist()
 
 
 def axes_of(group: list[int], names: tuple[str, ...], sizes: tuple[int, ...]) -> str:
-    """The mesh axes in which a group's devices differ; "none" of one device."""
+    """The mesh axes in which a group's devices differ; "none" for a group of one device."""
     places = np.stack(np.unravel_index(group, sizes))
     differ = [name for name, row in zip(names, places, strict=True) if len(set(row)) > 1]
     return "+".join(differ) or "none"

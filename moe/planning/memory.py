@@ -1,4 +1,4 @@
-"""What a training step holds on one device, by counting: an estimate where no compiler is at hand.
+"""Memory of a training step on one device, counted from shapes: an estimate without the compiler.
 
 D model width, F hidden width.
 """
@@ -30,17 +30,19 @@ SCORE_BYTES = 10  # of an attention score: float32 twice, and once in the comput
 def step_bytes(
     model: AbstractModel, program: Program, sequences: int, accumulate: int
 ) -> dict[str, int]:
-    """Bytes by kind on one device at the fullest moment of a step.
+    """Peak bytes of a training step on one device, by kind.
 
-    A program keeps, beside its state, the parameters in the compute type and what each layer saves
-    for its backward pass (its residuals, traced on one device's tokens); then the gradients (twice
-    with several micro-batches). One layer at a time has its weights put together from fsdp's parts,
-    and what its own backward pass works with. Or the head is the fullest moment.
+    Peak = state + parameters in the compute type + residuals (traced on one device's tokens) +
+    max(gradients (twice with several micro-batches) and one layer's all-gathered weights and
+    backward workspace, LM head with logits).
 
-    Only the state where a tensor or sequence axis cuts what a layer works with. Not counted: what
-    mixes tokens into soft slots, and rows from other devices that a remat policy keeps.
+    On a mesh with a tensor or sequence axis, only the state is counted. Left out everywhere: the
+    mixing weights of soft slots, and rows from other devices that a remat policy keeps.
 
-    sequences: of a micro-batch, on all devices.
+    Args:
+        model, program: of the run.
+        sequences: in a micro-batch, over all devices.
+        accumulate: micro-batches per step.
     """
     module, state = model.module, program.abstract_state
     mesh, dtype = program.batch_sharding.mesh.shape, DTYPES[module.compute_dtype]
@@ -66,7 +68,7 @@ def step_bytes(
     logits = min(ACCELERATOR_BLOCK_LOGITS, math.prod(shape) * module.vocab_size)
     moments = (
         {"gradients": parameters * (1 if accumulate == 1 else 2), "one_layer": layer},
-        # Before there is any gradient: logits, and the head with its own.
+        # Before any other gradient exists: the logits, and the head with its gradient.
         {"head": 4 * logits + module.vocab_size * module.d_model * (small + 4)},
     )
     found |= {
@@ -83,7 +85,10 @@ def _on_one(leaf) -> int:
 
 
 def _saved(stack: Stack, shape: tuple[int, int], width: int, dtype) -> int:
-    """What one unit keeps between its forward and its backward pass."""
+    """Bytes of residuals that one unit keeps from its forward to its backward pass.
+
+    shape: sequences and tokens on one device.
+    """
     graphdef, state = nnx.split(stack.unit)
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), state)
 
@@ -100,11 +105,11 @@ def _saved(stack: Stack, shape: tuple[int, int], width: int, dtype) -> int:
         return jax.vjp(lambda state, x_BTD: forward(state, x_BTD, tokens), state, x_BTD)[1]
 
     x_BTD: Any = jax.ShapeDtypeStruct((*shape, width), dtype)
-    kept = jax.tree.leaves(jax.eval_shape(residuals, one, x_BTD, abstract_tokens(shape)))
+    saved = jax.tree.leaves(jax.eval_shape(residuals, one, x_BTD, abstract_tokens(shape)))
     weights = [leaf.shape for leaf in jax.tree.leaves(one)]
     total = 0
-    for leaf in kept:
-        if leaf.shape in weights:  # they are there anyway
+    for leaf in saved:
+        if leaf.shape in weights:  # counted with the parameters
             weights.remove(leaf.shape)
         elif not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             total += math.prod(leaf.shape) * leaf.dtype.itemsize
@@ -112,9 +117,9 @@ def _saved(stack: Stack, shape: tuple[int, int], width: int, dtype) -> int:
 
 
 def _gathered(params, prefix: str, mesh: Mapping[str, int], small: int) -> int:
-    """A stack's weights, put together from fsdp's parts, in the compute type.
+    """Bytes of a stack's weights, all-gathered over the fsdp axis, in the compute type.
 
-    Their gradients are added up in parts, as they come.
+    small: bytes of a number of that type. Gradients are reduce-scattered and need no such room.
     """
     count = 0
     for name, leaf in params.items():
@@ -124,7 +129,7 @@ def _gathered(params, prefix: str, mesh: Mapping[str, int], small: int) -> int:
 
 
 def _working(block: Block, model: AbstractModel, mesh, shape: tuple[int, int], small: int) -> int:
-    """What a block's backward pass works with, attention or feed-forward, whichever is more."""
+    """Bytes of a block's backward workspace: the larger one of attention and feed-forward."""
     attention, sequences = block.attention, shape[0]
     queries = min(shape[1], attention.chunk or shape[1])
     scores = SCORE_BYTES * sequences * attention.query_DHK.shape[-2] * queries * shape[1]
@@ -132,10 +137,10 @@ def _working(block: Block, model: AbstractModel, mesh, shape: tuple[int, int], s
 
 
 def _rows(layer, model: AbstractModel, mesh, tokens: int) -> Iterator[int]:
-    """How many numbers a feed-forward works with: rows of width D and of hidden width F.
+    """Numbers in a feed-forward's backward workspace, of its shared expert and its experts in turn.
 
-    Of a row at its expert: what goes in and comes out and their gradients; on its way: a copy of
-    it and of its gradient. Of hidden units: before and after the activation, and the gradients.
+    A row at its expert counts 4 D (input, output and their gradients), and F for each array around
+    the activation; a row in a send buffer counts 2 D (itself and its gradient).
     """
     width = model.module.d_model
     if not isinstance(layer, MoELayer):
@@ -148,18 +153,19 @@ def _rows(layer, model: AbstractModel, mesh, tokens: int) -> Iterator[int]:
     sent = round(tokens * model.costs.rows_per_token)
     if isinstance(layer.dispatcher, Sorted):
         devices, dispatcher = mesh["expert"], layer.dispatcher
-        came = devices * dispatcher.most_rows(sent, devices)
+        received = devices * dispatcher.most_rows(sent, devices)
         if dispatcher.buffer is not None and dispatcher.overflow == "exact" and devices > 1:
-            came += devices * sent  # the second exchange has room for all
+            received += devices * sent  # overflow has room for all rows
     elif layer.capacity.factor is None:
-        came = tokens * layer.num_experts
+        received = tokens * layer.num_experts
     else:
-        came = min(round(sent * layer.capacity.factor), tokens * layer.num_experts)
+        received = min(round(sent * layer.capacity.factor), tokens * layer.num_experts)
     experts = layer.experts
     width = experts.row_width or width
     hidden = _arrays(experts.activation) * experts.hidden_width
-    yield 2 * sent * width + came * (4 * width + hidden)
+    yield 2 * sent * width + received * (4 * width + hidden)
 
 
 def _arrays(activation: str) -> int:
+    """Arrays of hidden width in the backward pass: around the activation, and their gradients."""
     return 6 if activation in GATED else 4

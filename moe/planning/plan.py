@@ -1,4 +1,4 @@
-"""What a config needs on a TPU slice: bytes by their kind, and the real compiler's answer."""
+"""The memory and time that a config needs on a TPU slice: counted, and by the TPU's compiler."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -24,8 +24,14 @@ from moe.training.train_step import Program
 
 
 @dataclasses.dataclass(frozen=True)
-class Built:
-    """A config's training step for a slice, not compiled; `reason` says why it can't be."""
+class TrainingStep:
+    """A config's training step for a slice, not compiled yet.
+
+    Attributes:
+        batch: shapes of the global batch; tokens: how many it has.
+        accumulate: micro-batches of the step.
+        reason: why it can't be compiled here; None where it can.
+    """
 
     model: AbstractModel
     program: Program
@@ -37,51 +43,64 @@ class Built:
 
 
 def plan(topology: Topology, vocab_size: int, tries: int, say) -> Iterator[dict[str, Any]]:
-    """What is known so far, first without the compiler, then with it; reads gin's `train`.
+    """Findings on the training step of gin's `train`: counted ones, then with the compiler's.
 
-    Where the step does not fit, `changes` that may fit by counting are compiled, at most so many
-    `tries`; `change` is the first with which it does.
+    Each item has all findings so far and replaces the one before it. Where the step does not fit,
+    `changes` that may fit by counting are compiled; `change` is the first that does.
+
+    Args:
+        topology: the slice.
+        vocab_size: of the tokenizer.
+        tries: how many changes are compiled at most.
+        say: prints what is under way.
 
     Raises:
-        UserError: a config that can't be, on this slice.
+        UserError: a config that can't be built for this slice.
     """
-    built = build(topology, vocab_size)
-    costs = built.model.costs
+    step = build(topology, vocab_size)
+    costs = step.model.costs
     found = {
         "topology": topology.name,
         "chips": topology.chips,
-        "mesh": {axis: built.mesh.shape[axis] for axis in MESH_AXES},
+        "mesh": {axis: step.mesh.shape[axis] for axis in MESH_AXES},
         "parameters_total": costs.parameters_total,
         "parameters_active": costs.parameters_active,
-        "tokens_per_step": built.tokens,
-        "flops_per_step": built.tokens * costs.flops_per_token,
-        "bytes_per_chip": counted(built),
+        "tokens_per_step": step.tokens,
+        "flops_per_step": step.tokens * costs.flops_per_token,
+        "bytes_per_chip": counted(step),
         "memory_per_chip": topology.memory,
         "compiled": None,
-        "reason": built.reason,
+        "reason": step.reason,
     }
     ideal = found["flops_per_step"] / (topology.chips * topology.chip.flops)
     found["seconds_of_products_at_peak"] = ideal
     yield found
-    if built.reason is not None:
+    if step.reason is not None:
         return
     say("compiling the training step for this slice")
-    found["compiled"] = compiled(built)
+    found["compiled"] = compiled(step)
     if found["compiled"]["fits"]:
         yield found | {"roofline": roofline(found, topology)}
         return
     yield found
     if of_state(found["bytes_per_chip"]) > topology.memory:
-        return  # no batch is small enough
+        return  # no smaller batch helps
+    yield from _with_changes(found, topology, vocab_size, tries, say)
+
+
+def _with_changes(
+    found: dict[str, Any], topology: Topology, vocab_size: int, tries: int, say
+) -> Iterator[dict[str, Any]]:
+    """The findings with the first of `changes` that fits, or with how many were tried."""
     tried = untried = 0
     for change in changes():
         with gin.unlock_config():
             gin.parse_config(list(change))
         try:
             changed = build(topology, vocab_size)
-        except UserError:  # a batch that doesn't divide so far
+        except UserError:  # the batch doesn't divide into so many micro-batches
             continue
-        # Counting is within a tenth of the compiler: what is far too much is not compiled.
+        # Counts are within a tenth of the compiler's: what exceeds that is not compiled.
         if (held := counted(changed)).get("total", 0) > 1.1 * topology.memory:
             continue
         if tried == tries:
@@ -97,25 +116,25 @@ def plan(topology: Topology, vocab_size: int, tries: int, say) -> Iterator[dict[
     yield found | {"tries": tried, "untried": untried}
 
 
-def build(topology: Topology, vocab_size: int) -> Built:
-    """The step that gin's `train` stands for; UserError for one that can't be."""
+def build(topology: Topology, vocab_size: int) -> TrainingStep:
+    """The training step of gin's `train` for a slice; UserError where it can't be built."""
     spec = RunSpec(data=None)
     devices, reason = tpu_devices(topology)
     mesh = spec.build_mesh(devices)
     tokens = np.arange(2) % vocab_size
     model, program = spec.build(Vocabulary(vocab_size), mesh, training_tokens=tokens)
     batch = batch_of(program, *spec.shape)
-    return Built(model, program, mesh, batch, math.prod(spec.shape), spec.accumulate, reason)
+    return TrainingStep(model, program, mesh, batch, math.prod(spec.shape), spec.accumulate, reason)
 
 
-def counted(built: Built) -> dict[str, int]:
-    """Bytes of a step by kind, on one device."""
-    sequences = len(built.batch.index_B) // built.accumulate
-    return memory.step_bytes(built.model, built.program, sequences, built.accumulate)
+def counted(step: TrainingStep) -> dict[str, int]:
+    """Peak bytes of a step on one device, by kind, as `memory.step_bytes` counts them."""
+    sequences = len(step.batch.index_B) // step.accumulate
+    return memory.step_bytes(step.model, step.program, sequences, step.accumulate)
 
 
 def changes() -> Iterator[tuple[str, ...]]:
-    """Settings that need less memory, what costs least time first."""
+    """Settings that need less memory, those that cost least time first."""
     often = gin.get_bindings("train").get("accumulate", 1)
     more = [f"train.accumulate = {often * n}" for n in (2, 4, 8)]
     yield from ((line,) for line in more)
@@ -125,26 +144,34 @@ def changes() -> Iterator[tuple[str, ...]]:
 
 
 def roofline(found: dict[str, Any], topology: Topology) -> dict[str, float]:
-    """Seconds of a step by what one chip can do, and the utilisation that they allow.
+    """Least seconds of a step by each limit of a chip, and the utilisation that they allow.
 
-    products: the model's own, without what is recomputed. memory: at least this, everything that
-    is kept written and read once. interconnect: all links of a chip at their speed at once.
+    found: findings of `plan`, with the compiler's.
+
+    Returns:
+        products: seconds of the model's matmuls at the chip's peak, without recomputation.
+        memory: a lower bound: arguments and temporaries are each written and read once.
+        interconnect: with all links of a chip busy at once.
+        utilisation_if_all_overlaps, utilisation_if_nothing_overlaps: shares of the chip's peak.
     """
     chip, compiled = topology.chip, found["compiled"]
-    products = found["seconds_of_products_at_peak"]
+    matmuls = found["seconds_of_products_at_peak"]
     touched = 2 * (compiled["arguments"] + compiled["temporaries"])
     memory = touched / topology.share(chip.memory_bandwidth)
     sent = sum(row["moved"] for row in compiled["collectives"])
     interconnect = sent / topology.share(chip.interconnect)
-    parts = {"products": products, "memory": memory, "interconnect": interconnect}
-    return parts | {
-        "utilisation_if_all_overlaps": products / max(parts.values()),
-        "utilisation_if_nothing_overlaps": products / sum(parts.values()),
+    seconds = {"products": matmuls, "memory": memory, "interconnect": interconnect}
+    return seconds | {
+        "utilisation_if_all_overlaps": matmuls / max(seconds.values()),
+        "utilisation_if_nothing_overlaps": matmuls / sum(seconds.values()),
     }
 
 
 def tpu_devices(topology: Topology) -> tuple[list, str | None]:
-    """The slice's devices for the compiler, or stand-ins and why there is no compiler."""
+    """The slice's devices as the TPU's compiler describes them, and None.
+
+    Without the compiler: as many stand-ins, and the reason.
+    """
     from jax.experimental import topologies
 
     try:
@@ -152,14 +179,14 @@ def tpu_devices(topology: Topology) -> tuple[list, str | None]:
         described = topologies.get_topology_desc(
             platform="tpu", topology_name=topology.slice_name, **more
         )
-    except Exception as error:  # whatever a missing or refusing libtpu makes JAX raise
+    except Exception as error:  # a missing or failing libtpu raises errors of any kind
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return [jax.devices()[0]] * topology.devices, first
     return list(described.devices), None
 
 
 def batch_of(program: Program, batch_size: int, length: int) -> Batch:
-    """The shapes of a batch."""
+    """The shapes and shardings of a global batch."""
     shape, rows = (batch_size, length), (batch_size,)
 
     def of(shape, dtype=jnp.int32) -> Any:
@@ -175,15 +202,15 @@ def batch_of(program: Program, batch_size: int, length: int) -> Batch:
     )
 
 
-def compiled(built: Built) -> dict[str, Any]:
-    """What the compiler says of the whole training step: bytes per chip, and collectives.
+def compiled(step: TrainingStep) -> dict[str, Any]:
+    """The compiler's findings on the training step: bytes per device, collectives, exchanges.
 
-    A program that doesn't fit is refused: its message is the answer.
+    Where the program doesn't fit the compiler refuses it, and its message is the only finding.
     """
     started = time.monotonic()
-    program, sizes = built.program, tuple(built.mesh.devices.shape)
+    program, sizes = step.program, tuple(step.mesh.devices.shape)
     try:
-        executable = program.step.lower(program.abstract_state, built.batch).compile()
+        executable = program.step.lower(program.abstract_state, step.batch).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -199,14 +226,14 @@ def compiled(built: Built) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
         "arguments": arguments,
         "temporaries": temporaries,
-        # The most at any one time: temporaries reuse arguments that are read no more.
+        # The peak over time: temporaries may reuse the memory of arguments.
         "total": analysis.peak_memory_in_bytes or whole,
         "collectives": hlo.by_kind(hlo.collectives(text, MESH_AXES, sizes)),
         "exchanges": [
             {
                 "name": exchange.name,
-                "products_beside": len(exchange.products),
-                "of_shared_experts": sum("shared_experts" in name for name in exchange.products),
+                "products_beside": len(exchange.matmuls),
+                "of_shared_experts": sum("shared_experts" in name for name in exchange.matmuls),
             }
             for exchange in hlo.exchanges(text)
         ],

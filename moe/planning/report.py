@@ -1,4 +1,4 @@
-"""What `moe plan` prints of what it found."""
+"""The findings of `moe plan` as text."""
 
 from collections.abc import Collection
 import importlib.util
@@ -10,12 +10,12 @@ STATE = ("parameters", "optimizer", "router_state")
 
 
 def of_state(held: dict[str, int]) -> int:
-    """The bytes that a program is given, before it does anything."""
+    """Bytes of parameters, optimizer state and router state."""
     return sum(held[name] for name in STATE)
 
 
-def told(held: dict[str, int], kinds: Collection[str]) -> str:
-    """The bytes of some kinds, in the order in which they stand."""
+def sizes(held: dict[str, int], kinds: Collection[str]) -> str:
+    """The sizes of these kinds, such as "parameters 1.00 GiB, optimizer 2.00 GiB"."""
     return ", ".join(
         f"{name.replace('_', ' ')} {size / GIB:.2f} GiB"
         for name, size in held.items()
@@ -24,10 +24,10 @@ def told(held: dict[str, int], kinds: Collection[str]) -> str:
 
 
 def by_counting(held: dict[str, int]) -> str:
-    """What a step holds beside its state, where that can be counted."""
+    """The line with a step's counted bytes beside its state, where they can be counted."""
     if "total" not in held:
         return "by counting  only the state, on a mesh with a tensor or sequence axis"
-    rest = told(held, {name for name, size in held.items() if size} - {*STATE, "total"})
+    rest = sizes(held, {name for name, size in held.items() if size} - {*STATE, "total"})
     return f"by counting  {held['total'] / GIB:.1f} GiB: that, and {rest}"
 
 
@@ -37,7 +37,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def counted_report(found: dict[str, Any]) -> str:
-    """What is known without the compiler, and whether that would fit."""
+    """The findings without the compiler, and whether the step would fit by them."""
     mesh = ", ".join(f"{axis}={size}" for axis, size in found["mesh"].items() if size > 1)
     held, room = found["bytes_per_chip"], found["memory_per_chip"]
     lines = [
@@ -45,7 +45,7 @@ def counted_report(found: dict[str, Any]) -> str:
         f"parameters   {found['parameters_total']:,} total, {found['parameters_active']:,} active",
         f"a step       {found['tokens_per_step']:,} tokens, {found['flops_per_step']:.3g} FLOPs; "
         f"{milliseconds(found['seconds_of_products_at_peak'])} at every chip's peak",
-        f"per device   {told(held, STATE)}",
+        f"per device   {sizes(held, STATE)}",
         by_counting(held),
     ]
     if "total" in held:
@@ -56,7 +56,7 @@ def counted_report(found: dict[str, Any]) -> str:
 
 
 def compiled_report(found: dict[str, Any]) -> str:
-    """What the compiler said, or why it said nothing."""
+    """The compiler's findings, or why nothing was compiled."""
     compiled, room = found["compiled"], found["memory_per_chip"]
     if compiled is None and importlib.util.find_spec("libtpu"):
         return f"not compiled: {found['reason']}"
@@ -70,7 +70,7 @@ def compiled_report(found: dict[str, Any]) -> str:
     line = found["roofline"]
     lines = [
         *of_program(compiled),
-        f"roofline     products {milliseconds(line['products'])}, memory at least "
+        f"roofline     matmuls {milliseconds(line['products'])}, memory at least "
         f"{milliseconds(line['memory'])}, interconnect {milliseconds(line['interconnect'])}",
         f"utilisation  at most {line['utilisation_if_all_overlaps']:.2f} where all of it overlaps, "
         f"{line['utilisation_if_nothing_overlaps']:.2f} where nothing does",
@@ -87,7 +87,7 @@ def compiled_report(found: dict[str, Any]) -> str:
 
 
 def way_out(found: dict[str, Any]) -> str:
-    """What would make a step fit that the compiler refused."""
+    """What would make a step fit that the compiler has refused."""
     state, room = of_state(found["bytes_per_chip"]), found["memory_per_chip"]
     if state > room:
         return (
@@ -103,17 +103,20 @@ def way_out(found: dict[str, Any]) -> str:
 
 
 def idle_hint(found: dict[str, Any], low: float = 0.3) -> list[str]:
-    """What keeps the chips waiting, where even perfect overlap leaves them idle; else nothing."""
+    """A line on what the chips wait for; empty where overlap alone would keep them busy.
+
+    found: findings of `plan`. low: below which utilisation with perfect overlap.
+    """
     line = found["roofline"]
     if line["utilisation_if_all_overlaps"] >= low:
         return []
-    parts = {name: line[name] for name in ("memory", "interconnect")}
-    bound = max(parts, key=lambda name: parts[name])
+    seconds = {name: line[name] for name in ("memory", "interconnect")}
+    bound = max(seconds, key=lambda name: seconds[name])
     tokens = found["tokens_per_step"] / found["chips"]
-    times = parts[bound] / line["products"]
+    times = seconds[bound] / line["products"]
     why = {
         "memory": "weights and optimizer state are read for few tokens",
-        "interconnect": "what travels between chips is more than they compute",
+        "interconnect": "collectives take longer than the matmuls",
     }[bound]
     return [
         f"  the chips wait for the {bound}: {why} ({tokens:,.0f} tokens a chip and step); a batch "
@@ -122,12 +125,12 @@ def idle_hint(found: dict[str, Any], low: float = 0.3) -> list[str]:
 
 
 def of_program(compiled: dict[str, Any]) -> list[str]:
-    """What the compiler made of the step: its size, and what travels."""
+    """Lines on the compiled step: its size, its collectives and its exchanges."""
     lines = [
         f"compiled     in {compiled['seconds']:.0f} s: arguments "
         f"{compiled['arguments'] / GIB:.2f} GiB, temporaries {compiled['temporaries'] / GIB:.2f} "
         "GiB per device",
-        "collectives of a step, by the mesh axes they cross, and what a device sends:",
+        "collectives of a step: times, kind, mesh axes that they cross, bytes that a device sends:",
     ]
     for row in compiled["collectives"]:
         size = f"{row['moved'] / 2**20:10,.1f} MiB"
@@ -137,6 +140,6 @@ def of_program(compiled: dict[str, Any]) -> list[str]:
         shared = sum(exchange["of_shared_experts"] > 0 for exchange in exchanges)
         lines.append(
             f"exchanges    of rows and experts: {len(exchanges)} in the program, {beside} of them "
-            f"while products run, {shared} while shared experts do"
+            f"while matmuls run, {shared} while shared experts do"
         )
     return lines

@@ -1,112 +1,119 @@
-"""The end of a run: its results, then samples and the picture of what its experts learned."""
+"""The end of a run: the last evaluation, summary.json, samples, and the picture of its experts."""
 
 from collections.abc import Callable
 import dataclasses
 import time
 from typing import Any
 
-from jax.sharding import Mesh
-
 from moe.analysis.plots import picture
 from moe.analysis.specialisation import token_table
 from moe.data import compressors
-from moe.data.batches import ValidationBatches
-from moe.data.text import PreparedData
 from moe.errors import attempted
 from moe.inference.generate import Sampling, generate
 from moe.machine import processes
 from moe.model.functional import Arrays
+from moe.runs.setup import Setup
 from moe.runs.storage.folder import RunFolder
 from moe.runs.tracking.progress import Display
 from moe.training import evaluate
-from moe.training.abstract_model import AbstractModel
 from moe.training.train_step import TrainState
 
 PICTURE_BYTES = 60_000
 
 
-def evaluated(
-    step: Callable, state: TrainState, batches: ValidationBatches, mesh: Mesh, display: Display
+def final_evaluation(
+    score_batch: Callable, state: TrainState, setup: Setup, display: Display
 ) -> evaluate.Evaluation:
-    """The last evaluation, with its progress."""
+    """The evaluation of the trained model on the held-out documents, with its progress shown.
+
+    score_batch: an `evaluate.evaluation_step`.
+    """
+    batches = setup.final_held_out
     size = f"{batches.num_bytes:,} bytes in {batches.num_documents} held-out documents"
     display.say(f"evaluating on {size}")
     with display.counting("evaluating", len(batches)) as count:
-        return evaluate.evaluate(step, state, batches, mesh, count)
+        return evaluate.evaluate(score_batch, state, batches, setup.mesh, count)
 
 
 @dataclasses.dataclass(frozen=True)
-class Pages:
-    """What samples and picture are made from. shape: sequences per batch and their length."""
+class Artifacts:
+    """Makes a trained model's samples and picture, and writes them to the run's folder."""
 
     folder: RunFolder
-    built: AbstractModel
-    text: PreparedData
-    prompts: tuple[str, ...]
-    shape: tuple[int, int]
-    seed: int
+    setup: Setup
 
     def samples(self, values: tuple[Arrays, Arrays]) -> list[str]:
-        """Every prompt continued with 160 tokens; the texts go to samples.txt.
+        """Each prompt with up to 160 generated tokens; they are written to samples.txt.
 
-        None where the model can't continue a text. values: parameters and router state.
+        Empty for a model that can't continue a text. values: parameters and router state.
         """
-        if not self.built.objective.causal or self.built.module.leak:
+        spec, model = self.setup.spec, self.setup.model
+        if not model.objective.causal or model.module.leak:
             return []
-        made = []
-        for prompt in self.prompts:
-            made += generate(
-                self.built,
+        texts = []
+        for prompt in spec.prompts:
+            texts += generate(
+                model,
                 *values,
-                self.text.tokenizer,
+                self.setup.text.tokenizer,
                 prompt=prompt,
                 tokens=160,
-                context=self.shape[1],
+                context=spec.sequence_length,
                 sampling=Sampling(temperature=0.7, top_p=0.95),
-                seed=self.seed,
+                seed=spec.seed,
             )
-        self.folder.samples.write_text(("\n" + "-" * 80 + "\n").join(made) + "\n", encoding="utf-8")
-        return made
+        separator = "\n" + "-" * 80 + "\n"
+        self.folder.samples.write_text(separator.join(texts) + "\n", encoding="utf-8")
+        return texts
 
     def picture(self, values: tuple[Arrays, Arrays], lines: dict[str, float]) -> None:
-        """picture.png, where the model has experts. lines: bits per byte beside the loss."""
-        if self.built.moe_layer is None:
+        """Write picture.png, if the model has experts.
+
+        values: parameters and router state. lines: bits per byte that are drawn beside the loss.
+        """
+        model, text = self.setup.model, self.setup.text
+        if model.moe_layer is None:
             return
-        causal = self.built.objective.causal
-        batches = self.text.validation_batches(*self.shape, max_bytes=PICTURE_BYTES, causal=causal)
-        table = token_table(self.built, *values, self.text.tokenizer, batches)
-        # What sees both sides of a token is not to be compared with compressors.
+        causal, shape = model.objective.causal, self.setup.spec.shape
+        batches = text.validation_batches(*shape, max_bytes=PICTURE_BYTES, causal=causal)
+        table = token_table(model, *values, text.tokenizer, batches)
+        # A model that sees both sides of a token is not to be compared with compressors.
         picture(self.folder.path, self.folder.picture, table, lines if causal else {})
 
 
-def written(
-    pages: Pages, state: TrainState, summary: dict[str, Any], display: Display, started: float
+def write(
+    artifacts: Artifacts,
+    state: TrainState,
+    summary: dict[str, Any],
+    display: Display,
+    started: float,
 ) -> dict[str, Any]:
-    """Write summary.json, then what decorates it, whose failure is told and costs nothing.
+    """Write summary.json, then compressors' figures, samples and the picture.
 
-    That is: what compressors reach, samples and the picture.
+    Where one of the latter fails, that is said and the others are written.
     started: when the command was, by time.monotonic().
 
     Returns:
         The summary, and the samples.
     """
-    folder, first, samples = pages.folder, processes.is_first(), []
+    folder, first, samples = artifacts.folder, processes.is_first(), []
 
-    def write(marks: dict[str, float]) -> dict[str, Any]:
-        whole = summary | {"baselines": marks, "wall_seconds": time.monotonic() - started}
+    def write_summary(baselines: dict[str, float]) -> dict[str, Any]:
+        seconds = time.monotonic() - started
+        complete = summary | {"baselines": baselines, "wall_seconds": seconds}
         if first:
-            folder.write_json(folder.summary, whole)
-        return whole
+            folder.write_json(folder.summary, complete)
+        return complete
 
-    write({})
-    say = display.say
-    marks = attempted("compressors' figures", say, compressors.baselines, pages.text, say) or {}
-    write(marks)
+    write_summary({})
+    say, text = display.say, artifacts.setup.text
+    baselines = attempted("compressors' figures", say, compressors.baselines, text, say) or {}
+    write_summary(baselines)
     values = processes.gathered((state.params, state.router_state))
     if values is None:
-        say("no samples and no picture: the parameters are too large for one host")
+        say("no samples and no picture: the parameters are too large for one process")
     elif first:
-        lines = marks | {"held out": summary["val_bits_per_byte"]}
-        samples = attempted("samples", say, pages.samples, values) or []
-        attempted("picture", say, pages.picture, values, lines)
-    return write(marks) | {"samples": samples}
+        lines = baselines | {"held out": summary["val_bits_per_byte"]}
+        samples = attempted("samples", say, artifacts.samples, values) or []
+        attempted("picture", say, artifacts.picture, values, lines)
+    return write_summary(baselines) | {"samples": samples}

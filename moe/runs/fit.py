@@ -1,11 +1,12 @@
-"""As many steps as a time allows, measured before them, so that the schedule ends there."""
+"""As many steps as a time allows: measured before training, so that the schedule ends with it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
 import json
 import re
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,68 +14,104 @@ import jax.numpy as jnp
 from moe.data.batch import Batch
 from moe.errors import UserError
 from moe.machine import processes
+from moe.runs.setup import Setup
 from moe.runs.storage.folder import RunFolder
+from moe.runs.tracking.throughput import trained_seconds
 from moe.training.run_spec import RunSpec
-from moe.training.train_step import Program, TrainState, to_devices
+from moe.training.train_step import TrainState, to_devices
 
-MEASURED = 4  # steps, after the one that compiles
+TIMED_STEPS = 4  # after the one that compiles
 SHARE = 0.95  # of the time is planned for; logging and a busy machine take the rest
 
 
-def as_before(spec: RunSpec, folder: RunFolder) -> RunSpec:
-    """With the number of steps that this folder's run was given, if it was given another one."""
+def with_fitted_steps(spec: RunSpec, folder: RunFolder) -> RunSpec:
+    """The spec with the number of steps that the folder's run was shortened to, if it was."""
     if not (spec.fit_steps and folder.run.exists()):
         return spec
     fitted = json.loads(folder.run.read_text(encoding="utf-8")).get("fitted_steps", {})
     return dataclasses.replace(spec, steps=fitted.get(str(spec.steps), spec.steps))
 
 
-def steps_that_fit(
-    spec: RunSpec, program: Program, state: TrainState, batches: Iterator[Batch], used: float
-) -> int:
-    """How many steps, with those of the state, `max_seconds` has room for; at most `spec.steps`.
+def fitted(
+    setup: Setup,
+    state: TrainState,
+    clock: dict[str, Any] | None,
+    folder: RunFolder,
+    say: Callable[[str], None],
+) -> Setup:
+    """The setup with as many steps as `train.max_seconds` has room for, where `fit_steps` asks.
 
-    They are tried on a copy of the state. used: seconds of training that are spent already.
+    A run that the folder holds for this number of steps already keeps it.
+    clock: sums of the throughput meter from the run's checkpoint, None for a new run.
 
     Raises:
-        UserError: there is room for none beyond those that are trained.
+        UserError: there is no time for a step beyond those that are trained.
     """
+    spec = setup.spec
+    if not spec.fit_steps or spec.max_seconds is None or folder.steps == spec.steps:
+        return setup
+    say("timing some steps")
+    batches = setup.train_batches.batches(int(state.step), setup.rows)
+    steps = steps_that_fit(setup, state, batches, trained_seconds(clock))
+    batches.close()
+    if steps >= spec.steps:
+        return setup
+    say(
+        f"train.max_seconds={spec.max_seconds:g} has room for {steps} of train.steps={spec.steps} "
+        f"here, so that the schedule ends at {steps}"
+    )
+    return setup.with_steps(steps)
+
+
+def steps_that_fit(
+    setup: Setup, state: TrainState, batches: Iterator[Batch], used_seconds: float
+) -> int:
+    """The number of steps, from the run's first one, that fit in `max_seconds`; at most `steps`.
+
+    Some are timed on a copy of the state, which then is discarded.
+    used_seconds: seconds of training before this state.
+
+    Raises:
+        UserError: as `fitted`.
+    """
+    spec, program = setup.spec, setup.program
     assert spec.max_seconds is not None
     trial, seconds = jax.tree.map(jnp.copy, state), []
-    for _ in range(1 + MEASURED):
+    for _ in range(1 + TIMED_STEPS):
         batch = to_devices(next(batches), program.batch_sharding, spec.batch_size)
         start = time.perf_counter()
         trial, measured = program.step(trial, batch)
         jax.block_until_ready(measured.loss)
         seconds.append(time.perf_counter() - start)
     compiling, pace = seconds[0], statistics.median(seconds[1:])
-    first, room = int(state.step), (SHARE * spec.max_seconds - used - compiling) / pace
-    room = processes.least(int(max(room, 0 if first else 1)))
+    first, room = int(state.step), (SHARE * spec.max_seconds - used_seconds - compiling) / pace
+    room = processes.minimum(int(max(room, 0 if first else 1)))
     if room < 1:
+        needed = used_seconds + compiling + pace * (spec.steps - first)
         raise UserError(
-            f"{used:.0f} of train.max_seconds={spec.max_seconds:g} are spent on {first} steps, and "
-            f"there is no room for more; to train on, give more of both: train.steps={spec.steps} "
-            f"would take about {used + compiling + pace * (spec.steps - first):.0f} seconds"
+            f"{used_seconds:.0f} of train.max_seconds={spec.max_seconds:g} are spent on {first} "
+            "steps, and no further step fits; to train on, raise train.steps and "
+            f"train.max_seconds: train.steps={spec.steps} would take about {needed:.0f} seconds"
         )
     return min(spec.steps, first + room)
 
 
-def told(spec: RunSpec, steps: int) -> str:
-    """What became of the number of steps that was asked for."""
-    return (
-        f"train.max_seconds={spec.max_seconds:g} has room for {steps} of train.steps={spec.steps} "
-        f"here, so that the schedule ends at {steps}"
-    )
-
-
-def ended(step: int, spec: RunSpec, folder: RunFolder) -> str:
-    """That a run is complete, and why where it is before its last step."""
+def complete_message(step: int, spec: RunSpec, folder: RunFolder) -> str:
+    """That a run is complete, and why, where it ended before its last step."""
     where = f"its results are in {folder.summary}"
     if step >= spec.steps:
         return f"this run is complete at step {step}; {where}"
     return (
         f"this run ended at step {step} of {spec.steps}, when train.max_seconds="
-        f"{spec.max_seconds:g} was over; {where}. To train on, give more of both"
+        f"{spec.max_seconds:g} was over; {where}. To train on, raise both"
+    )
+
+
+def late_message(step: int, spec: RunSpec) -> str:
+    """That the time is over before the last step, and what helps."""
+    return (
+        f"train.max_seconds={spec.max_seconds:g} is over at step {step} of {spec.steps}, before "
+        "the schedule's end; raise it, or lower train.steps, for the learning rate to end low"
     )
 
 

@@ -1,4 +1,4 @@
-"""A finished or paused run as something to evaluate and to generate with."""
+"""Restoring a run's model from one of its checkpoints, to evaluate it or generate with it."""
 
 from collections.abc import Callable
 import dataclasses
@@ -34,12 +34,15 @@ class Restored:
 
 
 def restore_run(workdir: str, spec: RunSpec, step: int | None = None, say: Say = print) -> Restored:
-    """The run in a folder with the values of a checkpoint (the last, or `step`'s).
+    """The model of the run in a folder, with the values of its checkpoint.
 
-    Parameters and router state alone are read, onto the devices that are here: neither the mesh
-    nor the batch of training has a say.
+    Only parameters and router state are read, and they are placed on the devices at hand; these
+    need not be those of training.
 
-    spec: that of the folder's config, with further settings.
+    Args:
+        workdir: the run's folder.
+        spec: from the folder's config, with further settings.
+        step: of the checkpoint; the newest where None.
 
     Raises:
         UserError: no checkpoint, or none that can be read.
@@ -47,27 +50,27 @@ def restore_run(workdir: str, spec: RunSpec, step: int | None = None, say: Say =
     keep_freed_memory()
     folder = RunFolder(workdir)
     tokenizer = load_tokenizer(folder.tokenizer)
-    mesh = mesh_here(spec.in_force.mesh, say)
+    mesh = mesh_at_hand(spec.in_force.mesh, say)
     model = spec.build_model(Vocabulary.of(tokenizer))
     params, router_state, step = read_values(folder, model, mesh, step, say)
     return Restored(model, params, router_state, step, mesh, tokenizer, spec)
 
 
-def mesh_here(shape: MeshShape, say: Say) -> Mesh:
-    """The run's mesh, where the devices that are here can make it up; else all of them as data."""
+def mesh_at_hand(shape: MeshShape, say: Say) -> Mesh:
+    """A mesh of this shape, or of all devices on the data axis where they can't make it up."""
     try:
         return shape.build()
     except ValueError as error:
-        # Every size: gin would fill in the run's own.
+        # Every axis is given: gin would fill in the run's sizes.
         mesh = MeshShape(data=-1, fsdp=1, expert=1, tensor=1, sequence=1).build()
-        say(f"{error}; here: data={mesh.size}")
+        say(f"{error}; used here: data={mesh.size}")
         return mesh
 
 
 def read_values(
     folder: RunFolder, model: AbstractModel, mesh: Mesh, step: int | None, say: Say
 ) -> tuple[Arrays, Arrays, int]:
-    """Parameters and router state of a run's checkpoint (the last, or `step`'s), and its step.
+    """A checkpoint's parameters, router state and step; the newest checkpoint's, for step None.
 
     Raises:
         UserError: no checkpoint, none that can be read, or one of another model.

@@ -1,4 +1,4 @@
-"""Where a run's first state comes from: its own checkpoint, another run's, or the seed."""
+"""A run's first state, from its own checkpoint, another run's, or the seed; and how it goes on."""
 
 from collections.abc import Callable
 import dataclasses
@@ -21,19 +21,22 @@ Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class Source:
     """What a run without a checkpoint of its own starts from.
 
-    run: another run's folder, for its newest checkpoint, or one of its checkpoints, such as
-    RUN/checkpoints/200. optimizer: with its optimizer's state.
+    Attributes:
+        seed: of the first values.
+        run: another run's folder, for its newest checkpoint, or one of its checkpoints, such as
+            RUN/checkpoints/200; None for the seed's values alone.
+        optimizer: whether that run's optimizer state is taken, too.
     """
 
     seed: int
     run: str | None
     optimizer: bool
 
-    def place(self) -> tuple[RunFolder, int | None]:
-        """The other run's folder, and the step that is named, if one is."""
+    def folder_and_step(self) -> tuple[RunFolder, int | None]:
+        """The other run's folder, and the step of the checkpoint that is named, if one is."""
         path = Path(self.run or "").expanduser()
         if path.parent.name == "checkpoints" and path.name.isdecimal():
             return RunFolder(path.parent.parent), int(path.name)
@@ -41,38 +44,45 @@ class Given:
 
 
 def first_state(
-    saves: checkpoint.Checkpoints, program: Program, tokenizer: Tokenizer, given: Given, say: Say
+    saves: checkpoint.Checkpoints, program: Program, tokenizer: Tokenizer, source: Source, say: Say
 ) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
-    """The state, what its checkpoint holds beside it, and what run.json is to say of its source.
+    """The run's first state, restored from its own checkpoints or else made from `source`.
 
-    A run that goes on holds that in its own checkpoints, and does not look at `given`.
+    Returns:
+        The state; the JSON that its checkpoint holds beside it, empty where nothing was restored;
+        and the entry of run.json that names the other run it started from, empty without one. A
+        restored run has that entry from its checkpoint.
 
     Raises:
-        UserError: checkpoints that can't be read; another run that is not of this model.
+        UserError: checkpoints that can't be read; another run whose model differs.
     """
     restored = saves.restore(program.abstract_state, say=say)
     if restored is not None:
         state, extra = restored
         return state, extra, {k: extra[k] for k in ("started_from",) if k in extra}
     try:
-        state = program.init(given.seed)
-    except ValueError as error:  # a router that looks at the text, say
+        state = program.init(source.seed)
+    except ValueError as error:  # of a router that can't use this text, say
         raise UserError(str(error)) from error
-    if given.run is None:
+    if source.run is None:
         return state, {}, {}
-    state, step = from_run(given, state, program, tokenizer, say)
-    return state, {}, {"started_from": {"run": given.run, "step": step}}
+    state, step = from_run(source, state, program, tokenizer, say)
+    return state, {}, {"started_from": {"run": source.run, "step": step}}
 
 
 def from_run(
-    given: Given, state: TrainState, program: Program, tokenizer: Tokenizer, say: Say
+    source: Source, state: TrainState, program: Program, tokenizer: Tokenizer, say: Say
 ) -> tuple[TrainState, int]:
-    """The first state with another run's values, and the step that they are of.
+    """The state with another run's values in it, and the step of the checkpoint they come from.
 
-    The step is 0 and the schedule starts anew, with the optimizer's moments too.
+    The state's own step stays 0 and its schedule starts anew, even where the optimizer's moments
+    are taken over.
+
+    Raises:
+        UserError: no such checkpoint, another tokenizer or another model.
     """
-    where = f"train.start_from={given.run!r}"
-    folder, step = given.place()
+    where = f"train.start_from={source.run!r}"
+    folder, step = source.folder_and_step()
     if not (folder.checkpoints.is_dir() and folder.tokenizer.is_dir()):
         raise UserError(f"{where}: no run with checkpoints there")
     if load_tokenizer(folder.tokenizer).fingerprint != tokenizer.fingerprint:
@@ -80,7 +90,7 @@ def from_run(
             f"{where}: that run has another tokenizer; take its own: TextData.tokenizer = "
             f"@TokenizerFile() and TokenizerFile.path = {str(folder.tokenizer)!r}"
         )
-    kinds = ("params", "router_state", *(["opt_state"] if given.optimizer else []))
+    kinds = ("params", "router_state", *(["opt_state"] if source.optimizer else []))
     abstract = checkpoint.as_tree(program.abstract_state)
     wanted = {name: a for name, a in abstract.items() if name.split(".")[0] in kinds}
     with checkpoint.opened(folder.checkpoints, read_only=True) as theirs:
@@ -94,12 +104,12 @@ def from_run(
     leaves = [values.get(name, leaf) for name, leaf in checkpoint.as_tree(state).items()]
     state = jax.tree.unflatten(jax.tree.structure(state), leaves)
     state = dataclasses.replace(state, opt_state=_schedule_from_zero(state.opt_state))
-    say(f"starting from step {step} of {given.run}: {', '.join(kinds).replace('_', ' ')}")
+    say(f"starting from step {step} of {source.run}: {', '.join(kinds).replace('_', ' ')}")
     return state, step
 
 
 def _schedule_from_zero(opt_state: Any) -> Any:
-    """The optimizer's state with the learning rate's own step at its beginning."""
+    """The optimizer's state with the learning-rate schedule's step count set to 0."""
 
     def is_schedule(node):
         return isinstance(node, optax.ScaleByScheduleState)
@@ -110,8 +120,11 @@ def _schedule_from_zero(opt_state: Any) -> Any:
     return jax.tree.map(reset, opt_state, is_leaf=is_schedule)
 
 
-def told(first: int, spec: RunSpec, folder: RunFolder, rate_N: np.ndarray, say: Say) -> None:
-    """Say how a run goes on that has trained `first` steps: of how many, by which schedule."""
+def report(first: int, spec: RunSpec, folder: RunFolder, rate_N: np.ndarray, say: Say) -> None:
+    """Say at which step a restored run goes on, and by which schedule.
+
+    first: steps that are trained already. rate_N: the learning rate of each of the run's N steps.
+    """
     steps, stop_at, before = spec.steps, spec.stop_at, folder.steps
     if first:
         say(f"continuing at step {first} of {steps}")
@@ -127,3 +140,10 @@ def told(first: int, spec: RunSpec, folder: RunFolder, rate_N: np.ndarray, say: 
             f"train.stop_at={stop_at} is reached already: nothing is trained; raise it, or take "
             "it out"
         )
+
+
+def stopped_message(step: int, spec: RunSpec) -> str:
+    """That the run stopped before its last step, and how it is continued."""
+    at_stop = step == spec.stop_at
+    way_on = "without train.stop_at it goes on" if at_stop else "the same command goes on"
+    return f"stopped after step {step} of {spec.steps}; {way_on}"

@@ -1,4 +1,4 @@
-"""A run in words and in JSON, before it starts."""
+"""What a run is and what it reached: on the screen, in run.json and in summary.json."""
 
 from collections.abc import Callable
 import dataclasses
@@ -15,25 +15,28 @@ from moe.training.evaluate import Evaluation
 def describe(
     say: Callable[[str], None],
     table: resolved.Table,
-    built: AbstractModel,
+    model: AbstractModel,
     text: PreparedData,
     peak: float,
     folder: RunFolder,
 ) -> None:
-    """What is about to be trained: every setting in force, then text, model and machine."""
+    """Say what is about to be trained: every setting in force, then text, model and machine.
+
+    peak: FLOP/s of a matmul, measured on this machine.
+    """
     say(f"settings in force (with those that are None: {folder.settings}):")
     for line in resolved.text(table, unset=False).splitlines():
         say(f"  {line}")
-    costs, info = built.costs, text.info
-    layer = built.moe_layer
+    costs, info = model.costs, text.info
+    layer = model.moe_layer
     router = "none (dense)"
     if layer is not None:
         router = f"{type(layer.router).__name__}; dispatcher: {layer.dispatcher}"
         if layer.eval_dispatcher != layer.dispatcher:
             router += f", at evaluation {layer.eval_dispatcher}"
-    losses = ", ".join(f"{c:g} * {n}" for n, c in built.loss_coefficients.items()) or "none"
+    losses = ", ".join(f"{c:g} * {n}" for n, c in model.loss_coefficients.items()) or "none"
     say(
-        f"text: {info.name}, {info.train_bytes:,} bytes to learn from, "
+        f"text: {info.name}, {info.train_bytes:,} bytes of training text, "
         f"{info.validation_bytes:,} held out in {info.validation_documents} documents; "
         f"{info.bytes_per_token:.2f} bytes per token"
     )
@@ -48,13 +51,13 @@ def describe(
         )
     say(
         f"machine: {hardware.describe_device()}, {peak / 1e9:,.0f} GFLOP/s measured in "
-        f"{built.module.compute_dtype} matmuls; run folder: {folder.path}"
+        f"{model.module.compute_dtype} matmuls; run folder: {folder.path}"
     )
 
 
-def costs_of(built: AbstractModel) -> dict[str, Any]:
-    """Parameters and FLOPs, for run.json and summary.json."""
-    costs = built.costs
+def costs_of(model: AbstractModel) -> dict[str, Any]:
+    """The numbers of parameters and FLOPs, for run.json and summary.json."""
+    costs = model.costs
     return {
         "parameters_total": costs.parameters_total,
         "parameters_active": costs.parameters_active,
@@ -62,8 +65,10 @@ def costs_of(built: AbstractModel) -> dict[str, Any]:
     }
 
 
-def describe_run(built, text: PreparedData, seed: int, peak: float) -> dict[str, Any]:
-    """What run.json holds: everything needed to say what this run was."""
+def describe_run(
+    model: AbstractModel, text: PreparedData, seed: int, peak: float
+) -> dict[str, Any]:
+    """The content of run.json: versions, machine, text, tokenizer, seed, losses and costs."""
     return {
         "versions": versions(),
         "device": hardware.describe_device(),
@@ -72,23 +77,23 @@ def describe_run(built, text: PreparedData, seed: int, peak: float) -> dict[str,
         "data": text.fingerprint(),
         "tokenizer": text.tokenizer.fingerprint,
         "seed": seed,
-        "router_losses": built.loss_coefficients,
-        **costs_of(built),
+        "router_losses": model.loss_coefficients,
+        **costs_of(model),
     }
 
 
 def summary_of(
-    result: Evaluation, built: AbstractModel, text: PreparedData, peak: float
+    result: Evaluation, model: AbstractModel, text: PreparedData, peak: float
 ) -> dict[str, Any]:
-    """What was reached, by what, on which text and machine, for summary.json."""
+    """The evaluation's result, with the model's costs, text and machine, for summary.json."""
     return {
-        "objective": type(built.objective).__name__,
+        "objective": type(model.objective).__name__,
         "val_bits_per_byte": result.bits_per_byte,
         "val_loss": result.loss,
         "val_documents": result.documents,
         "val_bytes": result.bytes,
         "held_out_bytes": text.info.validation_bytes,
-        **costs_of(built),
+        **costs_of(model),
         "corpus": {name: getattr(text.info, name) for name in ("name", "bytes", "sha256")},
         "matmul_peak_flops": peak,
         "peak_memory_bytes": hardware.peak_memory_bytes(),

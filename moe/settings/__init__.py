@@ -1,4 +1,4 @@
-"""Gin files: read without executing, checked whole, then bound. `load`, `operative`, `unused`."""
+"""Gin files: read without executing anything, checked as a whole, then bound."""
 
 from moe.settings.load import load, operative, record, refuse_ignored, replaced_by_runs, unused
 

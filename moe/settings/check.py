@@ -1,4 +1,4 @@
-"""What is wrong with a set of gin settings, found before any of them takes effect."""
+"""Finds the mistakes in a set of gin settings, before any of them takes effect."""
 
 from collections.abc import Iterator, Mapping, Sequence
 import inspect
@@ -14,14 +14,14 @@ MACRO = "gin.macro"
 
 
 def configurables() -> dict[str, str]:
-    """Complete selector of every configurable and the shortest name that a config may use."""
+    """The shortest name that a config may use for each configurable, by its complete selector."""
     registry = gin_config._REGISTRY
     names = [name for name, _ in registry.items() if not name.startswith("gin.")]
     return {name: registry.minimal_selector(name) for name in names}
 
 
 def parameters(selector: str) -> dict[str, inspect.Parameter] | None:
-    """The parameters that a config may set; None for a configurable that takes any."""
+    """A configurable's parameters that a config may set, by name; None if it takes any keyword."""
     item = gin_config._REGISTRY[selector]
     function = item.wrapped.__init__ if inspect.isclass(item.wrapped) else item.wrapped
     found = dict(inspect.signature(function).parameters)
@@ -34,7 +34,7 @@ def parameters(selector: str) -> dict[str, inspect.Parameter] | None:
 
 
 def problems(settings: Sequence[Setting]) -> list[str]:
-    """One line for every setting that gin would refuse late, or take and ignore."""
+    """A line for each mistake in the settings: gin would refuse it later, or ignore it."""
     macros = {s.key: s for s in settings if not s.parameter}
     found = []
     for setting in settings:
@@ -46,7 +46,7 @@ def problems(settings: Sequence[Setting]) -> list[str]:
 
 
 def resolve(selector: str) -> str | tuple[str, ...]:
-    """The complete selector that a short one means; a tuple where it means none or several."""
+    """The complete selector of a short one; a tuple of candidates where there is not one."""
     matches = tuple(sorted(gin_config._REGISTRY.matching_selectors(selector)))
     return matches[0] if len(matches) == 1 else matches
 
@@ -60,7 +60,7 @@ def _unknown(selector: str, matches: tuple[str, ...], mark: str = "") -> str:
 
 
 def _target(setting: Setting) -> Iterator[str]:
-    """Is there such a configurable, with such a parameter?"""
+    """A mistake where the setting's configurable or its parameter does not exist."""
     if not setting.parameter:
         return
     selector = resolve(setting.selector)
@@ -74,7 +74,7 @@ def _target(setting: Setting) -> Iterator[str]:
 
 
 def walk(value: object) -> Iterator[object]:
-    """Every leaf of nested lists, tuples and dicts."""
+    """The leaves of nested lists, tuples and dicts, keys included."""
     if isinstance(value, Mapping):
         for pair in value.items():
             yield from walk(pair)
@@ -86,14 +86,14 @@ def walk(value: object) -> Iterator[object]:
 
 
 def _bound(name: str, macros: Mapping[str, Setting]) -> str | None:
-    """The macro that `%name` reads; `%a/b` falls back to `a`, as scopes do."""
-    parts = name.split("/")
-    tries = ["/".join(parts[:n]) for n in range(len(parts), 0, -1)]
-    return next((key for key in tries if key in macros), None)
+    """The macro that `%name` reads, if any; `%a/b` falls back to `a`, as scopes do."""
+    scopes = name.split("/")
+    candidates = ["/".join(scopes[:n]) for n in range(len(scopes), 0, -1)]
+    return next((key for key in candidates if key in macros), None)
 
 
 def _references(setting: Setting, macros: Mapping[str, Setting]) -> Iterator[str]:
-    """Does everything that the value names exist?"""
+    """A mistake for each reference and macro of the value that does not exist."""
     for leaf in walk(setting.value):
         if isinstance(leaf, Reference):
             selector = leaf.name.rsplit("/", 1)[-1]
@@ -110,7 +110,7 @@ def _references(setting: Setting, macros: Mapping[str, Setting]) -> Iterator[str
 
 
 def _type(setting: Setting, macros: Mapping[str, Setting]) -> Iterator[str]:
-    """Is the value what its parameter's annotation asks for, and in its range?"""
+    """A mistake where the value does not fit its parameter's annotation and range."""
     selector = resolve(setting.selector)
     if not setting.parameter or not isinstance(selector, str):
         return
@@ -132,7 +132,7 @@ def _is_known(reference: Reference) -> bool:
 
 
 def annotation_of(selector: str, parameter: inspect.Parameter) -> object:
-    """A parameter's annotation as a type; none where only a type checker can read it."""
+    """A parameter's annotation as a type; `empty` where only a type checker can read it."""
     if not isinstance(parameter.annotation, str):
         return parameter.annotation
     wrapped = gin_config._REGISTRY[selector].wrapped
@@ -145,7 +145,7 @@ def annotation_of(selector: str, parameter: inspect.Parameter) -> object:
 
 
 def _duplicates(settings: Sequence[Setting], macros: Mapping[str, Setting]) -> Iterator[str]:
-    """gin lets the second setting of one text win without a word."""
+    """Mistakes for parameters that one text sets twice; in gin the second setting wins silently."""
     first: dict[tuple[object, ...], Setting] = {}
     for setting in settings:
         selector = resolve(setting.selector) if setting.parameter else setting.selector
@@ -156,7 +156,7 @@ def _duplicates(settings: Sequence[Setting], macros: Mapping[str, Setting]) -> I
 
 
 def _unused_macros(settings: Sequence[Setting], macros: Mapping[str, Setting]) -> Iterator[str]:
-    """A macro that nothing reads is a misspelt one, or a setting without its configurable."""
+    """Mistakes for macros that nothing reads: misspelt, or a setting without its configurable."""
     leaves = [leaf for setting in settings for leaf in walk(setting.value)]
     used = {_bound(leaf.name, macros) for leaf in leaves if isinstance(leaf, Macro)}
     for name, setting in macros.items():
@@ -169,7 +169,7 @@ def _unused_macros(settings: Sequence[Setting], macros: Mapping[str, Setting]) -
 
 
 def _circular_macros(settings: Sequence[Setting], macros: Mapping[str, Setting]) -> Iterator[str]:
-    """`a = %b` with `b = %a` would recurse without end."""
+    """Mistakes for macros defined by themselves, such as `a = %b` with `b = %a`."""
 
     def reads(name: str) -> list[str]:
         leaves = [leaf for leaf in walk(macros[name].value) if isinstance(leaf, Macro)]
@@ -178,15 +178,15 @@ def _circular_macros(settings: Sequence[Setting], macros: Mapping[str, Setting])
     for name, setting in macros.items():
         seen, ahead = set(), reads(name)
         while ahead:
-            if (step := ahead.pop()) not in seen:
-                seen.add(step)
-                ahead += reads(step)
+            if (other := ahead.pop()) not in seen:
+                seen.add(other)
+                ahead += reads(other)
         if name in seen:
             yield f"{setting.where}: {name}: the macro %{name} is defined by itself"
 
 
 def _unset(settings: Sequence[Setting], macros: Mapping[str, Setting]) -> Iterator[str]:
-    """`%gin.REQUIRED` asks a later file or binding for the value."""
+    """Mistakes for values left at `%gin.REQUIRED`, which a later file or binding has to replace."""
     final = {}
     for setting in settings:
         selector = resolve(setting.selector) if setting.parameter else setting.selector

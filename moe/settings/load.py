@@ -1,8 +1,8 @@
-"""Gin configuration: checked whole before it takes effect, and written so that it can be repeated.
+"""Loads a gin configuration after checking all of it, and writes it so that a run can be repeated.
 
-`load` replaces the whole configuration; `operative` is the text that rebuilds a run; `unused`
-names the settings that a run would ignore. gin's registry has no public reader, so this module
-and gin_check read the private `_REGISTRY`, `_CONFIG` and `_OPERATIVE_CONFIG` of gin 0.5.
+`load` replaces the whole configuration; `operative` is the text that repeats a run; `unused` names
+the settings that a run would ignore. gin's registry has no public reader, so the modules of
+moe/settings read the private `_REGISTRY`, `_CONFIG` and `_OPERATIVE_CONFIG` of gin 0.5.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -33,12 +33,13 @@ def load(
     gin_bindings: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> None:
-    """Makes the files, then the bindings, the whole configuration; later settings win.
+    """Replace the configuration by the files and then the bindings; later settings win.
 
-    `say` is told of settings that look as if they were meant to win and don't.
+    say: prints a warning for settings that look meant to win and don't.
 
-    Raises UserError with one line for every problem of any of them, and then changes nothing
-    (but for the modules that the files import, which may define configurables of their own).
+    Raises:
+        UserError: with a line for each mistake. The configuration is then unchanged, but modules
+            that the files import stay imported, with the configurables that they define.
     """
     reading = read.read(gin_files, gin_bindings)
     problems = [*reading.problems, *_import(reading), *check.problems(reading.settings)]
@@ -49,7 +50,7 @@ def load(
     gin.clear_config()
     _by_hand.clear()
     for _, statement in reading.imports:
-        gin.parse_config(statement.format())  # on record, for `operative`
+        gin.parse_config(statement.format())  # recorded for `operative`
     for setting in reading.settings:
         target = (setting.scope, setting.selector, setting.parameter)
         key = target if setting.parameter else (setting.key, check.MACRO, "value")
@@ -60,9 +61,9 @@ def load(
 
 
 def replaced_by_runs(reading: read.Reading) -> Iterator[str]:
-    """Of every file that is a whole run and comes after others: what it replaces of theirs.
+    """A warning for each file of a whole run that replaces settings of a file before it.
 
-    A part, such as a router's file, belongs behind the run that it changes.
+    A file that changes a run, such as a router's, belongs after the run's file.
     """
     for at, (name, first, last) in enumerate(reading.files):
         own = {setting.key: setting for setting in reading.settings[first:last]}
@@ -82,10 +83,10 @@ def replaced_by_runs(reading: read.Reading) -> Iterator[str]:
 
 
 def _import(reading: read.Reading) -> Iterator[str]:
-    """Runs the imports that the texts ask for; a module may lie beside its config file."""
+    """Import the modules that the texts name, also from beside a config file; yields mistakes."""
     for folder in (Path.cwd(), *reading.folders):
         if reading.imports and str(folder) not in sys.path:
-            sys.path.append(str(folder))  # last: it shadows no installed package
+            sys.path.append(str(folder))  # last, so that it shadows no installed package
     for where, statement in reading.imports:
         if statement.module.startswith(read.FEATURE):
             yield f"{where}: {statement.format()}: import the module that defines the configurable"
@@ -97,22 +98,22 @@ def _import(reading: read.Reading) -> Iterator[str]:
 
 
 def _import_one(statement: config_parser.ImportStatement) -> None:
-    """As gin does it: `from a import b` imports the module a.b."""
+    """Import a statement's module as gin does: `from a import b` imports the module a.b."""
     importlib.import_module(statement.module)
 
 
 def _cause(error: Exception) -> str:
-    """What went wrong in a user's module, and on which line of it."""
+    """The error in a user's module, with its line."""
     if isinstance(error, ModuleNotFoundError):
         return f"{error} beside this file, in the current folder or on PYTHONPATH"
     frame = traceback.extract_tb(error.__traceback__)[-1]
     own = not frame.filename.startswith("<") and frame.filename != __file__
-    place = f" ({os.path.relpath(frame.filename)}:{frame.lineno})" if own else ""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{place}"
+    where = f" ({os.path.relpath(frame.filename)}:{frame.lineno})" if own else ""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}{where}"
 
 
 def _gin_value(value: object) -> object:
-    """The value as gin's own parser would have built it."""
+    """The value as gin's own parser would have made it."""
     delegate = gin_config.ParserDelegate()
     match value:
         case read.Reference(name, called):
@@ -127,11 +128,14 @@ def _gin_value(value: object) -> object:
 
 
 def operative() -> str:
-    """The text that rebuilds this run: every setting, used or not, and the defaults in force.
+    """The config text that repeats this run: every setting, used or not, and defaults in force.
 
-    gin.operative_config_str() leaves out unused settings, and infinities and objects bound from
-    Python. Here infinities are written; what has no text raises UserError.
-    Macros that nothing reads any more are left out, since `load` refuses them.
+    gin.operative_config_str() leaves out unused settings, infinities and objects bound from Python.
+    Here unused settings and infinities are written. Macros that nothing reads any more are left
+    out, since `load` refuses them.
+
+    Raises:
+        UserError: a setting was bound from Python to an object that has no gin text.
     """
     imports = sorted(statement.format() for statement in gin_config._IMPORTS)
     macros, settings = [], []
@@ -148,13 +152,13 @@ def operative() -> str:
 
 
 def record(say: Callable[[str], None]) -> str:
-    """`operative`, for a run whose parts are built; refuses or tells of what none of them read."""
+    """`operative` for a run whose data and model are built, after `refuse_ignored`."""
     refuse_ignored(say, later=("eval",))
     return operative()
 
 
 def _rows(bindings: Bindings) -> list[tuple[str, object]]:
-    """Names as a config writes them, `scope/Name.parameter` or `macro`, in order."""
+    """Sorted (name, value) pairs, with names such as `scope/Name.parameter` or `macro`."""
     rows = []
     for (scope, selector), values in bindings.items():
         for parameter, value in values.items():
@@ -170,7 +174,7 @@ def _name(scope: str, selector: str, parameter: str) -> str:
 
 
 def _without_dead_macros(bindings: Bindings) -> Bindings:
-    """A macro is alive while a setting, or a living macro, reads it."""
+    """The bindings without macros that no setting reads, not even through other macros."""
     while True:
         references = gin_config.iterate_references(bindings)
         read = ["/".join(r.scopes) for r in references if r.config_key[1] == check.MACRO]
@@ -185,7 +189,7 @@ def _without_dead_macros(bindings: Bindings) -> Bindings:
 
 
 def _defaults() -> Bindings:
-    """Defaults that calls took where nothing was bound."""
+    """The defaults that calls used for parameters without a setting."""
     found: Bindings = {}
     with gin_config._OPERATIVE_CONFIG_LOCK:
         calls = {key: dict(values) for key, values in gin_config._OPERATIVE_CONFIG.items()}
@@ -199,41 +203,41 @@ def _defaults() -> Bindings:
 
 
 def _effective(scope: str, selector: str) -> Iterator[tuple[str, str]]:
-    """(scope of the setting, parameter) pairs that count for a call in `scope`."""
-    parts = scope.split("/") if scope else []
+    """(scope of the setting, parameter) for each parameter that is set for a call in `scope`."""
+    scopes = scope.split("/") if scope else []
     winners: dict[str, str] = {}
-    for n in range(len(parts) + 1):
-        outer = "/".join(parts[:n])
+    for n in range(len(scopes) + 1):
+        outer = "/".join(scopes[:n])
         winners |= dict.fromkeys(gin_config._CONFIG.get((outer, selector), {}), outer)
     return ((where, parameter) for parameter, where in winners.items())
 
 
 def unused(later: Collection[str] = ()) -> list[str]:
-    """Settings that no call has taken: of things never built, or overridden by the code.
+    """Names of settings that no call has used: of objects never made, or overridden by the code.
 
-    To be asked once model and data are built. `later` names the configurables that the run has
-    yet to call, such as `evaluate`.
+    To be called once data and model are built. later: configurables that the run calls after that,
+    such as `eval`.
     """
-    taken = set()
+    used = set()
     for (scope, selector), values in gin_config._OPERATIVE_CONFIG.items():
         for where, parameter in _effective(scope, selector):
             if parameter in values:
-                taken.add((where, selector, parameter))
+                used.add((where, selector, parameter))
     waiting = {check.resolve(name) for name in later}
     return sorted(
         _name(scope, selector, parameter)
         for (scope, selector), values in gin_config._CONFIG.items()
         for parameter in values
-        if (scope, selector, parameter) not in taken
+        if (scope, selector, parameter) not in used
         and selector != check.MACRO
         and selector not in waiting
     )
 
 
 def refuse_ignored(say: Callable[[str], None], later: Collection[str] = ()) -> None:
-    """UserError for settings of the command line that `unused` finds; says the names of others.
+    """Raise UserError for `unused` settings from the command line; print those from files.
 
-    Files may hold settings that another file has put out of use, as when a router is swapped.
+    Files may hold settings that another file makes useless, as when it replaces the router.
     """
     ignored = unused(later)
     wrong = [name for name in ignored if name in _by_hand]
@@ -247,7 +251,7 @@ def refuse_ignored(say: Callable[[str], None], later: Collection[str] = ()) -> N
 
 
 def _text(value: object) -> str | None:
-    """`value` as gin reads it back, or None where it has no such text."""
+    """The value as gin text, or None where it has none."""
     if isinstance(value, gin_config.ConfigurableReference):
         return repr(value)
     if type(value) is float and not math.isfinite(value):

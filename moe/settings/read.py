@@ -1,4 +1,4 @@
-"""Gin files read as data: where they lie, what they include, import and set. Nothing is run."""
+"""Reads gin files as data: what they include, import and set. Nothing of them is executed."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Macro:
-    """`%name`: a macro's or a constant's value."""
+    """`%name`, which stands for the value of a macro or a constant."""
 
     name: str
 
@@ -40,7 +40,15 @@ class Macro:
 
 @dataclass(frozen=True)
 class Setting:
-    """One binding; a macro's has an empty `parameter`. `text` is one number per text read."""
+    """One binding of a parameter or a macro.
+
+    Attributes:
+        where: the file and line, or the flag.
+        text: the number of the text that it stands in, in the order of reading.
+        line: in that text.
+        scope, selector, parameter: its target, scope/selector.parameter; a macro has no parameter.
+        value: with `Reference` and `Macro` inside.
+    """
 
     where: str
     text: int
@@ -58,13 +66,22 @@ class Setting:
 
 @dataclass
 class Reading:
-    """All that the texts say, in the order in which it takes effect."""
+    """The content of all texts, in the order in which it takes effect.
+
+    Attributes:
+        settings: all bindings.
+        imports: import statements, each with its place.
+        folders: of the files that were read.
+        problems: a line for each mistake.
+        files: (name, first, end) for each given file, whose settings are settings[first:end].
+        texts: how many texts were read.
+    """
 
     settings: list[Setting] = field(default_factory=list)
     imports: list[tuple[str, config_parser.ImportStatement]] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    files: list[tuple[str, int, int]] = field(default_factory=list)  # and which settings are theirs
+    files: list[tuple[str, int, int]] = field(default_factory=list)
     texts: int = 0
 
 
@@ -75,16 +92,16 @@ def shipped() -> Path:
 
 
 def shipped_names() -> list[str]:
-    """Names such as `routers/switch.gin`."""
+    """The names of all shipped configs, such as `routers/switch.gin`."""
     root = shipped()
     return sorted(path.relative_to(root).as_posix() for path in root.rglob("*.gin"))
 
 
 def find(name: str, beside: Path | None = None) -> Path:
-    """The file that `name` means: in the current folder, in `beside`, then among those shipped.
+    """The path of a config by its name: in the current folder, in `beside`, or among those shipped.
 
-    Raises UserError with the nearest shipped names where there is none, and where two shipped
-    folders hold the name.
+    Raises:
+        UserError: no such file, with the nearest shipped names; or several shipped ones.
     """
     own = [Path(name).expanduser()] + ([beside / name] if beside else [])
     for path in own:
@@ -109,7 +126,7 @@ def _hint(name: str) -> str:
 
 
 class _Delegate(config_parser.ParserDelegate):
-    """Keeps references as data where gin's own delegate looks them up."""
+    """Returns references and macros as data, where gin's own delegate looks them up."""
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Reference:
         return Reference(scoped_configurable_name, evaluate)
@@ -119,7 +136,7 @@ class _Delegate(config_parser.ParserDelegate):
 
 
 def read(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> Reading:
-    """Reads files, what they include, and the command line's bindings; gathers every problem."""
+    """Read the files, what they include, and bindings of the command line, with every mistake."""
     reading = Reading()
     for name in gin_files:
         try:
@@ -137,7 +154,7 @@ def read(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> Reading:
 
 
 def bindings_of(text: str) -> dict[str, str]:
-    """What a text sets, by name; the last setting of a name holds."""
+    """The settings of a config text by name, with values as text; the last of a name wins."""
     reading = Reading()
     _read_text(reading, text, name="", folder=None, above=(), numbered=True)
     return {setting.key: repr(setting.value) for setting in reading.settings}
@@ -161,7 +178,10 @@ def _read_text(
     above: tuple[Path, ...],
     numbered: bool,
 ) -> None:
-    """`above` are the files that include this text, itself last; `numbered` shows line numbers."""
+    """Add a text to the reading.
+
+    above: the files that include this text, then its own. numbered: whether places have lines.
+    """
     reading.texts += 1
     number = reading.texts
     if folder is not None and folder not in reading.folders:
@@ -196,11 +216,11 @@ def _include(
 
 
 def _statements(text: str) -> Iterator[tuple[int, object]]:
-    """(line, statement) pairs; a text that can't be read ends with (line, what is wrong)."""
+    """(line, statement) pairs; for a text that can't be parsed, the last one is (line, mistake)."""
     parser = None
     try:
         parser = config_parser.ConfigParser(text, _Delegate())
-        # Not `for statement in parser`: its iterator takes a cut-off text for the end.
+        # Not `for statement in parser`, which ends silently where a text is cut off.
         while (statement := parser.parse_statement()) is not None:
             yield statement.location.line_num, statement
     except (SyntaxError, tokenize.TokenError, StopIteration, ValueError, RecursionError) as error:
@@ -210,7 +230,7 @@ def _statements(text: str) -> Iterator[tuple[int, object]]:
 def _explain(
     error: Exception, parser: config_parser.ConfigParser | None, text: str
 ) -> tuple[int, str]:
-    """The line of a syntax error, and what is wrong there in words for a config's writer."""
+    """The line of a syntax error, and a message for the config's author."""
     lines = text.splitlines() or [""]
     line = parser.current_token.start[0] if parser and parser.current_token else 1
     reason = "it ends too early"

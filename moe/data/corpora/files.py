@@ -1,6 +1,6 @@
-"""Reading the files of a corpus: compressed or not, and what is wrong with one is named.
+"""Opens, unpacks and decodes the files of a corpus, which moe/data/corpora/walk.py finds.
 
-Which files those are is found by moe/data/corpora/walk.py.
+Errors name the file and the place.
 """
 
 import bz2
@@ -17,7 +17,7 @@ import zlib
 from moe.data.corpora.walk import Paths
 from moe.errors import UserError
 
-# What a file starts with, and what reads it.
+# The first bytes of a compressed file, and the function that opens it.
 PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 ZSTANDARD = (b"\x28\xb5\x2f\xfd", *(bytes([n]) + b"\x2a\x4d\x18" for n in range(0x50, 0x60)))
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
@@ -25,10 +25,10 @@ DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """A regular file to read, unpacked where it is gzip, bzip2, xz or Zstandard.
+    """The content of a file, decompressed if it is gzip, bzip2, xz or Zstandard.
 
     Raises:
-        UserError: what can't be opened or is damaged, while it is read too.
+        UserError: the file can't be opened, or reading it shows that it is damaged.
     """
     try:
         with path.open("rb") as file:
@@ -43,17 +43,17 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _unpacked(start: bytes) -> Any:
-    """What makes the file of an open one, by what it starts with."""
+    """A function from an open file to its decompressed content, chosen by the first bytes."""
     if start.startswith(ZSTANDARD):
         return lambda file: io.BufferedReader(_Pieces(_zstandard_pieces(file)))
-    if start.startswith(b"BZh") and start[4:] != b"1AY&SY":  # an English word may start so
+    if start.startswith(b"BZh") and start[4:] != b"1AY&SY":  # a text may start with BZh
         return contextlib.nullcontext
     kinds = (call for first, call in PACKED.items() if start.startswith(first))
     return next(kinds, contextlib.nullcontext)
 
 
 class _Pieces(io.RawIOBase):
-    """Pieces of bytes as a file."""
+    """A readable file made of pieces of bytes."""
 
     def __init__(self, pieces: Iterator[bytes]):
         self.pieces, self.rest = pieces, memoryview(b"")
@@ -73,7 +73,7 @@ class _Pieces(io.RawIOBase):
 
 
 def _zstandard_pieces(file: IO[bytes]) -> Iterator[bytes]:
-    """All frames of a file; EOFError where one is cut off, which the library's reader passes by."""
+    """The decompressed frames; EOFError where one is cut off, which the library ignores."""
     try:
         import zstandard  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -96,7 +96,10 @@ def _zstandard_pieces(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def decoded(data: bytes, path: Path, encoding: str, way_out: str, offset: int = 0) -> str:
-    """The text, without a byte-order mark; UserError with the first byte that is no text."""
+    """The text, without a byte-order mark; UserError with the place of the first invalid byte.
+
+    way_out: how the user may mend it. offset: of the data in the file.
+    """
     try:
         return data.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -107,7 +110,7 @@ def decoded(data: bytes, path: Path, encoding: str, way_out: str, offset: int = 
 
 
 def checked_text(value: object, where: str) -> str:
-    """The value, if it is text that UTF-8 can write (JSON may hold half of a surrogate pair)."""
+    """The value, if it is text that UTF-8 can encode (JSON may hold half of a surrogate pair)."""
     if not isinstance(value, str):
         raise UserError(f"{where} holds {type(value).__name__}, not text")
     try:
@@ -118,6 +121,6 @@ def checked_text(value: object, where: str) -> str:
 
 
 def name_of(paths: Paths) -> str:
-    """What a corpus of these paths is called."""
+    """The name of a corpus of these paths."""
     given = [paths] if isinstance(paths, str | os.PathLike) else paths
     return "+".join(Path(path).name or str(path) for path in given)

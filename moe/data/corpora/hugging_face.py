@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face library `datasets` as a corpus: from its hub or from a folder."""
+"""Data sets of the Hugging Face library `datasets`, from its hub or a folder, as a corpus."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -11,7 +11,7 @@ import gin
 
 from moe.data.corpora.corpus import Document, hashed_hold_out
 from moe.data.corpora.files import checked_text
-from moe.data.corpora.walk import NULL, LeftOut, nearest_path, told
+from moe.data.corpora.walk import NULL, LeftOut, left_out_lines, nearest_path
 from moe.errors import UserError, nearest
 
 
@@ -20,8 +20,8 @@ from moe.errors import UserError, nearest
 class HuggingFaceDataset:
     """Each row with text in `column` is a document. Needs the extra `datasets`.
 
-    The library downloads and converts a data set once, into its own cache (`$HF_HOME`), and maps
-    it from there. Rows whose column is null are left out.
+    The library downloads and converts a data set once into its own cache (`$HF_HOME`), and
+    memory-maps it from there. Rows whose column is null are left out.
 
     Attributes:
         path: a name on the hub (`owner/name`), a folder of data files, or one that `save_to_disk`
@@ -45,17 +45,17 @@ class HuggingFaceDataset:
 
     @property
     def name(self) -> str:
-        """The hub's name, or the folder's without what is above it; with the subset."""
+        """The name on the hub, or that of the folder alone; with the subset, if one is given."""
         folder = Path(os.path.expanduser(self.path))
         name = folder.resolve().name if folder.exists() else self.path
         return name if self.subset is None else f"{name}:{self.subset}"
 
     def documents(self) -> Iterator[Document]:
-        """In the order of the rows, each named by split and row.
+        """The documents in the order of the rows, named by split and row.
 
         Raises:
-            UserError: `datasets` is missing, or what it says where it finds no such data set,
-                split or column, or can't read it.
+            UserError: `datasets` is not installed, or finds no such data set, split or column, or
+                can't read it.
         """
         self._left_out.clear()
         for row, value in enumerate(self._values()):
@@ -67,11 +67,11 @@ class HuggingFaceDataset:
                 yield Document(f"{self.split}:{row}", text)
 
     def left_out(self) -> list[str]:
-        """The nulls of the last reading: one line, or none."""
-        return told(self._left_out)
+        """A line on the rows with null at the last reading, if there were any."""
+        return left_out_lines(self._left_out)
 
     def _values(self) -> Iterator[Any]:
-        """The column's values, in pieces."""
+        """The column's values, read in batches of rows."""
         columns = self._rows.column_names
         if self.column not in columns:
             hint = nearest(self.column, columns) or f"; it has {', '.join(columns)}"
@@ -79,12 +79,12 @@ class HuggingFaceDataset:
         try:
             for batch in self._rows.select_columns([self.column]).iter(batch_size=1000):
                 yield from batch[self.column]
-        except Exception as error:  # those of Arrow, of files, of decoding
+        except Exception as error:  # errors of Arrow, of files, of decoding
             raise self._unreadable(error) from error
 
     @functools.cached_property
     def _rows(self) -> Any:
-        """The split as a `datasets.Dataset`: one version for as long as the command runs."""
+        """The split as a `datasets.Dataset`; cached, so that a command sees a single version."""
         try:
             import datasets  # pyright: ignore[reportMissingImports]
         except ImportError:
@@ -101,11 +101,11 @@ class HuggingFaceDataset:
             )
         except UserError:
             raise
-        except Exception as error:  # its own classes, the hub's, Arrow's, plain ValueErrors
+        except Exception as error:  # errors of the library, the hub, Arrow and Python
             raise self._unreadable(error) from error
 
     def _saved(self, saved: Any) -> Any:
-        """The split of what `save_to_disk` wrote: one data set, or a dictionary of them."""
+        """The split of a data set, or of a dictionary of them, that `save_to_disk` wrote."""
         splits = saved if isinstance(saved, dict) else {str(saved.split or self.split): saved}
         if self.subset is not None or self.revision is not None:
             raise UserError(f"{self.path} was saved to disk: it has no subset and no revision")

@@ -1,7 +1,7 @@
-"""The files that a corpus's paths name: each entry is found once, or left out for a reason.
+"""Finds the files that a corpus's paths name: each entry once, or left out for a stated reason.
 
-Only regular files are found, by whatever names they are reached; links to folders are followed,
-circles end, and a folder that can't be listed is an error.
+Only regular files are found, also through links. Links to folders are followed, but not in circles;
+a folder that can't be listed is an error.
 """
 
 import collections
@@ -18,7 +18,7 @@ import stat
 from moe.errors import UserError, nearest
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
-LeftOut = dict[str, list[str]]  # places, by the reason
+LeftOut = dict[str, list[str]]  # paths, by the reason why they are left out
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 HIDDEN, LINK, CIRCLE, SPECIAL = "hidden", "a broken link", "a link in a circle", "no regular file"
 SUFFIX, TWICE, NULL = "another suffix", "reached before by another name", "null"
@@ -27,13 +27,17 @@ SUFFIX, TWICE, NULL = "another suffix", "reached before by another name", "null"
 def find_files(
     paths: Paths, suffixes: tuple[str, ...] = (), left_out: LeftOut | None = None
 ) -> list[tuple[str, Path]]:
-    """(name, path) of the files that paths and globs name, sorted by name.
+    """(name, path) of all files that paths and globs name, sorted by name.
 
-    Of a folder all below, with one of the suffixes if any. Names are relative to what was given;
-    of several names of one file the shortest stands. `left_out` receives what was not taken.
+    Names are relative to the given path; a file with several names has its shortest one.
+
+    Args:
+        paths: files, globs, and folders, which stand for all files below them.
+        suffixes: which files of a folder are taken; all where empty.
+        left_out: receives the entries that are not taken, by reason.
 
     Raises:
-        UserError: nothing there, a folder that can't be read, or no file with such a suffix.
+        UserError: a path names nothing, a folder can't be read, or no file has such a suffix.
     """
     given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     left_out = {} if left_out is None else left_out
@@ -49,8 +53,8 @@ def find_files(
     return sorted(found)
 
 
-def told(left_out: LeftOut) -> list[str]:
-    """A line for each reason: how many, and the first three."""
+def left_out_lines(left_out: LeftOut) -> list[str]:
+    """A line for each reason, with the first three paths and the number of the others."""
     return [
         f"left out, {reason}: {', '.join(places[:3])}"
         + (f" and {len(places) - 3:,} more" if len(places) > 3 else "")
@@ -60,7 +64,10 @@ def told(left_out: LeftOut) -> list[str]:
 
 @dataclasses.dataclass
 class _Walk:
-    """What one path or glob names; `seen` are the real paths of files found before."""
+    """The files that one path or glob names.
+
+    suffixes: which files of a folder are taken. seen: real paths of the files found before.
+    """
 
     suffixes: tuple[str, ...]
     seen: set[str]
@@ -88,10 +95,10 @@ class _Walk:
             raise UserError(self._why_none(pattern, kind))
 
     def _below(self, root: Path, parts: Sequence[str], suffixes: tuple[str, ...]) -> None:
-        """Files whose path below root fits the parts of a pattern, as glob.glob reads them.
+        """Add the files whose path below root matches the parts of a pattern, as in glob.glob.
 
-        Each folder is listed once for each position in the pattern that it can be reached at:
-        links may make infinitely many names, but not infinitely many of these.
+        A folder is listed once for each set of positions in the pattern at which it is reached.
+        Links may give it infinitely many names, but only finitely many such sets.
         """
         parts = [*parts, "*"] if parts[-1] == "**" else list(parts)
         queue = collections.deque([(root, os.path.realpath(root), _closed({0}, parts))])
@@ -132,8 +139,8 @@ class _Walk:
         self.left_out.setdefault(reason, []).append(str(path))
 
     def _why_none(self, pattern: str, kind: str) -> str:
-        """What was looked for, and what is there instead."""
-        others = "; ".join(told({r: p for r, p in self.left_out.items() if r != SUFFIX}))
+        """A message on what was looked for, and what is there instead."""
+        others = "; ".join(left_out_lines({r: p for r, p in self.left_out.items() if r != SUFFIX}))
         if kind != "folder":
             hint = "; in a pattern, [[] stands for a bracket" if "[" in pattern else ""
             return f"no file matches {pattern!r}{hint}{others and '; ' + others}"
@@ -146,7 +153,7 @@ class _Walk:
 
 
 def kind_of(path: Path) -> str:
-    """file, folder, or why it is neither; empty where there is nothing at all."""
+    """ "file", "folder", or why the path is neither; empty where nothing is there."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -163,18 +170,18 @@ def kind_of(path: Path) -> str:
 
 
 def has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
-    """Whether the name ends so, compressed or not; no suffixes: any name does."""
+    """Whether a name has one of the suffixes, before that of a compression; true without any."""
     endings = [ending + more for ending in suffixes for more in ("", *COMPRESSED)]
     return not suffixes or name.endswith(tuple(endings))
 
 
 def nearest_path(path: Path) -> str:
-    """A hint at an existing name, for the first part of a path that does not exist."""
+    """A hint at similar names, for the first part of a path that does not exist."""
     try:
         while not path.parent.exists():
             path = path.parent
         return nearest(path.name, os.listdir(path.parent)) if path.name else ""
-    except OSError:  # too long, no folder, not readable
+    except OSError:  # too long, not a folder, or not readable
         return ""
 
 
@@ -184,13 +191,16 @@ def _entries(folder: Path) -> list[os.DirEntry]:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise UserError(
-            f"{folder}: {error.strerror}: a corpus without it would be another one; make it "
+            f"{folder}: {error.strerror}: without it the corpus would be another one; make it "
             "readable, or name the files to read"
         ) from error
 
 
 def _after(name: str, positions: Iterable[int], parts: Sequence[str]) -> frozenset[int]:
-    """Positions in a pattern behind an entry's name; a leading dot is matched by a dot alone."""
+    """The positions in a pattern after matching an entry's name from the given positions.
+
+    A leading dot is matched only by a dot.
+    """
     hidden, after = name.startswith("."), set()
     for i in positions:
         if parts[i] == "**":
@@ -201,7 +211,7 @@ def _after(name: str, positions: Iterable[int], parts: Sequence[str]) -> frozens
 
 
 def _closed(positions: Iterable[int], parts: Sequence[str]) -> frozenset[int]:
-    """The positions, and those behind a ** that stands for no folder."""
+    """The positions, and those after each ** at them, which may match no folder at all."""
     found = set()
     for i in positions:
         found.add(i)

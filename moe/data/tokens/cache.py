@@ -1,10 +1,9 @@
-"""Token streams on disk: each split is tokenised once and memory-mapped ever after.
+"""A cache of token streams on disk: each split is tokenised once, and then memory-mapped.
 
-The stream of a split is `[document_id] + tokens` of each document, one after the other, written as
-it is made: neither tokens nor documents are ever all in memory, and a long document is encoded in
-passages. Files are written beside their final name and moved into place, so that processes which
-build the same stream at the same time do no harm; a record of sizes and hashes, written last, shows
-damage.
+The stream of a split concatenates `[document_id] + tokens` of its documents. It is written in
+pieces, and long documents are encoded in passages, so that neither all text nor all tokens are ever
+in memory. Files are written under temporary names and moved into place, so that several processes
+may build the same stream at once; a record of sizes and hashes, written last, reveals damage.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,19 +22,19 @@ import numpy as np
 
 from moe.errors import UserError
 
-if TYPE_CHECKING:  # the tokenizer's module writes files by this one
+if TYPE_CHECKING:  # tokenizer.py imports this module
     from moe.data.corpora.corpus import Document
     from moe.data.tokens.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
 
-CHUNK_CHARACTERS = 1 << 21  # of text for one call of the tokenizer, which uses all cores
-LONG = 1 << 20  # characters: a longer document is encoded in passages, of which each is shorter
+CHUNK_CHARACTERS = 1 << 21  # in one call of the tokenizer, which uses all cores
+LONG = 1 << 20  # characters: longer documents are encoded in passages of at most this length
 LAYOUT = 3  # raise when the files' meaning changes
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that other processes see it whole or not at all."""
+    """Write a file; other processes see all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -49,7 +48,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _umask() -> int:
-    """Which can only be read by setting it."""
+    """The process's umask, which can only be read by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
@@ -57,11 +56,11 @@ def _umask() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class TokenStream:
-    """One split as tokens. N tokens, M documents.
+    """The tokens of a split. N tokens, M documents.
 
     Attributes:
         token_N: uint16 or uint32, memory-mapped; each document starts with the document token.
-        start_M: where each document's document token stands; one more entry at the end, N.
+        start_M: position of each document's document token; and N as one more entry.
         num_bytes_M: UTF-8 bytes of each document's text.
     """
 
@@ -75,7 +74,7 @@ class TokenStream:
 
     @property
     def num_text_tokens(self) -> int:
-        """Tokens of text: the document tokens are not counted."""
+        """The number of tokens without document tokens."""
         return len(self.token_N) - self.num_documents
 
 
@@ -87,13 +86,19 @@ def token_stream(
     cache_dir: Path,
     say: Say = lambda line: None,
 ) -> TokenStream:
-    """The stream of the documents, from the cache where it is whole, else built and kept there.
+    """The documents' token stream, loaded from the cache or else made and cached.
 
-    `key` names everything that the stream depends on: the text's and the tokenizer's hashes. Every
-    document is decoded again while it is built: what lies in the cache is known to be whole.
+    Each document is decoded again when it is tokenised, so that a cached stream is lossless.
+
+    Args:
+        documents: returns an iterator over the documents.
+        tokenizer: encodes them.
+        key: hashes of everything that the stream depends on: the text and the tokenizer.
+        cache_dir: the cache folder.
+        say: prints the progress.
 
     Raises:
-        UserError: a document that the tokenizer does not give back; it is named.
+        UserError: tokens of a document don't decode to its text; the document is named.
     """
     content = json.dumps([LAYOUT, tokenizer.document_id, tokenizer.vocab_size, *key])
     name = hashlib.sha256(content.encode()).hexdigest()[:32]
@@ -102,7 +107,7 @@ def token_stream(
         return cached
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     with StreamWriter(folder, name, dtype) as stream:
-        longest = LONG if joins(tokenizer) else sys.maxsize
+        longest = LONG if is_concatenative(tokenizer) else sys.maxsize
         for chunk in chunks(documents(), longest):
             ids = encoded(chunk, tokenizer)
             check_lossless(chunk, ids, tokenizer)
@@ -113,13 +118,16 @@ def token_stream(
                 else:
                     stream.add([tokenizer.document_id, *tokens], num_bytes)
             say(f"tokenised {stream.num_bytes / 1e6:,.0f} MB")
-    built = _load(folder, name)
-    assert built is not None, f"{folder / name} cannot be read back"
-    return built
+    written = _load(folder, name)
+    assert written is not None, f"{folder / name} cannot be read back"
+    return written
 
 
 class StreamWriter:
-    """Writes a stream as it comes, in constant memory beyond a few numbers for each document."""
+    """Writes a token stream in pieces, with only a few numbers per document in memory.
+
+    The files get their names at the end of the `with` block; after an error nothing is left.
+    """
 
     def __init__(self, folder: Path, name: str, dtype: type):
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,13 +141,13 @@ class StreamWriter:
         return self
 
     def add(self, tokens: Sequence[int] | np.ndarray, num_bytes: int) -> None:
-        """A document: its document token first, and the bytes of its text."""
+        """Add a document, starting with the document token; num_bytes: of its text."""
         self._lengths.append(0)
         self._num_bytes.append(0)
         self.extend(tokens, num_bytes)
 
     def extend(self, tokens: Sequence[int] | np.ndarray, num_bytes: int) -> None:
-        """More of the last document."""
+        """Add more of the last document."""
         data = np.asarray(tokens, self._dtype).tobytes()
         self._file.write(data)
         self._digest.update(data)
@@ -148,7 +156,7 @@ class StreamWriter:
         self.num_bytes += num_bytes
 
     def __exit__(self, kind, *_) -> None:
-        """Move the tokens into place, then the rest; nothing stays of what failed."""
+        """Move the tokens into place, then write the other arrays, then the record."""
         with self._file:
             size = self._file.tell()
         if kind is not None:
@@ -160,19 +168,22 @@ class StreamWriter:
             "token_N": {"bytes": size, "sha256": self._digest.hexdigest(), "dtype": self._dtype.str}
         }
         arrays = {"start_M": start_M, "num_bytes_M": np.array(self._num_bytes, np.int64)}
-        for part, array in arrays.items():
+        for field, array in arrays.items():
             buffer = io.BytesIO()
             np.save(buffer, array)
             data = buffer.getvalue()
-            write_atomically(self._folder / f"{self._name}.{part}.npy", data)
-            record[part] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            write_atomically(self._folder / f"{self._name}.{field}.npy", data)
+            record[field] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         content = json.dumps(record, indent=1).encode()
         write_atomically(self._folder / f"{self._name}.json", content)
 
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
-    """A document's text from a character on: all of it, or as much as is encoded in one go."""
+    """A document's text, or a part of it that is encoded in one call.
+
+    name: the document's. start: of the text in the document, in characters.
+    """
 
     name: str
     text: str
@@ -180,7 +191,7 @@ class Passage:
 
 
 def passages(text: str, longest: int = LONG) -> Iterator[tuple[int, str]]:
-    """The text in pieces of at most so many characters that end with a line where they can."""
+    """(start, text) of passages of at most `longest` characters, cut at line ends if possible."""
     start = 0
     while start < len(text) - longest:
         end = text.rfind("\n", start, start + longest) + 1 or start + longest
@@ -189,21 +200,21 @@ def passages(text: str, longest: int = LONG) -> Iterator[tuple[int, str]]:
     yield start, text[start:] if start else text
 
 
-def joins(tokenizer: "Tokenizer") -> bool:
-    """Whether tokens of two texts, one behind the other, are those of a text that is both.
+def is_concatenative(tokenizer: "Tokenizer") -> bool:
+    """Whether the concatenated tokens of several texts decode to the concatenated texts.
 
-    Not where a tokenizer writes a space before a text: it has to see all of a document at once.
+    Not so for a tokenizer that puts a space before each text: it has to encode a whole document.
     """
     texts = ["a b\n", "c d", " e\n", "f"]
     try:
         lists = tokenizer.encode_batch(texts)
-    except UserError:  # it doesn't know these letters
+    except UserError:  # some letters have no token
         return False
     return tokenizer.decode_batch([list(itertools.chain(*lists))]) == ["".join(texts)]
 
 
 def encoded(passages: Sequence[Passage], tokenizer: "Tokenizer") -> list[list[int]]:
-    """The tokens of each; UserError for the first one that the tokenizer cannot encode."""
+    """The tokens of each passage; UserError names the first one that can't be encoded."""
     try:
         return tokenizer.encode_batch([passage.text for passage in passages])
     except UserError:
@@ -218,7 +229,7 @@ def encoded(passages: Sequence[Passage], tokenizer: "Tokenizer") -> list[list[in
 def check_lossless(
     passages: Sequence[Passage], ids: list[list[int]], tokenizer: "Tokenizer"
 ) -> None:
-    """Raise UserError for the first passage that its tokens do not give back, text and bytes."""
+    """Raise UserError for the first passage whose tokens don't decode to its text and bytes."""
     texts = tokenizer.decode_batch(ids)
     way_out = "use a byte-level tokenizer, such as TextData.tokenizer = @TrainedBPE()"
     for passage, tokens, back in zip(passages, ids, texts, strict=True):
@@ -227,7 +238,7 @@ def check_lossless(
             pairs = enumerate(zip(text, back, strict=False))
             at = next((i for i, (ours, theirs) in pairs if ours != theirs), len(back))
             raise UserError(
-                f"document {passage.name}: the tokenizer does not give back its text: from "
+                f"document {passage.name}: its tokens don't decode to its text: from "
                 f"character {passage.start + at} on {text[at : at + 20]!r} became "
                 f"{back[at : at + 20]!r}, so that bits per byte would be wrong; {way_out}"
             )
@@ -237,13 +248,16 @@ def check_lossless(
         found = int((later_V if passage.start else first_V)[tokens[0]] + later_V[tokens[1:]].sum())
         if found != (size := len(text.encode("utf-8"))):
             raise UserError(
-                f"document {passage.name}: its tokens give back {found} bytes one by one, and it "
+                f"document {passage.name}: its tokens decode to {found} bytes one by one, and it "
                 f"has {size}: with this tokenizer bits per byte would be wrong; {way_out}"
             )
 
 
 def chunks(documents: Iterable["Document"], longest: int) -> Iterator[list[Passage]]:
-    """Passages that together have about so much text as one call of the tokenizer takes."""
+    """Lists of passages, each list with about `CHUNK_CHARACTERS` of text.
+
+    longest: characters of a passage at most.
+    """
     chunk, size = [], 0
     for document in documents:
         for start, text in passages(document.text, longest):
@@ -257,16 +271,16 @@ def chunks(documents: Iterable["Document"], longest: int) -> Iterator[list[Passa
 
 
 def _load(folder: Path, name: str) -> TokenStream | None:
-    """The cached stream, or None where a file is missing, cut or changed."""
+    """The cached stream; None where a file is missing, cut off or changed."""
     try:
         record = json.loads((folder / f"{name}.json").read_bytes())
         tokens = folder / f"{name}.token_N.bin"
         _check(tokens, record["token_N"])
         token_N = np.memmap(tokens, np.dtype(record["token_N"]["dtype"]), "r")
         arrays = {}
-        for part in ("start_M", "num_bytes_M"):
-            _check(path := folder / f"{name}.{part}.npy", record[part])
-            arrays[part] = np.load(path, mmap_mode="r")
+        for field in ("start_M", "num_bytes_M"):
+            _check(path := folder / f"{name}.{field}.npy", record[field])
+            arrays[field] = np.load(path, mmap_mode="r")
         return TokenStream(token_N, **arrays)
     except (OSError, ValueError, TypeError, KeyError):
         return None

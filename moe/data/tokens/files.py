@@ -1,4 +1,4 @@
-"""Token files: memory-mapped arrays that are read as one sequence. N tokens."""
+"""Token files: memory-mapped arrays that are read as one stream. N tokens."""
 
 from collections.abc import Iterator, Sequence
 import glob
@@ -15,7 +15,7 @@ Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
 
 class ShardedTokens:
-    """Arrays of tokens, one behind the other, as one: a slice is an array, everything else maps."""
+    """Several token arrays as one stream; a slice of it is an array, nothing else is in memory."""
 
     def __init__(self, shards: Sequence[np.ndarray]):
         self._shards = shards
@@ -25,22 +25,22 @@ class ShardedTokens:
         return int(self._end_S[-1])
 
     def __getitem__(self, where: slice) -> np.ndarray:
-        start, stop, step = where.indices(len(self))
-        assert step == 1, "tokens are read in their order"
-        parts = []
+        start, stop, stride = where.indices(len(self))
+        assert stride == 1, "tokens are read in their order"
+        pieces = []
         for s in range(int(np.searchsorted(self._end_S, start, side="right")), len(self._shards)):
             first = int(self._end_S[s]) - len(self._shards[s])
             if first >= stop:
                 break
-            parts.append(self._shards[s][max(0, start - first) : stop - first])
-        return np.concatenate(parts) if parts else self._shards[0][:0]
+            pieces.append(self._shards[s][max(0, start - first) : stop - first])
+        return np.concatenate(pieces) if pieces else self._shards[0][:0]
 
     def pieces(self) -> Iterator[np.ndarray]:
-        """All tokens in arrays of at most `PIECE`."""
+        """All tokens, in arrays of at most `PIECE`."""
         return (self[start : start + PIECE] for start in range(0, len(self), PIECE))
 
     def documents(self, document_id: int) -> Iterator[np.ndarray]:
-        """The tokens between two document tokens, where there are any."""
+        """The tokens of each document, without its document token; some may be empty."""
         held: list[np.ndarray] = []
         for piece in self.pieces():
             first, *others = np.split(piece, np.flatnonzero(piece == document_id))
@@ -52,11 +52,12 @@ class ShardedTokens:
 
 
 def name_of(files: Sequence[Path]) -> str:
+    """The name of a corpus of these files: that of the first and of the last."""
     return files[0].name if len(files) == 1 else f"{files[0].name}..{files[-1].name}"
 
 
 def files_of(paths: Paths) -> list[Path]:
-    """Each file once, in the order given, those of a glob by name."""
+    """The files that paths and globs name, each once, in the given order; of a glob, by name."""
     given = [paths] if isinstance(paths, str | os.PathLike) else paths
     found: dict[Path, None] = {}
     for pattern in (os.path.expanduser(pattern) for pattern in given):
@@ -70,7 +71,7 @@ def files_of(paths: Paths) -> list[Path]:
 
 
 def mapped(path: Path, dtype: str) -> np.ndarray:
-    """The tokens of one file, memory-mapped; UserError for what is no such file."""
+    """The tokens of a file (N,), memory-mapped; UserError where it is no token file."""
     if not path.is_file() or path.suffix not in (".npy", ".bin"):
         raise UserError(f"{path}: a token file is a .npy or a .bin")
     try:

@@ -1,8 +1,8 @@
-"""Text to tokens and back: plain bytes, a byte-level BPE trained on the run's text, or a file.
+"""Tokenizers: plain bytes, a byte-level BPE trained on the run's text, or one from a file.
 
-A *spec* (`Bytes`, `TrainedBPE`, `TokenizerFile`) is what a config names; `fit` turns it into a
-`Tokenizer`. Every tokenizer has one special token, `<|document|>`, which starts each document and
-never comes from text: a text that spells it out is encoded like any other.
+A config names a *spec* (`Bytes`, `TrainedBPE`, `TokenizerFile`), whose `fit` returns a `Tokenizer`.
+Every tokenizer has one special token, `<|document|>`, which starts each document. No text is
+encoded to it: a text that spells it out is encoded like any other.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -30,13 +30,13 @@ Texts = Callable[[], Iterator[str]]
 Say = Callable[[str], None]
 Ids = Iterable[Any]  # of int, or an array of integers
 
-# What a token may span, in the manner of GPT-4's pattern: a word with the sign before it, up to
-# three digits, signs. Unlike there, a line's end and the next line's indentation are one piece,
-# and signs before it may join: 9 % more bytes per token on Python at a vocabulary of 8,192.
-# Every piece is bounded: the time to merge one grows with the square of its length, and DNA,
-# base64 or a language without spaces is one piece.
+# The longest spans that a token may cover, as in GPT-4's pattern: a word with one sign before it,
+# up to three digits, or signs. Unlike there, a line's end and the next line's indentation are one
+# span, also with signs before them: 9 % more bytes per token on Python with 8,192 tokens. Spans are
+# at most MOST characters long, since the time to merge one grows with the square of its length, and
+# DNA, base64 or a language without spaces would be a single span.
 MOST = 64
-FITTED = 1 << 16  # characters of one text in fitting, since the library gathers 256 texts
+FITTED = 1 << 16  # characters of a text in fitting, since the library holds 256 texts at a time
 PIECES = "|".join(
     [
         rf"[^\r\n\p{{L}}\p{{N}}]?\p{{L}}{{1,{MOST}}}",
@@ -51,12 +51,12 @@ PIECES = "|".join(
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text to token ids and back, without loss on UTF-8 text.
+    """Encodes text as token ids and decodes it, without loss on UTF-8 text.
 
     Attributes:
-        vocab_size: one more than the largest token id.
+        vocab_size: V, one more than the largest token id.
         document_id: the token that starts each document; `decode` leaves it out.
-        num_bytes_2V: bytes of text that each token gives back, int32: as a document's first token,
+        num_bytes_2V: bytes of text that each token decodes to, int32: as a document's first token,
             where some decoders drop a space, and anywhere else; 0 for the document token.
         fingerprint: equal for two tokenizers only if they encode alike.
     """
@@ -84,17 +84,24 @@ class Tokenizer(Protocol):
 
 @runtime_checkable
 class TokenizerSpec(Protocol):
-    """How a run comes by its tokenizer."""
+    """Makes a run's tokenizer."""
 
     def fit(
         self, texts: Texts, cache_dir: Path, fingerprint: str, say: Say = lambda line: None
     ) -> Tokenizer:
-        """The tokenizer for the training texts, whose hash is `fingerprint`."""
+        """The tokenizer for the training texts.
+
+        Args:
+            texts: returns an iterator over the training texts.
+            cache_dir: where a trained tokenizer is kept.
+            fingerprint: a hash of the texts.
+            say: prints the progress.
+        """
         ...
 
 
 class ByteTokenizer:
-    """256 bytes and the document token."""
+    """One token per byte, and the document token."""
 
     vocab_size = 257
     document_id = 256
@@ -122,7 +129,7 @@ class SubwordTokenizer:
         inner.no_padding()
         if inner.token_to_id(DOCUMENT_TOKEN) is None:
             inner.add_special_tokens([DOCUMENT_TOKEN])
-        inner.encode_special_tokens = True  # special tokens that a text spells out are text
+        inner.encode_special_tokens = True  # encodes special tokens in a text as text
         self._inner = inner
         self.document_id: int = inner.token_to_id(DOCUMENT_TOKEN)
         self.vocab_size: int = 1 + max(inner.get_vocab(with_added_tokens=True).values())
@@ -134,9 +141,9 @@ class SubwordTokenizer:
 
     @functools.cached_property
     def _num_bytes_2V(self) -> np.ndarray:
-        """Of a byte-level token one for each of its letters, of others what they decode to.
+        """Bytes of each token: its letters if it is byte-level, else of the text it decodes to.
 
-        Others are decoded alone, as at a document's start, and behind themselves.
+        Tokens of the latter kind are decoded alone, as at a document's start, and after themselves.
         """
         inner = self._inner
         vocabulary = inner.get_vocab(with_added_tokens=True)
@@ -157,7 +164,7 @@ class SubwordTokenizer:
                 for lists in ([[i] for i in ids], [[i, i] for i in ids])
             )
             num_bytes_2V[:, ids] = once_V, np.subtract(twice_V, once_V)
-            if "ByteFallback" in kinds:  # one alone is not UTF-8
+            if "ByteFallback" in kinds:  # a single byte may not be UTF-8
                 found = [i for t, i in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", t)]
                 num_bytes_2V[:, found] = 1
         num_bytes_2V[:, self.document_id] = 0
@@ -166,7 +173,7 @@ class SubwordTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         try:
             encodings = self._inner.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # of a word that it doesn't know, where no token is for those
+        except Exception as error:  # of a word without a token, where none is for unknown words
             raise UserError(
                 f"the tokenizer cannot encode this text ({error}); use a byte-level tokenizer, "
                 "such as TextData.tokenizer = @TrainedBPE()"
@@ -174,7 +181,7 @@ class SubwordTokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode_batch(self, lists: list[list[int]]) -> list[str]:
-        """Of lists without document tokens."""
+        """The text of each list of tokens; lists have no document tokens."""
         return self._inner.decode_batch(lists, skip_special_tokens=False)
 
     def decode(self, ids: Ids) -> str:
@@ -225,7 +232,7 @@ class TrainedBPE:
         folder = cache_dir / "tokenizers" / name
         try:
             return _load_subwords(folder / FILE_NAME)
-        except UserError:  # not there yet, or cut
+        except UserError:  # not there yet, or cut off
             trained = SubwordTokenizer(_train(_counted(texts(), say), self.vocab_size))
             trained.save(folder)
             return trained
@@ -236,7 +243,8 @@ class TrainedBPE:
 class TokenizerFile:
     """A tokenizer.json of the `tokenizers` library, or the folder of a saved tokenizer.
 
-    Text that it does not give back is refused when it is tokenised: bits per byte would be wrong.
+    Text that it doesn't decode to exactly is refused when it is tokenised: bits per byte would be
+    wrong.
 
     Attributes:
         path: of the file or folder.
@@ -254,7 +262,7 @@ class TokenizerFile:
 def load_tokenizer(path: Path | str, document_token: str = DOCUMENT_TOKEN) -> Tokenizer:
     """A tokenizer from the folder it was saved in, or from a tokenizer.json itself.
 
-    document_token: which of its added tokens is the document token, under whatever name.
+    document_token: the name of the added token that starts documents.
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
@@ -280,7 +288,7 @@ def _load_subwords(path: Path, document_token: str = DOCUMENT_TOKEN) -> SubwordT
 
 
 def _renamed(content: str, document_token: str, path: Path) -> str:
-    """A tokenizer.json in which this added token is the document token, with its old id."""
+    """The tokenizer.json with this added token renamed to `DOCUMENT_TOKEN`; its id stays."""
     record = json.loads(content)
     added = {one["content"]: one for one in record["added_tokens"]}
     if document_token not in added:
@@ -290,7 +298,7 @@ def _renamed(content: str, document_token: str, path: Path) -> str:
     vocabulary = record["model"]["vocab"]
     if isinstance(vocabulary, dict) and document_token in vocabulary:
         vocabulary[DOCUMENT_TOKEN] = vocabulary.pop(document_token)
-    elif isinstance(vocabulary, list):  # of (token, score)
+    elif isinstance(vocabulary, list):  # (token, score) pairs
         names = [DOCUMENT_TOKEN if name == document_token else name for name, _ in vocabulary]
         record["model"]["vocab"] = [
             [n, score] for n, (_, score) in zip(names, vocabulary, strict=True)
@@ -299,10 +307,10 @@ def _renamed(content: str, document_token: str, path: Path) -> str:
 
 
 def _counted(texts: Iterator[str], say: Say) -> Iterator[str]:
-    """The texts, long ones in passages, telling how much of them was read."""
+    """The texts, long ones in passages; says how much of them was read."""
     size = 0
-    parts = (passages(text, FITTED) for text in texts)
-    for _, text in itertools.chain.from_iterable(parts):
+    cut = (passages(text, FITTED) for text in texts)
+    for _, text in itertools.chain.from_iterable(cut):
         yield text
         size += len(text)
         say(f"fitting the tokenizer: read {size / 1e6:,.0f} million characters")

@@ -24,9 +24,14 @@ _NEVER_READ = r"coroutine '(_read_array_index_and_device_put|\S*\bStore\.\w+)' w
 class Checkpoints:
     """The checkpoints folder of a run.
 
-    What Orbax leaves to us: a save that failed in the background is raised by `wait` (and by the
-    next save), a step that can't be read is set aside and the one before it is used, and what is
-    restored has the dtypes that were saved.
+    Beyond Orbax: a save that fails in the background raises in `wait` and in the next save; a
+    damaged checkpoint is set aside and the one before it is read; and restored arrays have the
+    dtypes that were saved.
+
+    Args:
+        folder: RUN/checkpoints.
+        keep: how many of the newest checkpoints stay, beside the best one.
+        read_only: never write, delete or set aside.
     """
 
     def __init__(self, folder: Path, keep: int = 2, read_only: bool = False):
@@ -36,19 +41,19 @@ class Checkpoints:
 
         self.folder = folder.absolute()
         _hush_cancelled_tasks()
-        absl.logging.set_verbosity(absl.logging.FATAL)  # what Orbax raises is told once, by us
+        absl.logging.set_verbosity(absl.logging.FATAL)  # we report what Orbax raises
         best = keeping.BestN(
             get_metric_fn=lambda m: m["val_loss"],
             reverse=True,
             n=1,
-            keep_checkpoints_without_metrics=False,  # or all that were not evaluated stay
+            keep_checkpoints_without_metrics=False,  # else all without an evaluation would stay
         )
         policy = keeping.AnyPreservationPolicy([keeping.LatestN(n=keep), best])
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,
             preservation_policy=None if read_only else policy,
-            # Without it no metric reaches the disk, and a run that goes on has forgotten its best.
+            # Without it Orbax writes no metric, and a continued run would not know its best one.
             best_fn=lambda m: m["val_loss"],
             best_mode="min",
         )
@@ -57,25 +62,31 @@ class Checkpoints:
         self._manager = _manager_class(ocp)(self.folder, options=options)
 
     def save(self, state: TrainState, extra: dict[str, Any], val_loss: float | None = None) -> None:
-        """Start writing; returns before it is on disk. `extra` is JSON: the data position."""
+        """Start writing a checkpoint, and return before it is on disk.
+
+        extra: JSON that is kept beside the state. val_loss: by which the best one is chosen.
+
+        Raises:
+            UserError: this save, or the one before it, can't be written.
+        """
         ocp = self._ocp
         arrays = ocp.args.StandardSave(as_tree(state))
         known = val_loss is not None and math.isfinite(val_loss)
         metrics = {"val_loss": val_loss} if known else None
         composite = ocp.args.Composite(state=arrays, extra=ocp.args.JsonSave(extra))
         step = int(state.step)
-        with self._told():
+        with self._disk_errors():
             if not self._manager.save(step, args=composite, metrics=metrics, force=True):
                 raise UserError(f"the checkpoint of step {step} was not written")
 
     def wait(self) -> None:
-        """Until every save is on disk; raises what went wrong in the background."""
-        with self._told():
+        """Wait until every save is on disk; UserError where one can't be written."""
+        with self._disk_errors():
             self._manager.wait_until_finished()
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """A disk that is full, say, in one line; Orbax wraps it in errors of several kinds."""
+    def _disk_errors(self) -> Iterator[None]:
+        """Turn a full disk, say, into a UserError of one line; Orbax wraps it in other errors."""
         try:
             yield
         except UserError:
@@ -96,9 +107,10 @@ class Checkpoints:
     def restore(
         self, abstract: TrainState, step: int | None = None, say: Say = lambda line: None
     ) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest state that can be read (or that of `step`), and its extra; None without any.
+        """The newest readable state, or that of `step`, and its `extra`; None without checkpoints.
 
-        abstract: shapes, dtypes and shardings; any mesh will do, whatever the saving one was.
+        abstract: shapes, dtypes and shardings of the state; the mesh may be another than the one
+            it was saved from.
 
         Raises:
             UserError: there are checkpoints, but none can be read; or `step` has none.
@@ -108,10 +120,10 @@ class Checkpoints:
     def values(
         self, wanted: dict[str, jax.ShapeDtypeStruct], step: int | None = None, say: Say = print
     ) -> tuple[dict[str, jax.Array], int] | None:
-        """Some of the newest state's arrays (or those of `step`) by name, and its step.
+        """Some arrays of the newest readable state, or of `step`, by name; and the state's step.
 
-        wanted: shapes, dtypes and shardings by name, such as `params.embedding_VD`; nothing else
-            is read. Of a `Checkpoints` that reads states of training this can't be asked.
+        wanted: shapes, dtypes and shardings by name, such as `params.embedding_VD`; only these are
+            read. Not for an object whose `save` or `restore` was called: Orbax fixes the format.
 
         Raises:
             UserError: as `restore`; and for names or shapes that are not those of the checkpoint.
@@ -133,13 +145,13 @@ class Checkpoints:
         return self._newest(read, step, say)
 
     def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of a checkpoint's arrays by name."""
+        """The shapes of a checkpoint's arrays, by name."""
         path = self.folder / str(step) / "state"
         content: Any = self._ocp.StandardCheckpointer().metadata(path)
         return {name: tuple(leaf.shape) for name, leaf in content.item_metadata.tree.items()}
 
     def _newest(self, read: Callable[[int], Any], step: int | None, say: Say) -> Any:
-        """What `read` makes of the newest step that it can (or of `step`); None without any."""
+        """read(s) for the newest step s that can be read, or for `step`; None without any."""
         steps = self.steps()
         if step is not None:
             if step not in steps:
@@ -151,14 +163,14 @@ class Checkpoints:
                 found = read(candidate)
             except UserError:
                 raise
-            except Exception as error:  # whatever a damaged file makes the readers raise
+            except Exception as error:  # damaged files raise errors of any kind
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 say(f"the checkpoint of step {candidate} can't be read ({reason[:160]})")
                 damaged.append(candidate)
                 continue
             self._set_aside(damaged, say)
             return found
-        if steps:  # they stay where they are, or the next start would train from the first step
+        if steps:  # not set aside, or the next start would train from the first step
             raise UserError(
                 f"no checkpoint in {self.folder} can be read; restore one from a copy, or choose "
                 "another --workdir to start anew"
@@ -174,12 +186,12 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(tree, strict=True), extra=ocp.args.JsonRestore()
             ),
         )
-        # By name: a dict's leaves come sorted, a state's fields need not be.
+        # By name: a dict's leaves are sorted, those of a state are not.
         leaves = [found["state"][name] for name in tree]
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves), found["extra"]
 
     def _set_aside(self, steps: list[int], say: Say) -> None:
-        """Out of Orbax's sight, but not deleted."""
+        """Move checkpoints out of Orbax's folder, without deleting them."""
         if self._options.read_only or not steps:
             return
         for step in steps:
@@ -196,7 +208,7 @@ class Checkpoints:
 def _manager_class(ocp: Any) -> Any:
     class Manager(ocp.CheckpointManager):
         def metrics(self, step: int) -> dict[str, float] | None:
-            """None for a damaged file, too, for which Orbax would not open the whole folder."""
+            """As Orbax's, but None for a damaged file, which would keep the folder from opening."""
             try:
                 found = super().metrics(step)
                 return None if found is None else {"val_loss": float(found["val_loss"])}
@@ -207,7 +219,7 @@ def _manager_class(ocp: Any) -> Any:
 
 
 def _differences(wanted: dict[str, Any], there: dict[str, tuple[int, ...]]) -> str:
-    """In a few words how the arrays that are wanted are not those that are there."""
+    """How the arrays of a checkpoint differ from those that are wanted, in a few words."""
     kinds = {name.split(".")[0] for name in wanted}
     missing = [name for name in wanted if name not in there]
     extra = [n for n in there if n.split(".")[0] in kinds and n not in wanted]
@@ -216,8 +228,8 @@ def _differences(wanted: dict[str, Any], there: dict[str, tuple[int, ...]]) -> s
         for name, want in wanted.items()
         if name in there and there[name] != tuple(want.shape)
     ]
-    parts = {"missing there": missing, "only there": extra, "other shapes": other}
-    return "; ".join(f"{what}: {_few(names)}" for what, names in parts.items() if names)
+    kinds = {"missing there": missing, "only there": extra, "other shapes": other}
+    return "; ".join(f"{kind}: {_few(names)}" for kind, names in kinds.items() if names)
 
 
 def _few(names: list[str]) -> str:
@@ -225,20 +237,20 @@ def _few(names: list[str]) -> str:
 
 
 def as_tree(state: TrainState) -> dict[str, Any]:
-    """The state as plain containers: optimizer states of any kind are lists of their leaves."""
+    """The state's arrays by name, in the order of its leaves."""
     leaves = jax.tree.leaves(state)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
     return {_name(path): leaf for path, leaf in zip(paths, leaves, strict=True)}
 
 
 def _name(path) -> str:
-    """Such as `params.embedding_VD`; sorts and reads well, and is unique."""
+    """A unique name of a leaf, such as `params.embedding_VD`."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 @contextlib.contextmanager
 def opened(folder: Path, keep: int = 2, read_only: bool = False) -> Iterator[Checkpoints]:
-    """Checkpoints that are closed, with every save on disk, when the block ends well."""
+    """A folder's checkpoints; at the end of the block every save is on disk and they are closed."""
     checkpoints = Checkpoints(folder, keep, read_only)
     try:
         yield checkpoints
@@ -248,11 +260,11 @@ def opened(folder: Path, keep: int = 2, read_only: bool = False) -> Iterator[Che
 
 
 def _hush_cancelled_tasks() -> None:
-    """What fails is told once, by us: the cancelled writers and readers of other files say nothing.
+    """Silence what cancelled tasks print after a failed save or restore, which we report ourselves.
 
-    TensorStore would print an exception for each writer (its event loop is gone), Orbax one for
-    each reader that is given up, whenever that is collected, and asyncio what nobody fetched from
-    their tasks: pages of it, at times in the midst of our own line.
+    TensorStore prints an exception for each cancelled writer (its event loop is gone), Orbax one
+    for each reader that is garbage-collected, and asyncio the results that nobody fetched: pages,
+    at times in the middle of our own line.
     """
     before = sys.unraisablehook
     if getattr(before, "hushes_cancelled_tasks", False):

@@ -1,4 +1,4 @@
-"""A run's folder: what lies where, whose it is, and whether it may go on."""
+"""A run's folder: its files, its lock, and whether a run may continue in it."""
 
 from collections.abc import Iterator
 import contextlib
@@ -17,7 +17,7 @@ from moe.settings.read import bindings_of
 
 
 class RunFolder:
-    """Names of the files of a run, and the checks before it starts."""
+    """The paths of a run's files, and the checks before it starts."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -35,7 +35,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process; UserError where another one has it."""
+        """Lock the folder for this process; UserError where another process holds the lock."""
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / ".lock", "a+") as file:
             try:
@@ -53,19 +53,22 @@ class RunFolder:
 
     @property
     def steps(self) -> int | None:
-        """How many steps the run here was started for; None where there is none."""
+        """`train.steps` of the run in this folder; None where there is no run."""
         if not self.config.exists():
             return None
-        told = bindings_of(self.config.read_text(encoding="utf-8")).get("train.steps")
-        return int(told) if told and told.isdecimal() else None
+        steps = bindings_of(self.config.read_text(encoding="utf-8")).get("train.steps")
+        return int(steps) if steps and steps.isdecimal() else None
 
     def refuse_another_run(
         self, config: str, fingerprint: dict[str, Any], steps: int, may_change: tuple[str, ...]
     ) -> None:
-        """UserError where the folder holds checkpoints of a run with other settings or data.
+        """Raise UserError where the folder holds checkpoints of a run with other settings or data.
 
-        steps: those asked for, which may not be fewer than the run has trained. may_change: names
-        of settings that may differ.
+        Args:
+            config: the config text of the run that is to start.
+            fingerprint: `PreparedData.fingerprint` of its text.
+            steps: its `train.steps`, which may not be fewer than are trained already.
+            may_change: names of settings that may differ.
         """
         if not (self.config.exists() and self.checkpoints.exists()):
             return
@@ -78,8 +81,9 @@ class RunFolder:
         ]
         trained = [int(p.name) for p in self.checkpoints.iterdir() if p.name.isdecimal()]
         if trained and max(trained) > steps:
+            most = max(trained)
             differs.append(
-                f"train.steps: {max(trained)} are trained there, {steps} here; give as many or more"
+                f"train.steps: {most} are trained there, {steps} here; give at least {most}"
             )
         if differs:
             raise UserError(
@@ -88,7 +92,7 @@ class RunFolder:
             )
 
     def complete(self, steps: int, max_seconds: float | None) -> dict[str, Any] | None:
-        """The summary of a run that has nothing left to do; None for any other."""
+        """The content of summary.json, where the run is complete; None where it is not."""
         if not self.summary.exists():
             return None
         found = json.loads(self.summary.read_text())
@@ -99,10 +103,16 @@ class RunFolder:
     def begin(
         self, config: str, settings: str, run: dict[str, Any], tokenizer: Tokenizer, step: int
     ) -> None:
-        """Write what the run is, and forget what was logged after the step it starts from.
+        """Write the run's description, and delete what was logged after the step it starts from.
 
-        config: the text that repeats it. settings: every one in force, to be read by people.
-        The summary of an end that it goes beyond becomes summary-STEP.json.
+        A summary from an earlier end of the run becomes summary-STEP.json.
+
+        Args:
+            config: the config text that repeats the run.
+            settings: every setting in force, to be read by people.
+            run: the content of run.json.
+            tokenizer: saved with the run.
+            step: steps that are trained already.
         """
         self.write_json(self.run, run)
         write_atomically(self.config, config.encode())
@@ -114,7 +124,7 @@ class RunFolder:
             self.summary.rename(self.path / f"summary-{ended}.json")
 
     def write_json(self, path: Path, content: Any) -> None:
-        """Whole or not at all."""
+        """Write a JSON file; other processes see all of it or nothing."""
         write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
     def _cut_metrics(self, step: int) -> None:
@@ -128,12 +138,12 @@ class RunFolder:
 def _step(line: str) -> int:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line that a crash cut short
+    except (ValueError, KeyError):  # a line cut off by a crash
         return 2**62
 
 
 def _differences(theirs: str, ours: str, may_change: tuple[str, ...]) -> list[str]:
-    """Settings of two config texts that are not the same, but for those that may change."""
+    """A line for each setting that two config texts have otherwise, those aside that may change."""
     old, new = bindings_of(theirs), bindings_of(ours)
     return [
         f"{name}: {old.get(name, 'not set')} there, {new.get(name, 'not set')} here"
@@ -143,7 +153,7 @@ def _differences(theirs: str, ours: str, may_change: tuple[str, ...]) -> list[st
 
 
 def versions() -> dict[str, str]:
-    """What ran: Python, the libraries, the machine."""
+    """Versions of Python and the libraries, and the machine's architecture."""
     import importlib.metadata as metadata
 
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")

@@ -1,7 +1,7 @@
-"""Where else a run's numbers go: TensorBoard, Weights & Biases, MLflow, or a class of one's own.
+"""Loggers beside a run's own files: TensorBoard, Weights & Biases, MLflow, or a user's class.
 
-A logger is fed what metrics.jsonl gets, by the first process alone. One that fails is told of once
-and left out from then on: no run ends for it.
+A logger gets the numbers of metrics.jsonl, from the first process alone. One that fails is named
+once and gets no more numbers: no run ends for it.
 """
 
 from collections.abc import Callable, Mapping
@@ -89,7 +89,9 @@ class MLflow:
         mlflow = _imported("mlflow", "mlflow")
         import logging
 
-        logging.getLogger("mlflow").setLevel(logging.ERROR)  # of the tables that it makes
+        logging.getLogger("mlflow").setLevel(
+            logging.ERROR
+        )  # else it lists the tables that it makes
         home = folder.resolve()
         client = mlflow.MlflowClient(self.uri or f"sqlite:///{home / 'mlflow.db'}")
         try:
@@ -119,7 +121,7 @@ class MLflow:
 
 
 class _Writer:
-    """Two functions as a writer."""
+    """A writer made of two functions."""
 
     def __init__(self, scalars: Callable[[int, Scalars], None], close: Callable[[], None]):
         self._scalars, self._close = scalars, close
@@ -131,8 +133,8 @@ class _Writer:
         self._close()
 
 
-class Fed:
-    """The writers of a run; one that fails is told of, closed to further numbers, and forgotten."""
+class Writers:
+    """The writers of a run; one that fails is named, and gets no more numbers."""
 
     def __init__(self, writers: Mapping[str, Writer], say: Callable[[str], None]):
         self._writers, self._say = dict(writers), say
@@ -148,9 +150,9 @@ class Fed:
     def _guarded(self, name: str, call: Callable[[Writer], None]) -> None:
         try:
             call(self._writers[name])
-        except Exception as error:  # of a service or a package that is not ours
+        except Exception as error:  # errors of a service or of another package
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-            self._say(f"{name} takes no more numbers ({first}); the run goes on")
+            self._say(f"{name} has failed and gets no more numbers ({first}); the run goes on")
             del self._writers[name]
 
 
@@ -161,12 +163,12 @@ def _imported(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         raise UserError(
-            f"this logger needs a package that is not there: pip install 'moe-routing[{extra}]'"
+            f"this logger needs a package that is not installed: pip install 'moe-routing[{extra}]'"
         ) from None
 
 
 def _identity(path: Path, make: Callable[[], str]) -> str:
-    """A run's name in a service, kept beside the run so that a later start goes on with it."""
+    """The run's id in a service, from `path`, where the run's first start has written it."""
     if not path.exists():
         path.write_text(make(), encoding="utf-8")
     return path.read_text(encoding="utf-8")

@@ -1,18 +1,21 @@
-"""Where a run's numbers go: metrics.jsonl, routing.jsonl, and the loggers beside them."""
+"""A run's log files, metrics.jsonl and routing.jsonl, and the loggers beside them."""
 
 from collections.abc import Callable, Sequence
 import json
 from typing import IO, Any
 
 from moe.runs.storage.folder import RunFolder
-from moe.runs.tracking.loggers import Fed, TensorBoard
+from moe.runs.tracking.loggers import TensorBoard, Writers
 from moe.training.logger import Logger
 
 
 class Logs:
-    """Appends a line for every logged step. One process of a run writes them.
+    """Appends a line for each logged step. Only the first process of a run has them.
 
-    loggers: further ones beside TensorBoard. run: what run.json holds. say: for one that fails.
+    Args:
+        loggers: further ones beside TensorBoard.
+        run: the content of run.json.
+        say: prints the failure of a logger.
     """
 
     def __init__(
@@ -23,22 +26,22 @@ class Logs:
         say: Callable[[str], None] = print,
     ):
         every = [TensorBoard(), *loggers]
-        self._fed = Fed({str(one): one.open(folder.path, run or {}) for one in every}, say)
+        self._writers = Writers({str(one): one.open(folder.path, run or {}) for one in every}, say)
         self._metrics: IO[str] = open(folder.metrics, "a", encoding="utf-8")
         self._routing: IO[str] = open(folder.routing, "a", encoding="utf-8")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and the same numbers to every logger."""
+        """Write a line of metrics.jsonl, and the same numbers to every logger."""
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
-        self._fed.scalars(step, values)
+        self._writers.scalars(step, values)
 
     def routing(self, arrays: dict) -> None:
-        """One line of routing.jsonl: counts, kept and mean scores by layer and expert."""
+        """Write a line of routing.jsonl: the arrays of `metrics.Routing.arrays`."""
         self._routing.write(json.dumps(arrays) + "\n")
         self._routing.flush()
 
     def close(self) -> None:
         self._metrics.close()
         self._routing.close()
-        self._fed.close()
+        self._writers.close()

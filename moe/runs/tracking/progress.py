@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar in a terminal, a line now and then in a file."""
+"""A run's progress on the screen: a bar in a terminal; in a file, a line every ten seconds."""
 
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
@@ -18,7 +18,13 @@ T = TypeVar("T")
 
 
 class Display:
-    """`say` prints a line; `update` moves the bar. Silent in all but the first process."""
+    """Prints lines and moves a progress bar.
+
+    Args:
+        steps: optimizer steps of the run.
+        done: those that are trained already.
+        quiet: print nothing, as in all processes but the first.
+    """
 
     def __init__(self, steps: int, done: int = 0, quiet: bool = False):
         self.console = Console(file=sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)
@@ -44,13 +50,13 @@ class Display:
             self._bar.stop()
 
     def say(self, line: str) -> None:
-        """One line above the bar."""
+        """Print a line, above the bar if there is one."""
         self.console.print(line, markup=False)
 
     def update(self, step: int, line: str, at_most: float = math.inf) -> None:
-        """Progress, with what is worth knowing of the last logged step.
+        """Show that `step` is done, with the time left.
 
-        at_most: seconds of training that there may still be.
+        line: the step's metrics. at_most: seconds of training that `train.max_seconds` leaves.
         """
         now = time.monotonic()
         if self._started is None:
@@ -67,26 +73,29 @@ class Display:
             self.say(f"step {step}/{self._steps} {line} {left}".rstrip())
 
     def compiling(self, call: Callable[..., T], what: str) -> Callable[..., T]:
-        """The same function; its first call, which compiles, is told with its seconds."""
-        known = False
+        """The function, which says at its first call how long compiling took.
 
-        def told(*given) -> T:
-            nonlocal known
-            if known:
+        what: what it computes, such as "the training step".
+        """
+        compiled = False
+
+        def timed(*given) -> T:
+            nonlocal compiled
+            if compiled:
                 return call(*given)
-            known = True
+            compiled = True
             self.say(f"compiling {what}")
             start, before = time.perf_counter(), compile_cache.counts()
-            result = call(*given)  # it returns once it is compiled, and runs on
+            result = call(*given)  # returns once compiled, before the result is there
             seconds, cached = time.perf_counter() - start, compile_cache.counts().since(before)
             self.say(f"compiled {what} in {seconds:.1f} s{cached}")
             return result
 
-        return told
+        return timed
 
     @contextlib.contextmanager
     def counting(self, what: str, total: int) -> Iterator[Callable[[int, int], None]]:
-        """For other long work: a function of (done, of) that moves a bar of its own."""
+        """Progress of other long work: yields a function of (done, of) that moves its own bar."""
         task = None
         if self._bar is not None:
             task = self._bar.add_task(what, total=total, line="")
@@ -113,10 +122,10 @@ def duration(seconds: float) -> str:
 
 
 def line(scalars: dict[str, float], word: str, loads: bool = True) -> str:
-    """Such as: loss 3.21 bpb 1.93 12,345 tok/s load 1.21 drop 0.3% balanced.
+    """A step's metrics, such as: loss 3.21 bpb 1.93 12,345 tok/s load 1.21 drop 0.3% balanced.
 
     Load, drop and the word are those of the worst layer; docs/metrics.md defines each.
-    loads: whether experts are chosen, so that there are loads to tell of.
+    loads: whether tokens choose experts, so that loads and drops mean something.
     """
     parts = [
         f"loss {scalars['loss']:.3f}",
@@ -131,10 +140,11 @@ def line(scalars: dict[str, float], word: str, loads: bool = True) -> str:
     return " ".join([*parts, word])
 
 
-def told(make: Callable[[Callable[[str], None]], Iterable[T]]) -> Iterator[T]:
-    """The items of make(say), which take long: what is under way stands below them in a terminal.
+def with_status(make: Callable[[Callable[[str], None]], Iterable[T]]) -> Iterator[T]:
+    """The items of make(say), with what is said shown while the next item is made.
 
-    In a file a line stands for each phase, without its rounds.
+    In a terminal the last line said stands below the output. In a file each phase is printed once,
+    without its rounds: "timing, round 2 of 7" as "timing".
     """
     console, last = Console(file=sys.stdout, highlight=False, soft_wrap=True), ""
     with console.status("") as status:
@@ -159,7 +169,7 @@ class Pace:
         self._seconds: list[float] = []
 
     def slow(self, seconds: float) -> str | None:
-        """What to say of a step that took this long; None where it is nothing special."""
+        """A message for a step that took this many seconds, None where that is usual."""
         past, self._seconds = self._seconds, [*self._seconds[-200:], seconds]
         if len(past) < self._least:
             return None

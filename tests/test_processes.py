@@ -15,7 +15,7 @@ from moe.machine import processes
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return tiny.Runs(tmp_path_factory.mktemp("hosts"))
+    return tiny.Runs(tmp_path_factory.mktemp("processes"))
 
 
 def together(count: int, devices: int, *given: str) -> list[subprocess.CompletedProcess]:

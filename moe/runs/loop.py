@@ -1,0 +1,110 @@
+"""The optimizer steps of a run, with evaluations and checkpoints between them."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+
+from moe.machine import processes
+from moe.machine.signals import Signals
+from moe.runs.setup import Setup
+from moe.runs.storage.checkpoint import Checkpoints
+from moe.runs.tracking.metrics_logger import MetricsLogger
+from moe.training import evaluate
+from moe.training.train_step import TrainState, to_devices
+
+
+@dataclasses.dataclass
+class Loop:
+    """Trains until the last step, `train.stop_at`, a signal or the end of `train.max_seconds`.
+
+    Attributes:
+        train_step, score_batch: the compiled functions of an optimizer step and of an evaluation.
+        interrupted: true once a signal came.
+        extra: what each checkpoint holds beside the state, as JSON.
+        saved: the step of the newest checkpoint; None before the first.
+        stopped: a signal came to some process. late: `train.max_seconds` is over.
+    """
+
+    setup: Setup
+    train_step: Callable
+    score_batch: Callable
+    metrics: MetricsLogger
+    saves: Checkpoints
+    interrupted: Signals
+    extra: dict[str, Any]
+    saved: int | None
+    stopped: bool = False
+    late: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        setup: Setup,
+        metrics: MetricsLogger,
+        saves: Checkpoints,
+        interrupted: Signals,
+        origin: dict[str, Any],
+        saved: int | None,
+    ) -> "Loop":
+        """The loop of a run; origin: the entry of run.json that names the run it started from."""
+        compiling, spec = metrics.display.compiling, setup.spec
+        train_step = compiling(setup.program.step, "the training step")
+        score_batch = evaluate.evaluation_step(setup.model, setup.mesh)
+        score_batch = compiling(score_batch, "the evaluation")
+        extra = {
+            "data": setup.text.fingerprint(),
+            "batch_size": spec.batch_size,
+            "seed": spec.seed,
+            **origin,
+        }
+        return cls(setup, train_step, score_batch, metrics, saves, interrupted, extra, saved)
+
+    def run(self, state: TrainState) -> tuple[TrainState, int]:
+        """The state after the last step that was trained, and the number of that step.
+
+        Step n + 1 is dispatched before the logger reads the metrics of step n, so that the device
+        never waits for the host.
+
+        Raises:
+            TrainingDiverged: a loss or gradient that is not finite.
+        """
+        spec, sharding = self.setup.spec, self.setup.program.batch_sharding
+        step = int(state.step)
+        batches = self.setup.train_batches.batches(step, self.setup.rows)
+        self._ask_processes()
+        while step < spec.steps and step != spec.stop_at and not self.stopped and not self.late:
+            batch = to_devices(next(batches), sharding, spec.batch_size)
+            state, measured = self.train_step(state, batch)
+            step += 1
+            self.metrics.step(step, measured)
+            evaluating = bool(spec.eval_every) and step % spec.eval_every == 0 and step < spec.steps
+            if evaluating or (spec.save_every and step % spec.save_every == 0):
+                self._evaluate_and_save(state, step, evaluating)
+            # Several processes exchange flags only at logged steps.
+            if step % spec.log_every == 0 or jax.process_count() == 1:
+                self._ask_processes()
+        self.metrics.read(last=self.late)
+        batches.close()
+        return state, step
+
+    def save(self, state: TrainState, step: int, val_loss: float | None = None) -> None:
+        """Start writing a checkpoint, unless this step has one."""
+        if self.saved != step:
+            self.saves.save(state, self.extra | {"clock": self.metrics.meter.total}, val_loss)
+            self.saved = step
+
+    def _evaluate_and_save(self, state: TrainState, step: int, evaluating: bool) -> None:
+        self.metrics.read()  # so that nothing broken is saved
+        result = None
+        if evaluating:
+            setup = self.setup
+            result = evaluate.evaluate(self.score_batch, state, setup.held_out, setup.mesh)
+            self.metrics.held_out(step, result)
+        self.save(state, step, result and result.loss)
+        self.metrics.meter.restart()
+
+    def _ask_processes(self) -> None:
+        flags = bool(self.interrupted), self.metrics.meter.over()
+        self.stopped, self.late = processes.any_process(*flags)
