@@ -16,7 +16,7 @@ from layers.dispatch import OneHotEinsum, SlotGather, Sorted
 from layers.experts.neurons import NeuronExperts
 from layers.experts.segmented import SegmentedExperts
 from layers.experts.zero_computation import DefaultVectors, ZeroCopyConstant
-from moe.conformance.harness import B, Bench, D, T, V, draw, tokens  # noqa: F401
+from moe.conformance.harness import B, Bench, D, T, V, draw, ragged, tokens  # noqa: F401
 from routing import (
     BASE,
     SMEAR,
@@ -193,16 +193,20 @@ KINDS = (
     *("expert_choice", "soft_moe_causal", "lory", "reinforce", "peer", "moe_plus_plus"),
 )
 WITHOUT_SCORES = ("peer", "hierarchical", "dselect_k")  # or without logits that could shrink
+# Those whose steps of whole models run: two more programs each, of five seconds.
+WHOLE_MODELS = tuple(name for name in KINDS if name not in ("top2", "base", "sinkhorn", "peer"))
 DISPATCHERS = (OneHotEinsum(), SlotGather(), Sorted())
 every_router = pytest.mark.parametrize("name", ROUTERS)
 
 
-def thorough(name):
-    """A row that stands for its kind, or one that `make test-thorough` runs alone."""
-    return pytest.param(name, marks=() if name in KINDS else pytest.mark.thorough)
+def thorough_but(names):
+    """Rows that stand for their kind, and those that `make test-thorough` runs alone."""
+    marks = [() if name in names else pytest.mark.thorough for name in ROUTERS]
+    rows = [pytest.param(name, marks=mark) for name, mark in zip(ROUTERS, marks, strict=True)]
+    return pytest.mark.parametrize("name", rows)
 
 
-every_kind = pytest.mark.parametrize("name", [thorough(name) for name in ROUTERS])
+every_kind, every_model = thorough_but(KINDS), thorough_but(WHOLE_MODELS)
 every_dispatcher = pytest.mark.parametrize(
     "dispatcher", DISPATCHERS, ids=lambda value: type(value).__name__
 )
@@ -280,4 +284,4 @@ def finite(tree):
     return all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(tree))
 
 
-ragged_BT = np.arange(T)[None] < np.random.default_rng(1).integers(2, T + 1, B)[:, None]
+ragged_BT = ragged()

@@ -1,17 +1,25 @@
 """What every router, dispatcher and mesh must have in common; a new router is one row of ROUTERS.
 
-What was broken on purpose, once each, and the test that went red here or in
-test_conformance_model.py:
+The properties are those of `moe check`, in moe/conformance. What was broken on purpose, once each,
+and the property (or the test, here or in test_conformance_model.py) that went red:
 
-- top-k's logits see the group's last token: declared causality
-- later tokens are served first under capacity: declared causality
-- gates without a gradient: every parameter of the router
-- padding is not set to zero, or is counted and takes places: padding in training
-- an empty slot reads the first token: declared causality, and the slow loop
+- top-k's logits see the group's last token: causality
+- later tokens are served first under capacity: causality
+- gates without a gradient: gradients
+- padding is not set to zero, or is counted and takes places: padding
+- an empty slot reads the first token: causality, and the slow loop
 - half the gate's gradient in the fast combine: the slow loop
-- the balance loss on a micro-batch's own counts: micro-batches
-- jitter at evaluation too: evaluation is deterministic
-- the balancing bias moves the wrong way: router state
+- the balance loss on a micro-batch's own counts: micro_batches
+- jitter at evaluation too: determinism
+- the balancing bias moves the wrong way: router state once a step, from the whole step's counts
+- the bias is updated twice, or not where a dense layer comes first: router_state
+- counts are doubled where micro-batches are summed: router_state
+- Muon takes the expert axis for a side of the matrix: muon
+- the router's losses are added without their coefficients: coefficients
+- the step halves them, or reports them with the task's loss: at_once, reported_loss
+- the z-loss is a mean over padding, too: at_once, reported_loss (padding to a length)
+
+Routers that are broken in further ways stand in test_check.py.
 
 G groups (B sequences here), T tokens, D model width, F hidden width, E experts, K experts a token.
 """

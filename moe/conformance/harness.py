@@ -182,6 +182,11 @@ def tokens(
     )
 
 
+def ragged() -> np.ndarray:
+    """Sequences of 2 to T tokens: (B, T), True for a token."""
+    return np.arange(T)[None] < np.random.default_rng(1).integers(2, T + 1, B)[:, None]
+
+
 def per_token(decision) -> list[np.ndarray]:
     """The decision as arrays (G, T, ...): what each token got."""
     if isinstance(decision, ExpertMerge):

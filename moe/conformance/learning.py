@@ -20,6 +20,7 @@ from moe.conformance.harness import (
     differences,
     draw,
     inputs_of,
+    ragged,
     router_matmuls,
     run_layer,
     tokens,
@@ -89,11 +90,6 @@ def in_float64(bench: Bench):
         return layer.router, dataclasses.replace(inputs, x_GTD=x_GTD)
 
     return params, run
-
-
-def ragged() -> np.ndarray:
-    """Sequences of 2 to T tokens: (B, T), True for a token."""
-    return np.arange(T)[None] < np.random.default_rng(1).integers(2, T + 1, B)[:, None]
 
 
 def coefficients(bench: Bench) -> Iterator[Verdict]:
