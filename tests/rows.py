@@ -12,15 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers.dispatch import OneHotEinsum, SlotGather, Sorted, as_soft_slots
+from layers.dispatch import OneHotEinsum, SlotGather, Sorted
 from layers.experts.default_vectors import DefaultVectors
 from layers.experts.neurons import NeuronExperts
 from layers.experts.segmented import SegmentedExperts
 from layers.experts.zero_computation import ZeroCopyConstant
-from layers.moe_layer import MoELayer
-from layers.stack import rematerialised
-from moe.conformance.properties import run_layer
-from moe.model import functional
+from moe.conformance.harness import B, Bench, D, T, V, draw, ragged, tokens  # noqa: F401
 from routing import (
     BASE,
     SMEAR,
@@ -28,11 +25,9 @@ from routing import (
     Balanced,
     BalanceLoss,
     BiasBalancer,
-    Capacity,
     DSelectK,
     EntropyLoss,
     ExpertChoiceRouter,
-    ExpertMerge,
     FrozenTopK,
     GShard,
     Hash,
@@ -51,19 +46,16 @@ from routing import (
     SoftMoE,
     StrictlyBalanced,
     Switch,
-    TokenChoice,
     TopK,
     TrainingText,
     UniformRandom,
     VMoE,
     Zipf,
     ZLoss,
-    initialize,
 )
-from routing.inputs import Tokens
 from routing.solvers.hash_tables import BalancedTable
 
-B, T, D, E, F, V = 24, 11, 8, 4, 8, 13
+E = 4
 LOSSES = (
     BalanceLoss(),
     ZLoss(),
@@ -201,16 +193,21 @@ KINDS = (
     *("switch", "top2", "sigmoid_bias", "noisy", "hash", "base", "sinkhorn", "remoe"),
     *("expert_choice", "soft_moe_causal", "lory", "reinforce", "peer", "moe_plus_plus"),
 )
+WITHOUT_SCORES = ("peer", "hierarchical", "dselect_k")  # or without logits that could shrink
+# Those whose steps of whole models run: two more programs each, of five seconds.
+WHOLE_MODELS = tuple(name for name in KINDS if name not in ("top2", "base", "sinkhorn", "peer"))
 DISPATCHERS = (OneHotEinsum(), SlotGather(), Sorted())
 every_router = pytest.mark.parametrize("name", ROUTERS)
 
 
-def thorough(name):
-    """A row that stands for its kind, or one that `make test-thorough` runs alone."""
-    return pytest.param(name, marks=() if name in KINDS else pytest.mark.thorough)
+def thorough_but(names):
+    """Rows that stand for their kind, and those that `make test-thorough` runs alone."""
+    marks = [() if name in names else pytest.mark.thorough for name in ROUTERS]
+    rows = [pytest.param(name, marks=mark) for name, mark in zip(ROUTERS, marks, strict=True)]
+    return pytest.mark.parametrize("name", rows)
 
 
-every_kind = pytest.mark.parametrize("name", [thorough(name) for name in ROUTERS])
+every_kind, every_model = thorough_but(KINDS), thorough_but(WHOLE_MODELS)
 every_dispatcher = pytest.mark.parametrize(
     "dispatcher", DISPATCHERS, ids=lambda value: type(value).__name__
 )
@@ -220,83 +217,52 @@ every_dispatcher = pytest.mark.parametrize(
 
 
 @functools.cache
+def bench_of(name, experts=E):
+    """The row's layer and its programs; default vectors are not zero."""
+    row = ROUTERS[name]
+    bench = Bench(row.make, experts, row.layer)
+    if "default_vectors.mean_ED" in bench.state:
+        bench.state["default_vectors.mean_ED"] = jnp.asarray(draw(4, experts, D))
+    return bench
+
+
 def values_of(name):
-    """First parameters and router state, whatever moves the tokens; a bias that selects."""
-    row = ROUTERS[name]
-    layer = initialize(MoELayer(D, V, row.make, E, F, **row.layer), 3)
-    if getattr(layer.router, "balancer", None) is not None:
-        layer.router.balancer.bias_E.set_value(jnp.linspace(-0.1, 0.1, E))
-    if DefaultVectors.name in layer.companion_names:
-        layer.default_vectors.mean_ED.set_value(jnp.asarray(draw(4, E, D)))
-    return functional.split(layer)[1:]
+    """First parameters and router state, whatever moves the tokens."""
+    return bench_of(name).params, bench_of(name).state
 
 
-@functools.cache
-def layer_of(name, dispatcher=SlotGather(), capacity=Capacity()):
-    row = ROUTERS[name]
-    settings = {"capacity": capacity, "dispatcher": dispatcher, **row.layer}
-    layer = MoELayer(D, V, row.make, E, F, **settings)
-    return functional.split(layer)[0], *values_of(name)
+def layer_of(name, dispatcher=SlotGather(), capacity=None):
+    return bench_of(name).graph(dispatcher, capacity), *values_of(name)
 
 
-@functools.cache
-def compiled(name, dispatcher=SlotGather(), capacity=Capacity(), remat="none"):
+def compiled(name, dispatcher=SlotGather(), capacity=None, remat="none"):
     """Gradients of sum(y * weight) + penalty to (parameters, x); the output; the router's."""
-    graph, _, state = layer_of(name, dispatcher, capacity)
-
-    def forward(params, x_BTD, tokens):
-        return run_layer(graph.merge(params, state), x_BTD, tokens)
-
-    def loss(both, tokens, weight_BTD, penalty):
-        y_BTD, output = rematerialised(forward, remat)(*both, tokens)
-        total = jnp.sum(y_BTD * weight_BTD) + penalty * output.auxiliary_loss
-        return total, (y_BTD, output)
-
-    @jax.jit
-    def run(params, x_BTD, tokens, weight_BTD, penalty=1.0):
-        grad = jax.grad(loss, has_aux=True)
-        grads, (y_BTD, output) = grad((params, x_BTD), tokens, weight_BTD, penalty)
-        return *grads, y_BTD, output
-
-    return run
+    return bench_of(name).train(dispatcher, capacity, remat)
 
 
-@functools.cache
-def evaluated(name, capacity=Capacity()):
-    graph, params, state = layer_of(name, SlotGather(), capacity)
-    return jax.jit(lambda x_BTD, tokens: run_layer(graph.merge(params, state), x_BTD, tokens))
+def evaluated(name, capacity=None):
+    return bench_of(name).evaluate(capacity)
 
 
 def router_of(name):
-    graph, params, state = layer_of(name)
-    return graph.merge(params, state).router
+    return bench_of(name).router
 
 
-def draw(seed, *shape):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def tokens(batch=B, length=T, *, train=True, seed=0, valid_BT=None, key=0):
-    random = np.random.default_rng(seed)
-    valid_BT = np.ones((batch, length), bool) if valid_BT is None else valid_BT
-    return Tokens(
-        token_BT=jnp.asarray(random.integers(0, V, (batch, length)), jnp.int32),
-        segment_BT=jnp.asarray(valid_BT, jnp.int32),
-        position_BT=jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length)),
-        index_B=jnp.arange(batch, dtype=jnp.int32),
-        key=jax.random.key(key),
-        train=train,
-    )
-
-
-def per_token(decision) -> list[np.ndarray]:
-    """The decision as arrays (G, T, ...): what each token got."""
-    if isinstance(decision, ExpertMerge):
-        return [np.asarray(decision.weight_GTE)]
-    if isinstance(decision, TokenChoice):
-        gate_GTK = np.where(decision.keep_GTK, decision.gate_GTK, 0)
-        return [np.asarray(decision.expert_GTK), gate_GTK, np.asarray(decision.keep_GTK)]
-    return [np.asarray(as_soft_slots(decision).combine_GTES.sum(-1))]
+def assert_keeps(name, look):
+    """Every verdict of a property holds, or has nothing to hold where that is known of the row."""
+    row, bench = ROUTERS[name], bench_of(name)
+    learns = bool(bench.router_params)
+    nothing = {
+        "gradient": not learns,
+        "coefficients of its losses": not (learns and bench.router.losses) or name == "dselect_k",
+        "scale of scores": not learns or name in WITHOUT_SCORES,
+        "router state": not row.state,
+        "load": not bench.router.balanced,
+    }
+    verdicts = list(look(bench))
+    assert verdicts
+    for verdict in verdicts:
+        assert verdict.holds or (verdict.holds is None and nothing.get(verdict.property)), verdict
 
 
 def same_tree(one, other, rtol=2e-5, atol=2e-6):
@@ -319,4 +285,4 @@ def finite(tree):
     return all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(tree))
 
 
-ragged_BT = np.arange(T)[None] < np.random.default_rng(1).integers(2, T + 1, B)[:, None]
+ragged_BT = ragged()

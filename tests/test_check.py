@@ -13,11 +13,31 @@ import pytest
 
 from moe.cli import main as cli
 from moe.conformance import properties
-from routing import Capacity, Causality, Router, Routing, TokenChoice, TopK, parameter
-from routing.parameters import truncated_normal
+from routing import (
+    BalanceLoss,
+    Capacity,
+    Causality,
+    Router,
+    Routing,
+    TokenChoice,
+    TopK,
+    parameter,
+)
+from routing.balancers import StepState
+from routing.parameters import router_state, truncated_normal, zeros
 from routing.selection import top_k_indices
 
 GUIDE = Path(__file__).parents[1] / "docs" / "writing_a_router.md"
+
+
+class Passes(StepState):
+    """How often a router was called: a side effect, which rematerialisation would double."""
+
+    def __init__(self):
+        self.count = router_state((), jnp.float32, (), zeros)
+
+    def update(self, stats):
+        pass
 
 
 class Broken(Router):
@@ -28,9 +48,11 @@ class Broken(Router):
     wrong = ""
 
     def __init__(self, sizes):
-        self.num_experts, self.losses = sizes.num_experts, ()
+        self.num_experts = sizes.num_experts
+        self.losses = (BalanceLoss(),) if self.wrong == "detached" else ()
         shape = (sizes.d_model, sizes.num_experts)
         self.weight_DE = parameter(shape, ("embed", None), truncated_normal(), role="router")
+        self.passes = Passes() if self.wrong == "counter" else None
 
     def route(self, inputs):
         x_GTD, wrong = inputs.x_GTD, self.wrong
@@ -48,13 +70,25 @@ class Broken(Router):
             logits_GTE = logits_GTE.astype(jnp.bfloat16)
         if wrong == "mesh":  # a draw for the whole micro-batch, not for each group
             logits_GTE += jax.random.normal(inputs.key, logits_GTE.shape) * inputs.train
-        prob_GTE = jax.nn.softmax(logits_GTE)
+        if wrong == "order":
+            logits_GTE += inputs.position_GT[..., None] * jnp.arange(self.num_experts)[None, None]
+        if wrong == "ids":
+            logits_GTE += jax.nn.one_hot(inputs.token_id_GT % 4, self.num_experts)
+        if wrong == "counter":
+            self.passes.count[...] += 1
+        prob_GTE = score_GTE = jax.nn.softmax(logits_GTE)
+        if wrong == "shrinks":
+            raw_GTE = jax.nn.sigmoid(logits_GTE)
+            score_GTE = raw_GTE / (raw_GTE.sum(-1, keepdims=True) + 1e-20)
+        if wrong == "detached":
+            score_GTE = jax.lax.stop_gradient(score_GTE)
         expert_GTK = top_k_indices(jax.lax.stop_gradient(prob_GTE), 2)
         gate_GTK = jnp.take_along_axis(prob_GTE, expert_GTK, -1)
         if wrong == "starved":
             gate_GTK = jnp.ones_like(gate_GTK)
         keep_GTK = jnp.ones_like(expert_GTK, bool)
-        return Routing(TokenChoice(expert_GTK, gate_GTK, keep_GTK, self.num_experts), logits_GTE)
+        decision = TokenChoice(expert_GTK, gate_GTK, keep_GTK, self.num_experts)
+        return Routing(decision, logits_GTE, score_GTE)
 
 
 BREAKAGES = [
@@ -65,6 +99,11 @@ BREAKAGES = [
     ("starved", properties.gradients, "starves weight_DE"),
     ("half", properties.precision, "has bfloat16"),
     ("low", properties.precision, "3 of 3 are bfloat16 on a TPU"),
+    ("order", properties.order, "they decide, and False is declared"),
+    ("ids", properties.order, "they decide, and False is declared"),
+    ("shrinks", properties.scale, "the balance loss goes"),
+    ("detached", properties.coefficients, "a slope of 0, and of "),
+    ("counter", properties.router_state, "a forward pass changes it in training"),
     ("mesh", properties.micro_batches, "four micro-batches are not one batch"),
 ]
 
@@ -81,8 +120,7 @@ def test_a_capacity_that_counts_the_whole_text_leaks_its_length():
     (verdict,) = properties.length(bench)
     assert verdict.holds
     leak = Capacity(eval_factor=0.5, priority="gate")
-    bench = properties.Bench(functools.partial(TopK, k=2), 4)
-    bench.make_layer = functools.partial(bench.make_layer, capacity=leak)
+    bench = properties.Bench(functools.partial(TopK, k=2), 4, {"capacity": leak})
     (verdict,) = properties.length(bench)
     assert verdict.holds is False and "leaks the future's length" in verdict.seen
 
@@ -107,9 +145,9 @@ def test_the_guides_router_passes_within_a_minute(tmp_path, monkeypatch, capsys)
     shown = re.search(r"```text\n(.*?)  \.\.\.", guide, re.DOTALL)[1]
     assert said.startswith(shown) and said.splitlines()[-1].startswith("all hold; ")
     found = json.loads(Path("found.json").read_text())
-    assert {"mesh", "micro-batches", "movement", "rematerialisation"} <= {
-        v["property"] for v in found if v["holds"]
-    }
+    held = {v["property"] for v in found if v["holds"]}
+    assert {"mesh", "micro-batches", "movement", "rematerialisation", "reported loss"} <= held
+    assert {v["property"] for v in found} - held == {"load", "router state"}
     # And it trains: by one line of gin.
     config = re.search(r"printf '(.*?)' > cosine.gin", guide)[1].replace("\\n", "\n")
     assert "MoELayer.router = @CosineTopK" in config and "import my_router" in config

@@ -1,17 +1,25 @@
 """What every router, dispatcher and mesh must have in common; a new router is one row of ROUTERS.
 
-What was broken on purpose, once each, and the test that went red here or in
-test_conformance_model.py:
+The properties are those of `moe check`, in moe/conformance. What was broken on purpose, once each,
+and the property (or the test, here or in test_conformance_model.py) that went red:
 
-- top-k's logits see the group's last token: declared causality
-- later tokens are served first under capacity: declared causality
-- gates without a gradient: every parameter of the router
-- padding is not set to zero, or is counted and takes places: padding in training
-- an empty slot reads the first token: declared causality, and the slow loop
+- top-k's logits see the group's last token: causality
+- later tokens are served first under capacity: causality
+- gates without a gradient: gradients
+- padding is not set to zero, or is counted and takes places: padding
+- an empty slot reads the first token: causality, and the slow loop
 - half the gate's gradient in the fast combine: the slow loop
-- the balance loss on a micro-batch's own counts: micro-batches
-- jitter at evaluation too: evaluation is deterministic
-- the balancing bias moves the wrong way: router state
+- the balance loss on a micro-batch's own counts: micro_batches
+- jitter at evaluation too: determinism
+- the balancing bias moves the wrong way: router state once a step, from the whole step's counts
+- the bias is updated twice, or not where a dense layer comes first: router_state
+- counts are doubled where micro-batches are summed: router_state
+- Muon takes the expert axis for a side of the matrix: muon
+- the router's losses are added without their coefficients: coefficients
+- the step halves them, or reports them with the task's loss: at_once, reported_loss
+- the z-loss is a mean over padding, too: at_once, reported_loss (padding to a length)
+
+Routers that are broken in further ways stand in test_check.py.
 
 G groups (B sequences here), T tokens, D model width, F hidden width, E experts, K experts a token.
 """
@@ -32,6 +40,8 @@ from rows import (
     D,
     E,
     T,
+    assert_keeps,
+    bench_of,
     compiled,
     draw,
     evaluated,
@@ -39,7 +49,6 @@ from rows import (
     every_router,
     finite,
     layer_of,
-    per_token,
     ragged_BT,
     router_of,
     same_tree,
@@ -48,11 +57,11 @@ from rows import (
 )
 
 from layers.dispatch import OneHotEinsum, SlotGather, Sorted, as_soft_slots
-from moe.conformance.harness import router_matmuls
+from moe.conformance import properties
+from moe.conformance.causality import moved_by_the_future, moved_by_the_length
 import routing
 from routing import (
     Capacity,
-    Causality,
     ExpertChoice,
     MixtureOfDepths,
     Router,
@@ -62,43 +71,32 @@ from routing import (
 )
 from routing.selection import top_k_indices
 
-# Causality, determinism, padding.
+# The properties that `moe check` judges.
 
 
-def moved_prefixes(run, train):
-    """For B trials: did anything before a random cut change when all from the cut on changed?"""
-    cut_B = np.random.default_rng(5).integers(1, T, B)
-    later_BT = np.arange(T)[None] >= cut_B[:, None]
-    first, other = tokens(train=train), tokens(train=train, seed=1)
-    mixed_BT = jnp.where(later_BT, other.token_BT, first.token_BT)
-    second = dataclasses.replace(first, token_BT=mixed_BT)
-    x_BTD = draw(0, B, T, D)
-    y_1, output_1 = run(x_BTD, first)
-    y_2, output_2 = run(np.where(later_BT[..., None], draw(1, B, T, D), x_BTD), second)
-    moved_B = np.zeros(B, bool)
-    ones, others = per_token(output_1.decision), per_token(output_2.decision)
-    for a, b in zip([np.asarray(y_1), *ones], [np.asarray(y_2), *others], strict=True):
-        different_BT = (a != b).reshape(B, T, -1).any(-1)
-        moved_B |= (different_BT & ~later_BT).any(1)
-    suffix_BT = (np.asarray(y_1) != np.asarray(y_2)).any(-1)
-    assert (suffix_BT & later_BT).any(), "the perturbation has to reach the suffix itself"
-    return moved_B
-
-
-def trainer(name, capacity=Capacity()):
-    run, params = compiled(name, capacity=capacity), layer_of(name, capacity=capacity)[1]
-    return lambda x_BTD, tokens: run(params, x_BTD, tokens, jnp.ones_like(x_BTD))[2:]
+@pytest.mark.parametrize("look", properties.OF_A_LAYER, ids=lambda look: look.__name__)
+@every_router
+def test_every_router_keeps(name, look):
+    """Read off programs of one small layer, which the properties share."""
+    assert_keeps(name, look)
 
 
 @every_router
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_the_declared_causality_is_the_true_one(name, train):
-    moved_B = moved_prefixes(trainer(name) if train else evaluated(name), train)
-    causality = router_of(name).causality
-    causal = causality is Causality.CAUSAL
-    if causality is Causality.CAUSAL_AT_EVALUATION:
-        causal = not train
-    assert not moved_B.any() if causal else moved_B.any()
+def test_a_row_names_what_its_router_learns_and_keeps(name):
+    """What is named as learned has a gradient of the output alone, without any loss's."""
+    params, state = values_of(name)
+    args = draw(0, B, T, D), tokens(), draw(1, B, T, D)
+    grads = compiled(name)(params, *args, penalty=0.0)[0]
+    mine = {n.removeprefix("router."): g for n, g in grads.items() if n.startswith("router.")}
+    for parameter in ROUTERS[name].by_loss:
+        assert not np.asarray(mine.pop(parameter)).any()
+    assert set(mine) == set(ROUTERS[name].learned)
+    assert all(np.asarray(grad).any() for grad in mine.values())
+    assert {n.removeprefix("router.") for n in state} == set(ROUTERS[name].state)
+    assert finite(grads)
+
+
+# What only tests need.
 
 
 @pytest.mark.parametrize("order", ["token-major", "choice-major"])
@@ -106,33 +104,11 @@ def test_the_declared_causality_is_the_true_one(name, train):
 def test_a_capacity_policy_leaks_exactly_where_it_says(order, priority):
     policy = Capacity(0.5, priority=priority, order=order)
     assert policy.leaks == ((order, priority) != ("token-major", "position"))
-    assert moved_prefixes(trainer("top2", policy), True).any() == policy.leaks
+    bench = bench_of("top2")
+    assert moved_by_the_future(bench.run(True, policy), True)[0].any() == policy.leaks
     # Evaluation drops nothing, so that nothing can leak.
     if priority == "gate":
-        assert not moved_prefixes(evaluated("top2", policy), False).any()
-
-
-def prefixes_that_move(run):
-    """Whether anything differs in a text that ends somewhere from the same text that goes on."""
-    cut_B1 = np.random.default_rng(6).integers(1, T, (B, 1))
-    before_BT = np.arange(T)[None] < cut_B1
-    x_BTD, whole = draw(0, B, T, D), tokens(train=False)
-    part = tokens(train=False, valid_BT=before_BT)
-    y_BTD, output = run(x_BTD, whole)
-    cut_BTD, cut = run(x_BTD, part)
-    pairs = zip(
-        [np.asarray(y_BTD), *per_token(output.decision)],
-        [np.asarray(cut_BTD), *per_token(cut.decision)],
-        strict=True,
-    )
-    return any(not np.allclose(a[before_BT], b[before_BT], 1e-5, 1e-6) for a, b in pairs)
-
-
-@every_router
-def test_a_longer_text_changes_nothing_before_it_at_evaluation(name):
-    """A text's length is a part of its future, too."""
-    causal = router_of(name).causality is not Causality.NEVER
-    assert prefixes_that_move(evaluated(name)) != causal
+        assert not moved_by_the_future(bench.evaluate(policy), False)[0].any()
 
 
 @pytest.mark.parametrize("name", ["top1", "top2", "switch", "gshard", "moe_plus_plus"])
@@ -144,10 +120,10 @@ def test_a_capacity_at_evaluation_changes_nothing_before_a_texts_end(name):
         run = evaluated(name, policy)
         stats = run(draw(0, B, T, D), tokens(train=False))[1].stats
         assert stats.kept_E.sum() < stats.count_E.sum()
-        assert not prefixes_that_move(run)
+        assert not moved_by_the_length(run).any()
     leak = Capacity(eval_factor=0.5, order="choice-major", priority="gate")
     assert leak.leaks_at_evaluation
-    assert prefixes_that_move(evaluated(name, leak))
+    assert moved_by_the_length(evaluated(name, leak)).any()
 
 
 @pytest.mark.parametrize("name", ["top2", "expert_choice_capped", "soft_moe_causal", "lory"])
@@ -158,100 +134,6 @@ def test_an_array_that_ends_with_the_text_is_routed_as_one_with_padding(name):
     y_BTD, _ = run(x_BTD, whole)
     cut_BTD, _ = run(x_BTD[:, :shorter], part)
     np.testing.assert_allclose(cut_BTD, y_BTD[:, :shorter], rtol=1e-5, atol=1e-6)
-
-
-@every_router
-def test_evaluation_is_deterministic_and_knows_no_neighbours(name):
-    run, x_BTD = evaluated(name), draw(2, B, T, D)
-    batch = tokens(train=False)
-    one, again = run(x_BTD, batch), run(x_BTD, dataclasses.replace(batch, key=jax.random.key(9)))
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(again), strict=True):
-        np.testing.assert_array_equal(a, b)
-    # Sequence 0 at place 7, under another number, among others of other lengths.
-    valid_BT = np.arange(T)[None] < np.random.default_rng(3).integers(1, T, B)[:, None]
-    valid_BT[7] = True
-    others = tokens(train=False, seed=8, valid_BT=valid_BT)
-    others = dataclasses.replace(others, token_BT=others.token_BT.at[7].set(batch.token_BT[0]))
-    strange_BTD = 3 * draw(4, B, T, D)
-    strange_BTD[7] = x_BTD[0]
-    moved = run(strange_BTD, others)
-    np.testing.assert_allclose(moved[0][7], one[0][0], rtol=1e-5, atol=1e-6)
-    for a, b in zip(per_token(moved[1].decision), per_token(one[1].decision), strict=True):
-        np.testing.assert_allclose(a[7], b[0], rtol=1e-5, atol=1e-6)
-
-
-@every_router
-def test_order_and_token_ids_matter_where_declared(name):
-    """At evaluation: tokens permuted inside their groups; then other ids for the same vectors."""
-    router, run, x_BTD = router_of(name), evaluated(name), draw(0, B, T, D)
-    batch = tokens(train=False)
-    order_BT = np.argsort(np.random.default_rng(2).random((B, T)), axis=1)
-    token_BT = jnp.take_along_axis(batch.token_BT, order_BT, axis=1)
-    moved = run(
-        np.take_along_axis(x_BTD, order_BT[..., None], axis=1),
-        dataclasses.replace(batch, token_BT=token_BT),
-    )
-    y_BTD, output = run(x_BTD, batch)
-    plain = [np.asarray(y_BTD), *per_token(output.decision)]
-    back = [np.take_along_axis(a, order_BT.reshape(B, T, *[1] * (a.ndim - 2)), 1) for a in plain]
-    pairs = zip([np.asarray(moved[0]), *per_token(moved[1].decision)], back, strict=True)
-    same = all(np.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
-    assert same != router.order_matters
-    other = per_token(run(x_BTD, tokens(train=False, seed=9))[1].decision)
-    same = all(np.array_equal(a, b) for a, b in zip(other, plain[1:], strict=True))
-    assert same != router.needs_token_ids
-
-
-def with_padding(train, more=2, longer=3):
-    """The batch of `tokens()` with padded positions and whole padded groups; a mask; how to pad."""
-    grow = ((0, more), (0, longer), (0, 0))
-    valid_BT = np.pad(np.ones((B, T), bool), grow[:2])
-    padded = tokens(*valid_BT.shape, train=train, seed=6, valid_BT=valid_BT)
-    token_BT = padded.token_BT.at[:B, :T].set(tokens().token_BT)
-    return dataclasses.replace(padded, token_BT=token_BT), valid_BT, grow
-
-
-@every_router
-def test_padding_changes_nothing_in_training(name):
-    """Padding full of NaN: outputs, losses, counts, and the gradients to everything.
-
-    The padded batch moves by the reference einsum, the other one by gathers: they are equal, too.
-    """
-    params = values_of(name)[0]
-    x_BTD, weight_BTD = draw(0, B, T, D), draw(1, B, T, D)
-    plain = compiled(name)(params, x_BTD, tokens(), weight_BTD)
-    batch, valid_BT, grow = with_padding(True)
-    full_BTD = np.pad(x_BTD, grow, constant_values=np.nan)
-    run = compiled(name, OneHotEinsum())
-    padded = run(params, full_BTD, batch, np.pad(weight_BTD, grow))
-    assert finite(padded[:2]) and not np.asarray(padded[2])[~valid_BT].any()
-    cut = [padded[0], padded[1][:B, :T], padded[2][:B, :T]]
-    same_tree(cut, list(plain[:3]))
-    same_tree(told(padded[3]), told(plain[3]))
-
-
-@every_router
-def test_padding_changes_nothing_at_evaluation(name):
-    run, x_BTD = evaluated(name), draw(0, B, T, D)
-    batch, valid_BT, grow = with_padding(False)
-    y_BTD, output = run(np.pad(x_BTD, grow, constant_values=np.nan), batch)
-    plain_BTD, plain = run(x_BTD, tokens(train=False))
-    assert not np.asarray(y_BTD)[~valid_BT].any()
-    same_tree(y_BTD[:B, :T], plain_BTD)
-    same_tree(told(output), told(plain))
-
-
-def told(output):
-    return output.losses, output.auxiliary_loss, output.stats
-
-
-@every_router
-def test_every_matmul_of_a_router_is_in_float32_on_every_machine(name):
-    """Forward and backward: by default a TPU multiplies in bfloat16 and a GPU in TF32."""
-    found = router_matmuls(*layer_of(name), draw(0, B, T, D), tokens())
-    highest = jax.lax.Precision.HIGHEST
-    assert all(eqn.params["precision"] == (highest, highest) for eqn in found)
-    assert found or not ROUTERS[name].learned
 
 
 def test_no_router_goes_round_the_base_class_which_sets_the_precision():
@@ -270,25 +152,7 @@ def test_selection_is_by_value_and_then_by_the_lowest_index(k):
     np.testing.assert_array_equal(top_k_indices(jnp.asarray(score_GTE), k), expected)
 
 
-# Gradients and dispatchers.
-
-
-@every_router
-def test_the_gradient_reaches_every_parameter_of_the_router(name):
-    """Of the output alone, without any loss of the router's."""
-    params, state = values_of(name)
-    x_BTD, weight_BTD, batch = draw(0, B, T, D), draw(1, B, T, D), tokens()
-    grads = compiled(name)(params, x_BTD, batch, weight_BTD, penalty=0.0)[0]
-    mine = {n.removeprefix("router."): g for n, g in grads.items() if n.startswith("router.")}
-    for parameter in ROUTERS[name].by_loss:
-        assert not np.asarray(mine.pop(parameter)).any()
-    assert set(mine) == set(ROUTERS[name].learned)
-    assert {n.removeprefix("router.") for n in state} == set(ROUTERS[name].state)
-    assert finite(grads)
-    for grad in mine.values():
-        # Every expert's column, too.
-        columns = np.abs(np.asarray(grad)).reshape(D if grad.ndim else 1, -1).max(0)
-        assert (columns > 1e-5).all(), columns
+# Dispatchers.
 
 
 def expert_out(params, e, x):
@@ -361,7 +225,7 @@ def slow_gradients(name, factor):
 
     def decided(params, x_BTD):
         layer = graph.merge(params, state)
-        inputs = layer._group(x_BTD, batch)
+        inputs = RouterInputs.of(x_BTD, batch)
         return layer.router(inputs), inputs
 
     # Which experts, from the compiled layer; who keeps a place, by the loop.
@@ -481,8 +345,8 @@ def test_the_common_form_moves_the_same(name):
         layer = graph.merge(params, state)
         y_BTD, output = layer(x_BTD, batch)
         soft = as_soft_slots(output.decision)
-        x_EGCD = OneHotEinsum().dispatch(layer._group(x_BTD, batch).x_GTD, soft)
-        return y_BTD, OneHotEinsum().combine(layer.experts(x_EGCD), soft), soft
+        x_EGCD = OneHotEinsum().dispatch(RouterInputs.of(x_BTD, batch).x_GTD, soft)
+        return y_BTD, OneHotEinsum().combine(layer.experts.on_rows(x_EGCD), soft), soft
 
     y_BTD, slow_BTD, soft = both()
     same_tree(y_BTD, slow_BTD)

@@ -14,7 +14,7 @@ from layers.experts.base import LayerSizes
 from layers.experts.neurons import NeuronExperts
 from layers.experts.zero_computation import ZeroCopyConstant
 from layers.moe_layer import MoELayer
-from moe.conformance.properties import draw, tokens
+from moe.conformance.harness import draw, tokens
 from moe.model.transformer import Transformer
 from routing import BalanceLoss, Capacity, Context, Sizes, TokenChoice, TopK, initialize
 
@@ -48,7 +48,7 @@ def test_logits_pass_through_all_layers_of_a_model(sparse):
     layers = 3 if len(sparse) == 3 and sparse[2] == 2 else 4
     settings = {"d_model": D, "num_layers": layers, "num_heads": 2, "moe": moe}
     model = initialize(Transformer(V, moe_layers=sparse, **settings), 1)
-    batch = tokens(False, shape=(2, T))
+    batch = tokens(2, T, train=False)
     found = jax.jit(lambda batch: model(batch))(batch)
 
     x_BTD, logits_BTE, sums = model.embedding_VD[...][batch.token_BT] / 0.02, None, []
@@ -79,10 +79,10 @@ def test_capacity_is_divided_by_shares():
     layer.router.weight_DE.set_value(jnp.asarray(to_DE))
     for expert, kept in enumerate([2, 2, 16, 5, 5]):  # nothing is dropped on the way to zero
         x_BTD = jnp.zeros((1, 16, D)).at[..., expert].set(1.0)
-        _, output = layer(x_BTD, tokens(True, shape=(1, 16)))
+        _, output = layer(x_BTD, tokens(1, 16))
         assert output.stats.count_E[expert] == 16
         np.testing.assert_array_equal(output.stats.kept_E, kept * np.eye(5, dtype=int)[expert])
-        y_BTD = layer(x_BTD, tokens(False, shape=(1, 16)))[0]
+        y_BTD = layer(x_BTD, tokens(1, 16, train=False))[0]
         assert (np.asarray(y_BTD) != 0).any(-1).sum() == (0 if expert == 2 else 16)
 
 
@@ -93,7 +93,7 @@ def test_beside_neurons_nothing_is_dropped():
     settings = {"experts": NeuronExperts, "companions": (companion,), "capacity": Capacity(0.5)}
     layer = initialize(MoELayer(D, V, router, 2, **settings), 1)
     layer.router.weight_DE.set_value(jnp.zeros((D, 3)).at[0, 2].set(9.0))
-    _, output = layer(jnp.zeros((1, 16, D)).at[..., 0].set(1.0), tokens(True, shape=(1, 16)))
+    _, output = layer(jnp.zeros((1, 16, D)).at[..., 0].set(1.0), tokens(1, 16))
     np.testing.assert_array_equal(output.stats.kept_E, [0, 0, 16])
 
 

@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_conformance_model import Setting, batch_of, program
+from rows import bench_of
 
+from moe.conformance.whole_model import Setting, batch_of, program
 from moe.training.losses import policy_losses
 from routing import Policy
 from routing.solvers import estimators
@@ -98,7 +99,7 @@ def test_gumbel_noise_draws_from_the_softmax():
 
 def test_the_objective_completes_the_loss_of_reinforce():
     """In a whole model the choice learns by the tokens' likelihood, and the value with it."""
-    prog = program(Setting("reinforce"))[1]
+    prog = program(bench_of("reinforce"), Setting())
     state = prog.init(0)
     grads, metrics = prog.gradients(state, batch_of(0))
     mine = {n.rpartition(".")[2]: np.asarray(g) for n, g in grads.items() if ".router." in n}
