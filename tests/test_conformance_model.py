@@ -33,8 +33,8 @@ from rows import (
     values_of,
 )
 
-from layers.constrain import sharding_rules
 from layers.dispatch import Dispatcher, OneHotEinsum, Sorted
+from layers.logical_axes import sharding_rules
 from layers.moe_layer import MoELayer
 from moe.data.batch import Batch
 from moe.model import functional, sharding
@@ -179,7 +179,7 @@ def program(setting):
         optax.add_decayed_weights(0.1),
         optax.sgd(0.3, momentum=0.9),
     )
-    return graph, train_step.Step(
+    return graph, train_step.TrainingFunctions(
         graph,
         tuple(abstract),
         objective=objective,

@@ -38,7 +38,7 @@ from routing.algorithms.dselect_k import selectors, smooth_step
 from routing.algorithms.hash import bigram_key, next_token, previous_token
 from routing.algorithms.hierarchical import hierarchical_load
 from routing.algorithms.noisy_top_k import chance_of_selection
-from routing.algorithms.product_keys import best_products
+from routing.algorithms.product_keys import best_pairs
 from routing.algorithms.sinkhorn import transport_plan
 from routing.algorithms.top_k import in_best_groups, non_orthogonality
 from routing.balance_losses import cv_squared
@@ -506,7 +506,7 @@ def test_product_keys_find_the_best_of_all(dtype):
     half_1N = np.asarray(example["keys1"]) @ np.asarray(example["q1"])
     half_2N = np.asarray(example["keys2"]) @ np.asarray(example["q2"])
     score_XN = jnp.asarray(np.stack([half_1N, half_2N]), dtype)[None, None]
-    expert_K, sum_K = best_products(score_XN, example["topk"])
+    expert_K, sum_K = best_pairs(score_XN, example["topk"])
     np.testing.assert_array_equal(expert_K[0, 0], expected["topk_product"])
     np.testing.assert_array_equal(expected["topk_full"], expected["topk_product"])
     same(jax.nn.softmax(sum_K[0, 0]), expected["gates_softmax"], dtype)
@@ -514,7 +514,7 @@ def test_product_keys_find_the_best_of_all(dtype):
     score_XN = jnp.asarray(np.random.default_rng(0).standard_normal((5, 7, 2, 9)), dtype)
     every = (score_XN[..., 0, :, None] + score_XN[..., 1, None, :]).reshape(5, 7, 81)
     full_K = np.argsort(-np.asarray(every), -1)[..., :4]
-    np.testing.assert_array_equal(best_products(score_XN, 4)[0], full_K)
+    np.testing.assert_array_equal(best_pairs(score_XN, 4)[0], full_K)
 
 
 def test_multi_hash(dtype):

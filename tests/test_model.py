@@ -65,7 +65,7 @@ def tokens(train=False, seed=0, **changes):
 def runner(**options):
     """Jitted logits and router outputs of a model with first values."""
     graph, *abstract = functional.abstract(lambda: model(**options))
-    params, state = jax.jit(lambda: functional.first_values(graph, *abstract, 0))()
+    params, state = jax.jit(lambda: functional.initial_values(graph, *abstract, 0))()
 
     @jax.jit
     def run(tokens):

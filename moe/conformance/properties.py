@@ -239,7 +239,7 @@ def model_step(bench: Bench, accumulate: int = 1, shape=sharding.MeshShape(data=
 
     graph, *abstract = functional.abstract(make)
     devices = np.prod([size for size in dataclasses.astuple(shape)])
-    program = train_step.Step(
+    program = train_step.TrainingFunctions(
         graph,
         (abstract[0], abstract[1]),
         objective=objective,
