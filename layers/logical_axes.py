@@ -80,17 +80,17 @@ class Shards(NamedTuple):
     def count(self) -> int:
         return self.groups * self.tokens
 
-    def split(self, a_GT: jax.Array) -> jax.Array:
+    def split(self, array: jax.Array) -> jax.Array:
         """(P, G * T / P, ...): an array (G, T, ...) shard by shard."""
         cut = {"g": self.groups, "t": self.tokens}
-        a_PN = rearrange(a_GT, "(g a) (t b) ... -> (g t) (a b) ...", **cut)
-        return logical_constraint(a_PN, self.axis, *(None for _ in a_PN.shape[1:]))
+        shards = rearrange(array, "(g a) (t b) ... -> (g t) (a b) ...", **cut)
+        return logical_constraint(shards, self.axis, *(None for _ in shards.shape[1:]))
 
-    def merge(self, a_PN: jax.Array, groups: int) -> jax.Array:
+    def merge(self, shards: jax.Array, groups: int) -> jax.Array:
         """(G, T, ...): the inverse of `split`."""
         cut = {"g": self.groups, "a": groups // self.groups}
-        a_GT = rearrange(a_PN, "(g t) (a b) ... -> (g a) (t b) ...", **cut)
-        return logical_constraint(a_GT, "batch", "length", *(None for _ in a_GT.shape[2:]))
+        array = rearrange(shards, "(g t) (a b) ... -> (g a) (t b) ...", **cut)
+        return logical_constraint(array, "batch", "length", *(None for _ in array.shape[2:]))
 
 
 def shards_of(groups: int, tokens: int) -> Shards:

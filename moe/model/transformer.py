@@ -161,26 +161,22 @@ class Transformer(nnx.Module):
             (vocab_size, d_model), ("vocab", "embed"), normal(0.02), role="embedding"
         )
         self.learned = learned_positions(positions, max_length, d_model)
-        scale = 0.5 / num_layers
-        make_attention = functools.partial(
-            attention,
-            num_heads=num_heads or max(1, d_model // 64),
-            positions=positions,
-            causal=causal,
-            out_scale=scale,
-        )
+        scale, heads = 0.5 / num_layers, num_heads or max(1, d_model // 64)
+        shared = {"positions": positions, "causal": causal, "out_scale": scale}
+        make_attention = functools.partial(attention, num_heads=heads, **shared)
         make_dense = functools.partial(feed_forward, out_scale=scale)
         options = {"vocab_size": vocab_size, "text": text, "out_scale": scale}
         make_moe = moe and functools.partial(moe, **options, sparse_layers=sum(is_moe))
         sizes = Sizes(d_model, 1, vocab_size, text)
 
         def make_block(sparse, deep):
-            kind = make_moe if sparse else make_dense
-            plain = block(d_model, make_attention, kind, norm=norm)
+            make = make_moe if sparse else make_dense
+            plain = block(d_model, make_attention, make, norm=norm)
             return DepthBlock(plain, depth_router(sizes)) if depth_router and deep else plain
 
-        kinds = zip(is_moe, is_deep, strict=True)
-        self.stacks = nnx.List(stacks_of(kinds, make_block, remat, scan))
+        self.stacks = nnx.List(
+            stacks_of(zip(is_moe, is_deep, strict=True), make_block, remat, scan)
+        )
         self.final_norm = norm(d_model)
         head = (d_model, vocab_size), ("embed", "vocab"), truncated_normal()
         self.head_DV = None if tie_embeddings else parameter(*head, role="head")
