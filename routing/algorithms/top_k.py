@@ -110,9 +110,7 @@ class TopK(Router):
             logits_GTE = logits_GTE + inputs.context.previous_logits @ self.residual_EE[...]
         if self.gates == "sigmoid":
             raw_GTE, log_GTE = jax.nn.sigmoid(logits_GTE), jax.nn.log_sigmoid(logits_GTE)
-            score_GTE = jax.nn.softmax(
-                log_GTE
-            )  # the sigmoids over their sum; exact for small ones too
+            score_GTE = jax.nn.softmax(log_GTE)  # sigmoids over their sum, exact if small
         else:
             raw_GTE = score_GTE = jax.nn.softmax(logits_GTE)
             log_GTE = logits_GTE
