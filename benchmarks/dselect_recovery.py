@@ -54,7 +54,7 @@ def recovered(name: str, seeds: int) -> dict:
 
     def one(seed):
         out_NE, pair, target_N = problem(seed)
-        fresh = functional.first_values(graph, params, state, seed)[0]
+        fresh = functional.initial_values(graph, params, state, seed)[0]
 
         def loss(params, key):
             output = graph.merge(params, state)(inputs_of(key, True))

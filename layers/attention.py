@@ -1,7 +1,7 @@
 """Multi-head attention with grouped keys and values.
 
 B batch, T tokens, D model width, H query heads, N key-value heads, K width of a head; Q queries
-and S keys of a part of a sequence.
+and S keys of a chunk.
 """
 
 import functools
@@ -12,8 +12,8 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from layers.constrain import constrain, is_cut
 from layers.linear import linear
+from layers.logical_axes import is_cut, logical_constraint
 from layers.norms import RMSNorm
 from layers.positions import Rotary, alibi
 from routing.parameters import parameter, truncated_normal
@@ -36,10 +36,10 @@ class Attention(nnx.Module):
         rotary: `Rotary()` where None.
         out_scale: variance scale of the output weights.
         implementation: as in `jax.nn.dot_product_attention`; None lets JAX choose.
-        chunk: so many queries at a time where a sequence is longer, against the keys that they may
-            see, so that no scores of T x T are held, and few computed that the mask takes out
-            again; the backward pass computes a chunk's scores a second time. Not with "cudnn",
-            which never holds them, nor along a cut sequence. None for all at once.
+        chunk: queries at a time in longer sequences, each chunk against the keys that it may see,
+            so that no T x T scores are held and few masked ones are computed; the backward pass
+            computes a chunk's scores again. None: all at once, as with "cudnn", which never holds
+            the scores, and where a mesh shards sequences.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Attention(nnx.Module):
         self.key_norm = RMSNorm(width) if qk_norm else None
 
     def __call__(self, x_BTD: jax.Array, position_BT: jax.Array, segment_BT: jax.Array):
-        """(B, T, D). Attention never crosses from one segment into another."""
+        """The output (B, T, D). No token attends to another segment (document)."""
         query_BTHK = linear(x_BTD, self.query_DHK[...])
         key_BTNK = linear(x_BTD, self.key_DNK[...])
         value_BTNK = linear(x_BTD, self.value_DNK[...])
@@ -105,20 +105,20 @@ class Attention(nnx.Module):
         if self.positions == "rotary":
             query_BTHK = self.rotary(query_BTHK, position_BT)
             key_BTNK = self.rotary(key_BTNK, position_BT)
-        if is_cut("length"):  # every token's queries stay; the keys and values of all come
-            query_BTHK = constrain(query_BTHK, "batch", "length", "heads", None)
-            key_BTNK = constrain(key_BTNK, "batch", None, "kv_heads", None)
-            value_BTNK = constrain(value_BTNK, "batch", None, "kv_heads", None)
+        if is_cut("length"):  # keys and values of all tokens are gathered; queries stay sharded
+            query_BTHK = logical_constraint(query_BTHK, "batch", "length", "heads", None)
+            key_BTNK = logical_constraint(key_BTNK, "batch", None, "kv_heads", None)
+            value_BTNK = logical_constraint(value_BTNK, "batch", None, "kv_heads", None)
         length, chunk = x_BTD.shape[1], self.chunk
         if chunk is None or self.implementation == "cudnn" or is_cut("length"):
             chunk = length
-        parts = []
+        chunks = []
         for first in range(0, length, chunk):
             queries = slice(first, min(first + chunk, length))
             mix = functools.partial(self._mix, queries=queries, keys=self._seen(queries, length))
             mix = mix if length <= chunk else jax.checkpoint(mix)
-            parts.append(mix(query_BTHK, key_BTNK, value_BTNK, position_BT, segment_BT))
-        mixed_BTHK = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+            chunks.append(mix(query_BTHK, key_BTNK, value_BTNK, position_BT, segment_BT))
+        mixed_BTHK = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=1)
         return linear(mixed_BTHK, self.out_HKD[...], contracted=2)
 
     def _seen(self, queries: slice, length: int) -> slice:
@@ -128,7 +128,7 @@ class Attention(nnx.Module):
         return slice(max(0, queries.start - side), min(length, queries.stop + after))
 
     def _mix(self, query_BTHK, key_BTNK, value_BTNK, position_BT, segment_BT, queries, keys):
-        """The values that some queries see, weighted (B, queries, H, K)."""
+        """Attention's weighted sums of values for a chunk of queries, (B, Q, H, K)."""
         bias_BHQS = None
         if self.positions == "alibi":
             heads = query_BTHK.shape[2]
@@ -137,9 +137,9 @@ class Attention(nnx.Module):
         mask_BQS = segment_BT[:, queries, None] == segment_BT[:, None, keys]
         side = None if self.window is None else self.window - 1
         window = None if side is None else (side, 0 if self.causal else side)
-        rule: dict[str, Any] = {"is_causal": self.causal, "local_window_size": window}
-        if queries != keys:  # JAX's own rules count queries and keys from the same token
-            rule, key_S = {}, jnp.arange(keys.start, keys.stop)
+        mask_options: dict[str, Any] = {"is_causal": self.causal, "local_window_size": window}
+        if queries != keys:  # JAX's options assume that queries and keys start at the same token
+            mask_options, key_S = {}, jnp.arange(keys.start, keys.stop)
             before_QS = jnp.arange(queries.start, queries.stop)[:, None] - key_S[None]
             if self.causal:
                 mask_BQS &= before_QS[None] >= 0
@@ -152,5 +152,5 @@ class Attention(nnx.Module):
             bias=bias_BHQS,
             mask=mask_BQS[:, None],
             implementation=self.implementation,
-            **rule,
+            **mask_options,
         )

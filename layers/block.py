@@ -8,8 +8,8 @@ import gin
 import jax
 
 from layers.attention import Attention
-from layers.constrain import constrain
 from layers.experts.feed_forward import FeedForward
+from layers.logical_axes import logical_constraint
 from layers.moe_layer import MoELayer
 from layers.norms import RMSNorm
 from routing.inputs import Tokens
@@ -20,7 +20,7 @@ from routing.router import Router
 
 @gin.configurable
 class Block(nnx.Module):
-    """Pre-norm: x + attention(norm(x)), then x + ff(norm(x)); or both beside each other.
+    """Pre-norm: x + attention(norm(x)), then x + ff(norm(x)); or both in parallel.
 
     Args:
         d_model: D.
@@ -51,32 +51,32 @@ class Block(nnx.Module):
 
     @property
     def router(self) -> Router | None:
-        """That of a mixture of experts; None for a dense block."""
+        """The router of an MoE layer; None for a dense block."""
         return self.feed_forward.router if isinstance(self.feed_forward, MoELayer) else None
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, RouterOutput | None]:
-        """The block's output (B, T, D) and, for a mixture of experts, what its router said."""
-        mixed_BTD, middle_BTD, y_BTD, output = self._parts(x_BTD, tokens)
+        """The block's output (B, T, D), and its router's output (None for a dense block)."""
+        mixed_BTD, middle_BTD, y_BTD, output = self._branches(x_BTD, tokens)
         if self.parallel:
             y_BTD = mixed_BTD + y_BTD
-        return constrain(middle_BTD + y_BTD, "batch", "length", None), output
+        return logical_constraint(middle_BTD + y_BTD, "batch", "length", None), output
 
     def added(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, RouterOutput | None]:
-        """What the block adds to x, not rounded by adding it first."""
-        mixed_BTD, _, y_BTD, output = self._parts(x_BTD, tokens)
+        """block(x) - x, not rounded by the addition of x, and the router's output."""
+        mixed_BTD, _, y_BTD, output = self._branches(x_BTD, tokens)
         return mixed_BTD + y_BTD, output
 
-    def _parts(self, x_BTD, tokens: Tokens):
-        """Attention's part, x before the feed-forward, its part, and what its router said."""
+    def _branches(self, x_BTD, tokens: Tokens):
+        """Attention's output, x before the feed-forward, its output, and the router's output."""
         h_BTD = self.attention_norm(x_BTD)  # pyright: ignore[reportCallIssue]
         with jax.named_scope("attention"):
             mixed_BTD = self.attention(h_BTD, tokens.position_BT, tokens.segment_BT)
         if self.feed_forward_norm is not None:
-            x_BTD = constrain(x_BTD + mixed_BTD, "batch", "length", None)
+            x_BTD = logical_constraint(x_BTD + mixed_BTD, "batch", "length", None)
             h_BTD = self.feed_forward_norm(x_BTD)  # pyright: ignore[reportCallIssue]
         if isinstance(self.feed_forward, MoELayer):
             y_BTD, output = self.feed_forward(h_BTD, tokens)
-            # Slots are the layer's own affair: what a model tells is the same in all its layers.
+            # Without slots, whose number varies by layer, outputs of all layers can be stacked.
             if isinstance(output.decision, TokenChoice):
                 decision = dataclasses.replace(output.decision, slot_GTK=None, capacity=None)
                 output = dataclasses.replace(output, decision=decision)

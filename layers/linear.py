@@ -1,23 +1,23 @@
-"""Matrix products of activations with weights, on rows."""
+"""Matmuls of activations with weights, on rows."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 
-from layers.constrain import is_cut
+from layers.logical_axes import is_cut
 
 
 def linear(x: jax.Array, weight: jax.Array, contracted: int = 1, dtype=None) -> jax.Array:
-    """The last `contracted` axes of x against the first ones of weight; weight in x's type.
+    """x times weight, summed over the last `contracted` axes of x and the first ones of weight.
 
-    dtype: of the result; x's where None. Sums are never rounded to less than it.
+    The weight is cast to x's type. dtype is that of the result and of its sums; x's where None.
 
     Equivalent to: tensordot(x, weight, contracted). Rows are flattened first: with two row axes
     XLA's CPU backend copies transposed activations in the backward pass (benchmarks/linear.py:
     1.4 to 1.9 times the time of a gated feed-forward).
     """
-    if is_cut("length"):  # a mesh that cuts both row axes can't cut the one they would make
+    if is_cut("length"):  # a mesh can't shard the one axis that two sharded ones would make
         weight = weight.astype(x.dtype)
         return jnp.tensordot(x, weight, contracted, preferred_element_type=dtype)
     split = x.ndim - contracted

@@ -10,23 +10,23 @@ import jax
 import jax.numpy as jnp
 
 from layers.block import Block
-from layers.constrain import constrain
 from layers.dispatch import SlotGather
+from layers.logical_axes import logical_constraint
 from routing.inputs import RouterInputs, Tokens, named_key
 from routing.records import Decision, ExpertChoice, TokenChoice
 from routing.router import DepthRouter, Router
 
 
 class DepthBlock(nnx.Module):
-    """x + r * (block(x) - x) for tokens that a router lets through; the others stay as they are.
+    """x + r * (block(x) - x) for the tokens that a router chooses; the others stay as they are.
 
-    Attention inside sees the tokens that go through alone; their positions are kept. In training
-    they are gathered, so that the block costs what they cost. At evaluation their number varies:
+    Attention in the block sees only the chosen tokens, at their positions in the text. In training
+    these are gathered, so that the block computes them alone. At evaluation their number varies:
     the block runs on all tokens, and the others are masked like padding.
 
     Args:
         block: attention and feed-forward, dense or a mixture of experts.
-        depth_router: decides with one expert, the block.
+        depth_router: a router with one expert, the block.
     """
 
     def __init__(self, block: Block, depth_router: DepthRouter):
@@ -54,22 +54,23 @@ class DepthBlock(nnx.Module):
 
     @property
     def router(self) -> Router | None:
-        """That of the experts inside; None for a dense block."""
+        """The router of the MoE layer in the block; None for a dense block."""
         return self.block.router
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens):
-        """The output (B, T, D), what the experts' router said (or None), what the depth's said."""
-        own = dataclasses.replace(tokens, key=named_key(tokens.key, "depth"))
-        depth = self.depth_router(RouterInputs.of(x_BTD, own))
+        """The output (B, T, D), the MoE router's output (or None) and the depth router's output."""
+        depth_tokens = dataclasses.replace(tokens, key=named_key(tokens.key, "depth"))
+        depth = self.depth_router(RouterInputs.of(x_BTD, depth_tokens))
         decision = depth.decision
         if isinstance(decision, ExpertChoice):
             y_BTD, output = self._gathered(x_BTD, tokens, decision)
         else:
             assert isinstance(decision, TokenChoice)
             y_BTD, output = self._masked(x_BTD, tokens, decision)
-        return constrain(y_BTD, "batch", "length", None), output, depth
+        return logical_constraint(y_BTD, "batch", "length", None), output, depth
 
     def _gathered(self, x_BTD, tokens: Tokens, decision: ExpertChoice):
+        """The output (B, T, D) and the MoE router's output, with the block on C gathered tokens."""
         token_BC, keep_BC = decision.token_GEC[:, 0], decision.keep_GEC[:, 0]
 
         def chosen(a_BT):
@@ -90,6 +91,7 @@ class DepthBlock(nnx.Module):
         return x_BTD + SlotGather().combine(added_BCD[None], decision), output
 
     def _masked(self, x_BTD, tokens: Tokens, decision: TokenChoice):
+        """The same with the block on all T tokens, where those not chosen count as padding."""
         through_BT = decision.keep_GTK[..., 0]
         segment_BT = jnp.where(through_BT, tokens.segment_BT, 0)
         masked = dataclasses.replace(tokens, segment_BT=segment_BT)
@@ -99,7 +101,7 @@ class DepthBlock(nnx.Module):
 
 
 def spread(inner: Decision | None, outer: ExpertChoice) -> TokenChoice:
-    """What the experts' router decided for the tokens that went through, as one over all tokens."""
+    """The MoE router's decision on the C chosen tokens, as a decision on all T tokens."""
     if not isinstance(inner, TokenChoice):
         raise ValueError(
             "inside a Mixture-of-Depths the experts' router has to choose for each token, as TopK "
@@ -120,5 +122,5 @@ def spread(inner: Decision | None, outer: ExpertChoice) -> TokenChoice:
 
 
 def blocks_of(units) -> list[Block]:
-    """The blocks of some layers, whether a depth router stands before them or not."""
+    """The `Block`s of some layers, with or without a depth router."""
     return [layer.block if isinstance(layer, DepthBlock) else layer for layer in units]

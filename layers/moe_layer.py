@@ -1,4 +1,4 @@
-"""The mixture-of-experts layer: a router decides, a policy fits, a dispatcher moves, experts work.
+"""The mixture-of-experts layer: router, capacity, dispatcher, experts and companions in turn.
 
 B batch, T tokens, D model width, G groups, E experts, C slots per expert.
 """
@@ -12,11 +12,11 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from layers.constrain import constrain
 from layers.dispatch import Dispatcher, Overflow, SlotGather
 from layers.experts.base import ChosenCompanion, Companion, Experts, LayerSizes, Routed
 from layers.experts.feed_forward import Activation, hidden_width
 from layers.experts.feed_forward_experts import FeedForwardExperts
+from layers.logical_axes import logical_constraint
 from routing.balancers import StepState
 from routing.capacity import Capacity
 from routing.inputs import RouterInputs, Tokens
@@ -28,7 +28,7 @@ from routing.training_text import TrainingText
 
 @gin.configurable
 class MoELayer(nnx.Module):
-    """A feed-forward of which every token uses a part.
+    """A mixture-of-experts layer: a router chooses for every token which experts it goes through.
 
     Args:
         d_model: D.
@@ -40,21 +40,21 @@ class MoELayer(nnx.Module):
         experts: a class that makes a kind of experts from `LayerSizes`: `FeedForwardExperts`;
             `LatentExperts`; `NeuronExperts`, of one hidden unit each; `SegmentedExperts`, where a
             token's choices make up one expert (MultiHash).
-        companions: classes of what adds to the output beside the experts: `SharedExpert`,
-            `ZeroCopyConstant`, whose members the router chooses like experts of their own,
-            `DefaultVectors`, for experts that were not chosen.
-        capacity: what an expert takes at most; `Capacity()` where None.
-        dispatcher: how tokens move; `SlotGather()` where None.
-        eval_dispatcher: the same at evaluation, where experts that may take every token would
-            have a slot for each with `SlotGather`, and `Sorted` has none; `dispatcher` where None.
-        sequences_per_group: in training a group, within which capacity is counted, is this many
-            sequences, or the whole batch where that is smaller; at evaluation it is one.
+        companions: classes of modules whose outputs are added to the experts': `SharedExpert`;
+            `ZeroCopyConstant`, which the router chooses like further experts; `DefaultVectors`,
+            for experts that were not chosen.
+        capacity: the most tokens that an expert takes; `Capacity()` where None.
+        dispatcher: moves tokens to experts and back; `SlotGather()` where None.
+        eval_dispatcher: the same at evaluation; `dispatcher` where None. Experts without a
+            capacity would need a slot for every token with `SlotGather`, and none with `Sorted`.
+        sequences_per_group: the sequences of a group, within which capacity is counted: in
+            training so many, or the whole batch where that is smaller; at evaluation one.
         out_scale: variance scale of the output weights.
-        text: the training text, for routers that count in it before they start.
-        sparse_layers: of the model, for router losses that are averaged over them.
+        text: the training text, for routers that count token ids in it.
+        sparse_layers: how many the model has, for router losses that are averaged over them.
 
     Raises:
-        ValueError: a router, experts, companions and dispatchers that don't go together.
+        ValueError: the router, experts, companions and dispatchers are incompatible.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class MoELayer(nnx.Module):
         check_fit(self)
 
     def _hold(self, companions: Sequence[Companion]) -> tuple[str, ...]:
-        """Keep each companion under its own name; the names, in order."""
+        """Set each companion as an attribute under its name; return the names in order."""
         names = tuple(companion.name for companion in companions)
         if len(set(names)) < len(names):
             raise ValueError(f"MoELayer.companions has two of a kind: {', '.join(names)}")
@@ -105,7 +105,7 @@ class MoELayer(nnx.Module):
 
     @property
     def companions(self) -> list[Companion]:
-        """What adds to the output beside the experts, in order."""
+        """The modules whose outputs are added to the experts', in order."""
         return [getattr(self, name) for name in self.companion_names]
 
     @property
@@ -115,28 +115,28 @@ class MoELayer(nnx.Module):
 
     @property
     def num_zero_computation(self) -> int:
-        """How many such members there are, numbered after the experts."""
+        """The number of zero-computation experts, numbered after the experts."""
         return self.chosen.choices if self.chosen is not None else 0
 
     def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, RouterOutput]:
-        """The layer's output (B, T, D) and what its router said.
+        """The layer's output (B, T, D), and its router's decision, losses and statistics.
 
         Raises:
-            ValueError: experts or companions that don't take this router's decisions.
+            ValueError: the experts or a companion don't take the router's kind of decision.
         """
         inputs = RouterInputs.of(x_BTD, tokens, self.sequences_per_group)
         output = self.router(inputs)
         dispatcher = self.dispatcher if inputs.train else self.eval_dispatcher
         decision, own = self._fit(self._accepted(output.decision), inputs, dispatcher)
-        admitted, overflow = dispatcher.split_overflow(decision)
-        if overflow is None:  # what was not admitted is dropped
-            decision = admitted
-        # Padding is zero here, so NaN in it reaches neither the experts nor their gradients.
+        within, overflow = dispatcher.split_overflow(decision)
+        if overflow is None:  # assignments without room are dropped
+            decision = within
+        # Padding was set to zero, so that NaN in it reaches neither experts nor gradients.
         x_GTD = inputs.x_GTD.astype(x_BTD.dtype)
-        y_GTD, y_EGCD = self._experts(x_GTD, admitted, inputs, dispatcher)
+        y_GTD, y_EGCD = self._experts(x_GTD, within, inputs, dispatcher)
         if overflow is not None:
-            y_GTD = y_GTD + self._overflowing(x_GTD, overflow, inputs)
-        y_BTD = constrain(y_GTD, "batch", "length", None).reshape(x_BTD.shape)
+            y_GTD = y_GTD + self._overflow(x_GTD, overflow, inputs)
+        y_BTD = logical_constraint(y_GTD, "batch", "length", None).reshape(x_BTD.shape)
         routed = Routed(x_GTD, inputs, decision, own, y_EGCD)
         batch_sums = dict(output.stats.batch_sums)
         for companion in self.companions:
@@ -150,8 +150,8 @@ class MoELayer(nnx.Module):
         return y_BTD, dataclasses.replace(output, decision=decision, stats=stats)
 
     def _accepted(self, decision: Decision | None) -> Decision:
-        """The decision, if it is of a kind that the experts and companions take."""
-        assert decision is not None  # only whole models leave it out
+        """The decision; ValueError where experts or a companion don't take its kind."""
+        assert decision is not None  # only the output of a whole model has none
         takers: list[tuple[object, tuple[type, ...]]] = [(self.experts, self.experts.accepts)]
         if self.chosen is not None:
             takers.append((self.chosen, (TokenChoice,)))
@@ -168,7 +168,7 @@ class MoELayer(nnx.Module):
     def _fit(
         self, decision: Decision, inputs: RouterInputs, dispatcher: Dispatcher
     ) -> tuple[Decision, TokenChoice | None]:
-        """What the experts compute, and what goes to a chosen companion, within their capacity."""
+        """The assignments to experts and to a chosen companion, within their capacity."""
         own, among, chosen = None, None, self.chosen
         limited = self.experts.has_capacity
         if chosen is not None:
@@ -186,8 +186,8 @@ class MoELayer(nnx.Module):
         with jax.named_scope(type(self.experts).__name__):
             return self.experts(x_GTD, decision, inputs, dispatcher)
 
-    def _overflowing(self, x_GTD, overflow: Overflow, inputs) -> jax.Array:
-        """What the experts make of the assignments that the first exchange had no room for."""
+    def _overflow(self, x_GTD, overflow: Overflow, inputs) -> jax.Array:
+        """The gate-weighted outputs (G, T, D) for assignments that overflow the send buffer."""
 
         def compute(x_GTD):
             return self._experts(x_GTD, overflow.decision, inputs, overflow.dispatcher)[0]
@@ -195,12 +195,12 @@ class MoELayer(nnx.Module):
         return jax.lax.cond(overflow.decision.keep_GTK.any(), compute, jnp.zeros_like, x_GTD)
 
     def step_states(self) -> list[StepState]:
-        """Every part of it whose state changes between optimizer steps."""
+        """The modules of the layer whose state is updated once per optimizer step."""
         return [module for _, module in nnx.iter_modules(self) if isinstance(module, StepState)]
 
 
 def check_fit(layer: MoELayer) -> None:
-    """Raise ValueError where a router, experts, companions and dispatchers don't go together."""
+    """Raise ValueError where router, experts, companions and dispatchers are incompatible."""
     router, experts = layer.router, layer.experts
     name, kind = type(router).__name__, type(experts).__name__
     if router.whole_sequences and layer.sequences_per_group != 1:
@@ -235,7 +235,7 @@ def check_fit(layer: MoELayer) -> None:
 
 
 def check_slots(layer: MoELayer) -> None:
-    """Raise ValueError where something needs slots and a dispatcher has none."""
+    """Raise ValueError where experts or a companion need slots and a dispatcher has none."""
     needs = [type(c).__name__ for c in layer.companions if c.needs_slots]
     for setting, dispatcher, train in (
         ("dispatcher", layer.dispatcher, True),
@@ -251,7 +251,7 @@ def check_slots(layer: MoELayer) -> None:
 
 
 def _save_by_name(decision):
-    """Name the decision's integers, so that rematerialisation keeps them and never routes again."""
+    """Name slots and kept flags, so that rematerialisation saves them and never routes again."""
     if not isinstance(decision, TokenChoice) or decision.slot_GTK is None:
         return decision
     return dataclasses.replace(

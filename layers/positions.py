@@ -22,7 +22,7 @@ POSITIONS = ("rotary", "alibi", "learned", "sinusoidal", "none")
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Rotary:
-    """Turn pairs (i, i + D/2) by position * base^(-2i/D), in float32 (Su et al. 2021, eq. 34).
+    """Rotate pairs (i, i + D/2) by position * base^(-2i/D), in float32 (Su et al. 2021, eq. 34).
 
     Attributes:
         base: of the wavelengths; larger for longer texts.
@@ -36,8 +36,8 @@ class Rotary:
         angle_BTD = jnp.einsum("bt,d->btd", position_BT.astype(jnp.float32), frequency_D)
         sin, cos = jnp.sin(angle_BTD)[:, :, None], jnp.cos(angle_BTD)[:, :, None]
         first, second = x_BTHD[..., :half], x_BTHD[..., half:]
-        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-        return turned.astype(x_BTHD.dtype)
+        rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+        return rotated.astype(x_BTHD.dtype)
 
 
 def alibi_slopes(heads: int) -> np.ndarray:
@@ -49,7 +49,7 @@ def alibi_slopes(heads: int) -> np.ndarray:
 
 
 def alibi(query_BQ: jax.Array, key_BS: jax.Array, heads: int) -> jax.Array:
-    """Bias (B, H, Q, S) of positions: minus slope times the distance of query and key."""
+    """The bias (B, H, Q, S) of attention scores: minus the head's slope times the distance."""
     distance_BQS = jnp.abs(query_BQ[:, :, None] - key_BS[:, None, :]).astype(jnp.float32)
     return -jnp.asarray(alibi_slopes(heads))[None, :, None, None] * distance_BQS[:, None]
 

@@ -1,4 +1,4 @@
-"""Layers as a scan: equal layers share one traced body, so that depth costs no compile time.
+"""Equal layers as one scan: they share one traced body, so that depth costs no compile time.
 
 L layers, B batch, T tokens, D model width.
 """
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.block import Block
-from layers.constrain import constrain
+from layers.logical_axes import logical_constraint
 from layers.mixture_of_depths import DepthBlock, blocks_of
 from layers.moe_layer import MoELayer
 from routing.inputs import Tokens
@@ -28,12 +28,15 @@ REMAT = ("none", *_SAVEABLE)
 
 
 def rematerialised(body: Callable, remat: str) -> Callable:
-    """The body with its activations recomputed in the backward pass; routing is always kept."""
+    """The body with activations recomputed in the backward pass; routing is always saved.
+
+    remat: a name of `REMAT`.
+    """
     if remat == "none":
         return body
-    # Products inside sorted experts' loops are out of a policy's sight; they are saved by name.
+    # A policy doesn't see the matmuls inside the loops of sorted experts; they are saved by name.
     names = (
-        ("routing", "expert_products", "exchanged") if remat == "dots_with_batch" else ("routing",)
+        ("routing", "expert_matmuls", "exchanged") if remat == "dots_with_batch" else ("routing",)
     )
     keep_routing = jax.checkpoint_policies.save_only_these_names(*names)
     policy = jax.checkpoint_policies.save_from_both_policies(_SAVEABLE[remat], keep_routing)
@@ -41,13 +44,16 @@ def rematerialised(body: Callable, remat: str) -> Callable:
 
 
 class Unit(nnx.Module):
-    """The blocks of one step of the scan, e.g. a dense one and then a sparse one."""
+    """The blocks of one iteration of the scan, e.g. a dense one and then a sparse one."""
 
     def __init__(self, blocks: Sequence[Block | DepthBlock]):
         self.blocks = nnx.List(blocks)
 
     def __call__(self, x_BTD, tokens: Tokens, first_layer, global_batch):
-        """((x, last router's logits), (outputs of MoE routers, of Mixture-of-Depths routers))."""
+        """((x, last router's logits), (outputs of MoE routers, of Mixture-of-Depths routers)).
+
+        first_layer: the number of the unit's first block in the model.
+        """
         outputs, mod_outputs = [], []
         for j, block in enumerate(self.blocks):
             whole = global_batch[len(outputs)] if global_batch and block.is_moe else None
@@ -60,12 +66,12 @@ class Unit(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """`repeats` units with their parameters stacked along a leading layer axis.
+    """`repeats` units, whose parameters are stacked along a leading layer axis.
 
     Args:
         make_blocks: makes the blocks of one unit.
         repeats: how many units.
-        first_layer: number of the first layer in the model; first values derive from it.
+        first_layer: number of the first layer in the model; initial values derive from it.
         remat: a name of `REMAT`.
         scan: False unrolls the loop; the result is the same.
     """
@@ -88,7 +94,7 @@ class Stack(nnx.Module):
         self.unit = nnx.merge(graphdef, nnx.from_flat_state(flat))
 
     def _stacked(self, path, variable):
-        """A variable with a leading layer axis, and the model's number of each of its layers."""
+        """A variable with a leading layer axis; its metadata number the layers in the model."""
         block = next(part for part in path if isinstance(part, int))
         layers = tuple(self.first_layer + block + self.length * i for i in range(self.repeats))
         value = jnp.zeros((self.repeats, *variable.shape), variable.dtype)
@@ -98,7 +104,8 @@ class Stack(nnx.Module):
         """Returns (x, last_logits, moe_outputs, mod_outputs); outputs are stacked over layers.
 
         last_logits are those of the last router, where a router of the model reads them.
-        global_batch: for each sparse block of the unit, its statistics stacked over repeats.
+        global_batch: for each sparse block of the unit, global-batch statistics stacked over
+            repeats.
         """
         graphdef, state = nnx.split(self.unit)
 
@@ -134,21 +141,21 @@ class Stack(nnx.Module):
 
 
 def after(tokens: Tokens, output: RouterOutput) -> Tokens:
-    """The tokens with the router's logits, where it gives them to the next sparse layer."""
+    """The tokens, with the logits of a router that hands them to the next sparse layer."""
     if output.logits_GTE is None:
         return tokens
     logits_BTE = output.logits_GTE.reshape(*tokens.token_BT.shape, -1)
-    return tokens.with_previous_logits(constrain(logits_BTE, "batch", "length", None))
+    return tokens.with_previous_logits(logical_constraint(logits_BTE, "batch", "length", None))
 
 
 def moe_layers(blocks) -> list[MoELayer]:
-    """The mixtures of experts of some blocks, in order."""
+    """The MoE layers of some blocks, in order."""
     found = [block.feed_forward for block in blocks_of(blocks)]
     return [layer for layer in found if isinstance(layer, MoELayer)]
 
 
 def in_layer_order(outputs: list[RouterOutput]):
-    """Outputs of the sparse blocks, each stacked over repeats, as one stacked over layers."""
+    """The outputs of all sparse blocks, stacked over layers; given is one stack per block."""
     if not outputs:
         return None
 

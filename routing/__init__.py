@@ -1,4 +1,4 @@
-"""Who goes where: routing algorithms. They decide and never move data."""
+"""Routing algorithms: they decide which tokens go to which experts, and never move data."""
 
 from routing.algorithms.base import BASE
 from routing.algorithms.controls import AllExperts, Balanced, FrozenTopK, UniformRandom, Zipf

@@ -1,4 +1,4 @@
-"""Losses on how evenly the experts are used.
+"""Losses that balance the load of the experts.
 
 G groups, T tokens per group, E experts, K experts per token; N groups, sequences or documents.
 """
@@ -29,23 +29,23 @@ from routing.selection import top_k_indices
 class BalanceLoss(RouterLoss):
     """E / K * sum_e f_e P_e (Shazeer 2017; Fedus 2021, eq. 4-6); 1.0 at perfect balance.
 
-    f is the share of choices that fell on expert e, before dropping; P the mean of the full scores.
+    f_e is the share of choices of expert e, before drops; P_e the mean of its scores over tokens.
 
     Attributes:
-        scope: over what f and P are taken. "global": the whole optimizer step (Qiu et al. 2025);
-            "group": each group of tokens; "sequence": each sequence (DeepSeek-V3, eq. 17-20);
-            "document": each document of a packed sequence. The last three are averaged, each
-            weighted with its number of tokens.
-        counts: which choices f counts. "made": those that the router made, with its bias, noise and
-            groups of experts (Fedus et al. 2021, eq. 5); "raw": the K largest of its plain scores
-            (DeepSeek-V3, eq. 18). None: "raw" in the scopes "sequence" and "document" where tokens
-            choose, else "made". They differ for biased, noisy and group-limited routers alone.
+        scope: the tokens over which f and P are taken. "global": those of the optimizer step (Qiu
+            et al. 2025); "group": of each group; "sequence": of each sequence (DeepSeek-V3, eq.
+            17-20); "document": of each document of a packed sequence. The last three are
+            averaged, weighted by their number of tokens.
+        counts: the choices that f counts. "made": the router's, with its bias, noise and groups of
+            experts (Fedus et al. 2021, eq. 5); "raw": the K largest scores (DeepSeek-V3, eq. 18).
+            None: "raw" in the scopes "sequence" and "document" where tokens choose, else "made".
+            They differ only for biased, noisy and group-limited routers.
         choices: "first": f counts only each token's first choice (GShard, algorithm 1).
-        devices: E is taken as so many equal parts in a row, one a device (DeepSeekMoE, eq. 15-17).
-        zero_computation: so many of the last experts cost nothing, and count
-            `zero_computation_weight` times (MoE++, eq. 7: tau, as `ZeroCopyConstant.share`), so
-            that perfect balance is below 1.
-        zero_computation_weight: see `zero_computation`.
+        devices: balance devices instead of experts: E is divided into so many equal parts
+            (DeepSeekMoE, eq. 15-17).
+        zero_computation: how many of the last experts are zero-computation experts, whose terms
+            are weighted by `zero_computation_weight`; perfect balance is then below 1.
+        zero_computation_weight: tau of MoE++ (eq. 7), as `ZeroCopyConstant.share`.
     """
 
     coefficient: NonNegative = 0.01
@@ -95,9 +95,9 @@ class BalanceLoss(RouterLoss):
         counted = self._counted(routing, inputs)
         if self.scope == "global":
             global_batch = inputs.context.global_batch
-            whole = stats if global_batch is None else global_batch.stats
+            all_stats = stats if global_batch is None else global_batch.stats
             same = counted is routing.decision
-            count_E = whole.count_E if same else whole.batch_sums[self.owner]["counted"]
+            count_E = all_stats.count_E if same else all_stats.batch_sums[self.owner]["counted"]
             score_E = global_batch_sum(stats, inputs, lambda stats: stats.score_sum_E)
             return self._balance(count_E, score_E)
         score_GTE = jnp.where(inputs.valid_GT[..., None], score_GTE, 0)
@@ -109,7 +109,7 @@ class BalanceLoss(RouterLoss):
         return token_weighted(jax.vmap(self._balance)(count_NE, score_NE), tokens_N)
 
     def _counted(self, routing: Routing, inputs: RouterInputs) -> Decision:
-        """The decision whose choices f counts; the router's own where it is that."""
+        """The decision whose choices f counts; `routing.decision` itself where it is that one."""
         decision, counts = routing.decision, self.counts
         if counts is None:
             by_tokens = isinstance(decision, TokenChoice)
@@ -120,7 +120,7 @@ class BalanceLoss(RouterLoss):
         return first_choices(decision) if self.choices == "first" else decision
 
     def _balance(self, count_E, score_sum_E):
-        """E * sum_e w_e (share of the choices) * (share of the score); zero without a token."""
+        """E * sum_e w_e f_e P_e of counts (E,) and summed scores (E,); 0 without a token."""
         count_E, score_sum_E = self._by_device(count_E), self._by_device(score_sum_E)
         share_E = count_E / jnp.maximum(count_E.sum(), 1)
         # Scores sum to 1 over the experts, so their sum is the number of tokens.
@@ -132,7 +132,7 @@ class BalanceLoss(RouterLoss):
         return experts * jnp.sum(weight_E * share_E * mean_E)
 
     def _by_device(self, sum_E):
-        """Sums of the experts that share a device, where the loss is on devices."""
+        """Sums over the experts of each device, where the loss balances devices."""
         if self.devices is None:
             return sum_E
         if sum_E.shape[0] % self.devices:
@@ -143,7 +143,7 @@ class BalanceLoss(RouterLoss):
 
 
 def raw_choices(routing: Routing, inputs: RouterInputs) -> TokenChoice:
-    """What each token would choose by the router's plain scores: as many experts as it chose."""
+    """Each token's K experts of largest score, without bias, noise or groups of experts."""
     decision = routing.decision
     if not isinstance(decision, TokenChoice):
         raise ValueError('BalanceLoss.counts="raw" needs a router whose tokens choose')
@@ -155,10 +155,10 @@ def raw_choices(routing: Routing, inputs: RouterInputs) -> TokenChoice:
 
 
 def first_choices(decision: Decision) -> TokenChoice:
-    """Each token's first choice alone: the largest gate that stands."""
+    """Each token's first choice alone: its kept choice with the largest gate."""
     if not isinstance(decision, TokenChoice):
         raise ValueError('BalanceLoss.choices="first" needs a router whose tokens choose')
-    # Not every router lists its choices in order.
+    # Not every router returns its choices in order.
     gate_GTK = jnp.where(decision.keep_GTK, jax.lax.stop_gradient(decision.gate_GTK), -jnp.inf)
     best_GT1 = jnp.argmax(gate_GTK, axis=-1)[..., None]
     return dataclasses.replace(
@@ -172,7 +172,7 @@ def first_choices(decision: Decision) -> TokenChoice:
 def by_group(counted: Decision, score_GTE, inputs: RouterInputs, split: bool):
     """Choices (N, E), summed scores (N, E) and valid tokens (N,) of each group or sequence.
 
-    split: a group's sequences are taken apart, where it has several.
+    split: by sequence, where a group has several.
     """
     valid_GT, times = inputs.valid_GT, inputs.sequences if split else 1
     if times > 1:
@@ -196,7 +196,7 @@ def by_group(counted: Decision, score_GTE, inputs: RouterInputs, split: bool):
 
 
 def by_document(counted: Decision, score_GTE, inputs: RouterInputs):
-    """The same for each document; N is the number that there may be, most of them empty."""
+    """The same for each document. N is an upper bound of their number; most are empty."""
     if not isinstance(counted, TokenChoice) or inputs.segment_GT is None:
         raise ValueError('BalanceLoss.scope="document" needs a router whose tokens choose')
     hit_GTKE = jax.nn.one_hot(counted.expert_GTK, counted.num_experts, dtype=bool)
@@ -224,9 +224,9 @@ class ImportanceLoss(RouterLoss):
     """CV^2 over the experts of their summed gates (Shazeer et al. 2017, eq. 6-7).
 
     Attributes:
-        of: "gates" of the chosen experts, or "scores" of all, chosen or not (V-MoE, appendix A).
-        scope: "global": sums over the whole optimizer step (Shazeer et al.: the batch); "group":
-            over each group, averaged (as V-MoE's own code).
+        of: "gates" of the chosen experts, or "scores" of all experts (V-MoE, appendix A).
+        scope: "global": sums over the optimizer step (Shazeer et al.: the batch); "group": over
+            each group, averaged (as in V-MoE's code).
     """
 
     coefficient: NonNegative = 0.1
@@ -266,10 +266,10 @@ class ImportanceLoss(RouterLoss):
 class LoadLoss(RouterLoss):
     """CV^2 over the experts of their smooth expected load (Shazeer et al. 2017, eq. 10-11).
 
-    For routers that draw noise and know how likely each expert was to be chosen.
+    For routers with noise, which know the probability that each expert is chosen.
 
     Attributes:
-        scope: "global": sums over the whole optimizer step; "group": over each group, averaged.
+        scope: "global": sums over the optimizer step; "group": over each group, averaged.
     """
 
     coefficient: NonNegative = 0.1
@@ -302,12 +302,12 @@ class LoadLoss(RouterLoss):
 
 
 def cv_squared_of_groups(value_GTE, inputs: RouterInputs) -> jax.Array:
-    """CV^2 of each group's sums, averaged with its number of tokens."""
+    """CV^2 of each group's sums, averaged over groups by their number of tokens."""
     sum_GE = jnp.where(inputs.valid_GT[..., None], value_GTE, 0).sum(1)
     return token_weighted(jax.vmap(cv_squared)(sum_GE), inputs.valid_GT.sum(1))
 
 
 def cv_squared(sum_E) -> jax.Array:
-    """Variance (biased) over squared mean; 0 where there is nothing."""
+    """Biased variance over squared mean; 0 where the mean is."""
     mean = sum_E.mean()
     return jnp.square(sum_E - mean).mean() / jnp.where(mean == 0, 1.0, jnp.square(mean))

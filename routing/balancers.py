@@ -1,4 +1,7 @@
-"""Router state that changes once per optimizer step, without a gradient."""
+"""Router state that is updated once per optimizer step, without a gradient.
+
+G groups, T tokens per group, E experts, K experts per token.
+"""
 
 import abc
 
@@ -14,34 +17,34 @@ from routing.selection import top_k_indices
 
 
 class StepState(nnx.Module):
-    """Abstract: router state, and the rule that updates it from the statistics of a whole step."""
+    """Abstract: router state, and the rule that updates it from the statistics of a step."""
 
     @abc.abstractmethod
     def update(self, stats: RouterStats) -> None:
-        """Change the state in place, once per optimizer step, never at evaluation."""
+        """Update the state in place, once per optimizer step; never at evaluation."""
 
 
 class Balancer(StepState):
-    """Abstract: router state whose bias enters selection, never the gates."""
+    """Abstract: router state with a bias that enters selection, never the gates."""
 
     bias_E: nnx.Variable
 
     @abc.abstractmethod
     def batch_sums(self, score_GTE, valid_GT, k: int) -> dict[str, jax.Array]:
-        """Sums over valid tokens that `update` needs beside the counts, by name."""
+        """Sums over valid tokens that `update` needs beside `count_E`, by name."""
 
 
 @gin.configurable
 class BiasBalancer(Balancer):
     """Loss-free balancing (Wang et al. 2024, algorithm 1): a bias that enters selection only.
 
-    b_e += rate * sign(mean count - count_e): overloaded experts lose. `recentre` then takes the
-    mean off, which changes no selection and keeps the bias from drifting.
+    b_e += rate * sign(mean count - count_e).
 
     Args:
         num_experts: E.
-        rate: by how much a bias moves in a step.
-        recentre: take the mean off.
+        rate: how much a bias changes per optimizer step.
+        recentre: subtract the mean bias afterwards, which keeps the bias from drifting and changes
+            no selection.
     """
 
     def __init__(self, num_experts: Count, rate: NonNegative = 1e-3, recentre: bool = True):
@@ -55,24 +58,24 @@ class BiasBalancer(Balancer):
     def update(self, stats: RouterStats) -> None:
         # Integer arithmetic: counts beyond 2**24 would not be exact in float32.
         count_E, experts = stats.count_E, stats.count_E.shape[0]
-        mean, rest = count_E.sum() // experts, count_E.sum() % experts
-        under_E = jnp.where(count_E == mean, jnp.sign(rest), jnp.sign(mean - count_E))
+        mean, remainder = count_E.sum() // experts, count_E.sum() % experts
+        under_E = jnp.where(count_E == mean, jnp.sign(remainder), jnp.sign(mean - count_E))
         bias_E = self.bias_E[...] + self.rate * under_E.astype(jnp.float32)
         self.bias_E[...] = bias_E - bias_E.mean() if self.recentre else bias_E
 
 
 @gin.configurable
 class QuantileBalancer(Balancer):
-    """The bias that would have balanced the last step: a dual step of the balanced assignment.
+    """The bias that would have balanced the last optimizer step (Megatron-LM's dual update).
 
     Selection takes the K largest of s + b. With alpha_t the (K+1)-th largest of a token's row, b_e
     becomes minus the (T K / E + 1)-th largest of s - alpha in the expert's column, so that T K / E
     tokens would choose e. Columns are taken group by group and averaged. For hundreds of experts,
-    where steps of a fixed size are too slow (Megatron-LM's dual update).
+    where a fixed rate of change is too slow.
 
     Args:
         num_experts: E.
-        decay: of a running mean over steps; 0 takes the last step alone.
+        decay: of a running mean over optimizer steps; 0 takes the last step alone.
     """
 
     def __init__(self, num_experts: Count, decay: LessThanOne = 0.0):
@@ -92,11 +95,11 @@ class QuantileBalancer(Balancer):
         next_GT1 = top_k_indices(biased_GTE, k + 1)[..., k:]
         alpha_GT1 = jnp.take_along_axis(biased_GTE, next_GT1, -1)
         tokens_G = valid_GT.sum(1, dtype=jnp.int32)
-        bar_GE = exceeded_by(score_GTE - alpha_GT1, valid_GT, tokens_G * k // experts)
-        some_G = tokens_G > 0
+        threshold_GE = exceeded_by(score_GTE - alpha_GT1, valid_GT, tokens_G * k // experts)
+        has_tokens_G = tokens_G > 0
         return {
-            "bar": jnp.where(some_G[:, None], bar_GE, 0).sum(0),
-            "groups": some_G.sum(dtype=jnp.int32),
+            "bar": jnp.where(has_tokens_G[:, None], threshold_GE, 0).sum(0),
+            "groups": has_tokens_G.sum(dtype=jnp.int32),
         }
 
     def update(self, stats: RouterStats) -> None:
@@ -108,20 +111,20 @@ class QuantileBalancer(Balancer):
 
 
 def exceeded_by(value_GTE, valid_GT, count_G) -> jax.Array:
-    """Per column a value that so many valid tokens and one more reach: (G, E), by halving.
+    """The largest thresholds (G, E) that more than count_G valid tokens of a column exceed.
 
-    Equivalent to: the (count + 1)-th largest of the column, or up to a 2^-24th of its range less;
-    sorting columns would cost more than all the rest of a router.
+    Equivalent to: the (count + 1)-th largest of each column, or less by up to 2^-24 of its range.
+    Found by bisection: sorting columns would cost more than everything else in a router.
     """
     valid_GT1 = valid_GT[..., None]
     low_GE = jnp.where(valid_GT1, value_GTE, jnp.inf).min(1)
     high_GE = jnp.where(valid_GT1, value_GTE, -jnp.inf).max(1)
 
-    def halve(_, bounds):
+    def bisect(_, bounds):
         low_GE, high_GE = bounds
         middle_GE = 0.5 * (low_GE + high_GE)
-        over_GE = jnp.sum((value_GTE > middle_GE[:, None]) & valid_GT1, axis=1)
-        many_GE = over_GE > count_G[:, None]
+        count_GE = jnp.sum((value_GTE > middle_GE[:, None]) & valid_GT1, axis=1)
+        many_GE = count_GE > count_G[:, None]
         return jnp.where(many_GE, middle_GE, low_GE), jnp.where(many_GE, high_GE, middle_GE)
 
-    return jax.lax.fori_loop(0, 24, halve, (low_GE, high_GE))[0]
+    return jax.lax.fori_loop(0, 24, bisect, (low_GE, high_GE))[0]

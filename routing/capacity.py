@@ -1,7 +1,9 @@
-"""Capacity: how many tokens an expert takes, and who goes without when there are more.
+"""Capacity: how many tokens an expert takes, and which assignments are dropped beyond that.
 
-Neither the router's business nor the dispatcher's: a policy turns a TokenChoice into the one that
-fits, and its keep_GTK reports what was dropped.
+A policy apart from router and dispatcher: it returns a TokenChoice with slots, whose keep_GTK is
+False for what was dropped.
+
+G groups, T tokens per group, E experts, K experts per token, C slots per expert, N assignments.
 """
 
 import dataclasses
@@ -22,9 +24,9 @@ from routing.records import TokenChoice
 def slots_per_expert(
     tokens, *, k: int, num_experts: int | Fraction, factor: float, multiple: int = 1
 ):
-    """C = ceil(factor * k * tokens / experts), then up to a multiple; exact integer arithmetic.
+    """C = ceil(factor * k * tokens / experts), rounded up to a multiple, in exact arithmetic.
 
-    `tokens` may be a Python int or an int64 NumPy array.
+    tokens: an int, or an int64 NumPy array.
     """
     exact = Fraction(factor).limit_denominator(10_000) * k / num_experts
     slots = -(-tokens * exact.numerator // exact.denominator)
@@ -32,26 +34,26 @@ def slots_per_expert(
 
 
 def slots_for_valid(valid_GT: jax.Array, **size):
-    """slots_per_expert for each group's valid tokens, so that padding changes nothing: int32."""
+    """`slots_per_expert` of each group's valid tokens, so that padding counts for nothing: (G,)."""
     return _slots_for(valid_GT.sum(1, dtype=jnp.int32), valid_GT.shape[1], size)
 
 
 def slots_so_far(valid_GT: jax.Array, **size):
-    """slots_per_expert for each token and the valid ones before it: int32 (G, T).
+    """`slots_per_expert` of the valid tokens up to each token: int32 (G, T).
 
-    What follows a token doesn't change it, not even by its length.
+    It depends on no later token, not even on how many there are.
     """
     return _slots_for(jnp.cumsum(valid_GT, axis=1, dtype=jnp.int32), valid_GT.shape[1], size)
 
 
 def _slots_for(tokens, most: int, size: dict):
-    """slots_per_expert of each number of tokens, at most so many.
+    """`slots_per_expert` of an array of numbers of tokens, which are at most `most`: int32.
 
-    Read from a table: the product in int32 would overflow for a factor such as 1.3333 with 30,000
-    tokens.
+    Read from a table: in int32 the arithmetic would overflow, such as for a factor of 1.3333 with
+    30,000 tokens.
     """
-    table_T = slots_per_expert(np.arange(most + 1, dtype=np.int64), **size)
-    return jnp.asarray(table_T.astype(np.int32))[tokens]
+    table = slots_per_expert(np.arange(most + 1, dtype=np.int64), **size)
+    return jnp.asarray(table.astype(np.int32))[tokens]
 
 
 @gin.configurable
@@ -59,18 +61,19 @@ def _slots_for(tokens, most: int, size: dict):
 class Capacity:
     """At most ceil(factor * K * T / E) tokens of a group for each expert.
 
-    In training T is the number of the group's valid tokens, so that a longer text has more room
-    from its first token on. At evaluation it is, for each token, the number of those up to itself:
-    a text is routed as its beginning was, however it goes on.
+    In training T is the number of the group's valid tokens. At evaluation it is, for each token,
+    the number of valid tokens up to itself, so that the beginning of a text is routed in the same
+    way however the text continues.
 
     Attributes:
         factor: in training; None keeps every token.
         eval_factor: at evaluation; None (the default) keeps every token.
         multiple: the number of slots is rounded up to a multiple of this.
-        priority: who is served first: "position" (earlier tokens), "gate" (larger gates, batch
-            prioritised), "random".
-        order: "token-major" (all choices of a token, then the next token) or "choice-major" (all
-            first choices, then all second ones; lets a later token evict an earlier one).
+        priority: the tokens that get slots first: "position" (earlier ones), "gate" (those with
+            larger gates: batch-prioritised routing) or "random".
+        order: "token-major" (all choices of a token, then those of the next) or "choice-major"
+            (all first choices, then all second ones, so that a later token may displace an earlier
+            one).
     """
 
     factor: Positive | None = 1.25
@@ -96,12 +99,12 @@ class Capacity:
 
     @property
     def leaks(self) -> bool:
-        """In training, can what a later token is change what an earlier one receives?"""
+        """Whether a later token can change the output of an earlier one in training."""
         return self.factor is not None and not self._in_order
 
     @property
     def leaks_at_evaluation(self) -> bool:
-        """The same at evaluation, where by default nothing is dropped."""
+        """Whether it can at evaluation, where by default nothing is dropped."""
         return self.eval_factor is not None and not self._in_order
 
     @property
@@ -109,15 +112,15 @@ class Capacity:
         return self.priority == "position" and self.order == "token-major"
 
     def keeps_all(self, train: bool) -> bool:
-        """Whether nothing is ever dropped."""
+        """Whether every token is kept in training, or at evaluation."""
         return (self.factor if train else self.eval_factor) is None
 
     def fit(
         self, decision: TokenChoice, inputs: RouterInputs, choices: int | Fraction | None = None
     ) -> TokenChoice:
-        """The decision with a slot for every assignment that fits; the rest has keep False.
+        """The decision with a slot for every assignment that fits; for others keep_GTK is False.
 
-        choices: among how many such experts the assignments are divided, where these are not all.
+        choices: the number of experts that capacity is divided among; num_experts where None.
         """
         factor = self.factor if inputs.train else self.eval_factor
         _, tokens, k = decision.expert_GTK.shape
@@ -139,7 +142,7 @@ class Capacity:
         return dataclasses.replace(decision, keep_GTK=keep_GTK, slot_GTK=slot_GTK, capacity=slots)
 
     def _rank(self, decision: TokenChoice, inputs: RouterInputs):
-        """How many assignments to the same expert are served before this one: int32 (G, T, K)."""
+        """How many assignments to the same expert get slots before this one: int32 (G, T, K)."""
         expert_GTK, keep_GTK = decision.expert_GTK, decision.keep_GTK
         order_GT = self._token_order(decision, inputs)
         if order_GT is not None:
@@ -155,7 +158,7 @@ class Capacity:
         return jnp.take_along_axis(rank_GTK, jnp.argsort(order_GT, axis=1)[..., None], axis=1)
 
     def _token_order(self, decision, inputs):
-        """The order in which tokens are served, or None for their own."""
+        """The tokens (G, T) in the order in which they get slots; None for that of the text."""
         if self.priority == "gate":
             best_GT = jnp.max(jax.lax.stop_gradient(decision.gate_GTK), axis=-1)
             return jnp.argsort(-best_GT, axis=1, stable=True)
@@ -167,14 +170,14 @@ class Capacity:
 
 
 def rank_within_expert(expert_GN, keep_GN, num_experts: int):
-    """For each assignment in order: how many kept ones to the same expert came before. int32."""
+    """For each assignment, how many kept ones to the same expert precede it: int32 (G, N)."""
     hit_GEN = hits(expert_GN, keep_GN, num_experts)
     before_GEN = jnp.cumsum(hit_GEN, axis=-1) - hit_GEN
     return jnp.take_along_axis(before_GEN, expert_GN[:, None, :], axis=1)[:, 0]
 
 
 def hits(expert_GN, keep_GN, num_experts: int):
-    """1 where an assignment is to an expert and kept: int32 (G, E, N)."""
+    """1 where an assignment is kept and to that expert: int32 (G, E, N)."""
     hit_GEN = expert_GN[:, None, :] == jnp.arange(num_experts)[None, :, None]
     return (hit_GEN & keep_GN[:, None, :]).astype(jnp.int32)
 
@@ -183,11 +186,12 @@ NO_ROOM = np.int32(2**30)
 
 
 def rank_as_room_grows(decision: TokenChoice, room_GT):
-    """Places of assignments in order, each expert having room_GT by then: int32 (G, T, K).
+    """The slot of each assignment, where experts have room_GT slots at each token: (G, T, K).
 
-    `NO_ROOM` for what finds none. Equivalent to: one assignment after the other takes the next
-    place of its expert if that is below the room there is, and else none. With H hits so far and
-    C room, the places taken are H - max over the past of (H - C), for C never shrinks.
+    `NO_ROOM` for assignments without one; int32. Equivalent to: one after the other, an assignment
+    takes its expert's next slot if that is below the room at its token, and else none. With H
+    assignments to an expert so far and room C, which never shrinks, the slots taken are H minus the
+    maximum over the past of (H - C).
     """
     groups, tokens, k = decision.expert_GTK.shape
     expert_GN, keep_GN = (a.reshape(groups, -1) for a in (decision.expert_GTK, decision.keep_GTK))
@@ -195,7 +199,7 @@ def rank_as_room_grows(decision: TokenChoice, room_GT):
     count_GEN = jnp.cumsum(hit_GEN, axis=-1)
     room_G1N = jnp.repeat(room_GT, k, axis=1)[:, None]
     lost_GEN = jax.lax.cummax(jnp.maximum(count_GEN - room_G1N, 0), axis=2)
-    new_GEN = jnp.diff(lost_GEN, axis=-1, prepend=0) > 0
-    taken_GEN = jnp.where((hit_GEN > 0) & ~new_GEN, count_GEN - lost_GEN - 1, NO_ROOM)
+    is_lost_GEN = jnp.diff(lost_GEN, axis=-1, prepend=0) > 0
+    taken_GEN = jnp.where((hit_GEN > 0) & ~is_lost_GEN, count_GEN - lost_GEN - 1, NO_ROOM)
     rank_GN = jnp.take_along_axis(taken_GEN, expert_GN[:, None, :], axis=1)[:, 0]
     return rank_GN.reshape(groups, tokens, k)

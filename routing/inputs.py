@@ -1,4 +1,4 @@
-"""What a token carries from the batch to a router: `Tokens` in a model, `RouterInputs` in a layer.
+"""The records of tokens on their way to a router: `Tokens` in a model, `RouterInputs` in a layer.
 
 B batch, T tokens of a sequence (of a group in RouterInputs), G groups, D model width, E experts.
 """
@@ -17,17 +17,19 @@ from routing.records import GlobalBatch
 
 
 def named_key(key: jax.Array, name: str) -> jax.Array:
-    """The key of one kind of random draw: the given key with the draw's name hashed into it."""
+    """The key of one kind of random draw: the given key, with the draw's name folded in."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 @nnx.dataclass
 class Context(nnx.Pytree):
-    """What a layer is told from outside its own tokens.
+    """What a layer gets beside its tokens.
 
-    global_batch: statistics of the whole optimizer step, in a micro-batch whose losses need them.
-    previous_logits: the router's logits in the sparse layer before, zero in the first, where the
-        model has a router that `reads_previous_logits`; as the tokens, by batch or by group.
+    Attributes:
+        global_batch: the statistics of the global batch, in a micro-batch whose losses need them.
+        previous_logits: the router's logits in the previous sparse layer, zero in the first, for
+            routers that `reads_previous_logits`; (B, T, E) in `Tokens`, (G, T, E) in
+            `RouterInputs`.
     """
 
     global_batch: GlobalBatch | None = nnx.data(default=None)
@@ -36,10 +38,18 @@ class Context(nnx.Pytree):
 
 @nnx.dataclass
 class Tokens(nnx.Pytree):
-    """What a block knows of its tokens beside their representations.
+    """The tokens of a batch, without their representations.
 
-    segment_BT is 0 for padding; index_B numbers the sequences of the whole optimizer step; key
-    names seed, step and, inside a block, the layer.
+    Inside a Mixture-of-Depths block T counts only the tokens that go through it.
+
+    Attributes:
+        token_BT: token ids.
+        segment_BT: numbers the documents of a sequence from 1; 0 for padding.
+        position_BT: positions in the document.
+        index_B: numbers the sequences of the global batch.
+        key: of seed and step, and inside a block of the layer.
+        train: whether routers decide as in training.
+        context: what a layer gets beside its tokens.
     """
 
     token_BT: Int[Array, "B T"] = nnx.data()
@@ -54,10 +64,10 @@ class Tokens(nnx.Pytree):
     def of(cls, token_BT: ArrayLike | Sequence, train: bool = False, seed: int = 0) -> "Tokens":
         """Token ids (B, T), or (T,) for one sequence, each sequence a document without padding.
 
-        train: routers decide as in training, by draws that the seed names.
+        train: routers decide as in training, with random draws from the seed.
 
         Raises:
-            ValueError: what is no integers of that shape.
+            ValueError: token_BT holds no integers, or has another shape.
         """
         ids = jnp.asarray(token_BT)
         if ids.ndim not in (1, 2) or not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -72,24 +82,32 @@ class Tokens(nnx.Pytree):
         return cls(ids, jnp.ones_like(ids), position_BT, index_B, key, train=train)
 
     def for_layer(self, layer, global_batch: GlobalBatch | None) -> "Tokens":
-        """The same tokens with the layer's own key and its own statistics of the global batch."""
+        """The same tokens, with the layer's key and its statistics of the global batch."""
         context = dataclasses.replace(self.context, global_batch=global_batch)
         return dataclasses.replace(self, key=jax.random.fold_in(self.key, layer), context=context)
 
     def with_previous_logits(self, logits_BTE: jax.Array | None) -> "Tokens":
-        """The same tokens with the logits of the sparse layer before."""
+        """The same tokens, with the router's logits in the previous sparse layer."""
         context = dataclasses.replace(self.context, previous_logits=logits_BTE)
         return dataclasses.replace(self, context=context)
 
 
 @nnx.dataclass
 class RouterInputs(nnx.Pytree):
-    """x_GTD is clean (padding is zero, no noise); valid_GT is True for a real token.
+    """The tokens that a router decides on, in groups.
 
-    index_G numbers the groups of the whole optimizer step, so that random draws depend on neither
-    the mesh nor the number of micro-batches; key already names seed, step and layer. A group is
-    `sequences` sequences, one after the other; segment_GT numbers the documents inside each, from
-    1, and is 0 for padding.
+    Attributes:
+        x_GTD: representations without noise; zero for padding.
+        valid_GT: False for padding.
+        token_id_GT: token ids.
+        position_GT: positions in the document.
+        index_G: numbers the groups of the global batch, so that random draws depend neither on the
+            mesh nor on the number of micro-batches.
+        key: of seed, step and layer.
+        train: whether to decide as in training.
+        context: what a layer gets beside its tokens.
+        segment_GT: numbers the documents of each sequence from 1; 0 for padding.
+        sequences: how many sequences, one after the other, a group is.
     """
 
     x_GTD: Float[Array, "G T D"] = nnx.data()
@@ -105,13 +123,16 @@ class RouterInputs(nnx.Pytree):
 
     @classmethod
     def of(cls, x_BTD: jax.Array, tokens: Tokens, sequences_per_group: int = 1) -> "RouterInputs":
-        """Groups of whole sequences; float32, with padding set to zero.
+        """Groups of whole sequences from a batch; float32, with padding set to zero.
 
-        sequences_per_group: in training, or the whole batch where that is smaller. At evaluation a
-            group is one sequence: no router there lets one change another.
+        Args:
+            x_BTD: representations.
+            tokens: of the batch.
+            sequences_per_group: in training; at most the batch. At evaluation a group is one
+                sequence, so that sequences don't affect each other.
 
         Raises:
-            ValueError: a batch that doesn't divide into such groups.
+            ValueError: the batch does not divide into such groups.
         """
         batch, length, width = x_BTD.shape
         per_group = min(sequences_per_group, batch) if tokens.train else 1

@@ -1,8 +1,8 @@
-"""Losses on a routing decision, as values: a new loss touches no router.
+"""Losses on a routing decision, as values: no router depends on a loss.
 
-Every loss is a mean over valid tokens, unscaled; `coefficient` scales it in the objective. In a
-micro-batch, `inputs.context.global_batch` holds the statistics of the whole optimizer step, so that
-a loss on the global batch and its gradient are the same for any number of micro-batches.
+A loss returns its unscaled value; the training loss adds `coefficient` times it. In a micro-batch,
+`inputs.context.global_batch` holds the statistics of the global batch, so that a loss on the global
+batch and its gradient are the same for any number of micro-batches.
 
 G groups, T tokens per group, E experts.
 """
@@ -24,10 +24,10 @@ class RouterLoss(abc.ABC):
     """Abstract: a name, a coefficient, and the unscaled value for one layer.
 
     Attributes:
-        name: under which it is logged; two losses of a router need two names.
-        coefficient: what the loss is multiplied with in the objective.
-        over_layers: what enters the objective is the coefficient times the "sum" of the values of
-            all sparse layers (Switch, GShard, DeepSeek), or times their "mean" (OLMoE).
+        name: of its metrics; two losses of a router need two names.
+        coefficient: its factor in the training loss.
+        over_layers: whether the "sum" of the values of all sparse layers (Switch, GShard, DeepSeek)
+            is multiplied by the coefficient, or their "mean" (OLMoE).
     """
 
     name: str
@@ -36,48 +36,53 @@ class RouterLoss(abc.ABC):
 
     @property
     def uses_global_batch(self) -> bool:
-        """Whether the loss needs the statistics of all micro-batches together."""
+        """Whether the loss is on the statistics of the global batch, all micro-batches together."""
         return False
 
     @property
     def owner(self) -> str:
-        """The key of the loss's own sums in `stats.batch_sums`."""
+        """The key of the loss's batch sums in `stats.batch_sums`."""
         return f"loss/{self.name}"
 
     def batch_sums(self, routing: Routing, inputs: RouterInputs) -> dict[str, jax.Array]:
-        """Sums over valid tokens by name; later found in `stats.batch_sums[self.owner]`."""
+        """Sums over valid tokens, by name, which `stats.batch_sums[self.owner]` then holds."""
         return {}
 
     def check_layer(self, zero_computation: int) -> None:
-        """Raise ValueError where the loss doesn't fit a layer with so many such experts."""
+        """Raise ValueError where the loss doesn't fit the layer's zero-computation experts."""
         assert zero_computation >= 0
 
     @abc.abstractmethod
     def __call__(self, routing: Routing, inputs: RouterInputs, stats: RouterStats) -> jax.Array:
-        """The loss, a float32 scalar."""
+        """The unscaled loss of one layer, a float32 scalar."""
 
 
 def global_batch_sum(stats: RouterStats, inputs: RouterInputs, read) -> jax.Array:
-    """A sum over the global batch whose gradient flows through this micro-batch alone.
+    """Global-batch sum whose gradient flows through this micro-batch only.
 
-    read: the sum, from statistics. Micro-batch losses are later weighted by their share of the
-    tokens; dividing the gradient by it here cancels that weight.
+    Micro-batch losses are later weighted by token share; dividing the gradient here cancels that
+    weight.
+
+    Args:
+        stats: of this micro-batch.
+        inputs: of this micro-batch, with the global batch's statistics if there are several.
+        read: returns the sum from statistics.
     """
     local = read(stats)
     global_batch = inputs.context.global_batch
     if global_batch is None:
         return local
-    whole = jax.lax.stop_gradient(read(global_batch.stats))
-    return whole + (local - jax.lax.stop_gradient(local)) / global_batch.share
+    total = jax.lax.stop_gradient(read(global_batch.stats))
+    return total + (local - jax.lax.stop_gradient(local)) / global_batch.share
 
 
 def token_weighted(value_N, tokens_N) -> jax.Array:
-    """The mean of the values, each weighted with its number of tokens; 0 without any."""
+    """The mean of the values, weighted by their number of tokens; 0 without any token."""
     return jnp.sum(value_N * tokens_N) / jnp.maximum(tokens_N.sum(), 1)
 
 
 def check_one_of(who: str, values: object, **choices: tuple) -> None:
-    """Raise ValueError where an attribute is none of its choices."""
+    """Raise ValueError where an attribute has none of its allowed values."""
     for name, allowed in choices.items():
         if (value := getattr(values, name)) not in allowed:
             raise ValueError(f"{who}.{name}={value!r}: one of {', '.join(map(str, allowed))}")
@@ -86,10 +91,10 @@ def check_one_of(who: str, values: object, **choices: tuple) -> None:
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class TermLoss(RouterLoss):
-    """The mean over valid tokens of a loss term that the router itself computes, by its name.
+    """The mean over valid tokens of a loss term that the router computes: `Routing.terms`.
 
     Attributes:
-        name: of the router's own term.
+        name: of the term.
     """
 
     name: str = gin.REQUIRED  # pyright: ignore[reportAssignmentType]
@@ -122,7 +127,7 @@ class ZLoss(RouterLoss):
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class EntropyLoss(RouterLoss):
-    """Mean entropy (nats) of a token's scores: a positive coefficient makes routing decided."""
+    """Mean entropy of a token's scores, in nats: a positive coefficient sharpens routing."""
 
     coefficient: Real = 1e-3
     over_layers: Literal["sum", "mean"] = "sum"
@@ -142,7 +147,7 @@ def masked_mean(value_GT, valid_GT):
 
 
 def require_scores(routing: Routing, name: str) -> jax.Array:
-    """The scores (G, T, E); ValueError where a router without any is given a loss on them."""
+    """The router's scores (G, T, E); ValueError where it has none, naming the loss."""
     if routing.score_GTE is None:
         raise ValueError(f"the {name} loss needs a router with scores; this router has none")
     return routing.score_GTE

@@ -1,8 +1,8 @@
-"""Parameters that know their logical axes and how they start, and one function that starts them.
+"""Parameters with logical axes, role and initializer, and `initialize`, which sets their values.
 
 A module declares `parameter(shape, axes, init, role=...)`; `initialize(module, seed)` fills it.
-Values derive from (seed, path, layer, expert) alone: not from the mesh, not from the order of
-construction, not from how layers are stacked for the scan.
+Values depend on (seed, path, layer, expert) alone: not on the mesh, the order of construction, or
+how layers are stacked for the scan.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 M = TypeVar("M", bound=nnx.Module)
 Init = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
-# What a parameter is for: FLOPs, weight decay, Muon and gradient norms go by it, never by names.
+# A parameter's role: FLOPs, weight decay, Muon and gradient norms read it, never names.
 Role = Literal[
     "attention",
     "companion",
@@ -30,12 +30,12 @@ Role = Literal[
     "router",
 ]
 ROLES = get_args(Role)
-# Axes along which every index gets its own key.
+# Axes along which every index has a random key of its own.
 KEYED_AXES = ("layer", "expert")
 
 
 class _Filled(nnx.Variable):
-    """A variable that is not read before `initialize`, or a value that is set, has filled it."""
+    """A variable that raises ValueError when it is read before its values are set."""
 
     def __getitem__(self, key):
         if not self.get_metadata().get("filled", True):
@@ -52,20 +52,26 @@ class _Filled(nnx.Variable):
 
 
 class Parameter(_Filled, nnx.Param):
-    """What the optimizer learns."""
+    """A variable that the optimizer updates."""
 
 
 class RouterState(_Filled):
-    """What a router remembers outside its parameters: the optimizer never touches it."""
+    """A variable of a router that is saved with the model and never updated by the optimizer."""
 
 
 def parameter(
     shape: tuple[int, ...], axes: tuple[str | None, ...], init: Init, *, role: Role
 ) -> nnx.Param:
-    """A float32 parameter, without values until `initialize`; one logical axis per dimension.
+    """A float32 parameter, whose values `initialize` sets.
+
+    Args:
+        shape: of the parameter.
+        axes: a logical axis, or None, for each dimension.
+        init: the initializer.
+        role: one of `ROLES`.
 
     Raises:
-        ValueError: a role that is none of `ROLES`.
+        ValueError: role is none of `ROLES`.
     """
     assert len(shape) == len(axes), (shape, axes)
     if role not in ROLES:
@@ -75,7 +81,7 @@ def parameter(
 
 
 def router_state(shape: tuple[int, ...], dtype, axes: tuple[str | None, ...], init: Init):
-    """A piece of router state, without values until `initialize`."""
+    """A variable of router state, whose values `initialize` sets."""
     assert len(shape) == len(axes), (shape, axes)
     return RouterState(jnp.zeros(shape, dtype), axes=axes, init=init, filled=False)
 
@@ -101,7 +107,7 @@ def truncated_normal(scale: float = 1.0, fan_in_axes: int = 1) -> Init:
     """Variance scale / fan_in, cut at two standard deviations (Fedus et al. 2021, section 2.4).
 
     Fan-in is the product of the first `fan_in_axes` dimensions (after layer and expert). As in the
-    paper, the cut is not compensated: the deviation is that of the normal before cutting.
+    paper, the variance is that of the normal distribution before it is cut.
     """
 
     def init(key, shape, dtype):
@@ -121,7 +127,7 @@ def uniform(bound: float) -> Init:
 
 
 def orthogonal(gain: float = 1.0) -> Init:
-    """Orthonormal columns (or rows, where there are more columns) times a gain."""
+    """Orthonormal columns (rows, where there are more columns than rows) times a gain."""
 
     def init(key, shape, dtype):
         rows, columns = shape
@@ -131,9 +137,9 @@ def orthogonal(gain: float = 1.0) -> Init:
 
 
 def initialize(module: M, seed: int | jax.Array) -> M:
-    """Fill every parameter and router state with its first value, in place; returns the module.
+    """Set every parameter and router state to its initial value, in place; return the module.
 
-    Works under jit, on a module that is made there.
+    Works under jit on a module that is made there.
     """
     root = jax.random.key(seed)
     _, state = nnx.split(module)
@@ -142,7 +148,7 @@ def initialize(module: M, seed: int | jax.Array) -> M:
         if not isinstance(variable, nnx.Param | RouterState):
             return variable
         meta = variable.get_metadata()
-        name = "/".join(str(part) for part in path if not isinstance(part, int))
+        name = "/".join(str(key) for key in path if not isinstance(key, int))
         key = jax.random.fold_in(root, zlib.crc32(name.encode()))
         value = _keyed(key, variable, meta["axes"], meta["init"], meta)
         return variable.replace(value, filled=True)

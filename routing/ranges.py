@@ -1,7 +1,7 @@
-"""Which values a number may have: aliases for annotations, read when a config is checked.
+"""Ranges of numbers, as annotations that are read when a config is checked.
 
-`k: Count = 2` says that k is a whole number of at least 1. A config is refused for a number out of
-its range before anything is built, and `moe help` shows it; Python itself checks nothing.
+`k: Count = 2` says that k is an integer of at least 1. A config with a number out of its range is
+refused before anything is built, and `moe help` shows the range; Python itself checks nothing.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Annotated
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Bounds that belong to the range (low, high) and bounds that don't (above, below)."""
+    """Inclusive bounds (low, high) and exclusive ones (above, below)."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -19,7 +19,7 @@ class Range:
     below: float = math.inf
 
     def holds(self, value: float) -> bool:
-        """Whether a number lies in it; NaN and the infinities never do."""
+        """Whether a number is finite and in the range."""
         inside = self.low <= value <= self.high and self.above < value < self.below
         return math.isfinite(value) and inside
 
@@ -30,8 +30,8 @@ class Range:
             "of at most": self.high if self.high < MOST else math.inf,
             "below": self.below,
         }
-        told = [f"{word} {bound:.10g}" for word, bound in bounds.items() if math.isfinite(bound)]
-        return " and ".join(told) or "that is finite"
+        words = [f"{word} {bound:.10g}" for word, bound in bounds.items() if math.isfinite(bound)]
+        return " and ".join(words) or "that is finite"
 
 
 MOST = 2**31 - 1  # sizes and counts are int32 on devices; the help doesn't repeat it

@@ -1,6 +1,6 @@
-"""What passes between a router and the rest of the model.
+"""The records that pass between a router and the rest of the model.
 
-Array fields say `nnx.data()`: on Python 3.11, Flax does not recognise a traced array by itself.
+Array fields are declared by `nnx.data()`: on Python 3.11, Flax does not detect traced arrays.
 
 G groups (a group is one sequence unless configured otherwise), T tokens per group, D model width,
 E experts, K experts per token, C slots per expert, S soft slots per expert (segments of a group in
@@ -20,7 +20,7 @@ from routing.training_text import TrainingText
 
 
 class Causality(enum.Enum):
-    """Can a later token change what an earlier one receives?"""
+    """Whether a later token can change the output of an earlier one."""
 
     CAUSAL = "causal"
     CAUSAL_AT_EVALUATION = "causal at evaluation only"
@@ -29,7 +29,7 @@ class Causality(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What every router is built from; the text is there when a model starts, not when it loads."""
+    """The sizes that routers are built from. Restored models are built without the text."""
 
     d_model: int
     num_experts: int
@@ -37,7 +37,7 @@ class Sizes:
     text: TrainingText | None = None
 
     def training_text(self, who: str) -> TrainingText:
-        """The text; ValueError where there is none."""
+        """The training text; ValueError where there is none. who: the name in the message."""
         if self.text is None:
             raise ValueError(
                 f"{who} is made from the training text: give Sizes(text=TrainingText(tokens, V))"
@@ -47,11 +47,17 @@ class Sizes:
 
 @nnx.dataclass
 class RouterStats(nnx.Pytree):
-    """Sums over valid tokens: they add up over micro-batches and devices. Padding never counts.
+    """Sums over valid tokens of a batch, which are summed over micro-batches.
 
-    count_E is what the router chose, kept_E what was left after capacity; both count assignments.
-    batch_sums holds further sums, by owner and then by name: those of "router" (its `Routing`), of
-    "loss/<name>" and of "companion/<name>".
+    Attributes:
+        token_count: valid tokens.
+        count_E: assignments to each expert, before drops.
+        kept_E: assignments to each expert, after drops.
+        score_sum_E: scores.
+        entropy_sum: entropies of the scores, in nats.
+        logit_square_sum: means over the experts of squared logits.
+        batch_sums: further sums by owner and name; owners are "router" (of its `Routing`),
+            "loss/<name>" and "companion/<name>".
     """
 
     token_count: Int[Array, "*L"] = nnx.data()
@@ -65,7 +71,7 @@ class RouterStats(nnx.Pytree):
 
 @nnx.dataclass
 class GlobalBatch(nnx.Pytree):
-    """For a micro-batch: the statistics of its whole step, and its share of the step's tokens."""
+    """For a micro-batch: the statistics of the global batch, and its share of the tokens."""
 
     stats: RouterStats = nnx.data()
     share: Float[Array, "*L"] = nnx.data()
@@ -73,11 +79,16 @@ class GlobalBatch(nnx.Pytree):
 
 @nnx.dataclass
 class TokenChoice(nnx.Pytree):
-    """Each token picked K experts. keep_GTK is False for padding and for what was dropped.
+    """Each token chooses K experts.
 
-    The capacity policy adds slot_GTK, the place in the expert's buffer of `capacity` slots.
-    unchosen_gate_GTE are the weights of the experts that were not chosen, where a layer has a use
-    for them.
+    Attributes:
+        expert_GTK: the chosen experts.
+        gate_GTK: the weights of their outputs.
+        keep_GTK: False for padding, and for assignments that are dropped.
+        num_experts: E.
+        slot_GTK: the slot in the expert's buffer, from the capacity policy.
+        capacity: the slots of a buffer.
+        unchosen_gate_GTE: the weights of experts that were not chosen, for `DefaultVectors`.
     """
 
     expert_GTK: Int[Array, "G T K"] = nnx.data()
@@ -91,7 +102,7 @@ class TokenChoice(nnx.Pytree):
 
 @nnx.dataclass
 class ExpertChoice(nnx.Pytree):
-    """Each expert picked C tokens of num_tokens. keep_GEC is False for an empty slot."""
+    """Each expert chooses C of its group's num_tokens tokens; keep_GEC is False in empty slots."""
 
     token_GEC: Int[Array, "G E C"] = nnx.data()
     gate_GEC: Float[Array, "G E C"] = nnx.data()
@@ -101,7 +112,7 @@ class ExpertChoice(nnx.Pytree):
 
 @nnx.dataclass
 class SoftSlots(nnx.Pytree):
-    """Slot s of expert e reads dispatch-weighted tokens; token t reads combine-weighted slots."""
+    """Slots read weighted means of tokens (dispatch), tokens weighted sums of slots (combine)."""
 
     dispatch_GTES: Float[Array, "G T E S"] = nnx.data()
     combine_GTES: Float[Array, "G T E S"] = nnx.data()
@@ -109,9 +120,13 @@ class SoftSlots(nnx.Pytree):
 
 @nnx.dataclass
 class ExpertMerge(nnx.Pytree):
-    """No token moves: segment s of a group goes through one expert, the weighted mean of all.
+    """Each segment of a group goes through one expert, the weighted mean of all; no token moves.
 
-    Every segment has `segment` tokens, tokens_GS of them valid; the last one may have fewer.
+    Attributes:
+        weight_GSE: the weights of the experts' parameters.
+        tokens_GS: the valid tokens of each segment.
+        segment: tokens of a segment; the last one may have fewer.
+        num_tokens: T.
     """
 
     weight_GSE: Float[Array, "G S E"] = nnx.data()
@@ -121,7 +136,7 @@ class ExpertMerge(nnx.Pytree):
 
     @property
     def weight_GTE(self) -> Float[Array, "G T E"]:
-        """The weights of every token's segment."""
+        """For every token the weights of its segment."""
         return jnp.repeat(self.weight_GSE, self.segment, axis=-2)[..., : self.num_tokens, :]
 
 
@@ -130,9 +145,9 @@ Decision = TokenChoice | ExpertChoice | SoftSlots | ExpertMerge
 
 @nnx.dataclass
 class Policy(nnx.Pytree):
-    """What a sampled decision needs of the objective, which alone knows each token's reward.
+    """What the policy losses of a sampled decision need beside each token's reward.
 
-    log_prob_GT: of what was sampled; value_GT: the reward that the router expects.
+    log_prob_GT: log-probability of the sampled choice. value_GT: the router's expected reward.
     """
 
     log_prob_GT: Float[Array, "*L G T"] = nnx.data()
@@ -141,12 +156,16 @@ class Policy(nnx.Pytree):
 
 @nnx.dataclass
 class Routing(nnx.Pytree):
-    """What `Router.route` returns: a decision and what losses and balancers may ask for.
+    """What `Router.route` returns: a decision, and what losses and balancers read.
 
-    score_GTE are non-negative with rows that sum to 1: every expert's share, chosen or not.
-    load_GTE is the chance that an expert is chosen, where the router can differentiate it.
-    terms are per-token losses of the router's own, for `TermLoss`; padding may hold anything.
-    batch_sums are over the valid tokens, for what changes between optimizer steps.
+    Attributes:
+        decision: which tokens go to which experts.
+        logits_GTE: the router's logits.
+        score_GTE: non-negative scores of all experts, chosen or not, that sum to 1 for each token.
+        load_GTE: the probability that each expert is chosen, differentiable.
+        terms: losses per token, for `TermLoss`; padding may hold anything.
+        batch_sums: sums over valid tokens, for a `StepState`.
+        policy: for routers that sample.
     """
 
     decision: Decision = nnx.data()
@@ -160,10 +179,15 @@ class Routing(nnx.Pytree):
 
 @nnx.dataclass
 class RouterOutput(nnx.Pytree):
-    """A decision, its losses (unscaled, by name), their scaled sum, and its statistics.
+    """A router's decision, losses and statistics. A model's are stacked over its sparse layers.
 
-    For a whole model everything is stacked over its sparse layers; a step keeps no decision.
-    logits_GTE are on their way to the next sparse layer, where the router `reads_previous_logits`.
+    Attributes:
+        decision: None in the metrics of a step.
+        losses: unscaled, by name.
+        auxiliary_loss: the scaled sum of the losses.
+        stats: of the decision.
+        policy: for routers that sample.
+        logits_GTE: for the router of the next sparse layer, where it `reads_previous_logits`.
     """
 
     decision: Decision | None = nnx.data()
@@ -175,7 +199,7 @@ class RouterOutput(nnx.Pytree):
 
 
 def gates_GTE(decision: Decision) -> Float[Array, "G T E"]:
-    """How much of each expert's output every token receives, whatever the decision's kind."""
+    """The weight of each expert's output for every token, for any kind of decision."""
     if isinstance(decision, TokenChoice):
         dtype = decision.gate_GTK.dtype
         expert_GTKE = jax.nn.one_hot(decision.expert_GTK, decision.num_experts, dtype=dtype)
@@ -192,13 +216,14 @@ def gates_GTE(decision: Decision) -> Float[Array, "G T E"]:
 
 
 def choices_GE(decision: Decision, *, kept_GTK: Array | None = None) -> Int[Array, "G E"]:
-    """How many assignments each expert has in each group.
+    """The number of assignments to each expert in each group.
 
-    A soft slot that reads is one; a token of a merged expert is one of the heaviest in its mixture.
+    A soft slot counts as one if it reads any token; a token of a merged expert as one to the expert
+    with the largest weight. kept_GTK: in place of decision.keep_GTK.
     """
     if isinstance(decision, TokenChoice):
         keep_GTK = decision.keep_GTK if kept_GTK is None else kept_GTK
-        # Counted one by one, where comparing every choice with every expert is slower.
+        # Comparing every choice with every expert would be slower here.
         if decision.num_experts * decision.expert_GTK.shape[-1] > 1024:
             flat = (keep_GTK.shape[0], -1)
             count = functools.partial(jnp.bincount, length=decision.num_experts)
@@ -213,5 +238,5 @@ def choices_GE(decision: Decision, *, kept_GTK: Array | None = None) -> Int[Arra
         heaviest_GS = jnp.argmax(decision.weight_GSE, axis=-1)
         hit_GSE = jax.nn.one_hot(heaviest_GS, decision.weight_GSE.shape[-1], dtype=jnp.int32)
         return jnp.sum(hit_GSE * decision.tokens_GS[..., None], axis=1)
-    # The slots of a group of nothing but padding read nothing.
+    # The slots of a group that is all padding read no token.
     return jnp.sum(jnp.any(decision.dispatch_GTES != 0, axis=1), axis=-1, dtype=jnp.int32)

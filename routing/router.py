@@ -1,8 +1,8 @@
-"""The interface of every routing algorithm: `route` decides; the base class does the book-keeping.
+"""The interface of routing algorithms: `route` decides; the base class adds losses and statistics.
 
 To write a router, subclass `Router`, set the class attributes that declare its properties, build
-parameters in `__init__(self, sizes, ...)`, and return a `Routing` from `route`. It never moves
-data, knows no mesh, and gets its losses, statistics and padding rules from here.
+parameters in `__init__(self, sizes, ...)`, and return a `Routing` from `route`. A router never
+moves data and knows no mesh; masking of padding, losses and statistics are done here.
 
 G groups, T tokens per group, D model width, E experts.
 """
@@ -35,14 +35,18 @@ class Router(nnx.Module):
 
     Declared by the class (or by an instance whose options change it), and tested by the
     conformance suite:
-        causality: whether a later token can change what an earlier one receives.
-        order_matters: whether permuting the tokens of a group changes the decision of each.
+        causality: whether a later token can change the output of an earlier one.
+        order_matters: whether permuting the tokens of a group changes the decision for each.
         needs_token_ids: whether the decision depends on token ids.
         balanced: whether every expert gets the same load by construction.
-        whole_sequences: whether a group has to be one sequence (it mixes the tokens of a group).
-        repeats_experts: whether a token may name one expert several times.
-        unit_gates: whether every gate is 1, so that experts may leave them out.
+        whole_sequences: whether a group has to be one sequence, since its tokens are mixed.
+        repeats_experts: whether a token may choose one expert several times.
+        unit_gates: whether every gate is 1, so that experts need not apply them.
         decoding: how it decides when text is generated one token at a time, in a few words.
+        reads_global_batch: whether `route` reads the statistics of the global batch.
+        reads_previous_logits: whether `route` reads `inputs.context.previous_logits`.
+        experts_per_token: the mean number of experts per token, where a decision has more choices.
+        policy_losses: names and weights of the policy losses, for routers that sample.
     """
 
     causality: Causality
@@ -56,35 +60,31 @@ class Router(nnx.Module):
 
     num_experts: int
     losses: tuple[RouterLoss, ...]
-    sparse_layers: int = 1  # of the model; the layer that the router stands in sets it
-    # Whether `route` itself reads the statistics of the whole step, which micro-batches then need.
+    sparse_layers: int = 1  # of the model; set by the MoE layer
     reads_global_batch: bool = False
-    # Whether `route` reads the logits of the sparse layer before: `inputs.context.previous_logits`.
     reads_previous_logits: bool = False
-    # How many experts work on a token in the mean, where a decision has room for more choices.
     experts_per_token: float | None = None
-    # Names and weights of the losses that the objective completes, for routers with a policy.
     policy_losses: tuple[tuple[str, float], ...] = ()
 
     @abc.abstractmethod
     def route(self, inputs: RouterInputs) -> Routing:
-        """Decide who goes where. Deterministic when `inputs.train` is False.
+        """Decide which tokens go to which experts; deterministic when `inputs.train` is False.
 
-        Float32 throughout: it is called with matmuls in the highest precision, which a plain
-        `x @ w` or `jnp.einsum` takes on, so that no router has to ask for it.
+        In float32: it is called with the highest matmul precision as the default, so that a plain
+        `x @ w` or `jnp.einsum` has it.
         """
 
     def __call__(self, inputs: RouterInputs) -> RouterOutput:
-        """The decision with padding struck out, its losses and its statistics."""
-        # Else a TPU would multiply in bfloat16 and a GPU in TF32, here and in the backward pass.
+        """The decision without assignments of padding, its losses and its statistics."""
+        # Otherwise TPUs would multiply in bfloat16 and GPUs in TF32, in the backward pass too.
         float32 = jax.default_matmul_precision("highest")
         with jax.named_scope(type(self).__name__), float32:
-            routing = strike_padding(self.route(inputs), inputs)
+            routing = mask_padding(self.route(inputs), inputs)
             check_names(self.losses)
             stats = statistics(routing, inputs, self.num_experts)
             for loss in self.losses:
-                if own := loss.batch_sums(routing, inputs):
-                    stats.batch_sums[loss.owner] = own
+                if sums := loss.batch_sums(routing, inputs):
+                    stats.batch_sums[loss.owner] = sums
             losses = {loss.name: loss(routing, inputs, stats) for loss in self.losses}
             auxiliary_loss = sum(
                 (self.weight_of(loss) * losses[loss.name] for loss in self.losses), jnp.float32(0)
@@ -95,23 +95,23 @@ class Router(nnx.Module):
         )
 
     def weight_of(self, loss: RouterLoss) -> float:
-        """What this layer's value of a loss is multiplied with in the objective."""
+        """The factor of this layer's value of a loss in the training loss."""
         if loss.over_layers not in ("sum", "mean"):
             raise ValueError(f"{type(loss).__name__}.over_layers={loss.over_layers!r}: sum or mean")
-        shared = self.sparse_layers if loss.over_layers == "mean" else 1
-        return loss.coefficient / shared
+        layers = self.sparse_layers if loss.over_layers == "mean" else 1
+        return loss.coefficient / layers
 
     @property
     def needs_global_batch(self) -> bool:
-        """Whether micro-batches must all run forward before the first gradient."""
+        """Whether all micro-batches have to run forward before the first gradient."""
         return self.reads_global_batch or any(loss.uses_global_batch for loss in self.losses)
 
 
 class DepthRouter(Router):
-    """Abstract: decides which tokens go through a block at all, the one expert there is.
+    """Abstract: decides which tokens go through a block, which is its one expert.
 
     In training `route` returns an ExpertChoice of ceil(capacity * T) tokens in the order of their
-    positions, at evaluation a TokenChoice that keeps the tokens that go through.
+    positions; at evaluation a TokenChoice that keeps the tokens that go through.
 
     Attributes:
         capacity: share of the tokens that go through in training.
@@ -120,8 +120,8 @@ class DepthRouter(Router):
     capacity: float
 
 
-def strike_padding(routing: Routing, inputs: RouterInputs) -> Routing:
-    """No assignment of a padded token stands, whatever the router said."""
+def mask_padding(routing: Routing, inputs: RouterInputs) -> Routing:
+    """The routing without assignments of padding."""
     decision = routing.decision
     if isinstance(decision, ExpertChoice):
         token_GN = decision.token_GEC.reshape(decision.token_GEC.shape[0], -1)
@@ -143,11 +143,11 @@ def strike_padding(routing: Routing, inputs: RouterInputs) -> Routing:
 
 
 def statistics(routing: Routing, inputs: RouterInputs, num_experts: int) -> RouterStats:
-    """Sums over the valid tokens of all groups; no gradient flows but through score_sum_E."""
+    """Sums over the valid tokens of all groups; only score_sum_E has a gradient."""
     valid_GT1 = inputs.valid_GT[..., None]
     count_E = choices_GE(routing.decision).sum(0)
-    nothing = jnp.float32(0)
-    score_sum_E, entropy_sum, logit_square_sum = jnp.zeros(num_experts), nothing, nothing
+    score_sum_E = jnp.zeros(num_experts)
+    entropy_sum = logit_square_sum = jnp.float32(0)
     if routing.score_GTE is not None:
         score_GTE = jnp.where(valid_GT1, routing.score_GTE, 0)
         score_sum_E = score_GTE.sum((0, 1))
@@ -167,7 +167,7 @@ def statistics(routing: Routing, inputs: RouterInputs, num_experts: int) -> Rout
 
 
 def check_names(losses: Sequence[RouterLoss]) -> None:
-    """Raise ValueError where two losses would be told under one name."""
+    """Raise ValueError where two losses have the same name."""
     names = [loss.name for loss in losses]
     for name in names:
         if names.count(name) > 1:

@@ -1,4 +1,4 @@
-"""The K best of some scores, lowest index first among equals. G groups, T tokens, E experts."""
+"""Selection of the K largest scores; ties go to the lowest index. G groups, T tokens, E experts."""
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -6,10 +6,10 @@ import jax.numpy as jnp
 
 
 def top_k(score_GTE: jax.Array, k: int) -> jax.Array:
-    """The k best experts (ties: the lowest index), int32 (G, T, K), best first.
+    """The k experts of largest score (ties: the lowest index), int32 (G, T, K), largest first.
 
-    No gradient: gates are gathered with these indices, so that rematerialisation, which keeps them
-    by name, never routes a second time.
+    Without a gradient. Rematerialisation saves the indices by name, so that it never routes again;
+    gates are gathered with them.
     """
     return checkpoint_name(top_k_indices(jax.lax.stop_gradient(score_GTE), k), "routing")
 
@@ -18,8 +18,8 @@ def top_k_indices(score_GTE: jax.Array, k: int) -> jax.Array:
     """Indices of the k largest along the last axis, the largest first; ties: the lowest index.
 
     Equivalent to: jax.lax.top_k(score_GTE, k)[1], as long as k scores are above minus infinity.
-    XLA doesn't partition that one: under a mesh every device would gather the scores of all groups
-    and select for all of them. K rounds of argmax stay where the tokens are.
+    XLA doesn't partition jax.lax.top_k: on a mesh every device would gather the scores of all
+    groups and select for all of them. K rounds of argmax stay on the tokens' devices.
     """
     index_GTE = jax.lax.broadcasted_iota(jnp.int32, score_GTE.shape, score_GTE.ndim - 1)
     rounds = []

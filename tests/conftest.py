@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 from pathlib import Path
+import random
 import shutil
 import sys
 import tempfile
@@ -12,7 +13,7 @@ import pytest
 
 from moe.machine import xla_flags
 
-pytest.register_assert_rewrite("rows", "tiny", "goldens")
+pytest.register_assert_rewrite("rows", "tiny", "goldens", "models")
 
 xla_flags.prepare(devices=8)
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
@@ -132,3 +133,33 @@ def pytest_make_collect_report(collector):
     report = yield
     fail_if_skipped(report)
     return report
+
+
+@pytest.fixture
+def text_folder(tmp_path):
+    """A folder of 40 documents of 0 to 392 characters; no window of 17 tokens comes twice."""
+    (tmp_path / "texts").mkdir()
+    for i in range(40):
+        letters = random.Random(i).choices("abcdefghijklmnopqrstuvwxyz", k=10 * i)
+        text = "".join(letters) + "\u00e9" * (i % 3)
+        (tmp_path / "texts" / f"{i:02}.txt").write_bytes(text.encode())
+    return tmp_path
+
+
+@pytest.fixture
+def text_data(text_folder):
+    """A function that makes a `TextData` of these documents, with settings changed by name."""
+    from moe.data.corpora.corpus import TextFiles
+    from moe.data.text import TextData
+    from moe.data.tokens.tokenizer import Bytes
+
+    def make(**changed):
+        given = {
+            "corpus": TextFiles(str(text_folder / "texts")),
+            "tokenizer": Bytes(),
+            "validation_fraction": 0.3,
+            "cache_dir": text_folder / "cache",
+        }
+        return TextData(**(given | changed))
+
+    return make

@@ -159,7 +159,7 @@ def test_a_model_sees_the_future_in_training_and_never_at_evaluation(settings):
         assert moved_BT[:, T // 2 :].any()
         assert moved_BT[:, : T // 2].any() == train
         assert np.isfinite(one.hidden_BTD).all()
-        through_L = np.asarray(one.depths.stats.count_E)[:, 0]
+        through_L = np.asarray(one.mod_routers.stats.count_E)[:, 0]
         assert through_L.shape == (2,)
         if train:
             np.testing.assert_array_equal(through_L, B * T // 4)

@@ -16,7 +16,7 @@ from moe.model import functional
 from moe.model.sharding import MeshShape
 from moe.model.transformer import Transformer
 from moe.training.abstract_model import Vocabulary, abstract_model
-from moe.training.evaluate import evaluate, evaluation_step
+from moe.training.evaluate import batch_scorer, evaluate
 from moe.training.metrics import health
 from moe.training.objective import NextToken
 from routing import MixtureOfDepths, TopK
@@ -38,11 +38,11 @@ def deep():
     num_bytes_2V = np.array([[1] * (V - 1) + [0]] * 2, np.int32)
     vocabulary = Vocabulary(V, num_bytes_2V)
     model = abstract_model(make, NextToken(), vocabulary, batch_size=2, sequence_length=T)
-    params, router_state = functional.first_values(model.graph, *model.shapes, 0)
+    params, router_state = functional.initial_values(model.graph, *model.shapes, 0)
     mesh = MeshShape().build(jax.devices()[:1])
-    step = evaluation_step(model, mesh)
+    score_batch = batch_scorer(model, mesh)
     values = types.SimpleNamespace(params=params, router_state=router_state)
-    return model, lambda batches: evaluate(step, values, batches, mesh)
+    return model, lambda batches: evaluate(score_batch, values, batches, mesh)
 
 
 def batches_of(*pieces: Piece) -> ValidationBatches:

@@ -67,7 +67,7 @@ def test_a_router_alone_in_its_file_is_told_by_the_file_before_its_formulas():
     found = reference.entry("Switch")
     assert found.summary == "One expert per token, weighted by its probability (Fedus et al. 2021)."
     assert "softmax(x W)" in found.text
-    assert reference.entry("RandomTable").summary == "Every id to an expert drawn uniformly."
+    assert reference.entry("RandomTable").summary == "An expert for every id, drawn uniformly."
     assert "Roller et al. 2021" in reference.entry("RandomTable").text  # its module's alone
 
 

@@ -27,6 +27,7 @@ from routing import (
     TopK,
     ZLoss,
 )
+from routing.algorithms.top_k import in_best_groups
 
 pytestmark = pytest.mark.smoke
 
@@ -261,3 +262,51 @@ def test_mixtral(dtype):
         found = jax.grad(weighed)(inputs.x_GTD)[0, 0]
         # By central differences in the file.
         np.testing.assert_allclose(found, told[f"grad_logits_{gradient}"], rtol=1e-5, atol=1e-7)
+
+
+def test_deepseek_v3_groups(dtype):
+    """Sigmoid scores 0.9, 0.1, ...; 2 of 4 groups by the sum of their two best; route scale 2.5."""
+    given, told = golden("15_deepseek_moe_v3")
+    example, expected = given["group_example"], told["group_limited"]
+    score_TE = np.asarray(example["scores"])
+    router, _ = on_logits(
+        lambda s: TopK(
+            s,
+            example["topk"],
+            "sigmoid",
+            renormalise=True,
+            scale=example["route_scale"],
+            balancer=BiasBalancer,
+            expert_groups=example["n_groups"],
+            groups_per_token=example["topk_groups"],
+        ),
+        score_TE,
+        dtype,
+    )
+    inputs = inputs_of(np.log(score_TE / (1 - score_TE)), dtype)
+    decision = router(inputs).decision
+    np.testing.assert_array_equal(decision.expert_GTK[0], expected["idx"])
+    same(decision.gate_GTK[0], expected["weights"], dtype)
+    limited_E = in_best_groups(jnp.asarray(score_TE, dtype)[None], 4, 2, 2)[0, 0]
+    allowed = np.isfinite(limited_E).reshape(4, 2).all(1)
+    np.testing.assert_array_equal(np.flatnonzero(allowed), expected["selected_groups"][0])
+
+
+def test_a_group_is_scored_by_the_sum_of_its_k_over_m_best():
+    """DeepSeek-V3, section 2.1.2: M groups for K experts. V2, without a bias, takes the best."""
+    score_GTE = jnp.asarray([[[0.9, 0.2, 0.2, 0.1, 0.6, 0.6, 0.1, 0.0, 0.5, 0.5, 0.5, 0.3]]])
+
+    def group(**options):
+        router = TopK(Sizes(2, 12, 7), expert_groups=3, **options)
+        return np.flatnonzero(np.isfinite(router._preference(score_GTE)[0, 0])) // 4
+
+    # Sums of the best 1, 2, 3: 0.9, 1.1, 1.3 of the first group; 0.6, 1.2, 1.3; 0.5, 1.0, 1.5.
+    for k, best in ((1, 0), (2, 1), (3, 2)):
+        assert set(group(k=k, groups_per_token=1)) == {best}
+        assert set(group(k=3, groups_per_token=1, group_best=k)) == {best}
+    assert set(group(k=3, groups_per_token=2)) == {0, 1}  # 3 / 2, rounded up: by two
+    for best in (0, -1, 5):
+        with pytest.raises(ValueError, match="between 1 and the number of experts in a group"):
+            group(k=2, groups_per_token=1, group_best=best)
+    with pytest.raises(ValueError, match="has no meaning where a token may use all groups"):
+        group(k=2, groups_per_token=3, group_best=1)

@@ -100,7 +100,7 @@ def test_without_text_or_file_there_is_a_line(runs, capsys):
 
 def test_tokens_and_pairs_are_counted_in_pieces(monkeypatch):
     """A token file needs no room in memory: counting makes int64 of what it counts."""
-    monkeypatch.setattr("routing.records.PIECE", 7)
+    monkeypatch.setattr("routing.training_text.PIECE", 7)
     for size in (1, 2, 7, 8, 100):
         token_N = np.random.default_rng(size).integers(0, 5, size).astype(np.uint16)
         text = TrainingText(token_N, 6)

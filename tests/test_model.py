@@ -1,79 +1,31 @@
-"""The transformer: which layers are sparse, how they stack, what is refused, the dense model."""
+"""The transformer: which layers are sparse, how they stack, groups, the dense model."""
 
 import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+from models import B, D, T, V, model, moe, runner, tokens
 import numpy as np
 import pytest
 
-from layers.attention import Attention
-from layers.dispatch import Sorted
-from layers.experts.default_vectors import DefaultVectors
 from layers.experts.feed_forward import feed_forward
 from layers.experts.feed_forward_experts import FeedForwardExperts
-from layers.experts.latent import LatentExperts
-from layers.experts.segmented import SegmentedExperts
 from layers.experts.shared import SharedExpert
-from layers.experts.zero_computation import ZeroCopyConstant
 from layers.kernels.cross_entropy import cross_entropy_sum
 from layers.moe_layer import MoELayer
 from layers.norms import LayerNorm
 from moe.model import functional
-from moe.model.transformer import Transformer, runs_of_layers, sparse_layers
+from moe.model.transformer import runs_of_layers, sparse_layers
 from routing import (
-    BalanceLoss,
     Capacity,
-    ExpertChoiceRouter,
     Hash,
     MixtureOfDepths,
-    MultiHash,
     SoftMoE,
     Switch,
     TopK,
     initialize,
 )
-from routing.inputs import Tokens
-
-B, T, V, D = 2, 6, 11, 16
-
-
-def moe(router=TopK, **options):
-    return functools.partial(MoELayer, router=router, num_experts=4, d_ff=8, **options)
-
-
-def model(**options):
-    options = {"d_model": D, "num_layers": 2, "num_heads": 2} | options
-    return Transformer(V, **options)
-
-
-def tokens(train=False, seed=0, **changes):
-    token_BT = np.random.default_rng(seed).integers(0, V, (B, T))
-    made = Tokens(
-        token_BT=jnp.asarray(token_BT, jnp.int32),
-        segment_BT=jnp.ones((B, T), jnp.int32),
-        position_BT=jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)),
-        index_B=jnp.arange(B, dtype=jnp.int32),
-        key=jax.random.key(0),
-        train=train,
-    )
-    return dataclasses.replace(made, **changes)
-
-
-@functools.cache
-def runner(**options):
-    """Jitted logits and router outputs of a model with first values."""
-    graph, *abstract = functional.abstract(lambda: model(**options))
-    params, state = jax.jit(lambda: functional.first_values(graph, *abstract, 0))()
-
-    @jax.jit
-    def run(tokens):
-        built = graph.merge(params, state)
-        out = built(tokens)
-        return built.logits(out.hidden_BTD), out.routers
-
-    return run
 
 
 def names(**options):
@@ -319,127 +271,6 @@ def test_groups_of_several_sequences():
     assert layer(jnp.zeros((3, T, D)), rows(3))[0].shape == (3, T, D), "no groups at evaluation"
 
 
-# Refused.
-
-
-@pytest.mark.parametrize(
-    "router", [functools.partial(ExpertChoiceRouter, evaluation="tokens"), SoftMoE], ids=str
-)
-def test_a_decoder_refuses_a_router_that_sees_the_future(router):
-    with pytest.raises(ValueError, match=r"(?s)is not causal .*in a decoder use TopK.*MaskedToken"):
-        model(moe=moe(router))
-    model(moe=moe(router), causal=False)
-
-
-@pytest.mark.parametrize(
-    ("options", "part"),
-    [
-        ({"positions": "absolute"}, "Transformer.positions='absolute': one of rotary, alibi"),
-        ({"remat": "all"}, "Transformer.remat='all': one of none, full"),
-        ({"compute_dtype": "float16"}, "one of float32, bfloat16"),
-        ({"positions": "learned"}, "learned positions need Transformer.max_length"),
-        ({"num_layers": 0}, "num_layers=0 must be at least 1"),
-        ({"moe": moe(), "moe_every": 3}, "moe_every=3 leaves no such layer among 2"),
-        ({"moe": moe(), "moe_every": 0}, "moe_every=0 leaves no such layer"),
-        ({"moe": moe(), "moe_layers": [2]}, "list layers between 0 and 1"),
-        ({"moe": moe(), "moe_layers": [0], "moe_every": 2}, "leave moe_every at 1"),
-        ({"num_heads": 3}, "d_model=16 does not divide by num_heads=3"),
-        ({"moe": moe(functools.partial(TopK, k=5))}, "TopK.k=5 experts per token, but there are 4"),
-        ({"moe": moe(functools.partial(TopK, k=1, renormalise=True))}, "starves the router"),
-        ({"moe": moe(functools.partial(TopK, k=1, gates="softmax_of_selected"))}, "starves"),
-        ({"moe": moe(functools.partial(TopK, gates="hard"))}, "TopK.gates='hard': one of softmax"),
-        ({"moe": moe(functools.partial(Switch, jitter=1.0))}, "Switch.jitter=1.0 must lie"),
-        ({"moe": moe(sequences_per_group=0)}, "sequences_per_group=0 must be at least 1"),
-        ({"moe": functools.partial(MoELayer, router=TopK, num_experts=0)}, "num_experts=0 must"),
-        ({"moe": moe(activation="tanh")}, "activation='tanh'"),
-        (
-            {
-                "moe": moe(functools.partial(ExpertChoiceRouter, capacity_factor=5.0)),
-                "causal": False,
-            },
-            "ExpertChoice.capacity_factor=5.0 must be above 0 and at most the number of experts",
-        ),
-        (
-            {"moe": moe(functools.partial(SoftMoE, segment=2), sequences_per_group=2)},
-            "set MoELayer.sequences_per_group = 1 (it is 2)",
-        ),
-        ({"moe": moe(MultiHash)}, "MultiHash may name one expert several times for a token"),
-        (
-            {"moe": moe(experts=SegmentedExperts, activation="relu")},
-            "SegmentedExperts leave gates out, so that the router's have to be 1, as MultiHash's",
-        ),
-        (
-            {"moe": moe(MultiHash, experts=functools.partial(SegmentedExperts, segments=0))},
-            "MoELayer.activation='swiglu': one of gelu, relu, relu2",
-        ),
-        (
-            {"moe": moe(companions=(DefaultVectors, ZeroCopyConstant))},
-            "not beside ZeroCopyConstant",
-        ),
-        (
-            {"moe": moe(companions=(DefaultVectors,), experts=LatentExperts)},
-            "not beside LatentExperts",
-        ),
-        (
-            {"moe": moe(companions=(SharedExpert, SharedExpert))},
-            "MoELayer.companions has two of a kind: shared, shared",
-        ),
-        (
-            {"moe": moe(companions=(DefaultVectors,), eval_dispatcher=Sorted())},
-            "MoELayer.eval_dispatcher = @Sorted() has no slots, which DefaultVectors",
-        ),
-        (
-            {"moe": moe(experts=functools.partial(LatentExperts, width=D + 1))},
-            f"LatentExperts.width={D + 1} must lie between 1 and the model's {D}",
-        ),
-        (
-            {
-                "moe": moe(
-                    functools.partial(TopK, losses=(BalanceLoss(zero_computation=3),)),
-                    companions=(ZeroCopyConstant,),
-                )
-            },
-            "BalanceLoss.zero_computation=3, but the layer has 4 of them",
-        ),
-        (
-            {"moe": moe(functools.partial(TopK, losses=(BalanceLoss(zero_computation=4),)))},
-            "BalanceLoss.zero_computation=4, but the layer has 0 of them",
-        ),
-        (
-            {"moe": moe(companions=(functools.partial(ZeroCopyConstant, share=0.0),))},
-            "ZeroCopyConstant.share=0.0 must lie between 0.001 and 1",
-        ),
-        (
-            {
-                "moe": moe(functools.partial(TopK, residual=True)),
-                "depth_router": MixtureOfDepths,
-            },
-            "TopK reads the logits of the sparse layer before",
-        ),
-        (
-            {"depth_router": Switch},
-            "makes a Switch; it has to be a DepthRouter, such as MixtureOfDepths",
-        ),
-        (
-            {
-                "depth_router": MixtureOfDepths,
-                "attention": functools.partial(Attention, window=2),
-            },
-            "Attention.window counts tokens that go through",
-        ),
-        (
-            {"moe": moe(functools.partial(SoftMoE, slots_per_expert=0)), "causal": False},
-            "slots_per_expert=0 must be at least 1",
-        ),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_refused(options, part):
-    with pytest.raises(ValueError) as refusal:
-        model(**options)
-    assert part in str(refusal.value)
-
-
 def dropping_out(rate):
     return functools.partial(FeedForwardExperts, dropout=rate)
 
@@ -465,19 +296,6 @@ def test_expert_dropout_drops_in_training_alone_and_keeps_the_mean():
     assert error.max() < 5 * (found.std(0) / np.sqrt(2000)).max()
     with pytest.raises(ValueError, match=r"FeedForwardExperts.dropout=1.0 must lie in \[0, 1\)"):
         MoELayer(D, V, TopK, 4, 8, experts=dropping_out(1.0))
-
-
-def test_a_decoder_refuses_to_drop_out_of_order_at_evaluation():
-    capacity = Capacity(eval_factor=1.0, order="choice-major")
-    with pytest.raises(ValueError, match="lets later tokens evict earlier ones"):
-        model(moe=moe(capacity=capacity))
-    model(moe=moe(capacity=capacity), causal=False)
-
-
-def test_sequences_longer_than_the_learned_positions_are_refused():
-    built = initialize(model(positions="learned", max_length=T - 1), 0)
-    with pytest.raises(ValueError, match=r"6 tokens per sequence, but .*max_length=5"):
-        built(tokens())
 
 
 def test_the_expert_of_a_hash_is_the_same_at_every_place():

@@ -51,8 +51,8 @@ def test_bits_per_byte_is_never_below_the_entropy_of_random_text(
     run = runs.done("run", *settings)
     summary = json.loads((run / "summary.json").read_text())
     logged = [line["bits_per_byte"] for line in lines(run / "metrics.jsonl")]
-    # Hidden letters of a batch are few: their mean cost varies a little.
-    assert min(logged) > ENTROPY - 0.05
+    # The lowest of 60 means; of some 60 hidden letters each, a mean varies by 0.03.
+    assert min(logged) > ENTROPY - 0.1
     assert ENTROPY - 0.01 < summary["val_bits_per_byte"] < ENTROPY + 0.5
     out = capsys.readouterr().out
     assert ("gzip  " in out) == (objective == "NextToken")

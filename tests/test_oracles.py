@@ -15,9 +15,9 @@ from rows import D as WIDTH
 from rows import T as TOKENS
 from rows import V, compiled, draw, same_tree, tokens, values_of
 
-from layers.constrain import sharding_rules
 from layers.dispatch import Sorted
 from layers.kernels.grouped_matmul import grouped_feed_forward
+from layers.logical_axes import sharding_rules
 from layers.moe_layer import MoELayer
 from moe.cli import config
 from moe.model import functional, sharding

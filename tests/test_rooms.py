@@ -10,7 +10,7 @@ import moe
 ROOT = Path(moe.__file__).resolve().parents[1]
 ERRORS, BASE = "moe.errors", "layers.base"
 BASE_MODULES = {
-    f"layers.{name}" for name in ("constrain", "linear", "norms", "positions", "tokens")
+    f"layers.{name}" for name in ("logical_axes", "linear", "norms", "positions", "tokens")
 }
 
 # What each room may import, beside what those may import, and `errors`.

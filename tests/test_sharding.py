@@ -13,9 +13,9 @@ import numpy as np
 import optax
 import pytest
 
-from layers.constrain import constrain, sharding_rules
 from layers.dispatch import OneHotEinsum, SlotGather, Sorted
 from layers.kernels.grouped_matmul import spare_rows
+from layers.logical_axes import logical_constraint, sharding_rules
 from layers.moe_layer import MoELayer
 from moe.data.batches import train_batch
 from moe.model import functional, sharding
@@ -101,13 +101,13 @@ def test_specs():
     assert spec(("batch", "expert"), (8, 8)) == (("fsdp", "expert"), None)
 
 
-def test_constrain_does_nothing_by_itself():
+def test_a_logical_constraint_does_nothing_by_itself():
     x = jnp.ones((8, 2))
-    assert constrain(x, "batch", None) is x
+    assert logical_constraint(x, "batch", None) is x
     mesh = sharding.MeshShape().build()
     with sharding_rules(sharding.rule(mesh)):
-        assert len(constrain(x, "batch", None).sharding.device_set) == 8
-    assert constrain(x, "batch", None) is x
+        assert len(logical_constraint(x, "batch", None).sharding.device_set) == 8
+    assert logical_constraint(x, "batch", None) is x
     assert sharding.rule(sharding.MeshShape().build(jax.devices()[:1])) is None
 
 
@@ -239,7 +239,7 @@ def test_experts_live_where_the_mesh_says():
         lambda: Transformer(V, d_model=D, num_layers=2, num_heads=2, moe=make)
     )
     mesh = sharding.MeshShape(data=1, fsdp=2, expert=2, tensor=2).build()
-    program = train_step.Step(
+    program = train_step.TrainingFunctions(
         graph,
         tuple(abstract),
         objective=NextToken(),

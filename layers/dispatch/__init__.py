@@ -1,4 +1,4 @@
-"""Dispatchers move tokens to experts and home again for a decision; they decide nothing."""
+"""Dispatchers move tokens to experts and back, as a decision says; they decide nothing."""
 
 from layers.dispatch.base import Dispatcher, Overflow, as_soft_slots, fitted
 from layers.dispatch.one_hot import OneHotEinsum

@@ -1,8 +1,9 @@
-"""Dispatchers move tokens to experts and home again for a decision, and decide nothing.
+"""Dispatchers move tokens to experts and back, as a decision says; they decide nothing.
 
-`dispatch(x_GTD, decision)` gives x_EGCD, the rows of each expert; `combine(y_EGCD, decision)` gives
-y_GTD, the gate-weighted sum of what came home. A TokenChoice must have been fitted by a capacity
-policy, which gives every kept assignment its slot.
+`dispatch(x_GTD, decision)` returns the rows of each expert, by slot (E, G, C, D) or as
+`SortedRows`; `combine(expert_rows, decision)` returns y_GTD, for every token the gate-weighted sum
+of its experts' outputs. A dispatcher with slots takes a TokenChoice that a capacity policy has
+fitted, so that every kept assignment has its slot.
 
 G groups, T tokens per group, D model width, E experts, K experts per token, C (or S) slots.
 """
@@ -19,7 +20,7 @@ from routing.records import Decision, ExpertChoice, ExpertMerge, SoftSlots, Toke
 
 
 class Dispatcher(abc.ABC):
-    """Abstract: the two verbs. A dispatcher is a value without parameters."""
+    """Abstract: `dispatch` and `combine`. A dispatcher is a value without parameters."""
 
     needs_slots: ClassVar[bool] = True  # whether every kept assignment must have a slot
 
@@ -27,28 +28,32 @@ class Dispatcher(abc.ABC):
         return type(self).__name__
 
     def split_overflow(self, decision: Decision) -> tuple[Decision, "Overflow | None"]:
-        """What of the decision there is room for on the way, and what is to go another way."""
+        """Split into assignments that fit the all-to-all send buffer and those that overflow it."""
         return decision, None
 
     @abc.abstractmethod
     def dispatch(self, x_GTD: jax.Array, decision: Decision) -> jax.Array | SortedRows:
-        """(E, G, C, D): what every expert receives; empty slots are zero. Or sorted rows."""
+        """Each expert's rows: (E, G, C, D) with zeros in empty slots, or `SortedRows`."""
 
     @abc.abstractmethod
-    def combine(self, y_EGCD: jax.Array, decision: Decision) -> jax.Array:
-        """(G, T, D): for every token the gate-weighted sum of its experts' outputs."""
+    def combine(self, expert_rows: jax.Array, decision: Decision) -> jax.Array:
+        """(G, T, D): for every token the gate-weighted sum of its experts' outputs.
+
+        expert_rows: the outputs for the rows of `dispatch`: (E, G, C, D), or (P, N, D) for
+            `SortedRows`.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class Overflow:
-    """The rest of a decision, and the dispatcher that has room for it."""
+    """The assignments that overflow a send buffer, and a dispatcher that has room for them."""
 
     decision: TokenChoice
     dispatcher: Dispatcher
 
 
 def as_soft_slots(decision: Decision) -> SoftSlots:
-    """Any decision as dispatch (0 or 1) and combine weights over (T, E, C): the common form."""
+    """A decision as dispatch weights (0 or 1) and combine weights, both (G, T, E, C)."""
     if isinstance(decision, SoftSlots):
         return decision
     if isinstance(decision, ExpertChoice):
@@ -71,7 +76,7 @@ def as_soft_slots(decision: Decision) -> SoftSlots:
 
 
 def fitted(decision: TokenChoice) -> tuple[jax.Array, int]:
-    """slot_GTK and the number of slots; raise ValueError without a capacity policy's work."""
+    """slot_GTK and the slots per expert; raise ValueError where no capacity policy has set them."""
     if decision.slot_GTK is None or decision.capacity is None:
         raise ValueError("a TokenChoice needs slots: pass it through Capacity(...).fit first")
     return decision.slot_GTK, decision.capacity

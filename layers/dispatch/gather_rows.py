@@ -1,6 +1,6 @@
 """Moving rows by index, with backward passes that gather too: no scatter-add anywhere.
 
-An index of -1 means "no row": it reads zero and writes nothing, whatever the row holds (NaN too).
+An index of -1 means "no row": it reads zeros and writes nothing.
 G groups, T tokens, D width, E experts, K experts per token, C slots; N = E * C.
 """
 
@@ -29,68 +29,74 @@ def _group_major(y_EGCD):
 
 
 @jax.custom_vjp
-def dispatch_rows(x_GTD, token_GEC, home_GTK):
-    """(E, G, C, D): x of the token in every slot. Equivalent to: one-hot(token) @ x.
+def dispatch_rows(x_GTD, token_GEC, destination_GTK):
+    """(E, G, C, D): in every slot the vector of its token. Equivalent to: one-hot(token) @ x.
 
-    home_GTK (the slots of every token) lets the backward pass gather; None where a token's slots
-    are not bounded by K, and the sum goes over a sorted list instead.
+    destination_GTK holds the slots of every token, from which the backward pass gathers. It is
+    None where a token may have more than K slots: the backward pass then sorts slots by token.
     """
     groups, experts, slots = token_GEC.shape
     return _expert_major(take(x_GTD, token_GEC.reshape(groups, experts * slots)), experts)
 
 
-def _dispatch_forward(x_GTD, token_GEC, home_GTK):
-    return dispatch_rows(x_GTD, token_GEC, home_GTK), (token_GEC, home_GTK, x_GTD.shape[1])
+def _dispatch_forward(x_GTD, token_GEC, destination_GTK):
+    return dispatch_rows(x_GTD, token_GEC, destination_GTK), (
+        token_GEC,
+        destination_GTK,
+        x_GTD.shape[1],
+    )
 
 
 def _dispatch_backward(saved, dx_EGCD):
-    token_GEC, home_GTK, tokens = saved
-    if home_GTK is None:
+    token_GEC, destination_GTK, tokens = saved
+    if destination_GTK is None:
         return sum_by_token(dx_EGCD, token_GEC, tokens), None, None
-    return _sum_over_k(_group_major(dx_EGCD), home_GTK, None), None, None
+    return _sum_over_k(_group_major(dx_EGCD), destination_GTK, None), None, None
 
 
 dispatch_rows.defvjp(_dispatch_forward, _dispatch_backward)
 
 
-def permute(rows_ND: jax.Array, source_M: jax.Array, home_N: jax.Array) -> jax.Array:
-    """(M, D): row source_M[m] in place m, zero for -1; home_N tells where each row went, or -1."""
-    return dispatch_rows(rows_ND[None], source_M[None, None], home_N[None, :, None])[0, 0]
+def permute(rows_ND: jax.Array, source_M: jax.Array, destination_N: jax.Array) -> jax.Array:
+    """(M, D): row source_M[m] in place m; destination_N is the inverse; -1 for none."""
+    return dispatch_rows(rows_ND[None], source_M[None, None], destination_N[None, :, None])[0, 0]
 
 
-def _sum_over_k(rows_GND, home_GTK, gate_GTK):
-    """sum over k of gate * rows at home: one gather for each k, then a sum."""
-    total = jnp.zeros((*home_GTK.shape[:2], rows_GND.shape[-1]), rows_GND.dtype)
-    for k in range(home_GTK.shape[2]):
-        came = take(rows_GND, home_GTK[..., k])
-        total = total + (came if gate_GTK is None else came * gate_GTK[..., k, None])
-    return total
+def _sum_over_k(rows_GND, destination_GTK, gate_GTK):
+    """(G, T, D): sum over k of gate * rows[destination], by one gather for each k."""
+    total_GTD = jnp.zeros((*destination_GTK.shape[:2], rows_GND.shape[-1]), rows_GND.dtype)
+    for k in range(destination_GTK.shape[2]):
+        taken_GTD = take(rows_GND, destination_GTK[..., k])
+        if gate_GTK is not None:
+            taken_GTD = taken_GTD * gate_GTK[..., k, None]
+        total_GTD = total_GTD + taken_GTD
+    return total_GTD
 
 
 @jax.custom_vjp
-def combine_rows(y_EGCD, gate_GTK, source_GEC, home_GTK) -> jax.Array:
-    """(G, T, D): sum over k of gate_GTK * y at home_GTK; source_GEC is the inverse of home_GTK."""
-    return _sum_over_k(_group_major(y_EGCD), home_GTK, gate_GTK)
+def combine_rows(y_EGCD, gate_GTK, source_GEC, destination_GTK) -> jax.Array:
+    """(G, T, D): sum over k of gate_GTK * y[destination_GTK]; source_GEC is the inverse."""
+    return _sum_over_k(_group_major(y_EGCD), destination_GTK, gate_GTK)
 
 
-def _combine_forward(y_EGCD, gate_GTK, source_GEC, home_GTK):
-    saved = (y_EGCD, gate_GTK, source_GEC, home_GTK)
-    return combine_rows(y_EGCD, gate_GTK, source_GEC, home_GTK), saved
+def _combine_forward(y_EGCD, gate_GTK, source_GEC, destination_GTK):
+    saved = (y_EGCD, gate_GTK, source_GEC, destination_GTK)
+    return combine_rows(y_EGCD, gate_GTK, source_GEC, destination_GTK), saved
 
 
 def _combine_backward(saved, dy_GTD):
-    y_EGCD, gate_GTK, source_GEC, home_GTK = saved
+    y_EGCD, gate_GTK, source_GEC, destination_GTK = saved
     groups, experts, slots = source_GEC.shape
-    k = home_GTK.shape[2]
+    k = destination_GTK.shape[2]
     source_GN = source_GEC.reshape(groups, experts * slots)
     gate_GN1 = take(gate_GTK.reshape(groups, -1, 1), source_GN)
     token_GN = jnp.where(source_GN < 0, -1, source_GN // k)
-    came_GND = take(dy_GTD, token_GN)
-    dy_EGCD = _expert_major(came_GND * gate_GN1, experts)
+    dy_GND = take(dy_GTD, token_GN)
+    dy_EGCD = _expert_major(dy_GND * gate_GN1, experts)
     # d gate: the dot product in slot order, then one scalar gathered for each assignment.
     rows_GND = jnp.where((source_GN >= 0)[..., None], _group_major(y_EGCD), 0)
-    dot_GN1 = jnp.sum(came_GND * rows_GND, axis=-1, keepdims=True)
-    dgate_GTK = take(dot_GN1, home_GTK.reshape(groups, -1)).reshape(gate_GTK.shape)
+    dot_GN1 = jnp.sum(dy_GND * rows_GND, axis=-1, keepdims=True)
+    dgate_GTK = take(dot_GN1, destination_GTK.reshape(groups, -1)).reshape(gate_GTK.shape)
     return dy_EGCD, dgate_GTK, None, None
 
 
@@ -109,8 +115,8 @@ def sum_by_token(y_EGCD, token_GEC, num_tokens: int) -> jax.Array:
     token_GN = jnp.where(token_GN < 0, num_tokens, token_GN)
     order_GN = jnp.argsort(token_GN, axis=1, stable=True)
     sorted_GN = jnp.take_along_axis(token_GN, order_GN, axis=1)
-    edges_GT = jax.vmap(lambda s: jnp.searchsorted(s, jnp.arange(num_tokens + 1)))(sorted_GN)
-    start_GT, count_GT = edges_GT[:, :-1], jnp.diff(edges_GT, axis=1)
+    edges = jax.vmap(lambda s: jnp.searchsorted(s, jnp.arange(num_tokens + 1)))(sorted_GN)
+    start_GT, count_GT = edges[:, :-1], jnp.diff(edges, axis=1)
 
     def add(carry):
         j, total_GTD = carry

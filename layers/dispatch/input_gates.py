@@ -1,4 +1,4 @@
-"""Gates that multiply what an expert reads, not what it gives (Llama 4), for any dispatcher.
+"""Gates that multiply an expert's input, not its output (Llama 4), for any dispatcher.
 
 G groups, T tokens per group, D model width, E experts, K experts per token, C slots per expert.
 """
@@ -19,13 +19,13 @@ GATED_DECISIONS = (TokenChoice, ExpertChoice)  # in which a gate belongs to one 
 def dispatch_gated(
     dispatcher: Dispatcher, x_GTD: jax.Array, decision: Decision
 ) -> jax.Array | SortedRows:
-    """The experts' rows, each multiplied by the gate of its assignment."""
+    """The rows of `dispatcher.dispatch`, each multiplied by the gate of its assignment."""
     if isinstance(decision, ExpertChoice):
         x_EGCD = dispatcher.dispatch(x_GTD, decision)
         assert isinstance(x_EGCD, jax.Array)
         return x_EGCD * jnp.swapaxes(decision.gate_GEC, 0, 1)[..., None].astype(x_GTD.dtype)
     assert isinstance(decision, TokenChoice)
-    # Every assignment as a token of its own, which chose once.
+    # Every assignment becomes a token that made one choice.
     x_GTKD = x_GTD[:, :, None] * decision.gate_GTK[..., None].astype(x_GTD.dtype)
 
     def apart(a_GTK):

@@ -1,4 +1,4 @@
-"""What a mixture-of-experts layer is put together from: kinds of experts, and companions.
+"""The interfaces of a mixture-of-experts layer's modules: kinds of experts, and companions.
 
 G groups, T tokens per group, D model width, F hidden width, E experts, C slots per expert.
 """
@@ -20,7 +20,7 @@ from routing.records import Decision, TokenChoice
 
 @dataclasses.dataclass(frozen=True)
 class LayerSizes:
-    """What experts and companions are built from.
+    """The sizes that experts and companions are built from.
 
     Attributes:
         num_experts: E.
@@ -38,7 +38,7 @@ class LayerSizes:
 
 
 class ExpertsOutput(NamedTuple):
-    """y_GTD: the tokens' outputs; y_EGCD: the experts', slot by slot, where `shows_slots`."""
+    """y_GTD: the output of every token; y_EGCD: of every slot, from experts that `shows_slots`."""
 
     y_GTD: jax.Array
     y_EGCD: jax.Array | None = None
@@ -48,16 +48,16 @@ class Experts(nnx.Module):
     """Abstract: a kind of experts. A subclass is built from `LayerSizes`.
 
     Declared by the class, or by an instance whose options change it:
-        accepts: the records of a decision that it computes.
-        takes_repeats: whether a token may name one expert several times.
-        has_capacity: whether an expert takes what `Capacity` says at most; else all that chose it.
-        ignores_gates: whether gates are left out, so that the router's have to be 1.
-        shows_slots: whether it returns y_EGCD.
+        accepts: the kinds of decisions that it takes.
+        takes_repeats: whether a token may choose one expert several times.
+        has_capacity: whether `Capacity` bounds an expert's tokens; else it takes all that chose it.
+        ignores_gates: whether gates are not applied, so that the router's have to be 1.
+        shows_slots: whether it returns y_EGCD, where the dispatcher has slots.
         are_neurons: whether an expert is a single hidden unit.
-        segments: into how many parts an expert is cut, one of which an assignment computes.
-        row_width: of the rows that an expert reads; D where None.
-        hidden_width: hidden units that it makes of a row, kept for the backward pass.
-        activation: of these.
+        segments: into how many segments an expert is cut; an assignment computes one of them.
+        row_width: width of the rows that an expert reads; D where None.
+        hidden_width: hidden units of a row, saved for the backward pass.
+        activation: of the hidden units.
     """
 
     accepts: tuple[type, ...] = (TokenChoice,)
@@ -79,19 +79,19 @@ class Experts(nnx.Module):
     def __call__(
         self, x_GTD: jax.Array, decision: Decision, inputs: RouterInputs, dispatcher: Dispatcher
     ) -> ExpertsOutput:
-        """What the experts make of the tokens, moved by the dispatcher where it has to be."""
+        """The experts' gate-weighted outputs for the tokens; padding in x_GTD is zero."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Routed:
-    """What a companion sees of a layer's work.
+    """A layer's input, decision and slot outputs, as a companion reads them.
 
     Attributes:
         x_GTD: the layer's input, padding set to zero.
-        inputs: what the router saw.
-        decision: what the experts computed.
-        own: the assignments to the companion's own members, where the router chooses among these.
-        y_EGCD: the experts' outputs by slot, where they show them.
+        inputs: what the router read.
+        decision: the assignments that the experts computed.
+        own: the assignments to the companion's members, where the router chooses among these.
+        y_EGCD: the experts' outputs by slot, where `shows_slots`.
     """
 
     x_GTD: jax.Array
@@ -102,12 +102,13 @@ class Routed:
 
 
 class Companion(nnx.Module):
-    """Abstract: what adds to a layer's output beside its experts. Built from `LayerSizes`.
+    """Abstract: a module whose output is added to that of the experts. Built from `LayerSizes`.
 
     Declared by the class, or by an instance:
-        name: of the attribute of the layer that holds it, and so of its parameters.
+        name: the layer's attribute that holds it; parameter names contain it.
         needs_slots: whether it reads y_EGCD.
-        hidden_width: hidden units that it makes of every token.
+        hidden_width: hidden units of every token.
+        activation: of the hidden units.
     """
 
     name: ClassVar[str]
@@ -117,10 +118,10 @@ class Companion(nnx.Module):
 
     @abc.abstractmethod
     def __call__(self, routed: Routed) -> jax.Array:
-        """(G, T, D), or the same numbers as (B, T, D): what it adds."""
+        """The output to add: (G, T, D), or the same numbers as (B, T, D)."""
 
     def batch_sums(self, routed: Routed) -> dict[str, jax.Array]:
-        """Sums over valid tokens by name; later in `stats.batch_sums["companion/<name>"]`."""
+        """Sums over valid tokens, by name, which `stats.batch_sums["companion/<name>"]` holds."""
         return {}
 
 
@@ -131,14 +132,14 @@ class ChosenCompanion(Companion):
 
     @abc.abstractmethod
     def split(self, decision: TokenChoice, num_experts: int) -> tuple[TokenChoice, TokenChoice]:
-        """The assignments to the experts, and those to its own members, numbered from 0."""
+        """The assignments to the experts, and those to its members, numbered from 0."""
 
     @abc.abstractmethod
     def fit_capacity(
         self, own: TokenChoice, capacity: Capacity, inputs: RouterInputs, num_experts: int
     ) -> TokenChoice:
-        """Its own assignments without those that its members have no room for."""
+        """The assignments `own` to its members, without those beyond their capacity."""
 
     @abc.abstractmethod
     def among(self, num_experts: int) -> Fraction | int:
-        """Among how many experts the assignments are divided when capacity is shared out."""
+        """The number of experts that all choices count as when capacity is divided among them."""

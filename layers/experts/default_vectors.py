@@ -1,4 +1,4 @@
-"""Default vectors: experts that were not chosen answer by a running mean (Panda et al. 2025).
+"""Default vectors: a running mean stands in for experts that were not chosen.
 
 G groups, T tokens per group, D model width, E experts, C slots per expert.
 """
@@ -16,10 +16,10 @@ from routing.records import RouterStats, TokenChoice
 
 @gin.configurable
 class DefaultVectors(Companion, StepState):
-    """Default MoE (Panda et al. 2025): experts that were not chosen answer by their mean output.
+    """Experts that were not chosen contribute their mean output (Default MoE, Panda et al. 2025).
 
-    The mean runs over optimizer steps and has no gradient; through it the router's gradient
-    reaches the scores of all experts. Needs `TopK.keep_rest`.
+    The mean runs over optimizer steps and has no gradient; because of it the scores of all experts
+    get a gradient. Needs `TopK.keep_rest`.
 
     Args:
         sizes: of the layer.
@@ -49,7 +49,7 @@ class DefaultVectors(Companion, StepState):
         return jnp.einsum("gte,ed->gtd", weight_GTE, self.mean_ED[...].astype(dtype))
 
     def batch_sums(self, routed: Routed) -> dict[str, jax.Array]:
-        """Outputs summed over slots; an empty slot gives zero, since experts have no bias."""
+        """Outputs summed over slots; empty slots add zero, since experts have no bias."""
         assert routed.y_EGCD is not None
         y_EGCD = jax.lax.stop_gradient(routed.y_EGCD).astype(jnp.float32)
         return {"expert_output": y_EGCD.sum((1, 2))}

@@ -1,4 +1,4 @@
-"""Feed-forward: dense, for every token. D model width, F hidden width."""
+"""The dense feed-forward, for every token. D model width, F hidden width."""
 
 from collections.abc import Callable
 import functools
@@ -32,7 +32,7 @@ def check_activation(activation: str) -> None:
 
 @functools.cache
 def hidden_units(activation: str) -> Callable[..., jax.Array]:
-    """Hidden units from up(x), or from up(x) and gate(x) for the gated kinds."""
+    """The function from up(x), or from up(x) and gate(x) for gated kinds, to hidden units."""
     act = ACTIVATIONS[activation]
     if activation in GATED:
         return lambda up, gate: act(gate) * up
@@ -40,7 +40,7 @@ def hidden_units(activation: str) -> Callable[..., jax.Array]:
 
 
 def hidden_width(d_model: int, activation: str) -> int:
-    """4 D, or 8/3 D for the gated kinds (equal parameters), up to a multiple of 16."""
+    """4 D, or 8/3 D for gated kinds (as many parameters), rounded up to a multiple of 16."""
     width = 8 * d_model // 3 if activation in GATED else 4 * d_model
     return -(-width // 16) * 16
 
@@ -75,7 +75,7 @@ class FeedForward(nnx.Module):
 def weights(
     d_model: int, d_ff: int, activation: str, out_scale: float
 ) -> tuple[nnx.Param, nnx.Param | None, nnx.Param]:
-    """The parameters (D, F) of the hidden units, of their gate if they have one, and (F, D)."""
+    """The parameters up (D, F), gate (D, F; None where there is none) and down (F, D)."""
     shape, axes = (d_model, d_ff), ("embed", "mlp")
     up_DF = parameter(shape, axes, truncated_normal(), role="feed_forward")
     gate_DF = None
@@ -88,7 +88,7 @@ def weights(
 def feed_forward(
     x: jax.Array, up_DF: nnx.Param, gate_DF: nnx.Param | None, down_FD: nnx.Param, activation: str
 ) -> jax.Array:
-    """What these `weights` make of x (..., D)."""
+    """The feed-forward with these `weights` of x (..., D): (..., D)."""
     ups = [up_DF] if gate_DF is None else [up_DF, gate_DF]
     hidden = hidden_units(activation)(*(linear(x, up[...]) for up in ups))
     return linear(hidden, down_FD[...])

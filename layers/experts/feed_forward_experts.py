@@ -1,7 +1,7 @@
-"""Experts that are feed-forwards, each on the rows of the tokens that go to it.
+"""Experts that are feed-forwards.
 
 G groups, T tokens per group, D model width, F hidden width, E experts, C slots per expert, P shards
-of a mesh with N rows each, S segments of L tokens of a merge.
+of a mesh with N rows each, S segments of T tokens of a merge.
 """
 
 from typing import Literal
@@ -12,12 +12,12 @@ import gin
 import jax
 import jax.numpy as jnp
 
-from layers.constrain import is_cut, per_shard
 from layers.dispatch import Dispatcher
 from layers.dispatch.input_gates import GATED_DECISIONS, dispatch_gated, without_gates
 from layers.experts.base import Experts, ExpertsOutput, LayerSizes
 from layers.experts.feed_forward import GATED, check_activation, hidden_units
 from layers.kernels.grouped_matmul import SortedRows, grouped_feed_forward
+from layers.logical_axes import is_cut, per_shard
 from routing.inputs import RouterInputs
 from routing.parameters import parameter, truncated_normal
 from routing.ranges import LessThanOne
@@ -26,14 +26,14 @@ from routing.records import Decision, ExpertChoice, ExpertMerge, SoftSlots, Toke
 
 @gin.configurable
 class FeedForwardExperts(Experts):
-    """E feed-forwards, each on its own rows.
+    """E feed-forwards, each on the rows of the tokens that go to it.
 
     Args:
         sizes: of the layer.
         dropout: share of the hidden units that is dropped in training, for fine-tuning (expert
             dropout, Fedus et al. 2021, section 2.4: 0.4).
-        gates_on: what the gates multiply: an expert's "output", or its "input" (Llama 4), whose
-            outputs are then added as they are.
+        gates_on: what the gates multiply: an expert's "output", or its "input" (Llama 4), in which
+            case outputs are summed without gates.
     """
 
     accepts = (TokenChoice, ExpertChoice, SoftSlots, ExpertMerge)
@@ -67,7 +67,7 @@ class FeedForwardExperts(Experts):
         self.down_EFD = parameter(shape, axes, out, role="expert")
 
     def needs_slots(self, train: bool) -> bool:
-        return train and self.dropout > 0  # which hidden units are dropped is drawn by slot
+        return train and self.dropout > 0  # the units to drop are drawn slot by slot
 
     def __call__(
         self, x_GTD: jax.Array, decision: Decision, inputs: RouterInputs, dispatcher: Dispatcher
@@ -77,40 +77,42 @@ class FeedForwardExperts(Experts):
                 return ExpertsOutput(self.merged(x_GTD, decision))
         with jax.named_scope("dispatch"):
             if self.gates_on == "input":
-                x_EGCD = dispatch_gated(dispatcher, x_GTD, decision)
+                rows = dispatch_gated(dispatcher, x_GTD, decision)
                 decision = without_gates(decision)
             else:
-                x_EGCD = dispatcher.dispatch(x_GTD, decision)
+                rows = dispatcher.dispatch(x_GTD, decision)
         with jax.named_scope("experts"):
             drops = inputs.train and self.dropout > 0
-            y_EGCD = self.on_rows(x_EGCD, inputs.keys_G("expert_dropout") if drops else None)
+            expert_rows = self.on_rows(rows, inputs.keys_G("expert_dropout") if drops else None)
         with jax.named_scope("combine"):
-            return ExpertsOutput(dispatcher.combine(y_EGCD, decision), y_EGCD)
+            y_GTD = dispatcher.combine(expert_rows, decision)
+        return ExpertsOutput(y_GTD, None if isinstance(rows, SortedRows) else expert_rows)
 
-    def on_rows(self, x_EGCD: jax.Array | SortedRows, key_G: jax.Array | None = None) -> jax.Array:
-        """(E, G, C, D): expert e works on x_EGCD[e]; G keeps the groups apart for the mesh.
+    def on_rows(self, rows: jax.Array | SortedRows, key_G: jax.Array | None = None) -> jax.Array:
+        """The experts' outputs for their rows: (E, G, C, D), or (P, N, D) for `SortedRows`.
 
-        Of sorted rows (P, N, D), every expert works on its own. With keys for the groups, a share
-        of the hidden units is dropped.
+        Args:
+            rows: (E, G, C, D) by slot, or sorted.
+            key_G: a key for each group, with which hidden units are dropped; None to drop none.
         """
-        if isinstance(x_EGCD, SortedRows):
-            return self._sorted(x_EGCD)
-        shape, dtype = x_EGCD.shape, x_EGCD.dtype
-        # One row axis, as in layers.linear, unless a mesh cuts both of them.
-        rows = shape[1:3] if is_cut("slot") else (-1,)
-        x_END = x_EGCD.reshape(shape[0], *rows, shape[-1])
+        if isinstance(rows, SortedRows):
+            return self._sorted(rows)
+        shape, dtype = rows.shape, rows.dtype
+        # One row axis, as in layers.linear, unless a mesh shards both of them.
+        row_axes = shape[1:3] if is_cut("slot") else (-1,)
+        x = rows.reshape(shape[0], *row_axes, shape[-1])
         hidden = hidden_units(self.activation)(
-            *(jnp.einsum("e...d,edf->e...f", x_END, up[...].astype(dtype)) for up in self._ups)
+            *(jnp.einsum("e...d,edf->e...f", x, up[...].astype(dtype)) for up in self._ups)
         )
         if key_G is not None:
             kept_ENF = kept_units(key_G, shape, hidden.shape[-1], self.dropout)
             hidden = hidden * kept_ENF.reshape(hidden.shape).astype(dtype)
-        y_END = jnp.einsum("e...f,efd->e...d", hidden, self.down_EFD[...].astype(dtype))
-        return y_END.reshape(shape)
+        y = jnp.einsum("e...f,efd->e...d", hidden, self.down_EFD[...].astype(dtype))
+        return y.reshape(shape)
 
     @property
     def _ups(self) -> list[nnx.Param]:
-        """What the hidden units are made with, as `hidden_units` takes it."""
+        """The weights of the hidden units, in the order that `hidden_units` takes them."""
         return [self.up_EDF] if self.gate_EDF is None else [self.up_EDF, self.gate_EDF]
 
     def _sorted(self, rows: SortedRows) -> jax.Array:
@@ -122,31 +124,34 @@ class FeedForwardExperts(Experts):
             y_ND = grouped_feed_forward(x_ND, ups, down_EFD, count_E, activate, rows.kernel)
             return y_ND[None]
 
-        held = "expert" if rows.own_experts else None
+        held = "expert" if rows.local_experts else None
         axes = (*((held, "embed", "mlp") for _ in self._ups), (held, "mlp", "embed"))
         split = (rows.rows_PND, rows.count_PE)
         return per_shard(one_shard, split, weights, axes, rows.shard_axis)
 
     def merged(self, x_GTD: jax.Array, decision: ExpertMerge) -> jax.Array:
-        """(G, T, D): every segment through the mean of all experts that its weights make."""
+        """(G, T, D): every segment through one expert, the weighted mean of all parameters."""
         groups, segments, _ = decision.weight_GSE.shape
         tokens, width, dtype = x_GTD.shape[1], x_GTD.shape[-1], x_GTD.dtype
         more = ((0, 0), (0, segments * decision.segment - tokens), (0, 0))
-        x_GSLD = jnp.pad(x_GTD, more).reshape(groups, segments, decision.segment, width)
+        x_GSTD = jnp.pad(x_GTD, more).reshape(groups, segments, decision.segment, width)
 
-        def mean(weight_EXY):
-            return jnp.einsum("gse,exy->gsxy", decision.weight_GSE, weight_EXY).astype(dtype)
+        def mean(weight):
+            return jnp.einsum("gse,eab->gsab", decision.weight_GSE, weight).astype(dtype)
 
         hidden = hidden_units(self.activation)(
-            *(jnp.einsum("gsld,gsdf->gslf", x_GSLD, mean(up[...])) for up in self._ups)
+            *(jnp.einsum("gstd,gsdf->gstf", x_GSTD, mean(up[...])) for up in self._ups)
         )
-        y_GSLD = jnp.einsum("gslf,gsfd->gsld", hidden, mean(self.down_EFD[...]))
-        return y_GSLD.reshape(groups, -1, width)[:, :tokens]
+        y_GSTD = jnp.einsum("gstf,gsfd->gstd", hidden, mean(self.down_EFD[...]))
+        return y_GSTD.reshape(groups, -1, width)[:, :tokens]
 
 
-def kept_units(key_G, shape_EGND, width: int, dropout: float) -> jax.Array:
-    """0 for dropped hidden units, 1 / (1 - dropout) for the others: (E, G * N, F)."""
-    experts, _, rows, _ = shape_EGND
+def kept_units(key_G, shape: tuple[int, ...], width: int, dropout: float) -> jax.Array:
+    """(E, G * C, F): 0 for dropped hidden units, 1 / (1 - dropout) for the others.
+
+    shape: of the rows, (E, G, C, D). width: F.
+    """
+    experts, _, rows, _ = shape
 
     def draw(key):
         return jax.random.bernoulli(key, 1 - dropout, (experts, rows, width))

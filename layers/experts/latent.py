@@ -17,12 +17,12 @@ from routing.ranges import Count
 class LatentExperts(Experts):
     """y = W_up sum_e g_e E_e(z) with z = W_down x; router and companions read x (LatentMoE).
 
-    What moves between devices is as narrow as the experts.
+    Rows of the latent width travel between devices.
 
     Args:
         sizes: of the layer; d_ff is the experts' hidden width.
         width: Z; D / 4, rounded up, where None.
-        experts: the kind of experts, which work in width Z.
+        experts: the kind of experts, of width Z.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Experts of one hidden unit each (PEER, He 2024): the weights come to the token.
+"""Experts of one hidden unit each (PEER, He 2024), whose weights are gathered for each token.
 
 G groups, T tokens, D model width, E experts, K experts per token, N assignments at a time.
 """
@@ -19,7 +19,7 @@ AT_A_TIME = 16
 class NeuronExperts(Experts):
     """y = sum_k gate_k gelu(u_k . x) v_k over the experts that a token chose (section 2.1).
 
-    A layer's d_ff, activation, capacity and dispatcher have no meaning for them.
+    The layer's d_ff, activation, capacity and dispatcher are not used.
 
     Args:
         sizes: of the layer.
@@ -31,12 +31,12 @@ class NeuronExperts(Experts):
 
     def __init__(self, sizes: LayerSizes):
         shape, axes = (sizes.num_experts, sizes.d_model), ("expert", "embed")
-        # After the expert axis an expert is one vector: u has fan-in D, v a fan-in of one unit.
+        # u has fan-in D, v a fan-in of one unit.
         self.down_ED = parameter(shape, axes, truncated_normal(), role="expert")
         self.up_ED = parameter(shape, axes, normal(0.1 * sizes.out_scale**0.5), role="expert")
 
     def __call__(self, x_GTD, decision, inputs, dispatcher) -> ExpertsOutput:
-        # Some assignments at a time: all their weights at once would not fit.
+        # Some assignments at a time: the weights of all would not fit in memory.
         assert isinstance(decision, TokenChoice)
         dtype = x_GTD.dtype
         down_ED, up_ED = self.down_ED[...], self.up_ED[...]
@@ -48,7 +48,7 @@ class NeuronExperts(Experts):
             return rearrange(a_GTK, "g t (p n) -> p g t n", p=pieces)
 
         def rows(weight_ED, expert_GTN):
-            # Gathered in float32 and then cast: the gradient is added up in float32.
+            # Gathered in float32 and then cast, so that gradients are summed in float32.
             return weight_ED[expert_GTN].astype(dtype)
 
         @jax.checkpoint

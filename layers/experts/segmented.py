@@ -1,4 +1,4 @@
-"""Experts in segments (MultiHash, Roller et al. 2021, section 3.2): each choice serves one.
+"""Experts in segments, one for each choice of a token (MultiHash, Roller et al. 2021, 3.2).
 
 G groups, T tokens, D model width, F hidden width, E experts, N segments (choices per token).
 """
@@ -22,10 +22,10 @@ class SegmentedExperts(Experts):
     """v = act([A^1_k1 x; ...; A^N_kN x]), y = [B^1_k1 v; ...; B^N_kN v], k_n the n-th choice.
 
     Every expert's matrices are cut into N row segments; a token's hidden vector and its output are
-    put together from the segments of the experts that its N choices name. Nothing is dropped.
+    concatenated from segment n of its n-th expert, for n in 1..N. Nothing is dropped.
 
     Args:
-        sizes: of the layer: D and F are multiples of N, the activation is one without a gate.
+        sizes: of the layer; D and F must be multiples of N, the activation one without a gate.
         segments: N.
     """
 
@@ -72,21 +72,21 @@ class SegmentedExperts(Experts):
             )
         choices = [only(decision, n, inputs) for n in range(self.segments)]
 
-        def through(x_GTX, weight_ENXY):
-            parts = []
+        def through(x, weight):
+            """x (G, T, a) times the chosen segments of weight (E, N, a, b): (G, T, N * b)."""
+            segments = []
             for n, choice in enumerate(choices):
-                came_EGCX = dispatcher.dispatch(x_GTX, choice)
-                weight_EXY = weight_ENXY[:, n].astype(x_GTX.dtype)
-                made_EGCY = jnp.einsum("egcx,exy->egcy", came_EGCX, weight_EXY)
-                parts.append(dispatcher.combine(made_EGCY, choice))
-            return jnp.concatenate(parts, axis=-1)
+                rows = dispatcher.dispatch(x, choice)
+                y = jnp.einsum("egca,eab->egcb", rows, weight[:, n].astype(x.dtype))
+                segments.append(dispatcher.combine(y, choice))
+            return jnp.concatenate(segments, axis=-1)
 
         hidden_GTF = ACTIVATIONS[self.activation](through(x_GTD, self.up_ENDF[...]))
         return ExpertsOutput(through(hidden_GTF, self.down_ENFD[...]))
 
 
 def only(decision: TokenChoice, n: int, inputs: RouterInputs) -> TokenChoice:
-    """The n-th choice alone, with a slot for everyone."""
+    """The n-th choice of every token alone, with a slot for each."""
     cut = slice(n, n + 1)
     choice = dataclasses.replace(
         decision,

@@ -1,4 +1,4 @@
-"""A shared expert: a feed-forward beside the experts, for every token. D model width."""
+"""The shared expert: a feed-forward for every token, beside the routed experts. D model width."""
 
 import gin
 import jax
@@ -16,7 +16,7 @@ class SharedExpert(Companion):
 
     Args:
         sizes: of the layer.
-        count: as wide as so many experts.
+        count: its hidden width, in widths of a routed expert.
         gated: its output is multiplied by sigmoid(w . x) of each token (Qwen2-MoE, Qwen3-Next).
     """
 
@@ -27,13 +27,13 @@ class SharedExpert(Companion):
             raise ValueError(f"SharedExpert.count={count} must be at least 1")
         self.activation, self.hidden_width = sizes.activation, count * sizes.d_ff
         d_model = sizes.d_model
-        made = weights(d_model, self.hidden_width, sizes.activation, sizes.out_scale)
-        self.up_DF, self.gate_DF, self.down_FD = made
+        parameters = weights(d_model, self.hidden_width, sizes.activation, sizes.out_scale)
+        self.up_DF, self.gate_DF, self.down_FD = parameters
         gate = (d_model,), ("embed",), truncated_normal()
         self.sigmoid_D = parameter(*gate, role="companion") if gated else None
 
     def __call__(self, routed: Routed) -> jax.Array:
-        """(B, T, D): for whole sequences, as dense layers are sharded."""
+        """(B, T, D): its outputs by sequences, as dense layers are sharded."""
         groups, tokens, width = routed.x_GTD.shape
         sequences = routed.inputs.sequences
         x_BTD = routed.x_GTD.reshape(groups * sequences, tokens // sequences, width)

@@ -20,20 +20,20 @@ from routing.records import TokenChoice, gates_GTE
 
 @gin.configurable
 class ZeroCopyConstant(ChosenCompanion):
-    """Zero gives 0, copy gives x, constant a mixture of x and a vector.
+    """Zero experts return 0, copy experts x, constant ones a mixture of x and a vector.
 
-    The router chooses among the experts and these, which follow them, as if all were alike. A
-    constant expert gives a_1 x + a_2 v, (a_1, a_2) = softmax(W x) (eq. 4-5). Capacity is divided
-    so that an expert takes `share` of what one of these may take (eq. 8);
-    `BalanceLoss.zero_computation` weights the balance loss alike (eq. 7), and `TopK.residual` is
-    the router's residual (eq. 6).
+    The router chooses among the experts and these, which are numbered after them. A constant expert
+    returns a_1 x + a_2 v with (a_1, a_2) = softmax(W x) (eq. 4-5). Capacity is divided so that a
+    zero-computation expert may take 1 / `share` times as many tokens as an expert (eq. 8);
+    `BalanceLoss.zero_computation` weights the balance loss in the same way (eq. 7), and
+    `TopK.residual` is the router's residual (eq. 6).
 
     Args:
         sizes: of the layer.
         zero, copy, constant: how many of each.
-        share: tau in the paper; 1 treats all alike.
-        renormalise: the gates of a token that chose a zero sum to 1 without it, as in the
-            authors' code and not in the paper.
+        share: tau in the paper; 1 gives all the same capacity.
+        renormalise: where a token chose a zero expert, its other gates are scaled to sum to 1, as
+            in the authors' code and not in the paper.
     """
 
     name = "zero_computation"
@@ -65,17 +65,17 @@ class ZeroCopyConstant(ChosenCompanion):
         self.vector_MD = parameter(shape, axes, zeros, role="companion") if constant else None
 
     def split(self, decision, num_experts):
-        zero_GTK = decision.expert_GTK - num_experts
-        zero_GTK = (0 <= zero_GTK) & (zero_GTK < self.zero)
+        number_GTK = decision.expert_GTK - num_experts
+        is_zero_GTK = (0 <= number_GTK) & (number_GTK < self.zero)
         if self.renormalise:
-            gate_GTK = jnp.where(zero_GTK | ~decision.keep_GTK, 0, decision.gate_GTK)
+            gate_GTK = jnp.where(is_zero_GTK | ~decision.keep_GTK, 0, decision.gate_GTK)
             sum_GT1 = gate_GTK.sum(-1, keepdims=True)
             gate_GTK = gate_GTK / jnp.where(sum_GT1 > 0, sum_GT1, 1)
-            has_zero_GT1 = (zero_GTK & decision.keep_GTK).any(-1, keepdims=True)
+            has_zero_GT1 = (is_zero_GTK & decision.keep_GTK).any(-1, keepdims=True)
             gate_GTK = jnp.where(has_zero_GT1, gate_GTK, decision.gate_GTK)
             decision = dataclasses.replace(decision, gate_GTK=gate_GTK)
 
-        def part(is_its_GTK, first, count):
+        def only(is_its_GTK, first, count):
             return dataclasses.replace(
                 decision,
                 expert_GTK=jnp.where(is_its_GTK, decision.expert_GTK - first, 0),
@@ -84,12 +84,12 @@ class ZeroCopyConstant(ChosenCompanion):
             )
 
         own_GTK = decision.expert_GTK >= num_experts
-        return part(~own_GTK, 0, num_experts), part(own_GTK, num_experts, self.choices)
+        return only(~own_GTK, 0, num_experts), only(own_GTK, num_experts, self.choices)
 
     def fit_capacity(
         self, own: TokenChoice, capacity: Capacity, inputs: RouterInputs, num_experts: int
     ) -> TokenChoice:
-        """What they take. Nothing on its way to a zero is dropped: it gives nothing."""
+        """The assignments within capacity, and all to zero experts, which cost nothing."""
         if capacity.keeps_all(inputs.train):
             return own
         kept = capacity.fit(own, inputs, self.share * num_experts + self.choices)
@@ -98,16 +98,16 @@ class ZeroCopyConstant(ChosenCompanion):
         )
 
     def among(self, num_experts: int) -> Fraction:
-        """The experts and these, each of which counts 1 / share."""
+        """The experts, and 1 / share for each zero-computation expert."""
         return num_experts + self.choices / self.share
 
     def __call__(self, routed: Routed) -> jax.Array:
-        """(G, T, D): the weighted sum of what they give."""
+        """(G, T, D): the gate-weighted sum of their outputs."""
         assert routed.own is not None
         return self.weighted_sum(routed.x_GTD, gates_GTE(routed.own))
 
     def weighted_sum(self, x_GTD: jax.Array, weight_GTN: jax.Array) -> jax.Array:
-        """(G, T, D): what they give, with these weights."""
+        """(G, T, D): the sum of their outputs with these weights."""
         weight_GTN, split = weight_GTN.astype(x_GTD.dtype), self.zero + self.copy
         y_GTD = weight_GTN[..., self.zero : split].sum(-1, keepdims=True) * x_GTD
         if self.mix_DMX is None or self.vector_MD is None:

@@ -16,7 +16,7 @@ from moe.errors import UserError
 from moe.model import sharding
 from moe.runs.restore import Restored, restore_run
 from moe.training.abstract_model import AbstractModel
-from moe.training.evaluate import Evaluation, evaluate, evaluation_step
+from moe.training.evaluate import Evaluation, batch_scorer, evaluate
 from moe.training.metrics import Routing, health, load_scalars
 from routing.ranges import Count, Size
 
@@ -74,7 +74,7 @@ def evaluate_run(
     shards *= run.model.sequences_per_group if rule == "training" else 1
     batch_size = -(-batch_size // shards) * shards
     batches = data.validation_batches(batch_size, length, stride, max_bytes, causal)
-    score_batch = evaluation_step(run.model, run.mesh, training_rule=rule == "training")
+    score_batch = batch_scorer(run.model, run.mesh, training_rule=rule == "training")
     return evaluate(score_batch, run, batches, run.mesh)
 
 

@@ -48,7 +48,7 @@ def objective_of(bench: Bench):
 
 
 @functools.cache
-def step_of(bench: Bench, setting: Setting) -> train_step.Step:
+def step_of(bench: Bench, setting: Setting) -> train_step.TrainingFunctions:
     """A model, and an optimizer with everything that could touch router state."""
     objective = objective_of(bench)
 
@@ -76,7 +76,7 @@ def step_of(bench: Bench, setting: Setting) -> train_step.Step:
         optax.add_decayed_weights(0.1),
         optax.sgd(0.3, momentum=0.9),
     )
-    return train_step.Step(
+    return train_step.TrainingFunctions(
         graph,
         (abstract[0], abstract[1]),
         objective=objective,

@@ -1,4 +1,4 @@
-"""What a token costs: parameters and FLOPs, total and active. T tokens, K experts per token."""
+"""The parameters and FLOPs of a token, total and active. T tokens, K experts per token."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -15,8 +15,8 @@ from routing.parameters import ROLES, Role
 class Costs:
     """Parameters, and FLOPs of one training token (forward and backward: three times forward).
 
-    An expert assignment costs `flops_per_assignment` in one layer; everything else of a token
-    costs `flops_per_token_base`. A token's FLOPs are base + layers * assignments * that.
+    A token's FLOPs are flops_per_token_base, plus flops_per_assignment for each of its assignments
+    to an expert, in each of the sparse layers.
     """
 
     parameters_total: int
@@ -25,29 +25,33 @@ class Costs:
     flops_per_assignment: int
     sparse_layers: int
     experts_per_token: float
-    rows_per_token: float  # that experts have room for, most of them empty in some decisions
-    num_experts: int = 1  # that cost something
+    rows_per_token: float  # of buffers, which in some decisions are mostly empty
+    num_experts: int = 1  # without zero-computation experts
 
     @property
     def flops_per_token(self) -> int:
-        """With every chosen expert computed."""
+        """The FLOPs of a token, none of whose assignments is dropped."""
         return self.flops_with(self.experts_per_token)
 
     def flops_with(self, assignments_per_token: float) -> int:
-        """With this mean number of experts per token and sparse layer."""
+        """The FLOPs of a token with this mean number of assignments in each sparse layer."""
         work = self.sparse_layers * self.flops_per_assignment * assignments_per_token
         return round(self.flops_per_token_base + work)
 
 
 def costs(model: Transformer, decision_shapes, sequence_length: int) -> Costs:
-    """Counted from the parameters: 6 FLOPs for each weight of a matmul, and attention.
+    """The costs of a model: 6 FLOPs for each weight of a matmul, and those of attention.
 
-    The decision is of the tokens that reach the layer: of a Mixture-of-Depths' block only the share
-    of tokens that goes through pays, and of attention in it the square of that.
-    Not counted: what mixes tokens into soft slots and back, product keys' heads beyond the first,
-    a merge of experts. Attention counts what its mask leaves: T / 2 keys per query on average in a
-    decoder (the window's share where there is one). Embedding look-ups cost nothing; the head
-    does, tied or not.
+    Attention counts the keys that its mask leaves: T / 2 per query on average in a decoder, or the
+    window. In a Mixture-of-Depths block matmuls count in proportion to the share of tokens that go
+    through, attention to its square. The head counts, tied or not; embedding look-ups don't.
+    Not counted: mixing tokens into soft slots and back, the heads of product keys beyond the
+    first, and merging experts.
+
+    Args:
+        model: with or without values.
+        decision_shapes: the routers' decision, stacked over sparse layers; None for a dense model.
+        sequence_length: T.
     """
     total, in_experts = size_of(model), size_of(model, ("expert",))
     num_experts = model.moe_layers_of_units()[0].num_experts if in_experts else 1
@@ -83,36 +87,36 @@ def costs(model: Transformer, decision_shapes, sequence_length: int) -> Costs:
 
 
 def parameters_of(module: nnx.Module) -> list[tuple[Role, tuple[int, ...]]]:
-    """Role and shape of every parameter, with the layers that it is stacked over."""
+    """Role and shape of every parameter; shapes include stacked layers."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return [(variable.get_metadata()["role"], variable.shape) for _, variable in flat]
 
 
 def size_of(module: nnx.Module, roles: Sequence[Role] = ROLES) -> int:
-    """How many numbers its parameters of these roles hold."""
+    """The number of scalars in a module's parameters of these roles."""
     return sum(math.prod(shape) for role, shape in parameters_of(module) if role in roles)
 
 
 def matmul_size(module: nnx.Module, tied: bool) -> int:
-    """Parameters that every token is multiplied with: none of experts, norms, biases and tables.
+    """The number of weights in matmuls of every token: no experts, norms, biases or tables.
 
-    tied: the embedding is the head, too.
+    tied: whether the embedding is the head, too.
     """
-    apart = {"expert", "norm", "position"} | (set() if tied else {"embedding"})
+    excluded = {"expert", "norm", "position"} | (set() if tied else {"embedding"})
     return sum(
         math.prod(shape)
         for role, shape in parameters_of(module)
-        if role not in apart and len(shape) >= 2
+        if role not in excluded and len(shape) >= 2
     )
 
 
 def through(layer) -> float:
-    """The share of the tokens that a layer works on in training."""
+    """The share of the tokens that go through a layer in training."""
     return layer.depth_router.capacity if isinstance(layer, DepthBlock) else 1.0
 
 
 def _attention_flops(model: Transformer, stack, length: int) -> int:
-    """Of one token in all layers of a stack, forward and backward."""
+    """The FLOPs of attention for one token in all layers of a stack, forward and backward."""
     total = 0
     for layer in stack.unit.blocks:
         (block,) = blocks_of([layer])
@@ -121,17 +125,17 @@ def _attention_flops(model: Transformer, stack, length: int) -> int:
         seen = length / 2 if model.causal else length
         if attention.window is not None:
             seen = min(seen, attention.window)
-        # So many tokens, each of which sees so many.
+        # Both the queries and their keys are only the tokens that go through.
         total += round(through(layer) ** 2 * 3 * 4 * seen * heads * width) * stack.repeats
     return total
 
 
 def experts_per_token(decision_shapes, model: Transformer) -> float:
-    """Experts that work on a token in the mean, where every expert gets its share.
+    """The mean number of experts that compute a token, with balanced experts.
 
-    As many as a decision has rows for, unless the router says how many it aims at. Of choices among
-    experts and zero-computation ones, those to experts, as capacity is shared out (MoE++, eq. 8).
-    A choice that stands by chance (GShard's second) counts as made.
+    As many as the decision has rows for, or the number that the router declares. Where routers
+    choose among experts and zero-computation experts, the experts' part is that of capacity
+    (MoE++, eq. 8). A choice that is made at random (GShard's second) counts as made.
     """
     rows = rows_per_token(decision_shapes)
     if not any(model.is_moe):
@@ -145,7 +149,7 @@ def experts_per_token(decision_shapes, model: Transformer) -> float:
 
 
 def rows_per_token(decision_shapes) -> float:
-    """Assignments per token of a decision, from the shapes of its record (leading layer axis)."""
+    """The rows of expert buffers per token, from the shapes of a decision (leading layer axis)."""
     if decision_shapes is None:
         return 0.0
     if hasattr(decision_shapes, "expert_GTK"):

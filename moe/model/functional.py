@@ -1,4 +1,4 @@
-"""A model as data: parameters and router state by dotted name, and the graph that joins them."""
+"""A model as arrays by dotted name, parameters and router state, and the graph that merges them."""
 
 from collections.abc import Callable
 import dataclasses
@@ -14,16 +14,24 @@ Arrays = dict[str, Any]  # jax.Array; jax.ShapeDtypeStruct in an abstract model
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """Everything of a model but its values: joins `params` and `state` into a module again."""
+    """A model without its values; `merge` makes a module of it and arrays.
+
+    Attributes:
+        graphdef: Flax's graph of the module.
+        paths: the path of every variable, by dotted name.
+        axes: the logical axes of every variable.
+        roles: the role of every parameter.
+        variables: the variables with abstract values.
+    """
 
     graphdef: Any
     paths: dict[str, tuple]
     axes: dict[str, tuple[str | None, ...]]
-    roles: dict[str, Role]  # of the parameters
+    roles: dict[str, Role]
     variables: dict[str, nnx.Variable]
 
     def merge(self, params: Arrays, state: Arrays) -> Any:
-        """The module with these values; cheap, and free inside jit."""
+        """The module with these values. Costs nothing inside jit."""
         values = params | state
         flat = [
             (path, self.variables[name].replace(values[name])) for name, path in self.paths.items()
@@ -32,7 +40,7 @@ class Graph:
 
 
 def split(model: nnx.Module) -> tuple[Graph, Arrays, Arrays]:
-    """The graph, the parameters and the router state; names are dotted paths."""
+    """The graph, parameters and router state of a model, by dotted name."""
     graphdef, everything = nnx.split(model)
     flat = {".".join(map(str, path)): (path, v) for path, v in nnx.to_flat_state(everything)}
     axes = {}
@@ -54,11 +62,11 @@ def split(model: nnx.Module) -> tuple[Graph, Arrays, Arrays]:
 
 
 def abstract(make: Callable[[], nnx.Module]) -> tuple[Graph, Arrays, Arrays]:
-    """The model without any memory for its values: they are `ShapeDtypeStruct`s."""
+    """The same for a model that is never allocated: its values are `ShapeDtypeStruct`s."""
     return split(nnx.eval_shape(make))
 
 
-def first_values(graph: Graph, params: Arrays, state: Arrays, seed) -> tuple[Arrays, Arrays]:
-    """Parameters and router state at the start; depends on the seed and names alone. For jit."""
+def initial_values(graph: Graph, params: Arrays, state: Arrays, seed) -> tuple[Arrays, Arrays]:
+    """Initial parameters and router state, which depend on seed and names alone; jittable."""
     _, params, state = split(initialize(graph.merge(params, state), seed))
     return params, state

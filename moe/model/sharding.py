@@ -1,7 +1,7 @@
-"""Where arrays live: one table from logical axes to mesh axes, and the mesh.
+"""The mesh, and the sharding rules: one table from logical axes to mesh axes.
 
-Mesh axes: data (replicas), fsdp (parameters cut along the model width), expert, tensor, sequence
-(long sequences cut into pieces: only keys and values, and what routers count, are put together).
+Mesh axes: data (replicas), fsdp (parameters sharded along the model width), expert, tensor, and
+sequence (tokens of long sequences: only keys, values and router statistics are gathered).
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from routing.ranges import MeshSize
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 
-# Logical axis -> mesh axes. "embed" cuts parameters only: activations name no axis for the width.
+# Logical axis -> mesh axes. "embed" shards parameters only: activations don't name their width.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("sequence",),
-    "part": ("data", "fsdp", "expert", "sequence"),  # pieces of batch and length
+    "shard": ("data", "fsdp", "expert", "sequence"),  # shards of batch and length
     "expert_group": ("data", "fsdp"),
     "slot": ("sequence",),
     "expert": ("expert",),
@@ -38,14 +38,14 @@ RULES: dict[str, tuple[str, ...]] = {
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """The size of each mesh axis; at most one may be -1, which takes the devices that are left.
+    """The size of each mesh axis; one may be -1, for all devices that the others leave.
 
     Attributes:
-        data: cuts the sequences of a batch.
-        fsdp: cuts sequences, and parameters along the model width.
-        expert: cuts sequences, and experts.
-        tensor: cuts heads, hidden units and the vocabulary.
-        sequence: cuts every sequence's tokens.
+        data: shards the sequences of a batch.
+        fsdp: shards sequences, and parameters along the model width.
+        expert: shards sequences, and experts.
+        tensor: shards heads, hidden units and the vocabulary.
+        sequence: shards every sequence's tokens.
     """
 
     data: MeshSize = -1
@@ -72,7 +72,7 @@ class MeshShape:
                 f"devices, but there are {len(devices)}; set one axis to -1 to use what is there"
             )
         sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
-        # Auto axes: the compiler partitions what our constraints leave open.
+        # Auto axes: the compiler chooses shardings where no logical constraint says one.
         auto = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
         slices = len({getattr(device, "slice_index", None) for device in devices})
         if sizes[0] % slices:
@@ -82,45 +82,45 @@ class MeshShape:
             )
         # An axis may take part of a dimension of a TPU's torus: 8 of 4 x 4 x 4, say.
         if slices == 1:
-            placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+            grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         else:
-            placed = mesh_utils.create_hybrid_device_mesh(
+            grid = mesh_utils.create_hybrid_device_mesh(
                 [sizes[0] // slices, *sizes[1:]],
                 [slices, *(1 for _ in sizes[1:])],
                 devices,
                 allow_split_physical_axes=True,
             )
-        return Mesh(placed, MESH_AXES, axis_types=auto)
+        return Mesh(grid, MESH_AXES, axis_types=auto)
 
 
 def spec(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-    """The mesh axes of each dimension; a dimension that does not divide stays whole."""
+    """The mesh axes of each dimension; one that the mesh does not divide is replicated."""
     used: set[str] = set()
-    parts = []
+    entries = []
     for axis, size in zip(axes, shape, strict=True):
         names = [n for n in RULES[axis] if n not in used] if axis else []
         names = [n for n in names if mesh.shape[n] > 1]
         if names and size % math.prod(mesh.shape[n] for n in names):
             names = []
         used.update(names)
-        parts.append(tuple(names) if names else None)
-    return PartitionSpec(*parts)
+        entries.append(tuple(names) if names else None)
+    return PartitionSpec(*entries)
 
 
 def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
-    """Where an array with these logical axes lives."""
+    """The sharding of an array with these logical axes."""
     return NamedSharding(mesh, spec(mesh, axes, shape))
 
 
 def rule(mesh: Mesh):
-    """For `layers.constrain.sharding_rules`; None on one device, where nothing is to be placed."""
+    """The rule for `layers.logical_axes.sharding_rules`; None on a single device."""
     if mesh.size == 1:
         return None
     return lambda axes, shape: sharding(mesh, axes, shape)
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the mesh cuts a batch's sequences."""
+    """Into how many shards the mesh cuts a batch's sequences."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 

@@ -15,9 +15,9 @@ from jaxtyping import Array, Float
 
 from layers.attention import Attention
 from layers.block import Block
-from layers.constrain import constrain
 from layers.experts.feed_forward import FeedForward
 from layers.linear import linear
+from layers.logical_axes import logical_constraint
 from layers.mixture_of_depths import DepthBlock
 from layers.moe_layer import MoELayer
 from layers.norms import RMSNorm
@@ -41,20 +41,20 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @nnx.dataclass
 class ModelOutput(nnx.Pytree):
-    """hidden_BTD is normalised, ready for `Transformer.logits`.
+    """Normalised hidden states, for `Transformer.logits`, and the outputs of the routers.
 
-    routers is stacked over sparse layers, depths over the layers that only some tokens go through.
+    routers: of the MoE layers, stacked over them. mod_routers: of the Mixture-of-Depths layers.
     """
 
     hidden_BTD: Float[Array, "B T D"] = nnx.data()
     routers: RouterOutput | None = nnx.data(default=None)
-    depths: RouterOutput | None = nnx.data(default=None)
+    mod_routers: RouterOutput | None = nnx.data(default=None)
 
 
 def runs_of_layers(kinds: Iterable) -> list[tuple[tuple, int]]:
-    """(pattern, repeats) pairs that spell out the layers: the fewest traced blocks first.
+    """The layers as (pattern, repeats) pairs, with as few blocks to trace as possible.
 
-    [0,1,0,1] is one run of (0,1) twice; [0,1,1,1] is (0) once, then (1) three times.
+    [0, 1, 0, 1] is (0, 1) twice; [0, 1, 1, 1] is (0) once and (1) three times.
     """
     layers = tuple(kinds)
     for period in range(1, len(layers) // 2 + 1):
@@ -70,7 +70,7 @@ def runs_of_layers(kinds: Iterable) -> list[tuple[tuple, int]]:
 
 
 def stacks_of(kinds: Iterable[tuple], make_block, remat: Remat, scan: bool) -> list[Stack]:
-    """The layers, each made by make_block(*kind)."""
+    """The layers as stacks to scan over; make_block(*kind) makes a layer's block."""
     stacks, first = [], 0
     for pattern, repeats in runs_of_layers(kinds):
 
@@ -83,7 +83,7 @@ def stacks_of(kinds: Iterable[tuple], make_block, remat: Remat, scan: bool) -> l
 
 
 def learned_positions(positions, max_length: int | None, d_model: int) -> LearnedPositions | None:
-    """Where positions are learned; raise ValueError where it is not said how many."""
+    """The table of learned positions, None for other kinds; ValueError without `max_length`."""
     if positions != "learned":
         return None
     if max_length is None:
@@ -96,32 +96,33 @@ class Transformer(nnx.Module):
     """A decoder, or with causal=False an encoder for masked tokens.
 
     Args:
-        vocab_size: V, given by the tokenizer and the objective.
-        causal: given by the objective.
-        text: given by the data, for routers that count in it before training.
+        vocab_size: V, from the tokenizer and the objective.
+        causal: whether a token attends to no later one; from the objective.
+        text: the training text, for routers that count token ids in it before training.
         d_model: D.
         num_layers: all layers, dense and sparse.
         num_heads: H; D / 64, at least 1, where None.
         moe: `MoELayer`, or None for the dense model.
         moe_every: layers n-1, 2n-1, ... (from 0) are sparse.
         moe_layers: exactly these layers (from 0) are sparse; then moe_every must be 1.
-        depth_router: a `DepthRouter` such as `MixtureOfDepths`, which lets only some tokens through
-            a layer; None for all.
-        depth_every: layers n-1, 2n-1, ... (from 0) have one.
+        depth_router: a `DepthRouter` such as `MixtureOfDepths`, which chooses the tokens that go
+            through a layer; None: all do.
+        depth_every: layers n-1, 2n-1, ... (from 0) have a depth router.
         positions: rotary, alibi, learned, sinusoidal or none.
-        max_length: tokens per sequence at most; needed by learned positions alone.
+        max_length: the most tokens of a sequence; for learned positions alone.
         norm, feed_forward, attention, block: the classes that layers are made of (`RMSNorm` or
             `LayerNorm`, and so on).
         tie_embeddings: the head is the embedding's transpose.
-        remat: what the backward pass recomputes: none, full, dots or dots_with_batch. What the
-            routers decided is always kept.
+        remat: what the backward pass recomputes: "none"; "full", everything; "dots", all but
+            matmuls without a batch axis; "dots_with_batch", all but matmuls. Routing is always
+            saved.
         compute_dtype: of matmuls and activations; parameters, routers and losses are float32.
         scan: loop over equal layers (compiles once) or unroll them.
-        allow_leaks: a decoder may have a router that sees the future, to measure what that seems
-            to gain; it can't generate text.
+        allow_leaks: allow a decoder whose router sees later tokens, to measure how far that
+            flatters its loss; it can't generate text.
 
     Raises:
-        ValueError: sizes that don't fit each other; a router that can't be causal in a decoder.
+        ValueError: sizes are incompatible, or a decoder's router is not causal.
     """
 
     def __init__(
@@ -160,26 +161,22 @@ class Transformer(nnx.Module):
             (vocab_size, d_model), ("vocab", "embed"), normal(0.02), role="embedding"
         )
         self.learned = learned_positions(positions, max_length, d_model)
-        scale = 0.5 / num_layers
-        make_attention = functools.partial(
-            attention,
-            num_heads=num_heads or max(1, d_model // 64),
-            positions=positions,
-            causal=causal,
-            out_scale=scale,
-        )
+        scale, heads = 0.5 / num_layers, num_heads or max(1, d_model // 64)
+        shared = {"positions": positions, "causal": causal, "out_scale": scale}
+        make_attention = functools.partial(attention, num_heads=heads, **shared)
         make_dense = functools.partial(feed_forward, out_scale=scale)
-        given = {"vocab_size": vocab_size, "text": text, "out_scale": scale}
-        make_moe = moe and functools.partial(moe, **given, sparse_layers=sum(is_moe))
+        options = {"vocab_size": vocab_size, "text": text, "out_scale": scale}
+        make_moe = moe and functools.partial(moe, **options, sparse_layers=sum(is_moe))
         sizes = Sizes(d_model, 1, vocab_size, text)
 
         def make_block(sparse, deep):
-            kind = make_moe if sparse else make_dense
-            made = block(d_model, make_attention, kind, norm=norm)
-            return DepthBlock(made, depth_router(sizes)) if depth_router and deep else made
+            make = make_moe if sparse else make_dense
+            plain = block(d_model, make_attention, make, norm=norm)
+            return DepthBlock(plain, depth_router(sizes)) if depth_router and deep else plain
 
-        kinds = zip(is_moe, is_deep, strict=True)
-        self.stacks = nnx.List(stacks_of(kinds, make_block, remat, scan))
+        self.stacks = nnx.List(
+            stacks_of(zip(is_moe, is_deep, strict=True), make_block, remat, scan)
+        )
         self.final_norm = norm(d_model)
         head = (d_model, vocab_size), ("embed", "vocab"), truncated_normal()
         self.head_DV = None if tie_embeddings else parameter(*head, role="head")
@@ -188,17 +185,17 @@ class Transformer(nnx.Module):
             raise ValueError(self.leak)
 
     def moe_layers_of_units(self) -> list[MoELayer]:
-        """One representative of the sparse layers of each unit (its parameters are stacked)."""
+        """The MoE layers of each scanned unit; their parameters are stacked over repeats."""
         return [layer for stack in self.stacks for layer in moe_layers(stack.unit.blocks)]
 
     @property
     def depth_router(self) -> DepthRouter | None:
-        """One of its routers of depth (their parameters are stacked); None where it has none."""
+        """The first Mixture-of-Depths router (its parameters are stacked); None without any."""
         layers = [block for stack in self.stacks for block in stack.unit.blocks]
         return next((b.depth_router for b in layers if isinstance(b, DepthBlock)), None)
 
     def _leak(self) -> str | None:
-        """How a later token would change an earlier one at evaluation, and what to do instead."""
+        """Why later tokens change earlier ones at evaluation, and what to set; or None."""
         for layer in self.moe_layers_of_units():
             if layer.capacity.leaks_at_evaluation:
                 return (
@@ -219,10 +216,12 @@ class Transformer(nnx.Module):
     def __call__(
         self, tokens: Tokens | ArrayLike | Sequence, global_batch: GlobalBatch | None = None
     ) -> ModelOutput:
-        """Hidden states of every position and what the routers said.
+        """Hidden states (B, T, D), and the decisions, losses and statistics of the routers.
 
-        tokens: or token ids (B, T) or (T,) alone, evaluated as documents without padding.
-        global_batch: its statistics, stacked over sparse layers, in a micro-batch that needs them.
+        tokens: a batch; or token ids (B, T) or (T,), which are evaluated as documents without
+            padding.
+        global_batch: in a micro-batch whose losses need them, the statistics of the global batch,
+            stacked over sparse layers.
         """
         tokens = tokens if isinstance(tokens, Tokens) else Tokens.of(tokens)
         dtype = DTYPES[self.compute_dtype]
@@ -231,13 +230,13 @@ class Transformer(nnx.Module):
             x_BTD = x_BTD + self.learned(tokens.position_BT) * (1 / 0.02)
         elif self.positions == "sinusoidal":
             x_BTD = x_BTD + sinusoidal(tokens.position_BT, self.d_model)
-        x_BTD = constrain(x_BTD.astype(dtype), "batch", "length", None)
-        tokens = self._before_the_first(tokens)
+        x_BTD = logical_constraint(x_BTD.astype(dtype), "batch", "length", None)
+        tokens = self._with_zero_logits(tokens)
         outputs, mod_outputs, done = [], [], 0
         for stack in self.stacks:
             per_unit = sum(b.is_moe for b in stack.unit.blocks)
-            steps = per_block(global_batch, done, per_unit, stack.repeats)
-            x_BTD, logits_BTE, output, mod_output = stack(x_BTD, tokens, steps)
+            statistics = per_block(global_batch, done, per_unit, stack.repeats)
+            x_BTD, logits_BTE, output, mod_output = stack(x_BTD, tokens, statistics)
             tokens = tokens.with_previous_logits(logits_BTE)
             done += per_unit * stack.repeats
             outputs += [] if output is None else [output]
@@ -245,28 +244,28 @@ class Transformer(nnx.Module):
         hidden_BTD = self.final_norm(x_BTD)  # pyright: ignore[reportCallIssue]
         return ModelOutput(hidden_BTD, over_layers(outputs), over_layers(mod_outputs))
 
-    def _before_the_first(self, tokens: Tokens) -> Tokens:
-        """The tokens with logits of zero, where routers read those of the sparse layer before."""
+    def _with_zero_logits(self, tokens: Tokens) -> Tokens:
+        """The tokens with previous logits of zero, where routers read previous logits."""
         for layer in self.moe_layers_of_units():
             if layer.router.reads_previous_logits:
                 shape = (*tokens.token_BT.shape, layer.router.num_experts)
-                logits_BTE = constrain(jnp.zeros(shape), "batch", "length", None)
+                logits_BTE = logical_constraint(jnp.zeros(shape), "batch", "length", None)
                 return tokens.with_previous_logits(logits_BTE)
         return tokens
 
     def head(self) -> jax.Array:
-        """(D, V) float32: what hidden states are multiplied with."""
+        """The output weights (D, V), float32."""
         if self.head_DV is not None:
             return self.head_DV[...]
         return self.embedding_VD[...].T / (0.02 * self.d_model**0.5)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
-        """(B, T, V) float32."""
+        """The logits (B, T, V) of hidden states, float32."""
         logits_BTV = linear(hidden_BTD, self.head(), dtype=jnp.float32)
-        return constrain(logits_BTV, "batch", None, "vocab")
+        return logical_constraint(logits_BTV, "batch", None, "vocab")
 
     def update_router_state(self, stats: RouterStats) -> None:
-        """The routers' state after a step with these statistics (stacked over sparse layers)."""
+        """Update router state in place from a step's statistics, stacked over sparse layers."""
         done = 0
         for stack in self.stacks:
             per_unit = sum(b.is_moe for b in stack.unit.blocks)
@@ -277,12 +276,15 @@ class Transformer(nnx.Module):
 
 
 def over_layers(outputs: list[RouterOutput]) -> RouterOutput | None:
-    """The outputs of several stacks as one over all their layers."""
+    """The outputs of several stacks, concatenated along the layer axis."""
     return jax.tree.map(lambda *a: jnp.concatenate(a), *outputs) if outputs else None
 
 
 def per_block(tree, first: int, per_unit: int, repeats: int):
-    """Leaves stacked over sparse layers, cut for one stack: a list, each stacked over repeats."""
+    """For each sparse block of one stack's unit its part of the tree, stacked over repeats.
+
+    tree: leaves stacked over all sparse layers, of which the stack's begin at `first`.
+    """
     if tree is None or not per_unit:
         return None
     last = first + per_unit * repeats
@@ -292,7 +294,7 @@ def per_block(tree, first: int, per_unit: int, repeats: int):
 
 
 def sparse_layers(num_layers, has_moe, every, listed, name="moe") -> tuple[bool, ...]:
-    """Which layers are sparse (or have a depth router); ValueError for a choice that can't be."""
+    """Which layers are sparse, or have a depth router; ValueError for impossible settings."""
     if num_layers < 1:
         raise ValueError(f"Transformer.num_layers={num_layers} must be at least 1")
     if not has_moe:

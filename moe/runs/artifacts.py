@@ -26,7 +26,7 @@ def final_evaluation(
 ) -> evaluate.Evaluation:
     """The evaluation of the trained model on the held-out documents, with its progress shown.
 
-    score_batch: an `evaluate.evaluation_step`.
+    score_batch: a function of `evaluate.batch_scorer`.
     """
     batches = setup.final_held_out
     size = f"{batches.num_bytes:,} bytes in {batches.num_documents} held-out documents"

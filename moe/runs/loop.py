@@ -51,7 +51,7 @@ class Loop:
         """The loop of a run; origin: the entry of run.json that names the run it started from."""
         compiling, spec = metrics.display.compiling, setup.spec
         train_step = compiling(setup.program.step, "the training step")
-        score_batch = evaluate.evaluation_step(setup.model, setup.mesh)
+        score_batch = evaluate.batch_scorer(setup.model, setup.mesh)
         score_batch = compiling(score_batch, "the evaluation")
         extra = {
             "data": setup.text.fingerprint(),

@@ -1,4 +1,4 @@
-"""A model without values: its graph, shapes and costs. V tokens in the vocabulary."""
+"""A model without values: its graph, shapes and costs. V vocabulary."""
 
 from collections.abc import Callable
 import dataclasses
@@ -23,7 +23,19 @@ from routing.training_text import TokenSequence
 
 @dataclasses.dataclass(frozen=True)
 class AbstractModel:
-    """A model without values: its graph, its shapes, and one module to ask for its settings."""
+    """A model without values.
+
+    Attributes:
+        graph: merges parameters and router state into a module.
+        shapes: of parameters and router state.
+        module: with abstract values, from which settings are read.
+        objective: as of the run.
+        costs: parameters and FLOPs.
+        sequence_length: T.
+        num_bytes_2V: bytes of text that each token decodes to, as a document's first token and
+            elsewhere.
+        kind: of the routers' decisions: a kind of `metrics.health`.
+    """
 
     graph: Graph
     shapes: tuple[Arrays, Arrays]
@@ -31,12 +43,12 @@ class AbstractModel:
     objective: Objective
     costs: flops.Costs
     sequence_length: int
-    num_bytes_2V: np.ndarray  # bytes of text that each token gives back: first, later
-    kind: str  # how its sparse layers share out their work: a word of `metrics.health`
+    num_bytes_2V: np.ndarray
+    kind: str
 
     @property
     def moe_layer(self):
-        """One of its sparse layers, or None for a dense model."""
+        """The first MoE layer, or None for a dense model."""
         return next(iter(self.module.moe_layers_of_units()), None)
 
     @property
@@ -45,22 +57,25 @@ class AbstractModel:
 
     @property
     def loss_coefficients(self) -> dict[str, float]:
-        """The router losses that are in effect."""
-        told = {}
+        """The coefficients of the router losses, by name."""
+        coefficients = {}
         if self.moe_layer is not None:
             router = self.moe_layer.router
-            told = {loss.name: router.weight_of(loss) for loss in router.losses}
-            told |= dict(router.policy_losses)
+            coefficients = {loss.name: router.weight_of(loss) for loss in router.losses}
+            coefficients |= dict(router.policy_losses)
         if self.module.depth_router is not None:
             depth = self.module.depth_router
-            told |= {f"depth/{loss.name}": loss.coefficient for loss in depth.losses}
-        return told
+            coefficients |= {f"depth/{loss.name}": loss.coefficient for loss in depth.losses}
+        return coefficients
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """Of a tokenizer. num_bytes_2V: bytes of text that each token gives back, as a document's first
-    and anywhere else; one where None."""
+    """What a model needs to know of a tokenizer.
+
+    num_bytes_2V: bytes of text that each token decodes to, as a document's first token and
+    elsewhere; one byte each where None.
+    """
 
     size: int
     num_bytes_2V: np.ndarray | None = None
@@ -79,13 +94,19 @@ def abstract_model(
     sequence_length: int,
     training_tokens: TokenSequence | None = None,
 ) -> AbstractModel:
-    """The model that `make` and an objective stand for.
+    """Trace a model without allocating it.
 
-    training_tokens: the training text (N,), for routers that count in it before they start; a
-    model whose values are restored needs none.
+    Args:
+        make: the transformer's class, with its settings.
+        objective: decides whether the model is causal, and adds tokens to the vocabulary.
+        vocabulary: of the tokenizer.
+        batch_size: B, for the shapes of the routers' decision.
+        sequence_length: T.
+        training_tokens: the training text (N,), for routers that count token ids in it. A model
+            whose values are restored needs none.
 
     Raises:
-        UserError: sizes that don't fit; a router that can't do what the objective asks.
+        UserError: sizes are incompatible, or a router is not causal where the objective is.
     """
     vocab_size = vocabulary.size + objective.extra_tokens
     text = None if training_tokens is None else TrainingText(training_tokens, vocab_size)
@@ -106,7 +127,7 @@ def abstract_model(
     num_bytes_2V = vocabulary.num_bytes_2V
     if num_bytes_2V is None:
         num_bytes_2V = np.ones((2, vocabulary.size), np.int32)
-    # The objective's own tokens give nothing back.
+    # The objective's extra tokens decode to nothing.
     num_bytes_2V = np.pad(num_bytes_2V, ((0, 0), (0, objective.extra_tokens)))
     shapes = (shapes[0], shapes[1])
     kind = kind_of(module, decision)
@@ -116,7 +137,7 @@ def abstract_model(
 
 
 def kind_of(module: Transformer, decision: Decision | None) -> str:
-    """How the sparse layers share out their work, by what their routers decide."""
+    """The kind of the routers' decisions: a kind of `metrics.health`."""
     if decision is None:
         return metrics.DENSE
     if any(layer.experts.are_neurons for layer in module.moe_layers_of_units()):
@@ -127,19 +148,19 @@ def kind_of(module: Transformer, decision: Decision | None) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """gin adds where it was called to a message; the user needs the first line."""
+    """The first line of a message: gin appends the call stack to it."""
     return str(error).strip().splitlines()[0]
 
 
 def _decision(graph: Graph, shapes, shape: tuple[int, int]) -> Decision | None:
-    """The shapes of the routers' decision in training, without running anything."""
+    """The abstract decision of the routers in training, None for a dense model."""
     tokens = abstract_tokens(shape)
     out = jax.eval_shape(lambda p, s, t: graph.merge(p, s)(t), *shapes, tokens)
     return out.routers.decision if out.routers is not None else None
 
 
 def abstract_tokens(shape: tuple[int, int]) -> Tokens:
-    """The shapes of (B, T) tokens in training."""
+    """Abstract tokens of shape (B, T) in training."""
     integers: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
     index_B: Any = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from layers.constrain import sharding_rules
 from layers.kernels.cross_entropy import cross_entropy_sum
+from layers.logical_axes import sharding_rules
 from moe.data.batches import ValidationBatches
 from moe.errors import UserError
 from moe.machine import processes
@@ -23,9 +23,15 @@ from moe.training.train_step import to_devices
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """loss in nats per scored token of text; bytes are those that the scored tokens give back.
+    """The scores of some documents.
 
-    Of masked tokens, only the hidden ones are scored.
+    Attributes:
+        loss: nats per scored token. With masked tokens only the masked ones are scored.
+        bits_per_byte: of the text that the scored tokens decode to.
+        tokens: scored tokens of text.
+        bytes: the bytes of text that they decode to.
+        documents: how many were scored.
+        routing: statistics over all batches; None for a dense model.
     """
 
     loss: float
@@ -37,7 +43,7 @@ class Evaluation:
 
 
 class Values(Protocol):
-    """What a model computes with."""
+    """Parameters and router state, as a TrainState or a restored run has them."""
 
     @property
     def params(self) -> Arrays: ...
@@ -46,15 +52,16 @@ class Values(Protocol):
     def router_state(self) -> Arrays: ...
 
 
-def evaluation_step(model: AbstractModel, mesh: Mesh, *, training_rule: bool = False) -> Callable:
-    """The jitted forward pass of one batch: nats, tokens and bytes of scored text, summed, and
-    what the routers said.
+def batch_scorer(model: AbstractModel, mesh: Mesh, *, training_rule: bool = False) -> Callable:
+    """A jitted function score_batch(params, router_state, batch).
 
-    training_rule: routers decide as in training, with noise and capacity, though nothing learns.
+    It returns (nats, tokens, bytes), summed over the scored text, and the routers' output.
+
+    training_rule: routers decide as in training, with noise and capacity, but nothing is learned.
     """
     graph, objective = model.graph, model.objective
 
-    def step(params, router_state, batch):
+    def score_batch(params, router_state, batch):
         key = objectives.step_key(0, objectives.EVALUATION)
         module = graph.merge(params, router_state)
         num_bytes_2V = jnp.asarray(model.num_bytes_2V)
@@ -67,30 +74,34 @@ def evaluation_step(model: AbstractModel, mesh: Mesh, *, training_rule: bool = F
         return (nats, text_BT.sum(), num_bytes), routers
 
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return jax.jit(step, out_shardings=everywhere)
+    return jax.jit(score_batch, out_shardings=everywhere)
 
 
 def evaluate(
-    step: Callable,
+    score_batch: Callable,
     state: Values,
     batches: ValidationBatches,
     mesh: Mesh,
     say: Callable[[int, int], None] = lambda done, of: None,
 ) -> Evaluation:
-    """Every token of the batches' documents scored once by an `evaluation_step`.
+    """Score every token of the batches' documents once.
 
-    state: whatever holds the parameters and router state: a TrainState, or a restored run.
-    `say(done, of)` is called after each batch.
+    Args:
+        score_batch: a function of `batch_scorer`.
+        state: parameters and router state.
+        batches: of the documents.
+        mesh: the one that score_batch was made for.
+        say: say(done, of) is called after each batch.
 
     Raises:
-        UserError: nothing is scored, so that there is nothing to divide by.
+        UserError: no token of text is scored.
     """
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.RULES["batch"]))
     rows = processes.rows(where, batches.batch_size)
     nats, scored, num_bytes, routers = 0.0, 0, 0, None
     for i in range(len(batches)):
         batch = to_devices(batches.batch(i, rows), where, batches.batch_size)
-        sums, routers_i = jax.device_get(step(state.params, state.router_state, batch))
+        sums, routers_i = jax.device_get(score_batch(state.params, state.router_state, batch))
         nats, scored, num_bytes = (
             nats + float(sums[0]),
             scored + int(sums[1]),
@@ -109,5 +120,5 @@ def evaluate(
 
 
 def _add(a, b):
-    """Statistics add up; losses are left as they were in the first batch."""
+    """a with the statistics of both summed; its losses stay those of the first batch."""
     return dataclasses.replace(a, stats=jax.tree.map(jnp.add, a.stats, b.stats))

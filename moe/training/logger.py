@@ -1,4 +1,4 @@
-"""What a run's numbers may be given to, beside its own logs: interfaces alone."""
+"""Interfaces of what receives a run's metrics beside its own logs."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,14 +11,14 @@ Scalars = Mapping[str, float]
 
 @runtime_checkable
 class Writer(Protocol):
-    """What takes the numbers of one start of a run."""
+    """Receives the metrics of a run, from one start of it to its end or pause."""
 
     def scalars(self, step: int, values: Scalars) -> None:
-        """The numbers of a logged step, by name; `step` counts optimizer updates."""
+        """Receive the metrics of a logged optimizer step, by name."""
         ...
 
     def close(self) -> None:
-        """The run ends or pauses."""
+        """Finish: the run ends or pauses."""
         ...
 
 
@@ -27,15 +27,17 @@ class Logger(Protocol):
     """Settings of a writer, such as `WandB(project="moe")`."""
 
     def open(self, folder: Path, run: dict[str, Any]) -> Writer:
-        """Start, or go on with what an earlier start of the same run wrote.
+        """A writer that continues the log of the run's earlier starts, if there were any.
 
-        folder: the run's. run: what its run.json holds.
+        Args:
+            folder: the run's.
+            run: the contents of its run.json.
 
         Raises:
-            UserError: a package that is missing, or a service that refuses.
+            UserError: a package is missing, or a service refuses.
         """
         ...
 
 
-# A function of a step's routing (None for a dense model) and numbers, which gives further numbers.
+# From a step's routing (None for a dense model) and metrics to further metrics.
 Metric = Callable[[Routing | None, dict[str, float]], dict[str, float]]

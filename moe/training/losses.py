@@ -1,4 +1,4 @@
-"""What a step's loss is made of: the task's, the routers' auxiliary losses, and policy losses.
+"""The training loss: the task's loss, the routers' auxiliary losses, and policy losses.
 
 B batch, T tokens, L sparse layers.
 """
@@ -16,11 +16,13 @@ from routing import Policy, RouterOutput
 
 @nnx.dataclass
 class Losses(nnx.Pytree):
-    """Nats per scored token, by where they come from; a gradient is that of their sum.
+    """The parts of the training loss; gradients are those of their sum.
 
-    task: of the tokens to be predicted, which is what a run reports as its loss. auxiliary: the
-    routers' own losses, weighted and summed over layers. policy: those that only the objective can
-    complete, for routers with a policy; weighted and summed too.
+    Attributes:
+        task: cross entropy in nats per scored token, which a run reports as its loss.
+        auxiliary: the routers' losses, weighted and summed over layers.
+        policy: for routers with a policy, the losses that need each token's cross entropy; weighted
+            and summed over layers.
     """
 
     task: Float[Array, ""] = nnx.data()
@@ -34,53 +36,65 @@ class Losses(nnx.Pytree):
 
 @nnx.dataclass
 class Measured(nnx.Pytree):
-    """What a micro-batch measured, as its part of the batch: these parts are added up.
+    """The losses and statistics of a micro-batch, scaled so that they sum to those of the batch.
 
-    text_nats: of scored tokens of text, summed. routers: the sparse layers' losses and statistics.
-    depths: losses and counts, as shares of the tokens, of Mixture-of-Depths routers, by layer.
+    Attributes:
+        losses: divided by the scored tokens of the whole batch.
+        text_nats: cross entropy summed over scored tokens of text.
+        routers: losses and statistics of the MoE layers' routers; without a decision.
+        mod: of the Mixture-of-Depths routers, by name: losses, and counts divided by the batch's
+            tokens (L,).
     """
 
     losses: Losses = nnx.data()
     text_nats: Float[Array, ""] = nnx.data()
     routers: RouterOutput | None = nnx.data()
-    depths: dict[str, Array] | None = nnx.data()
+    mod: dict[str, Array] | None = nnx.data()
 
 
 def measure(
     model: Transformer, out: ModelOutput, batch: Batch, text_BT: jax.Array, scored, valid
 ) -> Measured:
-    """The losses of a micro-batch, of `scored` scored and `valid` valid tokens in the whole batch.
+    """The losses and statistics of a micro-batch.
 
-    text_BT: which of the scored tokens are text.
+    Args:
+        model: with the parameters that gradients are taken of.
+        out: its output for the micro-batch.
+        batch: the micro-batch.
+        text_BT: which of its scored tokens are text.
+        scored: the scored tokens of the whole batch.
+        valid: the tokens of the whole batch that are not padding.
     """
     nats, text_nats = cross_entropy_sums(
         model.head(), out.hidden_BTD, batch.target_BT, batch.scored_BT, text_BT
     )
     share = (batch.segment_BT > 0).sum() / valid
-    auxiliary, policy, depths = jnp.float32(0), jnp.float32(0), None
-    if out.depths is not None:
-        depths = {name: share * value for name, value in out.depths.losses.items()}
-        counts = out.depths.stats.batch_sums.get("router", {})
-        depths |= {name: value / valid for name, value in counts.items()}
-        auxiliary += share * out.depths.auxiliary_loss.sum()
+    auxiliary, policy, mod = jnp.float32(0), jnp.float32(0), None
+    if out.mod_routers is not None:
+        mod = {name: share * value for name, value in out.mod_routers.losses.items()}
+        counts = out.mod_routers.stats.batch_sums.get("router", {})
+        mod |= {name: value / valid for name, value in counts.items()}
+        auxiliary += share * out.mod_routers.auxiliary_loss.sum()
     routers = out.routers
     if routers is not None:
         losses = {name: share * value for name, value in routers.losses.items()}
         auxiliary_L = share * routers.auxiliary_loss
         auxiliary += auxiliary_L.sum()
         if routers.policy is not None:
-            completed = completed_by_likelihood(model, out, batch, scored)
+            policy_values = rewarded_by_likelihood(model, out, batch, scored)
             weights = dict(model.moe_layers_of_units()[0].router.policy_losses)
-            policy = sum((weights[n] * value_L.sum() for n, value_L in completed.items()), policy)
-            losses |= completed
+            policy = sum(
+                (weights[n] * value_L.sum() for n, value_L in policy_values.items()), policy
+            )
+            losses |= policy_values
         routers = RouterOutput(None, losses, auxiliary_L, routers.stats)
-    return Measured(Losses(nats / scored, auxiliary, policy), text_nats, routers, depths)
+    return Measured(Losses(nats / scored, auxiliary, policy), text_nats, routers, mod)
 
 
-def completed_by_likelihood(
+def rewarded_by_likelihood(
     model: Transformer, out: ModelOutput, batch: Batch, scored
 ) -> dict[str, jax.Array]:
-    """The unweighted losses (L,) of routers whose choices each token's likelihood rewards."""
+    """The unweighted policy losses (L,) by name, with each token's log-likelihood as reward."""
     assert out.routers is not None and out.routers.policy is not None
     nats_BT = cross_entropy_of_each(model.head(), out.hidden_BTD, batch.target_BT)
     sums = policy_losses(out.routers.policy, nats_BT, jnp.asarray(batch.scored_BT))
@@ -88,10 +102,10 @@ def completed_by_likelihood(
 
 
 def policy_losses(policy: Policy, nats_BT: jax.Array, scored_BT: jax.Array) -> dict:
-    """REINFORCE with a learned value, summed over scored tokens, for each layer (L,).
+    """REINFORCE with a learned value, summed over scored tokens: two losses (L,) by name.
 
-    A token's reward is its own log-likelihood R = -nats. "policy": -(R - V) log p of the choice;
-    "value": half of (R - V)^2. No gradient flows through the reward or, in the first, the value.
+    A token's reward is its log-likelihood R = -nats. "policy" is -(R - V) log p of the choice,
+    "value" is (R - V)^2 / 2. No gradient flows through R, or in "policy" through V.
     """
     layers = policy.value_GT.shape[0]
     reward_LN = jax.lax.stop_gradient(-nats_BT).reshape(1, -1)

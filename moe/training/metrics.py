@@ -1,4 +1,4 @@
-"""From a step's measurements to at most 40 numbers and one word. L sparse layers, E experts."""
+"""A step's metrics: at most 40 numbers, and a word for the routing. L sparse layers, E experts."""
 
 import dataclasses
 import math
@@ -8,9 +8,9 @@ import numpy as np
 from moe.model.flops import Costs
 
 MOST_SCALARS = 40
-# How a layer's work is shared out: which words can be said of it.
+# The kinds of decisions, by which `health` judges.
 CHOICES, NEURONS, SOFT, MERGED, DENSE = "choices", "neurons", "soft", "merged", "dense"
-LEAST = 20  # assignments that an expert has in the mean; with fewer, an empty one may be chance
+LEAST = 20  # mean assignments per expert; with fewer, an expert may be empty by chance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Routing:
 
     @classmethod
     def of(cls, routers) -> "Routing":
-        """From a RouterOutput that was fetched from the device."""
+        """From a RouterOutput whose arrays are on the host."""
         stats = routers.stats
         token_L = np.maximum(np.asarray(stats.token_count), 1)
         tokens = int(token_L.max())
@@ -43,39 +43,39 @@ class Routing:
 
     @property
     def load_L(self) -> np.ndarray:
-        """Max over mean of what the routers chose: 1 is even, E is collapse, 0 no choices."""
+        """The largest load over the mean, before drops: 1 is even, E is collapse, 0 no choices."""
         return self.count_LE.max(1) / np.maximum(self.count_LE.mean(1), 1e-9)
 
     @property
     def dropped_L(self) -> np.ndarray:
-        """The share of assignments that found no room; 0 in a layer without choices."""
+        """The share of assignments that were dropped; 0 in a layer without choices."""
         chosen_L = self.count_LE.sum(1)
         return (chosen_L - self.kept_LE.sum(1)) / np.maximum(chosen_L, 1)
 
     @property
     def dead(self) -> int:
-        """Experts, over all layers, with less than a hundredth of the mean load.
+        """The number of experts, over all layers, with less than 1 % of the mean load.
 
-        Only of layers whose experts have `LEAST` assignments in the mean.
+        Only layers with at least `LEAST` assignments per expert on average count.
         """
         mean_L1 = self.count_LE.mean(1, keepdims=True)
         return int(((self.count_LE < 0.01 * mean_L1) & (mean_L1 >= LEAST)).sum())
 
     @property
     def skewed(self) -> bool:
-        """Whether some layer's fullest expert has over twice the mean load, by more than chance.
+        """Whether an expert has over twice its layer's mean load, by more than chance.
 
-        Chance: four standard deviations of a count with that mean.
+        That is, by more than four standard deviations of a count with that mean.
         """
         mean_L = self.count_LE.mean(1)
         return bool((self.count_LE.max(1) > 2 * mean_L + 4 * np.sqrt(mean_L)).any())
 
     def kept_per_token(self, experts: int | None = None) -> float:
-        """Mean number of computed experts per token and layer; of the first so many experts."""
+        """The mean number of kept assignments per token and layer, to the first `experts`."""
         return float(self.kept_LE[:, :experts].sum() / (self.tokens * len(self.kept_LE)))
 
     def arrays(self, step: int) -> dict:
-        """The whole layer-by-expert picture of a step, for reports and notebooks."""
+        """The step's arrays (L, E) as lists, for reports and notebooks."""
         return {
             "step": step,
             "tokens": self.tokens,
@@ -86,12 +86,12 @@ class Routing:
 
 
 def health(routing: Routing | None, kind: str = CHOICES) -> str:
-    """One word for the routing: the worst that can be said of any layer (docs/metrics.md).
+    """One word for the routing, that of the worst layer (docs/metrics.md).
 
-    kind: CHOICES of experts, by tokens or by experts: idle (no token reached any expert), dead (an
-    expert with less than 1 % of the mean load), dropping (over 10 % of the assignments found no
-    room), skewed (an expert with over twice the mean load), or balanced; dead and skewed only
-    beyond chance. NEURONS, SOFT slots and MERGED experts have no loads to judge: the kind itself.
+    For CHOICES of experts, by tokens or by experts: idle (no token reached an expert), dead (an
+    expert has less than 1 % of the mean load), dropping (over 10 % of the assignments were
+    dropped), skewed (an expert has over twice the mean load), or balanced; dead and skewed only
+    beyond chance. NEURONS, SOFT slots and MERGED experts, without loads to judge, get their kind.
     """
     if routing is None:
         return DENSE
@@ -107,7 +107,7 @@ def health(routing: Routing | None, kind: str = CHOICES) -> str:
 
 
 def load_scalars(routing: Routing) -> dict[str, float]:
-    """Load and drops, mean and worst of the layers that made choices; empty where none did."""
+    """Load and drops, mean and worst over the layers with choices; empty where there are none."""
     chose_L = routing.count_LE.sum(1) > 0
     if not chose_L.any():
         return {}
@@ -123,9 +123,12 @@ def load_scalars(routing: Routing) -> dict[str, float]:
 def routing_scalars(
     routing: Routing, coefficients: dict[str, float], kind: str = CHOICES
 ) -> dict[str, float]:
-    """Mean and worst over layers, whatever the number of layers and experts.
+    """The routing's metrics by name, as the mean and the worst over layers.
 
-    kind: as in `health`; experts can be dead only where they are chosen.
+    Args:
+        routing: of a step.
+        coefficients: of the router losses, by name.
+        kind: as in `health`; dead experts are counted for CHOICES alone.
     """
     out = {
         **{f"load/{name}": value for name, value in load_scalars(routing).items()},
@@ -143,14 +146,17 @@ def routing_scalars(
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
-    """Summed nats of some tokens as bits per byte of their text, so that tokenizers compare."""
+    """Bits per byte of text, from the summed nats of its tokens: comparable across tokenizers."""
     return nats / math.log(2) / num_bytes
 
 
 def speed_scalars(
     tokens: int, seconds: float, costs: Costs, kept_per_token: float | None, peak: float
 ) -> dict[str, float]:
-    """Tokens per second, utilisation, and effective utilisation: the FLOPs of kept work alone."""
+    """Tokens per second, seconds per step, and utilisation of the peak FLOPs.
+
+    Effective utilisation counts only assignments that were kept. peak: FLOPs per second.
+    """
     rate = tokens / seconds
     kept = costs.experts_per_token if kept_per_token is None else kept_per_token
     return {

@@ -1,9 +1,9 @@
-"""Optimizers as values: `build(parameters, steps)` gives an optax transformation.
+"""Optimizers as values: `build(parameters, steps)` returns an optax transformation.
 
-All of them clip by the global norm, choose a direction, and step by the rate: p -= rate *
-(direction + weight_decay * p). `parameters` holds every parameter's logical axes and role by name;
-from them follows what is a matrix, and which axes only stack matrices. Weight decay leaves norms
-and biases alone; router state is no parameter and never comes here.
+All of them clip by the global norm, choose a direction, and update p -= rate * (direction +
+weight_decay * p). `parameters` holds every parameter's logical axes and role by name, which say
+what is a matrix, and which axes only stack matrices. Norms and biases don't decay; router state is
+no parameter and is not updated here.
 """
 
 import abc
@@ -23,26 +23,27 @@ Axes = tuple[str | None, ...]
 
 
 class Declared(NamedTuple):
-    """What a parameter says of itself where it is declared."""
+    """A parameter's logical axes and role, as declared in its module."""
 
     axes: Axes
     role: Role
 
 
 Parameters = dict[str, Declared]
-# Axes along which every index has a weight of its own.
+# Axes along which weights are stacked.
 STACKED = ("layer", "expert", "segment")
 
 
 class Optimizer(abc.ABC):
-    """Abstract: peak learning rate, schedule, decay, clipping; and the transformation they make.
+    """Abstract: peak learning rate, schedule, decay and clipping of an optax transformation.
 
     Attributes:
         learning_rate: the peak; schedules are shares of it.
         schedule: `Cosine()` where None.
-        weight_decay: p -= rate * weight_decay * p, for whatever is a matrix.
-        clip_norm: gradients longer than this, over all parameters, are scaled to it; None for none.
-        b1, b2: how much of the running means of gradients and of their squares each step keeps.
+        weight_decay: p -= rate * weight_decay * p, for matrices.
+        clip_norm: gradients with a larger norm, over all parameters, are scaled to it; None for no
+            clipping.
+        b1, b2: decay of the running means of gradients and of their squares.
     """
 
     learning_rate: float
@@ -52,15 +53,15 @@ class Optimizer(abc.ABC):
 
     @abc.abstractmethod
     def direction(self, parameters: Parameters) -> optax.GradientTransformation:
-        """From gradients to what the rate multiplies, uphill as they are; without decay."""
+        """From gradients to the direction, which the rate multiplies; without weight decay."""
 
     def rate(self, steps: int) -> optax.Schedule:
-        """Learning rate by step; `Cosine()` where no schedule is given."""
+        """The learning rate as a function of the step."""
         schedule = Cosine() if self.schedule is None else self.schedule
         return schedule.build(self.learning_rate, steps)
 
     def build(self, parameters: Parameters, steps: int) -> optax.GradientTransformation:
-        """Clip, direct, decay, scale; state lives under the parameters' names."""
+        """Clipping, direction, weight decay and rate in a chain; state by parameter name."""
         clip = optax.identity()
         if self.clip_norm is not None:
             clip = optax.clip_by_global_norm(self.clip_norm)
@@ -73,26 +74,26 @@ class Optimizer(abc.ABC):
 
 
 def own_axes(axes: Axes) -> Axes:
-    """The axes of one weight: without the layers, experts and segments it is stacked over."""
+    """The axes of one weight, without layers, experts and segments."""
     return tuple(a for a in axes if a not in STACKED)
 
 
 def is_matrix(axes: Axes) -> bool:
-    """Whether a weight has two axes or more."""
+    """Whether a weight has two or more axes."""
     return len(own_axes(axes)) >= 2
 
 
 def stacked(axes: Axes) -> int:
-    """How many leading axes count layers and experts, each of whose entries is a weight."""
+    """The number of leading axes along which weights are stacked."""
     return len(axes) - len(own_axes(axes))
 
 
 def per_weight(
     rule: optax.GradientTransformation, parameters: Parameters
 ) -> optax.GradientTransformation:
-    """A rule for one weight, applied to every layer's and expert's by itself.
+    """A transformation of one weight, applied to that of every layer and expert separately.
 
-    State lies under the parameters' names, with the stacked axes in front.
+    State is kept by parameter name, with the stacked axes in front.
     """
 
     def over(function, name):
@@ -115,14 +116,14 @@ def per_weight(
 
 
 def decayed(parameters: Parameters) -> dict[str, bool]:
-    """Weight decay by name: matrices and embeddings, not norms, biases or scales."""
+    """Which parameters decay, by name: matrices and embeddings, not norms, biases or scales."""
     return {name: is_matrix(p.axes) and p.role != "norm" for name, p in parameters.items()}
 
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class AdamW(Optimizer):
-    """Adam whose weight decay is apart from the gradient (Loshchilov & Hutter 2019).
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019).
 
     Attributes:
         epsilon: added to the root of the mean square.
@@ -143,10 +144,10 @@ class AdamW(Optimizer):
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Adafactor(Optimizer):
-    """Shazeer & Stern 2018: second moments by row and column, clipped to a size of 1 (section 6).
+    """Factored second moments, updates clipped to an RMS of 1 (Shazeer & Stern 2018, section 6).
 
-    Both for every layer's and expert's weight by itself. Rates are absolute, not relative to the
-    parameter's size.
+    Every layer's and expert's weight is treated separately. Rates are absolute, not relative to
+    the parameter's RMS.
     """
 
     learning_rate: NonNegative = 1e-2
@@ -178,15 +179,15 @@ class Lion(Optimizer):
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class Muon(Optimizer):
-    """Orthogonalised momentum for the weight matrices (Jordan 2024), every expert by itself.
+    """Orthogonalised momentum for weight matrices (Jordan 2024), every expert's separately.
 
-    Embeddings, head, routers and vectors get Adam with the same rate and decay; updates are scaled
-    to Adam's size (Liu et al. 2025, `consistent_rms` 0.2).
+    Embeddings, head, routers and vectors are updated by Adam with the same rate and decay; Muon's
+    updates are scaled to Adam's RMS (Liu et al. 2025, `consistent_rms` 0.2).
 
     Attributes:
-        momentum: how much of the running mean of gradients each step keeps.
-        iterations: Newton-Schulz steps of the orthogonalisation.
-        b1, b2: of Adam, for what is no matrix.
+        momentum: decay of the running mean of gradients.
+        iterations: of Newton-Schulz, in the orthogonalisation.
+        b1, b2: of Adam.
     """
 
     learning_rate: NonNegative = 4e-3
@@ -204,7 +205,7 @@ class Muon(Optimizer):
             return {name: matrix_axes(parameters[name]) for name in params}
 
         return optax.contrib.muon(
-            -1.0,  # the direction alone: decay and rate follow in `build`
+            -1.0,  # only the direction: weight decay and rate follow in `build`
             ns_steps=self.iterations,
             beta=self.momentum,
             adam_b1=self.b1,
@@ -215,10 +216,10 @@ class Muon(Optimizer):
 
 
 def matrix_axes(declared: Declared):
-    """Which axes Muon reads as rows and columns; None for what Adam updates.
+    """The axes that Muon takes as a matrix's rows and columns; None for parameters of Adam.
 
-    Weights that start at the model width ("embed" first) are read as width by the rest, e.g.
-    (D, H*K); the others as the rest by their last axis, e.g. (H*K, D).
+    Weights whose first axis is the model width ("embed") are width by the rest, e.g. (D, H * K);
+    others are the rest by the last axis, e.g. (H * K, D).
     """
     axes, role = declared
     if not is_matrix(axes) or role in ("embedding", "head", "router"):

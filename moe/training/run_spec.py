@@ -1,4 +1,4 @@
-"""A run as a value: what is trained, on what and for how long; and the program it stands for."""
+"""A training run as a value: its settings, and the model and program built from them."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -26,7 +26,7 @@ from moe.training.train_step import Program
 from routing.ranges import Count, Natural, Positive, Size
 from routing.training_text import TokenSequence
 
-MAY_CHANGE = {"may_change": True}  # when a run goes on: it doesn't change what a step computes
+MAY_CHANGE = {"may_change": True}  # when a run is continued: steps compute the same
 
 
 @gin.configurable("train")  # pyright: ignore[reportCallIssue]
@@ -35,35 +35,36 @@ class RunSpec:
     """A training run; in a config it is `train`.
 
     Attributes:
-        data: the text; only where nothing is to be trained or evaluated may it be None.
+        data: the text; None only where nothing is trained or evaluated.
         model: the transformer's class, with its settings.
         objective: `NextToken()` (where None) or `MaskedToken()`.
         optimizer: with its learning rate and schedule; `AdamW()` where None.
         mesh: sizes of the mesh axes; all devices on the data axis where None.
-        steps: optimizer steps; the schedule ends there. More of them than a run has trained make it
-            longer, with a schedule for all of them.
+        steps: optimizer steps; the schedule ends there. A run that is continued with more steps is
+            trained longer, with a schedule over all of them.
         batch_size: sequences per optimizer step, over all devices.
         sequence_length: tokens per sequence.
         accumulate: micro-batches per optimizer step; the result is the same.
-        seed: of first values, data order and every random draw.
+        seed: of initial values, data order and every random draw.
         log_every: steps between two lines of metrics.
         eval_every: steps between evaluations on part of the held-out documents, each followed by
             a checkpoint; only at the end where None.
-        eval_bytes: how much of the held-out text those use.
-        final_eval_bytes: how much of it the last evaluation uses; all where None.
-        eval_stride: how far the windows of a long document advance; half the sequence where None.
+        eval_bytes: bytes of held-out text in those evaluations.
+        final_eval_bytes: bytes of it in the last evaluation; all where None.
+        eval_stride: tokens from one window of a long document to the next; half the sequence where
+            None.
         save_every: steps between checkpoints without an evaluation.
-        keep: how many of the last checkpoints stay, beside the best.
-        stop_at: pause after this step, as if interrupted; without it the same command goes on.
-        max_seconds: end after so much training time, wherever the schedule is.
-        fit_steps: with max_seconds: time the first steps of a new run, and train only as many as
-            there is time for, with a schedule for those. A run keeps its number.
+        keep: how many of the last checkpoints are kept, beside the best.
+        stop_at: pause after this step, as if interrupted; without it the same command continues.
+        max_seconds: end after this much training time, wherever the schedule is.
+        fit_steps: with max_seconds: time the first steps of a new run, and set `steps` to as many
+            as there is time for. A run that is continued keeps that number.
         prompts: texts to continue in samples.txt.
         start_from: the folder of another run, whose parameters and router state a new run starts
             with (fine-tuning).
         start_from_optimizer: with `start_from`: start with its optimizer's state, too.
-        loggers: where else the numbers go, such as `WandB()`.
-        metrics: functions of a step's routing and numbers, which give further numbers.
+        loggers: where metrics go beside the run's logs, such as `WandB()`.
+        metrics: functions from a step's routing and metrics to further metrics.
     """
 
     data: TextData | TokenShards | None = gin.REQUIRED  # pyright: ignore[reportAssignmentType]
@@ -103,12 +104,12 @@ class RunSpec:
 
     @classmethod
     def may_change(cls) -> tuple[str, ...]:
-        """Settings, as a config writes them, that a run which goes on may have otherwise."""
+        """The settings, as written in a config, that may change when a run is continued."""
         return tuple(f"train.{f.name}" for f in dataclasses.fields(cls) if f.metadata == MAY_CHANGE)
 
     @property
     def in_force(self) -> "InForce":
-        """Objective, optimizer and mesh, with what stands for None."""
+        """Objective, optimizer and mesh, with defaults in place of None."""
         return InForce(
             self.objective or NextToken(), self.optimizer or AdamW(), self.mesh or MeshShape()
         )
@@ -125,7 +126,7 @@ class RunSpec:
         return self.data.prepare(say)
 
     def build_mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
-        """Of these devices, or of all; UserError where they can't make it up."""
+        """The mesh over these devices, or over all; UserError where their number doesn't fit."""
         try:
             return self.in_force.mesh.build(devices)
         except ValueError as error:
@@ -155,8 +156,8 @@ class RunSpec:
         """The model without values, and the jitted training step on a mesh.
 
         Raises:
-            UserError: as `abstract_model`; a batch that doesn't divide over micro-batches, groups
-                or the mesh; sequences that don't.
+            UserError: as `abstract_model`; or the batch does not divide over micro-batches, groups
+                or the mesh, or a sequence over the mesh.
         """
         model = self.build_model(vocabulary, training_tokens)
         return model, self._program(model, mesh)
@@ -178,7 +179,7 @@ class RunSpec:
         graph = model.graph
         parameters = {name: Declared(graph.axes[name], role) for name, role in graph.roles.items()}
         router = model.moe_layer.router if model.moe_layer else None
-        return train_step.Step(
+        return train_step.TrainingFunctions(
             model.graph,
             model.shapes,
             objective=model.objective,
@@ -193,7 +194,7 @@ class RunSpec:
 
 
 class InForce(NamedTuple):
-    """What a run trains with where its spec may say None."""
+    """The objective, optimizer and mesh of a run, none of them None."""
 
     objective: Objective
     optimizer: Optimizer
@@ -202,13 +203,13 @@ class InForce(NamedTuple):
 
 def check_memory(program: Program) -> None:
     """Raise UserError where the state alone takes more memory than the devices here have."""
-    places = jax.tree.leaves(program.abstract_state)
-    per_device = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in places)
+    arrays = jax.tree.leaves(program.abstract_state)
+    per_device = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
     devices = len(program.batch_sharding.addressable_devices)
-    needed, there = per_device * devices, hardware.memory_bytes()
-    if there is not None and needed > there:
+    needed, available = per_device * devices, hardware.memory_bytes()
+    if available is not None and needed > available:
         raise UserError(
             f"parameters and optimizer state take {needed / 2**30:,.0f} GiB, and there are "
-            f"{there / 2**30:,.0f} here: smaller sizes (Transformer.d_model, MoELayer.d_ff, "
+            f"{available / 2**30:,.0f} here: smaller sizes (Transformer.d_model, MoELayer.d_ff, "
             "MoELayer.num_experts), or a mesh of more machines; `moe plan` tells what they need"
         )

@@ -11,7 +11,7 @@ from routing.ranges import Share
 
 
 class Schedule(abc.ABC):
-    """Abstract: (peak, steps) to an optax schedule.
+    """Abstract: a shape of the learning rate over training.
 
     Attributes:
         warmup: share of all steps in which the rate rises from 0.
@@ -20,7 +20,7 @@ class Schedule(abc.ABC):
 
     @abc.abstractmethod
     def build(self, peak: float, steps: int) -> optax.Schedule:
-        """Learning rate by step: linear from 0 over the warm-up, then this schedule's shape."""
+        """The rate as a function of the step: a linear warm-up, then this schedule's shape."""
 
 
 def _check(schedule, **shares: float) -> None:
@@ -31,7 +31,7 @@ def _check(schedule, **shares: float) -> None:
 
 
 def _after_warmup(peak: float, warm: int, rest: optax.Schedule) -> optax.Schedule:
-    # The first step already learns: its rate is peak / warm, not 0.
+    # The rate of the first step is peak / warm: with 0 it would learn nothing.
     first = optax.linear_schedule(peak / max(warm, 1), peak, max(warm - 1, 1))
     return optax.join_schedules([first, rest], [warm]) if warm else rest
 
@@ -82,7 +82,7 @@ class Rsqrt(Schedule):
 
     def build(self, peak, steps):
         warm = max(round(self.warmup * steps), 1)
-        # During the warm-up this is asked for negative steps, too.
+        # optax evaluates this during the warm-up too, at negative steps.
         return _after_warmup(
             peak, warm, lambda step: peak * jnp.sqrt(warm / (warm + jnp.maximum(step, 0)))
         )

@@ -13,19 +13,19 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 import optax
 
-from layers.constrain import sharding_rules
+from layers.logical_axes import sharding_rules
 from moe.data.batch import Batch
 from moe.machine import processes
 from moe.model import sharding
-from moe.model.functional import Arrays, Graph, first_values, split
+from moe.model.functional import Arrays, Graph, initial_values, split
 from moe.training import objective as objectives
 from moe.training.losses import measure
 from moe.training.optimizer import stacked
 from routing import GlobalBatch, RouterOutput
 from routing.parameters import ROLES, Role
 
-# Without these the TPU's compiler runs nothing beside rows that travel to their experts.
-BESIDE_EXCHANGES = {
+# With these, TPUs run matmuls while all-to-alls exchange rows.
+ASYNC_EXCHANGES = {
     "xla_tpu_enable_async_all_to_all": "true",
     "xla_tpu_enable_async_ragged_all_to_all": "true",
 }
@@ -33,7 +33,7 @@ BESIDE_EXCHANGES = {
 
 @nnx.dataclass
 class TrainState(nnx.Pytree):
-    """All that a step changes: this, and nothing else, is what a checkpoint holds."""
+    """Everything that a step updates, and all that a checkpoint holds."""
 
     step: Int[Array, ""] = nnx.data()
     params: dict[str, Array] = nnx.data()
@@ -43,11 +43,17 @@ class TrainState(nnx.Pytree):
 
 @nnx.dataclass
 class StepMetrics(nnx.Pytree):
-    """What one step measured; stays on the device until it is read.
+    """The metrics of one step, which stay on the device until they are read.
 
-    loss: nats per scored token, what is learned. text_nats: of scored tokens of text, summed, and
-    text_bytes the bytes behind just these: what bits per byte is made of.
-    depths: what routers of depth lost and, as a share of the tokens, counted, by layer.
+    Attributes:
+        loss: the task's loss, in nats per scored token.
+        scored: scored tokens.
+        text_nats: nats summed over scored tokens of text.
+        text_bytes: the bytes of text that these tokens decode to.
+        routers: losses and statistics of the MoE layers' routers; None for a dense model.
+        grad_norms: of all parameters, and of the routers' and the experts'.
+        update_norm: of all parameters.
+        mod: losses, and counts per token, of the Mixture-of-Depths routers (L,), by name.
     """
 
     loss: Float[Array, ""] = nnx.data()
@@ -57,12 +63,12 @@ class StepMetrics(nnx.Pytree):
     routers: RouterOutput | None = nnx.data()
     grad_norms: dict[str, Array] = nnx.data()
     update_norm: Float[Array, ""] | None = nnx.data(default=None)
-    depths: dict[str, Array] | None = nnx.data(default=None)
+    mod: dict[str, Array] | None = nnx.data(default=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The jitted functions of a run; shapes, types and places of its arrays."""
+    """The jitted functions of a run, and the shapes, types and shardings of its arrays."""
 
     init: Callable[[int], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
@@ -72,12 +78,22 @@ class Program:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Step:
-    """The pure functions of a run: for a model, an objective, an optimizer and a mesh.
+class TrainingFunctions:
+    """The pure functions of a run, for a model, an objective, an optimizer and a mesh.
 
-    num_bytes_2V: bytes of text that each token gives back, as a document's first and elsewhere.
-    global_batch_losses: with more than one micro-batch, run all of them forward first, so that
-    losses on the whole step's statistics are exact.
+    Attributes:
+        graph: of the model.
+        abstract: its parameters and router state, without values.
+        objective: sets inputs and targets of a batch.
+        optimizer: of all parameters.
+        num_bytes_2V: bytes of text that each token decodes to, as a document's first token and
+            elsewhere.
+        mesh: of the devices.
+        seed: of initial values and every random draw.
+        accumulate: micro-batches per step.
+        sequences_per_group: of the routers' groups, which micro-batches don't split.
+        global_batch_losses: with several micro-batches, run all of them forward first, so that
+            losses on the statistics of the global batch are exact.
     """
 
     graph: Graph
@@ -93,11 +109,11 @@ class Step:
 
     def init(self, seed) -> TrainState:
         """The state before the first step."""
-        params, router_state = first_values(self.graph, *self.abstract, seed)
+        params, router_state = initial_values(self.graph, *self.abstract, seed)
         return TrainState(jnp.int32(0), params, router_state, self.optimizer.init(params))
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        """The state after an update with a whole batch, and what was measured."""
+        """One optimizer update with a whole batch: the state after it, and the step's metrics."""
         grads, metrics = self.gradients(state, batch)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
@@ -110,7 +126,7 @@ class Step:
         return TrainState(state.step + 1, params, router_state, opt_state), metrics
 
     def gradients(self, state: TrainState, batch: Batch) -> tuple[Arrays, StepMetrics]:
-        """Exact gradients of the batch, whatever the number of micro-batches."""
+        """The gradients by name and the metrics of a batch, for any number of micro-batches."""
         key = objectives.step_key(self.seed, state.step)
         num_bytes_2V = jnp.asarray(self.num_bytes_2V)
         batch = objectives.prepared(self.objective, batch, key, num_bytes_2V)
@@ -118,9 +134,11 @@ class Step:
         valid = jnp.maximum((batch.segment_BT > 0).sum(), 1)
         grad = jax.value_and_grad(self._loss, has_aux=True)
 
-        def one(micro: Batch, whole: GlobalBatch | None):
+        def one(micro: Batch, global_batch: GlobalBatch | None):
             with sharding_rules(sharding.rule(self.mesh)):
-                (_, measured), grads = grad(state.params, state, micro, key, whole, scored, valid)
+                (_, measured), grads = grad(
+                    state.params, state, micro, key, global_batch, scored, valid
+                )
             return grads, measured
 
         if self.accumulate == 1:
@@ -129,10 +147,10 @@ class Step:
             micros = micro_batches(batch, self.accumulate, self.sequences_per_group)
             statistics = None
             if self.global_batch_losses:
-                only = jax.lax.map(lambda micro: self._statistics(state, micro, key), micros)
-                statistics = jax.tree.map(lambda a: a.sum(0), only)
+                each = jax.lax.map(lambda micro: self._statistics(state, micro, key), micros)
+                statistics = jax.tree.map(lambda a: a.sum(0), each)
             grads, measured = summed(
-                lambda micro: one(micro, share_of(statistics, micro, valid)), micros
+                lambda micro: one(micro, global_batch_of(statistics, micro, valid)), micros
             )
         text_bytes = objectives.text_of(self.objective, batch, num_bytes_2V)[1]
         return grads, StepMetrics(
@@ -142,57 +160,57 @@ class Step:
             text_bytes=text_bytes,
             routers=measured.routers,
             grad_norms=grad_norms(grads, self.graph.roles),
-            depths=measured.depths,
+            mod=measured.mod,
         )
 
-    def _loss(self, params, state, batch: Batch, key, whole: GlobalBatch | None, scored, valid):
-        """This micro-batch's part of the step's loss, and what it measured."""
+    def _loss(self, params, state, batch: Batch, key, global_batch, scored, valid):
+        """The micro-batch's term of the training loss, and its losses and statistics."""
         model = self.graph.merge(params, state.router_state)
-        out = model(objectives.tokens_of(batch, key, train=True), whole)
+        out = model(objectives.tokens_of(batch, key, train=True), global_batch)
         num_bytes_2V = jnp.asarray(self.num_bytes_2V)
         text_BT, _ = objectives.text_of(self.objective, batch, num_bytes_2V)
         measured = measure(model, out, batch, text_BT, scored, valid)
         return measured.losses.total, measured
 
     def _statistics(self, state: TrainState, micro: Batch, key):
-        """What the routers count in a micro-batch."""
+        """The routers' statistics of a micro-batch."""
         model = self.graph.merge(state.params, state.router_state)
         with sharding_rules(sharding.rule(self.mesh)):
             return model(objectives.tokens_of(micro, key, train=True)).routers.stats
 
     def program(self) -> Program:
-        """The functions jitted for the mesh."""
-        # Not from `init`: a model that is restored may lack the text that first values come from.
+        """The functions, jitted for the mesh."""
+        # Not from `init`: a restored model may lack the text that initial values depend on.
         params, router_state = self.abstract
         opt_state = jax.eval_shape(self.optimizer.init, params)
         step: Any = jax.ShapeDtypeStruct((), jnp.int32)
         shapes = TrainState(step, params, router_state, opt_state)
-        places = place_state(self.graph, shapes, self.mesh)
+        shardings = state_shardings(self.graph, shapes, self.mesh)
         by_batch = NamedSharding(self.mesh, PartitionSpec(sharding.RULES["batch"]))
         everywhere = NamedSharding(self.mesh, PartitionSpec())
         exchanges = self.mesh.shape["expert"] > 1
         is_tpu = self.mesh.devices.flat[0].platform == "tpu"
         return Program(
-            init=jax.jit(self.init, out_shardings=places),
+            init=jax.jit(self.init, out_shardings=shardings),
             step=jax.jit(
                 self.step,
-                in_shardings=(places, by_batch),
-                out_shardings=(places, everywhere),
+                in_shardings=(shardings, by_batch),
+                out_shardings=(shardings, everywhere),
                 donate_argnums=0,
-                compiler_options=BESIDE_EXCHANGES if exchanges and is_tpu else None,
+                compiler_options=ASYNC_EXCHANGES if exchanges and is_tpu else None,
             ),
-            gradients=jax.jit(self.gradients, in_shardings=(places, by_batch)),
+            gradients=jax.jit(self.gradients, in_shardings=(shardings, by_batch)),
             abstract_state=jax.tree.map(
-                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, places
+                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
             ),
             batch_sharding=by_batch,
         )
 
 
-def place_state(graph: Graph, shapes: TrainState, mesh: Mesh) -> TrainState:
-    """Shardings of a train state: optimizer leaves live where their parameter lives."""
+def state_shardings(graph: Graph, shapes: TrainState, mesh: Mesh) -> TrainState:
+    """The shardings of a train state; optimizer state is sharded like its parameter."""
 
-    def place(path, leaf):
+    def sharding_of(path, leaf):
         name = next((p.key for p in reversed(path) if getattr(p, "key", None) in graph.axes), None)
         axes = graph.axes[name] if name is not None else ()
         if len(axes) != len(leaf.shape):  # counters, and Adafactor's moments of rows and columns
@@ -200,11 +218,14 @@ def place_state(graph: Graph, shapes: TrainState, mesh: Mesh) -> TrainState:
             axes = (*lead, *(None,) * (len(leaf.shape) - len(lead)))
         return sharding.sharding(mesh, axes, leaf.shape)
 
-    return jax.tree_util.tree_map_with_path(place, shapes)
+    return jax.tree_util.tree_map_with_path(sharding_of, shapes)
 
 
 def micro_batches(batch: Batch, accumulate: int, sequences_per_group: int) -> Batch:
-    """Leaves (A, B/A, ...): whole groups dealt in turn, so that every device has some of each."""
+    """The batch as `accumulate` micro-batches, on a new leading axis of every array.
+
+    Groups are dealt in turn, so that every device has sequences of every micro-batch.
+    """
 
     def deal(a):
         sizes = {"a": accumulate, "s": sequences_per_group}
@@ -213,8 +234,8 @@ def micro_batches(batch: Batch, accumulate: int, sequences_per_group: int) -> Ba
     return jax.tree.map(deal, batch)
 
 
-def share_of(statistics, micro: Batch, valid) -> GlobalBatch | None:
-    """Whole-step statistics with this micro-batch's share of the tokens, for every sparse layer."""
+def global_batch_of(statistics, micro: Batch, valid) -> GlobalBatch | None:
+    """The global batch's statistics, and this micro-batch's share of its tokens, by layer."""
     if statistics is None:
         return None
     share = (micro.segment_BT > 0).sum() / valid
@@ -223,7 +244,7 @@ def share_of(statistics, micro: Batch, valid) -> GlobalBatch | None:
 
 
 def summed(one: Callable, micros: Batch):
-    """The sum of one(micro-batch) over all of them, one at a time."""
+    """The sum of one(micro-batch) over all micro-batches, computed one at a time."""
     first = jax.tree.map(lambda a: a[0], micros)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, first))
 
@@ -234,7 +255,7 @@ def summed(one: Callable, micros: Batch):
 
 
 def grad_norms(grads: Arrays, roles: dict[str, Role]) -> dict[str, Array]:
-    """L2 norms of all gradients, of the routers' and of the experts'."""
+    """L2 norms of the gradients of all parameters, of the routers' and of the experts'."""
     kinds = {"all": ROLES, "router": ("router",), "experts": ("expert",)}
     chosen = {
         kind: [grad for name, grad in grads.items() if roles[name] in those]
@@ -244,16 +265,16 @@ def grad_norms(grads: Arrays, roles: dict[str, Role]) -> dict[str, Array]:
 
 
 def to_devices(batch: Batch, where: NamedSharding, batch_size: int) -> Batch:
-    """This process's rows (`hosts.rows`) as part of the global batch of batch_size sequences."""
+    """The global batch on the mesh, from this process's sequences (`processes.rows`)."""
     first = processes.rows(where, batch_size).start
 
-    def put(own):
-        own = np.asarray(own)
+    def put(local):
+        local = np.asarray(local)
 
-        def part(index):
+        def shard(index):
             start, stop, _ = index[0].indices(batch_size)
-            return own[start - first : stop - first]
+            return local[start - first : stop - first]
 
-        return jax.make_array_from_callback((batch_size, *own.shape[1:]), where, part)
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), where, shard)
 
     return jax.tree.map(put, batch)

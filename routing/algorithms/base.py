@@ -23,15 +23,15 @@ from routing.solvers.auction import balanced_assignment
 class BASE(Router):
     """argmax over assignments of sum_t h_t . w_a(t), each expert T / E tokens (eq. 2-3).
 
-    The gate is sigmoid(h . w_a) (eq. 1); through it alone the centroids learn. At evaluation every
-    token goes to its own best expert. Groups are solved apart: `shuffle` deals the tokens of all
-    groups anew before (section 3.1), which is what separate workers need and one process with
-    `MoELayer.sequences_per_group` does not; a shuffled group's load in its own buffers is uneven.
+    The gate is sigmoid(h . w_a) (eq. 1), which alone has a gradient. At evaluation every token goes
+    to its best expert. Each group is an assignment problem of its own.
 
     Args:
         sizes: width, number of experts, vocabulary.
-        shuffle: deal tokens to random groups before solving; every micro-batch deals its own.
-        losses: none are needed, the load is balanced by construction.
+        shuffle: assign in random groups of the micro-batch's tokens (section 3.1), not in the
+            layer's. Larger groups (`MoELayer.sequences_per_group`) make this unnecessary; with it
+            the load in the layer's groups is uneven.
+        losses: none are needed: the load is balanced by construction.
     """
 
     causality = Causality.CAUSAL_AT_EVALUATION
@@ -61,11 +61,16 @@ class BASE(Router):
         if not self.shuffle:
             return solve(score_GTE, inputs.valid_GT)
         shape = inputs.valid_GT.shape
-        # Valid tokens by a draw of their own, padding last.
+        # Valid tokens in random order, then padding.
         draw = jax.vmap(lambda key: jax.random.uniform(key, shape[1:]))
         draw_GT = jnp.where(inputs.valid_GT, draw(inputs.keys_G("shuffle")), 2)
         order_N = jnp.argsort(draw_GT.ravel())
         valid_GT = inputs.valid_GT.ravel()[order_N].reshape(shape)
-        mixed_GTE = score_GTE.reshape(-1, self.num_experts)[order_N].reshape(score_GTE.shape)
-        found_N = solve(mixed_GTE, valid_GT).ravel()
-        return jnp.zeros_like(found_N).at[order_N].set(found_N, unique_indices=True).reshape(shape)
+        shuffled_GTE = score_GTE.reshape(-1, self.num_experts)[order_N].reshape(score_GTE.shape)
+        assigned_N = solve(shuffled_GTE, valid_GT).ravel()
+        return (
+            jnp.zeros_like(assigned_N)
+            .at[order_N]
+            .set(assigned_N, unique_indices=True)
+            .reshape(shape)
+        )

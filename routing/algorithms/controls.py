@@ -1,4 +1,4 @@
-"""Controls: routing that learns nothing, to measure what learned routing is worth.
+"""Controls: routers that learn nothing, to compare learned routing with.
 
 G groups, T tokens per group, E experts, K experts per token.
 """
@@ -20,9 +20,9 @@ from routing.selection import top_k, top_k_indices
 
 @gin.configurable
 class UniformRandom(Router):
-    """K distinct experts drawn uniformly for every token and step; gate 1/K.
+    """K distinct experts drawn uniformly for every token and optimizer step; gate 1/K.
 
-    At evaluation the draw is a fixed function of the token's place in its group.
+    At evaluation the draw depends only on the token's place in its group.
 
     Args:
         k: experts per token.
@@ -43,9 +43,9 @@ class UniformRandom(Router):
 
 @gin.configurable
 class Balanced(Router):
-    """Round robin: assignment number n of a group goes to expert n mod E; gate 1/K.
+    """Round robin: assignment n of a group goes to expert n mod E; gate 1/K.
 
-    The load is equal to within one token, at no cost: what a router's own time is compared with.
+    The load is equal to within one token, at no cost: a baseline for the time of routers.
 
     Args:
         k: experts per token.
@@ -70,8 +70,8 @@ class Balanced(Router):
 class Zipf(Router):
     """K distinct experts drawn for every token, expert e with weight 1 / (e + 1)^exponent.
 
-    A skewed load of known size, to test dispatch and buffers with; gate 1/K. As `UniformRandom`,
-    fixed at evaluation.
+    A load of known skew, to test dispatch and buffers with; gate 1/K. The draw is fixed at
+    evaluation, as that of `UniformRandom`.
 
     Args:
         k: experts per token.
@@ -100,7 +100,7 @@ class Zipf(Router):
 
 @gin.configurable
 class AllExperts(Router):
-    """Every expert works on every token, weighted by a softmax: the dense mixture, K = E.
+    """Every token goes to all experts, weighted by a softmax: the dense mixture, K = E.
 
     Args:
         losses: values such as `ZLoss()`.
@@ -127,7 +127,7 @@ class AllExperts(Router):
 
 @gin.configurable
 class FrozenTopK(Router):
-    """Top-k of softmax(x W) with a W that is drawn once and never learned (router state).
+    """Top-k of softmax(x W), where W is drawn once and never learned (router state).
 
     Args:
         k: experts per token.
@@ -154,7 +154,7 @@ class FrozenTopK(Router):
 
 
 def _uniform_draws(inputs: RouterInputs, num_experts: int) -> jax.Array:
-    """(G, T, E); at evaluation the same for every group, step and batch."""
+    """Uniform draws (G, T, E); at evaluation the same for every group and batch."""
     groups, tokens = inputs.valid_GT.shape
     keys_G = inputs.keys_G("uniform") if inputs.train else jax.random.key(0)[None]
     draw_GTE = jax.vmap(lambda key: jax.random.uniform(key, (tokens, num_experts)))(keys_G)

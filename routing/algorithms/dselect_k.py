@@ -24,18 +24,20 @@ from routing.router import Router, check_k
 class DSelectK(Router):
     """q = sum_k softmax(a)_k r(z_k), where r(z)_i = prod_bits S(z_j) or 1 - S(z_j) (eq. 5-6).
 
-    S is the smooth step, exactly 0 and 1 outside (-gamma / 2, gamma / 2): every selector ends on
-    one expert, and only experts with a weight above zero are computed.
+    S is a cubic ramp (the paper's smooth-step function), exactly 0 and 1 outside (-gamma / 2,
+    gamma / 2): every selector converges to one expert, and only experts with a weight above zero
+    are computed.
 
     Args:
         sizes: width, number of experts, vocabulary.
         k: selectors.
-        per_token: z and a are linear in the token; otherwise parameters, the same for all.
-        gamma: width of the smooth step.
-        ramp_steps: the entropy loss grows from nothing to its full weight over so many optimizer
-            steps, so that the selectors look around before they decide; None: full at once.
-        losses: the selectors' entropy with 1e-6 and, where E is no power of two, the weight 1 on
-            codes that stand for no expert.
+        per_token: whether z and a are linear in the token; otherwise they are parameters.
+        gamma: width of the ramp.
+        ramp_steps: the coefficient of the entropy loss grows linearly to its full value over so
+            many optimizer steps, so that selectors explore before they converge; None: full at
+            once.
+        losses: the selectors' entropy with 1e-6 and, where E is no power of two, with 1 the loss
+            "unreachable" on codes of no expert.
     """
 
     causality = Causality.CAUSAL
@@ -58,7 +60,7 @@ class DSelectK(Router):
             raise ValueError("DSelectK needs at least 2 experts to select among")
         bits = math.ceil(math.log2(experts))
         self.num_experts, self.k, self.gamma = experts, k, gamma
-        self.experts_per_token = float(k)  # once the selectors have settled
+        self.experts_per_token = float(k)  # once the selectors have converged
         self.codes_EM = tuple(
             tuple(i >> (bits - 1 - j) & 1 for j in range(bits)) for i in range(experts)
         )
@@ -69,7 +71,7 @@ class DSelectK(Router):
         self.ramp = None if ramp_steps is None else Ramp(ramp_steps)
         if per_token:
             shape, axes = (sizes.d_model, k, bits), ("embed", None, None)
-            # z starts close to 0, the middle of the smooth step, where all experts get a gradient.
+            # z starts close to 0, the middle of the ramp, where all experts get a gradient.
             self.code_DKM = parameter(shape, axes, truncated_normal(1e-4 * gamma**2), role="router")
             self.mix_DK = parameter(
                 (sizes.d_model, k), ("embed", None), truncated_normal(2.5e-3), role="router"
@@ -108,7 +110,7 @@ class DSelectK(Router):
 
 
 class Ramp(StepState):
-    """A weight: 0 before the first step, 1 after so many, on a straight line between."""
+    """A weight that grows linearly from 0 to 1 over so many optimizer steps."""
 
     def __init__(self, steps: int):
         if steps < 1:
@@ -121,14 +123,14 @@ class Ramp(StepState):
 
 
 def smooth_step(t, gamma: float) -> jax.Array:
-    """0 up to -gamma / 2, 1 from gamma / 2, a cubic with continuous slope between (eq. 4)."""
+    """0 below -gamma / 2, 1 above gamma / 2, a cubic with continuous slope between (eq. 4)."""
     inside = jnp.clip(t, -gamma / 2, gamma / 2)
     cubic = -2 / gamma**3 * inside**3 + 3 / (2 * gamma) * inside + 0.5
     return jnp.where(t <= -gamma / 2, 0, jnp.where(t >= gamma / 2, 1, cubic))
 
 
-def selectors(step_XM, code_EM: np.ndarray) -> jax.Array:
-    """r (..., E): the product over the bits, the first of which is the most significant."""
-    step_X1M = step_XM[..., None, :]
-    code_EM = code_EM.reshape((1,) * (step_XM.ndim - 1) + code_EM.shape)
-    return jnp.prod(jnp.where(code_EM, step_X1M, 1 - step_X1M), axis=-1)
+def selectors(smooth, code_EM: np.ndarray) -> jax.Array:
+    """r (..., E) from smooth bits (..., M), of which the first is the most significant (eq. 6)."""
+    codes = code_EM.reshape((1,) * (smooth.ndim - 1) + code_EM.shape)
+    smooth = smooth[..., None, :]
+    return jnp.prod(jnp.where(codes, smooth, 1 - smooth), axis=-1)

@@ -25,21 +25,22 @@ from routing.solvers.dykstra import capped_plan
 
 @gin.configurable("ExpertChoice", module="routing")  # pyright: ignore[reportCallIssue]
 class ExpertChoiceRouter(Router):
-    """Scores are a softmax over experts; each expert takes the C tokens with the largest ones.
+    """Each expert takes the C tokens of its largest scores, a softmax over experts.
 
     Args:
         sizes: width, number of experts, vocabulary.
         capacity_factor: experts per token on average; C = ceil(capacity_factor * T / E).
-        most_experts: at most so many experts for a token, by an entropy-regularised linear program
-            (section 3.3); None leaves it open. In training the plan is met as far as its
-            iterations go and each expert takes its best C, so that some tokens have more.
-        entropy: its regularisation; the paper's 0.001 needs far more than 100 iterations.
+        most_experts: the most experts of a token, by an entropy-regularised linear program (section
+            3.3); None for no limit. In training each expert takes its C best tokens of the plan,
+            which is exact only after many iterations, so that some tokens have more experts.
+        entropy: coefficient of the regularisation; the paper's 0.001 needs far more than 100
+            iterations.
         iterations: of Dykstra's algorithm.
-        evaluation: "threshold": a token goes to every expert that scores it above the running mean
-            of the lowest score that expert still took in training, which is causal; "tokens": as in
-            training, for models that are not.
+        evaluation: "threshold": a token goes to every expert whose score exceeds a running mean of
+            the lowest score that the expert took in training, which is causal; "tokens": as in
+            training, which is not.
         decay: of that running mean.
-        losses: none are needed, the load is balanced by construction.
+        losses: none are needed: the load is balanced by construction.
     """
 
     causality = Causality.CAUSAL_AT_EVALUATION
@@ -116,23 +117,23 @@ class ExpertChoiceRouter(Router):
 
 
 def best_tokens(preference_GET, valid_GT, factor: float, num_experts: int):
-    """The ceil(factor * T / E) tokens that each expert prefers, best first, and which stand.
+    """The ceil(factor * T / E) tokens that each expert prefers, best first, and which are kept.
 
-    Slots are in order of preference: the first so many stand, as if there were no padding.
+    Returns token_GEC and keep_GEC. The number of kept slots is that of the group without padding.
     """
     size = {"k": 1, "num_experts": num_experts, "factor": factor}
     tokens = valid_GT.shape[1]
     slots = min(slots_per_expert(tokens, **size), tokens)
-    real_GET = jnp.where(valid_GT[:, None], preference_GET, -jnp.inf)
-    _, token_GEC = jax.lax.top_k(real_GET, slots)
+    valid_GET = jnp.where(valid_GT[:, None], preference_GET, -jnp.inf)
+    _, token_GEC = jax.lax.top_k(valid_GET, slots)
     token_GEC = checkpoint_name(token_GEC, "routing")
     limit_G = jnp.minimum(slots_for_valid(valid_GT, **size), valid_GT.sum(1))
-    stands_G1C = jnp.arange(slots)[None, None] < limit_G[:, None, None]
-    return token_GEC, jnp.broadcast_to(stands_G1C, token_GEC.shape)
+    keep_G1C = jnp.arange(slots)[None, None] < limit_G[:, None, None]
+    return token_GEC, jnp.broadcast_to(keep_G1C, token_GEC.shape)
 
 
 def above_threshold(score_GTE, threshold_E, most: int) -> TokenChoice:
-    """Of a token's best experts those whose score reaches their threshold; it may be none."""
+    """The choice of each token's `most` best experts, kept where the score reaches threshold_E."""
     expert_GTK = top_k(score_GTE, most)
     gate_GTK = jnp.take_along_axis(score_GTE, expert_GTK, -1)
     keep_GTK = jax.lax.stop_gradient(gate_GTK) >= threshold_E[expert_GTK]
@@ -140,7 +141,7 @@ def above_threshold(score_GTE, threshold_E, most: int) -> TokenChoice:
 
 
 class Thresholds(StepState):
-    """Per expert the running mean of the score that as many tokens reach as it takes of a group."""
+    """For each expert a running mean, over optimizer steps, of the lowest score that it takes."""
 
     def __init__(self, num_experts: int, decay: float):
         if not 0 <= decay < 1:
@@ -153,13 +154,13 @@ class Thresholds(StepState):
         self.threshold_E = router_state((num_experts,), jnp.float32, (None,), start)
 
     def batch_sums(self, score_GTE, valid_GT, keep_GEC) -> dict[str, jax.Array]:
-        """These scores, summed over groups, and the number of groups with a token."""
+        """The lowest scores, summed over groups, and the number of groups with a token."""
         taken_G = keep_GEC[:, 0].sum(-1)
         lowest_GE = exceeded_by(jax.lax.stop_gradient(score_GTE), valid_GT, taken_G - 1)
-        some_G = taken_G > 0
+        has_tokens_G = taken_G > 0
         return {
-            "lowest": jnp.where(some_G[:, None], lowest_GE, 0).sum(0),
-            "groups": some_G.sum(dtype=jnp.int32),
+            "lowest": jnp.where(has_tokens_G[:, None], lowest_GE, 0).sum(0),
+            "groups": has_tokens_G.sum(dtype=jnp.int32),
         }
 
     def update(self, stats: RouterStats) -> None:

@@ -1,4 +1,4 @@
-"""GShard: the two best experts, the second one by chance (Lepikhin et al. 2020, algorithm 1).
+"""GShard: the two best experts, the second at random (Lepikhin et al. 2020, algorithm 1).
 
 G groups, T tokens per group, D model width, E experts; K = 2.
 """
@@ -22,16 +22,15 @@ from routing.selection import top_k
 
 @gin.configurable
 class GShard(Router):
-    """softmax, the two largest, renormalised; the second stands if g2 / threshold > U(0, 1).
+    """The two largest of a softmax, renormalised; the second is kept if g2 / threshold > U(0, 1).
 
     The gates are renormalised before the draw and before capacity, so that a token without its
-    second expert has a gate below 1. The router is causal; the paper's order of service, all first
-    choices before any second one (`Capacity.order = "choice-major"`), leaks once buffers overflow.
+    second expert has a gate below 1. The router is causal; the paper's capacity, all first choices
+    before any second one (`Capacity.order = "choice-major"`), is not once it drops assignments.
 
     Args:
         sizes: width, number of experts, vocabulary.
-        second: "random" (the paper), or "all": the second expert always stands. Evaluation draws
-            nothing: it always stands there.
+        second: "random" (the paper), or "all": the second expert is always kept, as at evaluation.
         threshold: 0.5 is the paper's rule 2 g2 > U; smaller values keep more.
         losses: balance over the first choices of each group with 0.01 where None.
     """
@@ -67,7 +66,7 @@ class GShard(Router):
         return self.with_draws(inputs.x_GTD, draw_GT)
 
     def with_draws(self, x_GTD: jax.Array, draw_GT: jax.Array | None) -> Routing:
-        """The routing under these uniform draws; None keeps every second expert."""
+        """The routing with these uniform draws; with None every second expert is kept."""
         logits_GTE = jnp.einsum("gtd,de->gte", x_GTD, self.weight_DE[...])
         prob_GTE = jax.nn.softmax(logits_GTE)
         expert_GTK = top_k(prob_GTE, 2)
@@ -75,7 +74,7 @@ class GShard(Router):
         gate_GTK = gate_GTK / (gate_GTK.sum(-1, keepdims=True) + 1e-9)
         keep_GTK = jnp.ones_like(expert_GTK, bool)
         if draw_GT is not None:
-            stands_GT = jax.lax.stop_gradient(gate_GTK[..., 1]) / self.threshold > draw_GT
-            keep_GTK = jnp.stack([jnp.ones_like(stands_GT), stands_GT], -1)
+            keeps_GT = jax.lax.stop_gradient(gate_GTK[..., 1]) / self.threshold > draw_GT
+            keep_GTK = jnp.stack([jnp.ones_like(keeps_GT), keeps_GT], -1)
         decision = TokenChoice(expert_GTK, gate_GTK, keep_GTK, self.num_experts)
         return Routing(decision, logits_GTE, prob_GTE)

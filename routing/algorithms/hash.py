@@ -1,4 +1,4 @@
-"""Hash routing: what stands in the text names the expert; nothing is learned (Roller et al. 2021).
+"""Hash routing: a fixed function of token ids names the expert (Roller et al. 2021).
 
 G groups, T tokens per group, V vocabulary, E experts; K = 1.
 """
@@ -13,7 +13,7 @@ from routing.inputs import RouterInputs
 from routing.parameters import router_state
 from routing.records import Causality, Routing, Sizes, TokenChoice
 from routing.router import Router
-from routing.solvers.hash_tables import RandomTable, Table, mixed
+from routing.solvers.hash_tables import RandomTable, Table, hash_bits
 
 KEYS = ("token", "previous", "bigram", "position", "future", "predicted")
 
@@ -25,8 +25,8 @@ class Hash(Router):
     Args:
         sizes: width, number of experts, vocabulary; the training text for tables made from it.
         key: "token"; "previous" token; "bigram" of both; "position" in the document (no table);
-            "predicted": the next token that most often follows this one in the training text;
-            "future": the next token itself, which is a cheat that shows what routing could gain.
+            "predicted": the token that most often follows this one in the training text;
+            "future": the next token itself, an oracle that shows what routing could gain.
         table: `RandomTable()` where None, `BalancedTable()`, `ClusteredTable(embeddings)` or
             `DispersedTable(embeddings)`.
     """
@@ -83,8 +83,8 @@ class Hash(Router):
             return inputs.position_GT % self.num_experts
         if self.salt is not None:
             pair_GT = bigram_key(previous_token(inputs), token_GT, self.vocab_size)
-            mixed_GT = mixed(pair_GT ^ self.salt[...].astype(jnp.uint32))
-            return (mixed_GT % self.num_experts).astype(jnp.int32)
+            hash_GT = hash_bits(pair_GT ^ self.salt[...].astype(jnp.uint32))
+            return (hash_GT % self.num_experts).astype(jnp.int32)
         if self.key == "previous":
             token_GT = previous_token(inputs)
         elif self.key == "future":
@@ -96,13 +96,13 @@ class Hash(Router):
 
 
 def previous_token(inputs: RouterInputs) -> jax.Array:
-    """The token before in the same document; id 0 before the first."""
+    """The previous token of the document, id 0 for the first one: (G, T)."""
     before_GT = jnp.roll(inputs.token_id_GT, 1, axis=1)
     return jnp.where(inputs.position_GT > 0, before_GT, 0)
 
 
 def next_token(inputs: RouterInputs) -> jax.Array:
-    """The token after in the same document; -1 after the last."""
+    """The next token of the document, -1 for the last one: (G, T)."""
     after_GT = jnp.roll(inputs.token_id_GT, -1, axis=1)
     follows_GT = jnp.roll(inputs.position_GT, -1, axis=1) == inputs.position_GT + 1
     follows_GT &= jnp.roll(inputs.valid_GT, -1, axis=1)

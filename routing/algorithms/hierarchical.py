@@ -1,6 +1,6 @@
-"""Hierarchical gating: a primary gate picks groups of experts, each group has a gate of its own.
+"""Hierarchical gating: a primary gate chooses groups of experts, whose gates choose experts.
 
-N tokens of all groups; G groups, T tokens, D model width, A groups of experts with B experts each.
+G groups, T tokens per group, D model width, A groups of experts, Y experts of each, E = A * Y.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from routing.selection import top_k
 class HierarchicalLoadLoss(RouterLoss):
     """CV^2 of Load_H[i, j] = Load_primary[i] * Load_i(X_i)[j] / |X_i| (Shazeer 2017, eq. 14).
 
-    The quotient lets the primary gate keep its gradient. For `Hierarchical` alone.
+    Dividing by |X_i| leaves the primary gate its gradient. For `Hierarchical` alone.
     """
 
     coefficient: NonNegative = 0.1
@@ -39,17 +39,17 @@ class HierarchicalLoadLoss(RouterLoss):
     def __call__(self, routing, inputs, stats):
         if "primary_load" not in stats.batch_sums.get("router", {}):
             raise ValueError("HierarchicalLoadLoss is for Hierarchical; NoisyTopK has LoadLoss")
-        primary_A, secondary_AB, size_A = (
+        primary_A, secondary_AY, size_A = (
             global_batch_sum(stats, inputs, lambda s, name=name: s.batch_sums["router"][name])
             for name in ("primary_load", "secondary_load", "group_tokens")
         )
-        return cv_squared(hierarchical_load(primary_A, secondary_AB, size_A).ravel())
+        return cv_squared(hierarchical_load(primary_A, secondary_AY, size_A).ravel())
 
 
-def hierarchical_load(primary_A, secondary_AB, size_A) -> jax.Array:
-    """Load_H (A, B); a group that no token chose has none."""
+def hierarchical_load(primary_A, secondary_AY, size_A) -> jax.Array:
+    """Load_H (A, Y); 0 for groups that no token chose."""
     size_A1 = jnp.maximum(size_A, 1)[:, None]
-    return primary_A[:, None] * secondary_AB / size_A1
+    return primary_A[:, None] * secondary_AY / size_A1
 
 
 @gin.configurable
@@ -59,7 +59,7 @@ class Hierarchical(Router):
     Args:
         sizes: width, number of experts, vocabulary.
         branches: A, the number of groups; must divide the number of experts.
-        k: as many groups, and experts in each, as a token uses: k * k experts.
+        k: the groups that a token uses, and the experts in each of them: k * k experts.
         losses: importance and hierarchical load where None.
     """
 
@@ -98,17 +98,17 @@ class Hierarchical(Router):
         std_GTE = jax.nn.softplus(jnp.einsum("gtd,de->gte", x_GTD, self.noise_DE[...]))
         noisy_GTA, noisy_GTE = clean_GTA, clean_GTE
         if inputs.train:
-            draw_GTX = standard_normal(inputs, a + self.num_experts)
-            noisy_GTA = clean_GTA + std_GTA * draw_GTX[..., :a]
-            noisy_GTE = clean_GTE + std_GTE * draw_GTX[..., a:]
+            draws = standard_normal(inputs, a + self.num_experts)
+            noisy_GTA = clean_GTA + std_GTA * draws[..., :a]
+            noisy_GTE = clean_GTE + std_GTE * draws[..., a:]
         branch_GTK = top_k(noisy_GTA, self.k)
         outer_GTK = jax.nn.softmax(jnp.take_along_axis(noisy_GTA, branch_GTK, -1))
-        clean_GTAB, noisy_GTAB, std_GTAB = (
+        clean_GTAY, noisy_GTAY, std_GTAY = (
             value.reshape(*value.shape[:2], a, b) for value in (clean_GTE, noisy_GTE, std_GTE)
         )
-        # Every group's own gate; those of the chosen groups are kept.
-        inside_GTAK = top_k(noisy_GTAB, self.k)
-        inner_GTAK = jax.nn.softmax(jnp.take_along_axis(noisy_GTAB, inside_GTAK, -1))
+        # The gates of all groups, of which those of the chosen groups are kept.
+        inside_GTAK = top_k(noisy_GTAY, self.k)
+        inner_GTAK = jax.nn.softmax(jnp.take_along_axis(noisy_GTAY, inside_GTAK, -1))
         chosen = branch_GTK[..., None]
         inside_GTKK = jnp.take_along_axis(inside_GTAK, chosen, 2)
         gate_GTKK = outer_GTK[..., None] * jnp.take_along_axis(inner_GTAK, chosen, 2)
@@ -117,15 +117,15 @@ class Hierarchical(Router):
         decision = TokenChoice(
             expert_GTK, gate_GTKK.reshape(flat), jnp.ones(flat, bool), self.num_experts
         )
-        score_GTAB = jax.nn.softmax(clean_GTA)[..., None] * jax.nn.softmax(clean_GTAB)
+        score_GTAY = jax.nn.softmax(clean_GTA)[..., None] * jax.nn.softmax(clean_GTAY)
         valid_GT1 = inputs.valid_GT[..., None]
         used_GTA = jax.nn.one_hot(branch_GTK, a, dtype=bool).any(-2) & valid_GT1
         outer_load_GTA = chance_of_selection(clean_GTA, noisy_GTA, std_GTA, self.k)
-        inner_load_GTAB = chance_of_selection(clean_GTAB, noisy_GTAB, std_GTAB, self.k)
+        inner_load_GTAY = chance_of_selection(clean_GTAY, noisy_GTAY, std_GTAY, self.k)
         batch_sums = {
             "primary_load": jnp.where(valid_GT1, outer_load_GTA, 0).sum((0, 1)),
-            "secondary_load": jnp.where(used_GTA[..., None], inner_load_GTAB, 0).sum((0, 1)),
+            "secondary_load": jnp.where(used_GTA[..., None], inner_load_GTAY, 0).sum((0, 1)),
             "group_tokens": used_GTA.sum((0, 1)).astype(clean_GTA.dtype),
         }
-        # Two levels of logits: no single one that a loss could read.
-        return Routing(decision, None, score_GTAB.reshape(clean_GTE.shape), batch_sums=batch_sums)
+        # There are two levels of logits, so none are returned for losses.
+        return Routing(decision, None, score_GTAY.reshape(clean_GTE.shape), batch_sums=batch_sums)

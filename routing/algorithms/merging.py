@@ -1,6 +1,6 @@
-"""Merged experts: one expert per segment, the router's weighted mean of all experts' weights.
+"""Merged experts: a segment's expert has the router's weighted mean of all experts' parameters.
 
-G groups, S segments of a group, T tokens per group, D model width, E experts.
+G groups, S segments of a group, T tokens of a group or of a segment, D model width, E experts.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ from routing.router import Router
 
 @gin.configurable
 class SMEAR(Router):
-    """One mixture per group, from the mean of its tokens (Muqeeth et al. 2023, section 3).
+    """One merged expert per group, from the mean of its tokens (Muqeeth et al. 2023, section 3).
 
-    A group is one example unless `MoELayer.sequences_per_group` says otherwise. Fully
-    differentiable, at the cost of one expert and of the merge. Not causal: the mean sees all.
+    Fully differentiable, at the cost of one expert and of the merge. Not causal: the mean is over
+    all tokens.
 
     Args:
         sizes: width, number of experts, vocabulary.
@@ -48,13 +48,13 @@ class SMEAR(Router):
 
 @gin.configurable
 class Lory(Router):
-    """One mixture per segment, from the mean of the segment before it (Zhong et al. 2024).
+    """One merged expert per segment, from the mean of the previous segment (Zhong et al. 2024).
 
     Args:
         sizes: width, number of experts, vocabulary.
         segment: tokens of a segment (the paper: 256).
-        first: what the first segment uses: "uniform" weights, or "itself", its own mean without a
-            gradient (the paper, section 3.1): then its tokens see their future.
+        first: the weights in the first segment: "uniform", or from "itself", its mean without a
+            gradient (the paper, section 3.1), which is not causal.
         losses: none are needed.
     """
 
@@ -93,18 +93,18 @@ class Lory(Router):
 
 
 def segment_means(inputs: RouterInputs, segment: int) -> jax.Array:
-    """The mean valid token of every segment (G, S, D); zero where there is none."""
+    """The mean of the valid tokens of every segment (G, S, D); zero without any."""
     groups, tokens, width = inputs.x_GTD.shape
-    valid_GSL = in_segments(inputs.valid_GT, segment)
-    segments = valid_GSL.shape[1]
+    valid_GST = in_segments(inputs.valid_GT, segment)
+    segments = valid_GST.shape[1]
     more = ((0, 0), (0, segments * segment - tokens))
     x_GTD = jnp.where(inputs.valid_GT[..., None], inputs.x_GTD, 0)
-    x_GSLD = jnp.pad(x_GTD, (*more, (0, 0))).reshape(groups, segments, segment, width)
-    return x_GSLD.sum(2) / jnp.maximum(valid_GSL.sum(2), 1)[..., None]
+    x_GSTD = jnp.pad(x_GTD, (*more, (0, 0))).reshape(groups, segments, segment, width)
+    return x_GSTD.sum(2) / jnp.maximum(valid_GST.sum(2), 1)[..., None]
 
 
 def in_segments(valid_GT, segment: int) -> jax.Array:
-    """The mask by segments (G, S, segment); what is missing in the last one is not valid."""
+    """The mask by segments (G, S, T), where the last one is filled up with False."""
     groups, tokens = valid_GT.shape
     segments = -(-tokens // segment)
     more = ((0, 0), (0, segments * segment - tokens))
@@ -112,7 +112,7 @@ def in_segments(valid_GT, segment: int) -> jax.Array:
 
 
 def merged(logits_GSE, inputs: RouterInputs, segment: int) -> Routing:
-    """The routing by a softmax of each segment's logits; a segment of padding uses no expert."""
+    """The routing by a softmax of each segment's logits; weights of all-padding segments are 0."""
     tokens = inputs.valid_GT.shape[1]
     tokens_GS = in_segments(inputs.valid_GT, segment).sum(-1, dtype=jnp.int32)
     weight_GSE = jnp.where(tokens_GS[..., None] > 0, jax.nn.softmax(logits_GSE), 0)

@@ -25,17 +25,17 @@ from routing.router import DepthRouter
 class MixtureOfDepths(DepthRouter):
     """The C = ceil(capacity * T) tokens with the largest r = w . x, in their order (eq. 1).
 
-    r multiplies what the block adds to a token, so that the router learns. The choice sees the
-    whole sequence; at evaluation and in decoding a token goes through if the router's guess says
-    that it would have been chosen: no token sees another.
+    r multiplies what the block adds to a token, so that the router gets a gradient. The choice
+    depends on the whole sequence. At evaluation and in decoding a token goes through if the
+    router's guess, which depends on that token alone, is that training would choose it.
 
     Args:
         sizes: width; one expert, the block.
         capacity: share of the tokens that go through.
-        guess: "predictor", a small network on the token that changes nothing else; "auxiliary", r
-            itself, pushed above 0 for chosen tokens by a loss (section 3.5).
+        guess: by "predictor", a small network on the token, without a gradient to the model; or by
+            "auxiliary", r itself, which a loss makes positive for chosen tokens (section 3.5).
         predictor_width: H.
-        losses: the guess's cross-entropy where None, with 0.01.
+        losses: the guess's cross entropy with 0.01 where None.
     """
 
     causality = Causality.CAUSAL_AT_EVALUATION
@@ -78,7 +78,7 @@ class MixtureOfDepths(DepthRouter):
         fixed_G1T = jax.lax.stop_gradient(weight_GT)[:, None]
         token_G1C, keep_G1C = best_tokens(fixed_G1T, inputs.valid_GT, self.capacity, 1)
         token_G1C, keep_G1C = in_order(token_G1C, keep_G1C, tokens)
-        chosen_GT = jax.vmap(lambda token_C, keep_C: marked(token_C, keep_C, tokens))(
+        chosen_GT = jax.vmap(lambda token_C, keep_C: mask_of(token_C, keep_C, tokens))(
             token_G1C[:, 0], keep_G1C[:, 0]
         )
         cross_entropy = optax.sigmoid_binary_cross_entropy
@@ -96,7 +96,7 @@ class MixtureOfDepths(DepthRouter):
         return Routing(decision, logits_GT1, terms=terms, batch_sums=batch_sums)
 
     def _guess(self, x_GTD, weight_GT):
-        """Logits of "would be chosen" (G, T)."""
+        """The logits (G, T) of the guess that a token would be chosen."""
         if self.hidden_DH is None or self.guess_H is None or self.guess_bias is None:
             return weight_GT
         x_GTD = jax.lax.stop_gradient(x_GTD)
@@ -110,7 +110,7 @@ def in_order(token_GEC, keep_GEC, tokens: int):
     return jnp.minimum(token_GEC, tokens - 1), token_GEC < tokens
 
 
-def marked(token_C, keep_C, tokens: int) -> jax.Array:
-    """True at the tokens that are kept: bool (T,)."""
+def mask_of(token_C, keep_C, tokens: int) -> jax.Array:
+    """The mask of the tokens that are kept: bool (T,)."""
     spread_C = jnp.where(keep_C, token_C, tokens)
     return jnp.zeros(tokens, bool).at[spread_C].set(True, mode="drop")

@@ -1,4 +1,4 @@
-"""MultiHash: several hashes of a token's id, each for a part of the layer (Roller et al. 2021).
+"""MultiHash: several hashes of a token's id, one for each segment (Roller et al. 2021).
 
 G groups, T tokens per group, V vocabulary, N hashes.
 """
@@ -16,9 +16,9 @@ from routing.router import Router
 
 @gin.configurable
 class MultiHash(Router):
-    """Choice n is table n at the token's id, gate 1 (section 3.2); for `SegmentedExperts`.
+    """Choice n is table n's entry for the token id, gate 1 (section 3.2); for `SegmentedExperts`.
 
-    The tables are drawn uniformly and are router state.
+    The tables, router state, are drawn uniformly.
 
     Args:
         sizes: width, number of experts, vocabulary.

@@ -1,4 +1,4 @@
-"""Noisy top-k: learned noise on the logits, and a smooth estimate of the load it causes.
+"""Noisy top-k: learned noise on the logits, and a smooth estimate of the expected load.
 
 G groups, T tokens per group, D model width, E experts, K experts per token.
 """
@@ -23,9 +23,8 @@ from routing.selection import top_k, top_k_indices
 class NoisyTopK(Router):
     """H = x W_g + N(0, 1) softplus(x W_noise); the gates are a softmax of H's K largest.
 
-    Shazeer et al. 2017, eq. 3-5; its importance and load losses (eq. 6-11) are the default. Both
-    weights start at zero (appendix A), so that routing starts uniformly random. No noise at
-    evaluation.
+    Shazeer et al. 2017, eq. 3-5, with its importance and load losses (eq. 6-11). Both weights are
+    zero at first (appendix A), so that routing is uniformly random. No noise at evaluation.
 
     Args:
         sizes: width, number of experts, vocabulary.
@@ -54,7 +53,7 @@ class NoisyTopK(Router):
         return self.with_noise(inputs.x_GTD, draw_GTE)
 
     def with_noise(self, x_GTD: jax.Array, draw_GTE: jax.Array | None) -> Routing:
-        """The routing under these standard normal draws, or without noise."""
+        """The routing with these standard normal draws; without noise where None."""
         clean_GTE = jnp.einsum("gtd,de->gte", x_GTD, self.weight_DE[...])
         std_GTE = jax.nn.softplus(jnp.einsum("gtd,de->gte", x_GTD, self.noise_DE[...]))
         noisy_GTE = clean_GTE if draw_GTE is None else clean_GTE + draw_GTE * std_GTE
@@ -75,15 +74,15 @@ def standard_normal(inputs: RouterInputs, num_experts: int) -> jax.Array:
 
 
 def chance_of_selection(clean_GTE, noisy_GTE, std_GTE, k: int) -> jax.Array:
-    """P(x, i): the chance that i is among the K largest if its noise is drawn anew (eq. 8-9).
+    """P(x, i), the probability that i is among the K largest if its noise is redrawn (eq. 8-9).
 
-    The K-th largest of the others is the (K+1)-th of all for a chosen expert, else the K-th.
+    The K-th largest of the others is the (K + 1)-th of all for a chosen expert, else the K-th.
     """
     if k == noisy_GTE.shape[-1]:
         return jnp.ones_like(clean_GTE)
     order_GTK = top_k_indices(jax.lax.stop_gradient(noisy_GTE), k + 1)
     best_GTK = jnp.take_along_axis(noisy_GTE, order_GTK, -1)
     chosen_GTE = jax.nn.one_hot(order_GTK[..., :k], noisy_GTE.shape[-1], dtype=bool).any(-2)
-    bar_GTE = jnp.where(chosen_GTE, best_GTK[..., k : k + 1], best_GTK[..., k - 1 : k])
-    # Noise may die out: below this the quotient's derivative would overflow.
-    return jax.scipy.stats.norm.cdf((clean_GTE - bar_GTE) / jnp.maximum(std_GTE, 1e-6))
+    threshold_GTE = jnp.where(chosen_GTE, best_GTK[..., k : k + 1], best_GTK[..., k - 1 : k])
+    # With less noise the quotient's derivative would overflow.
+    return jax.scipy.stats.norm.cdf((clean_GTE - threshold_GTE) / jnp.maximum(std_GTE, 1e-6))

@@ -1,7 +1,7 @@
-"""Product keys: the best of very many experts, found in the square root of the time (He 2024).
+"""Product keys: the best of E experts, found among sqrt(E) keys twice (He 2024).
 
-G groups, T tokens per group, D model width, H heads, Q half the width of a query, N keys in each
-half (E = N^2 experts), K experts per head.
+G groups, T tokens per group, D model width, H heads, X = 2 halves of a query, Q the width of one, N
+subkeys of each half (E = N^2 experts), K experts per head.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ class ProductKeys(Router):
 
     The K best of all N^2 are among the K best i and the K best j (Lample et al. 2019). Each head
     has a query of its own; all share the keys. The gates of a head are a softmax over its K. The
-    paper normalises queries over the batch; here each is normalised by itself, so that no token
-    sees another.
+    paper normalises queries over the batch; here each is normalised separately, so that tokens
+    don't affect each other.
 
     Args:
         sizes: width; a square number of experts.
@@ -78,7 +78,7 @@ class ProductKeys(Router):
         square = jnp.square(query_GTHXQ).mean((-2, -1), keepdims=True)
         query_GTHXQ = query_GTHXQ * jax.lax.rsqrt(square + 1e-6)
         score_GTHXN = jnp.einsum("gthxq,qxn->gthxn", query_GTHXQ, self.key_QXN[...])
-        expert_GTHK, best_GTHK = best_products(score_GTHXN, self.k)
+        expert_GTHK, best_GTHK = best_pairs(score_GTHXN, self.k)
         gate_GTHK = jax.nn.softmax(best_GTHK)
         flat = (*expert_GTHK.shape[:2], -1)
         expert_GTK = expert_GTHK.reshape(flat)
@@ -86,14 +86,17 @@ class ProductKeys(Router):
         return Routing(TokenChoice(expert_GTK, gate_GTHK.reshape(flat), keep_GTK, self.num_experts))
 
 
-def best_products(score_XN, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k largest sums of two halves' scores (..., 2, N): expert i * N + j, and the sum."""
-    side = score_XN.shape[-1]
-    index_XK = top_k(score_XN, k)
-    best_XK = jnp.take_along_axis(score_XN, index_XK, -1)
-    sum_KK = best_XK[..., 0, :, None] + best_XK[..., 1, None, :]
-    sum_P = sum_KK.reshape(*sum_KK.shape[:-2], k * k)
-    pair_K = top_k(sum_P, k)
-    first_K = jnp.take_along_axis(index_XK[..., 0, :], pair_K // k, -1)
-    second_K = jnp.take_along_axis(index_XK[..., 1, :], pair_K % k, -1)
-    return first_K * side + second_K, jnp.take_along_axis(sum_P, pair_K, -1)
+def best_pairs(score, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k pairs (i, j) of subkeys with the largest sums of scores: i * N + j, and the sums.
+
+    score: of the subkeys of both halves (..., 2, N). Both results are (..., k).
+    """
+    side = score.shape[-1]
+    index = top_k(score, k)
+    best = jnp.take_along_axis(score, index, -1)
+    sums = best[..., 0, :, None] + best[..., 1, None, :]
+    sums = sums.reshape(*sums.shape[:-2], k * k)
+    pair = top_k(sums, k)
+    first = jnp.take_along_axis(index[..., 0, :], pair // k, -1)
+    second = jnp.take_along_axis(index[..., 1, :], pair % k, -1)
+    return first * side + second, jnp.take_along_axis(sums, pair, -1)

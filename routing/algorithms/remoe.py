@@ -1,4 +1,4 @@
-"""ReMoE: ReLU instead of top-k, kept sparse by an adaptive penalty (Wang et al. 2024).
+"""ReMoE: ReLU gates instead of top-k, sparse by an adaptive auxiliary loss (Wang et al. 2024).
 
 G groups, T tokens per group, D model width, E experts, K experts per token.
 """
@@ -22,17 +22,18 @@ from routing.router import Router, check_k
 class ReMoE(Router):
     """Gates relu(x W): a token goes to every expert with a gate above zero (eq. 4).
 
-    The penalty lambda * (E / k) sum_e f_e mean(R_e) pulls the gates of crowded experts down
-    (eq. 9); after every step lambda grows by a factor while fewer than 1 - k / E of the gates are
-    zero, and shrinks while more are (eq. 8). About half of the gates start active. Every layer
-    has a lambda of its own and aims at k by itself; the paper's one is shared by all layers.
+    The auxiliary loss lambda * (E / k) sum_e f_e mean(R_e) reduces the gates of overloaded experts
+    (eq. 9). After every optimizer step lambda is multiplied by a factor where fewer than 1 - k / E
+    of the gates are zero, and divided by it where more are (eq. 8). At first about half of the
+    gates are active. Every layer adapts a lambda of its own; the paper's is shared by all layers.
 
     Args:
         sizes: width, number of experts, vocabulary.
-        k: experts per token to aim at.
-        start: lambda before the first step.
-        factor: by which it changes.
-        losses: the penalty where None, averaged over the layers: its coefficient multiplies lambda.
+        k: the target of experts per token.
+        start: the initial lambda.
+        factor: by which lambda changes.
+        losses: the auxiliary loss where None, averaged over layers; its coefficient multiplies
+            lambda.
     """
 
     causality = Causality.CAUSAL
@@ -65,14 +66,15 @@ class ReMoE(Router):
         decision = TokenChoice(expert_GTE, gate_GTE, active_GTE, self.num_experts)
         valid_GT1 = inputs.valid_GT[..., None]
         batch_sums = {"active": jnp.sum(active_GTE & valid_GT1, axis=(0, 1), dtype=jnp.int32)}
-        counted = batch_sums["active"], inputs.valid_GT.sum()
-        if (whole := inputs.context.global_batch) is not None:
-            counted = whole.stats.batch_sums["router"]["active"], whole.stats.token_count
-        share_E = counted[0] / jnp.maximum(counted[1], 1)
-        crowd_E = self.num_experts / self.k * share_E.astype(gate_GTE.dtype)
-        term_GT = self.penalty.weight[...] * jnp.einsum("gte,e->gt", gate_GTE, crowd_E)
+        active_E, tokens = batch_sums["active"], inputs.valid_GT.sum()
+        if (global_batch := inputs.context.global_batch) is not None:
+            stats = global_batch.stats
+            active_E, tokens = stats.batch_sums["router"]["active"], stats.token_count
+        share_E = active_E / jnp.maximum(tokens, 1)
+        load_E = self.num_experts / self.k * share_E.astype(gate_GTE.dtype)
+        term_GT = self.penalty.weight[...] * jnp.einsum("gte,e->gt", gate_GTE, load_E)
         score_GTE = gate_GTE / jnp.maximum(gate_GTE.sum(-1, keepdims=True), 1e-20)
-        # A token without any expert has the same share of each.
+        # A token without experts has uniform scores.
         none_GT1 = ~active_GTE.any(-1, keepdims=True)
         score_GTE = jnp.where(none_GT1, 1 / self.num_experts, score_GTE)
         terms = {"sparsity": term_GT}
@@ -80,7 +82,7 @@ class ReMoE(Router):
 
 
 class SparsityPenalty(StepState):
-    """lambda, which follows the share of gates that are zero."""
+    """lambda, the adaptive weight of the auxiliary loss."""
 
     def __init__(self, num_experts: int, k: int, start: float, factor: float):
         self.target, self.factor = 1 - k / num_experts, factor
@@ -95,5 +97,5 @@ class SparsityPenalty(StepState):
         active = stats.batch_sums["router"]["active"].astype(jnp.float32).mean()
         sparsity = 1 - active / jnp.maximum(stats.token_count, 1)
         weight = self.weight[...] * self.factor ** jnp.sign(self.target - sparsity)
-        # It must be able to come back from either end.
+        # Bounded, so that it can come back from both ends.
         self.weight[...] = jnp.clip(weight, 1e-12, 1e6)

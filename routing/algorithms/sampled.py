@@ -41,25 +41,25 @@ ESTIMATORS = get_args(Estimator)
 
 @gin.configurable
 class Sampled(Router):
-    """The choice is drawn in training, and greedy at evaluation.
+    """Experts are sampled in training; at evaluation the choice is greedy.
 
-    "reinforce" draws one expert from softmax(x W), gate 1, and learns by the token's own
-    log-likelihood against a learned value (RL-R of Clark et al. 2022): the objective completes the
-    loss. "gumbel" draws one, and its gradient is that of the softmax (Jang et al. 2017). The others
-    draw every expert on its own with probability sigmoid (Bengio et al. 2013): "straight_through",
-    "straight_through_slope", "stochastic_times_smooth", "noisy_rectifier", and "unbiased", which is
-    reinforce for every expert's draw. They aim at k experts per token through a loss term; an
-    expert that is not drawn is not computed, so that its gate gets no gradient.
+    "reinforce" draws one expert from softmax(x W), gate 1, with the token's log-likelihood as
+    reward and a learned value as baseline (RL-R of Clark et al. 2022). "gumbel" draws one with the
+    gradient of the softmax (Jang et al. 2017). The others draw every expert independently with
+    probability sigmoid(x W) (Bengio et al. 2013): "straight_through", "straight_through_slope",
+    "stochastic_times_smooth", "noisy_rectifier", and "unbiased", which is reinforce for every
+    draw. A loss term makes their mean k experts per token; experts that are not drawn are not
+    computed, so that their gates get no gradient.
 
     Args:
         sizes: width, number of experts, vocabulary.
         estimator: how the choice is drawn and learned, as described above.
-        k: experts per token that independent draws aim at.
+        k: the target of experts per token, for independent draws.
         temperature: of "gumbel".
         policy_weight: of the policy gradient.
-        value_weight: of half the squared error of the value.
+        value_weight: of the value's loss, half its squared error.
         value_width: H.
-        losses: balance for one expert, sparsity for independent draws, where None.
+        losses: where None, balance for a single draw, sparsity for independent draws.
     """
 
     causality = Causality.CAUSAL
@@ -133,13 +133,13 @@ class Sampled(Router):
         terms = {"sparsity": binary_divergence(self.k / self.num_experts, fires_GTE.mean(-1))}
         score_GTE = prob_GTE / prob_GTE.sum(-1, keepdims=True)
         if draw_GTE is None:
-            # The k likeliest, each with the mean of its gate where it is drawn.
+            # The k likeliest experts, with the mean of their gates given that they are drawn.
             expert_GTK = top_k(logits_GTE, self.k)
-            given = {
+            mean_gates = {
                 "stochastic_times_smooth": fires_GTE,
                 "noisy_rectifier": jax.nn.softplus(logits_GTE) / prob_GTE,
             }
-            gate_GTE = given.get(self.estimator, jnp.ones_like(prob_GTE))
+            gate_GTE = mean_gates.get(self.estimator, jnp.ones_like(prob_GTE))
             gate_GTK = jnp.take_along_axis(gate_GTE, expert_GTK, -1)
             keep_GTK = jnp.ones_like(expert_GTK, bool)
             decision = TokenChoice(expert_GTK, gate_GTK, keep_GTK, self.num_experts)
@@ -155,7 +155,7 @@ class Sampled(Router):
         return Routing(decision, logits_GTE, score_GTE, terms=terms, policy=policy)
 
     def _policy(self, log_prob_GT, inputs: RouterInputs) -> Policy:
-        """With the value head's guess, from tokens that it does not change."""
+        """The policy with the value head's prediction, without a gradient to the tokens."""
         assert self.value_DH is not None and self.value_H is not None
         x_GTD = jax.lax.stop_gradient(inputs.x_GTD)
         hidden_GTH = jax.nn.relu(jnp.einsum("gtd,dh->gth", x_GTD, self.value_DH[...]))
@@ -166,5 +166,5 @@ class Sampled(Router):
 def binary_divergence(target: float, mean) -> jax.Array:
     """KL(B(target) || B(mean)) in nats; 0 where the mean is the target."""
     mean = jnp.clip(mean, 1e-6, 1 - 1e-6)
-    rest = max(1 - target, 1e-6)
-    return target * jnp.log(target / mean) + rest * jnp.log(rest / (1 - mean))
+    other = max(1 - target, 1e-6)
+    return target * jnp.log(target / mean) + other * jnp.log(other / (1 - mean))

@@ -21,17 +21,16 @@ from routing.selection import top_k
 
 @gin.configurable
 class Sinkhorn(Router):
-    """In training the K largest of a token's row of the plan, at evaluation of its own logits.
+    """The K largest entries of a token's row: in training of the plan, at evaluation of its logits.
 
-    The plan has equal rows and equal columns (appendix B.2.1); no gradient flows through it, only
-    through the gate.
+    The plan has equal row sums and equal column sums (appendix B.2.1). Only gates have a gradient.
 
     Args:
         sizes: width, number of experts, vocabulary.
         k: experts per token.
-        gates: "softmax" of the token's own logits, or "sigmoid".
-        tolerance: the plan is done when every column is within this share of 1 / E, ...
-        iterations: ... or after so many rounds of Sinkhorn's algorithm.
+        gates: "softmax" of the token's logits, or "sigmoid".
+        tolerance: relative error of the column sums at which Sinkhorn's algorithm stops.
+        iterations: the most iterations of Sinkhorn's algorithm.
         losses: none are needed; a balance loss would work against the plan.
     """
 
@@ -78,11 +77,10 @@ class Sinkhorn(Router):
 
 
 def transport_plan(logits_GTE, valid_GT, iterations: int, tolerance: float = 0.0) -> jax.Array:
-    """Log of the plan: every valid row sums to 1 / T, every column nearly to 1 / E (G, T, E).
+    """The log of the transport plan (G, T, E), by Sinkhorn's algorithm in log space.
 
-    In log space, so that no logit is too large; columns first, rows last, so that rows are exact.
-    Rounds go on until every group's columns are within `tolerance` of 1 / E, at most `iterations`;
-    a group that is done stays as it is, so that it doesn't depend on the others.
+    Valid rows sum to 1 / T exactly, columns to 1 / E within `tolerance`, unless `iterations` end
+    before. A group that has converged is not changed any more, so that groups are independent.
     """
     lowest = jnp.asarray(-1e30, logits_GTE.dtype)
     log_GTE = jnp.where(valid_GT[..., None], logits_GTE, lowest)
@@ -91,10 +89,10 @@ def transport_plan(logits_GTE, valid_GT, iterations: int, tolerance: float = 0.0
     column = -jnp.log(jnp.asarray(logits_GTE.shape[-1], logits_GTE.dtype))
 
     def column_error_G1E(log_GTE):
-        """How far each column's log sum is above that of 1 / E (G, 1, E)."""
+        """The log of each column's sum, less log(1 / E)."""
         return jax.nn.logsumexp(log_GTE, axis=1, keepdims=True) - column
 
-    def one(state):
+    def iterate(state):
         number, log_GTE, above_G1E, done_G = state
         new_GTE = log_GTE - above_G1E
         new_GTE = new_GTE - jax.nn.logsumexp(new_GTE, axis=2, keepdims=True) + row_G11
@@ -103,9 +101,11 @@ def transport_plan(logits_GTE, valid_GT, iterations: int, tolerance: float = 0.0
         done_G = jnp.abs(above_G1E).max((1, 2)) <= tolerance
         return number + 1, new_GTE, above_G1E, done_G | ~valid_GT.any(1)
 
-    def goes_on(state):
+    def unfinished(state):
         number, *_, done_G = state
         return (number < iterations) & ~done_G.all()
 
     never_G = jnp.zeros_like(valid_GT[:, 0])
-    return jax.lax.while_loop(goes_on, one, (0, log_GTE, column_error_G1E(log_GTE), never_G))[1]
+    return jax.lax.while_loop(
+        unfinished, iterate, (0, log_GTE, column_error_G1E(log_GTE), never_G)
+    )[1]

@@ -1,7 +1,7 @@
 """Soft choice: from Soft MoE's dense slots to hard choices, by two temperatures.
 
-Our own; neither end is. It joins Soft MoE (Puigcerver et al. 2023) and expert choice (Zhou et al.
-2022) on one side with token choice on the other, and is differentiable everywhere between.
+A router of this project. It interpolates between Soft MoE (Puigcerver et al. 2023), expert choice
+(Zhou et al. 2022) and token choice, and is differentiable in between.
 
 G groups, T tokens per group, D model width, E experts, S slots per expert.
 """
@@ -25,19 +25,19 @@ from routing.router import Router
 class SoftChoice(Router):
     """Slots read tokens by softmax(z / read), tokens read slots by softmax(z / write).
 
-    z are Soft MoE's logits of unit vectors. At read = write = 1 this is Soft MoE. As `read` falls
-    to 0 every slot reads its one best token: experts choose. As `write` falls to 0 every token
-    takes from its one best slot: tokens choose. In between every token has a gradient to every
-    slot. Both temperatures start at 1 and cool geometrically over so many optimizer steps; they
-    are router state, so that a resumed run and evaluation know them.
+    z are Soft MoE's logits of unit vectors. At read = write = 1 this is Soft MoE. As `read` goes to
+    0, every slot reads only its best token: expert choice. As `write` goes to 0, every token reads
+    only its best slot: token choice. In between every token has a gradient to every slot. Both
+    temperatures start at 1 and change geometrically over the first optimizer steps; they are router
+    state, so that they are saved with the model.
 
     Args:
         sizes: width, number of experts, vocabulary.
-        slots_per_expert: S; dense FLOPs at E * S = T (or, in segments, at E * S = segment).
-        read: the temperature that the slots end at.
-        write: the temperature that the tokens end at.
-        cooling_steps: optimizer steps from 1 to those.
-        segment: a length makes it causal, as in `SoftMoE`; None sees the whole sequence.
+        slots_per_expert: S; E * S = T (E * S = segment) has the FLOPs of a dense layer.
+        read: the final temperature with which slots read tokens.
+        write: the final temperature with which tokens read slots.
+        cooling_steps: optimizer steps from 1 to the final temperatures.
+        segment: tokens of a segment, for a causal layer as in `SoftMoE`; None for one segment.
         losses: none are needed.
     """
 
@@ -78,7 +78,7 @@ class SoftChoice(Router):
 
 
 class Cooling(StepState):
-    """Temperatures (2,): 1 before the first step, at `ends` after so many."""
+    """Two temperatures, which go from 1 to `ends` geometrically over so many optimizer steps."""
 
     def __init__(self, ends: tuple[float, float], steps: int):
         if steps < 1:
@@ -90,6 +90,6 @@ class Cooling(StepState):
     def update(self, stats: RouterStats) -> None:
         cooled_2 = self.heat_2[...] * jnp.asarray(self.factors)
         ends_2 = jnp.asarray(self.ends)
-        # Whichever way a temperature goes, it stops at its end.
+        # A temperature stops at its end, whether it rises or falls.
         low_2, high_2 = jnp.minimum(ends_2, 1), jnp.maximum(ends_2, 1)
         self.heat_2[...] = jnp.clip(cooled_2, low_2, high_2)

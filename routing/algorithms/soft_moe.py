@@ -23,11 +23,11 @@ class SoftMoE(Router):
 
     Args:
         sizes: width, number of experts, vocabulary.
-        slots_per_expert: S; dense FLOPs at E * S = T.
+        slots_per_expert: S; E * S = T has the FLOPs of a dense layer.
         normalise: unit-norm tokens and slot vectors with a learned scale (section 2.3).
-        segment: None (the paper), or a length: every segment of so many tokens has slots of its
-            own, filled from the segments before it, so that the layer is causal. The first
-            segment's slots are empty. Dense FLOPs at E * S = segment.
+        segment: None (the paper), or tokens of a segment: every segment has slots of its own that
+            read the segments before it, so that the layer is causal. The slots of the first
+            segment are empty. E * S = segment has the FLOPs of a dense layer.
         losses: none are needed.
     """
 
@@ -65,14 +65,14 @@ class SoftMoE(Router):
 
 
 def slot_logits(x_GTD, phi_DES, scale) -> jax.Array:
-    """How well every token fits every slot (G, T, E, S); of unit vectors where there is a scale."""
+    """The logits (G, T, E, S) of every token and slot; of unit vectors where there is a scale."""
     if scale is not None:
         x_GTD, phi_DES = unit(x_GTD, axis=-1), scale * unit(phi_DES, axis=0)
     return jnp.einsum("gtd,des->gtes", x_GTD, phi_DES)
 
 
 def soft_routing(read_GTES, write_GTES, valid_GT, segment: int | None) -> Routing:
-    """Slots read tokens by a softmax of read_GTES, tokens read slots by one of write_GTES."""
+    """Slots read tokens by softmax(read_GTES), tokens read slots by softmax(write_GTES)."""
     share_GTES = jax.nn.softmax(write_GTES, axis=(2, 3))
     if segment is None:
         valid_GT11 = valid_GT[..., None, None]
@@ -85,26 +85,26 @@ def soft_routing(read_GTES, write_GTES, valid_GT, segment: int | None) -> Routin
 
 
 def in_segments(read_GTES, share_GTES, valid_GT, segment: int) -> SoftSlots:
-    """Slots (N * S) of each expert: those of segment n read the segments before, serve n alone."""
+    """N * S slots per expert: those of segment n read earlier segments and are read by n alone."""
     groups, tokens, experts, slots = read_GTES.shape
     segments = -(-tokens // segment)
     segment_T1 = (jnp.arange(tokens) // segment)[:, None]
-    own_TN = segment_T1 == jnp.arange(segments)[None]
+    in_TN = segment_T1 == jnp.arange(segments)[None]
     before_TN = segment_T1 < jnp.arange(segments)[None]
-    # A segment of nothing but padding, and the first one, has empty slots.
-    served_GN = jnp.any(own_TN[None] & valid_GT[..., None], axis=1)
+    # The slots of the first segment, and of segments that are all padding, are empty.
+    served_GN = jnp.any(in_TN[None] & valid_GT[..., None], axis=1)
     reads_GTN = before_TN[None] & valid_GT[..., None] & served_GN[:, None]
     reads_GT1N1 = reads_GTN[:, :, None, :, None]
     read_GTENS = jnp.where(reads_GT1N1, read_GTES[:, :, :, None], -1e30)
     dispatch_GTENS = jnp.where(reads_GT1N1, jax.nn.softmax(read_GTENS, axis=1), 0)
-    reader_GTN = own_TN[None] & valid_GT[..., None]
+    reader_GTN = in_TN[None] & valid_GT[..., None]
     combine_GTENS = jnp.where(reader_GTN[:, :, None, :, None], share_GTES[:, :, :, None], 0)
     shape = (groups, tokens, experts, segments * slots)
     return SoftSlots(dispatch_GTENS.reshape(shape), combine_GTENS.reshape(shape))
 
 
 def unit(x, axis: int):
-    """x / (norm + 1e-6), as the paper divides; the gradient at zero is zero."""
+    """x / (norm + 1e-6), as in the paper; the gradient at zero is zero."""
     square = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
     norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
     return x / (norm + 1e-6)

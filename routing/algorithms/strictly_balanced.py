@@ -1,4 +1,4 @@
-"""Strictly balanced gating: batchwise in training, by learned thresholds at evaluation.
+"""Strictly balanced gating: by batch in training, by learned thresholds at evaluation.
 
 G groups, T tokens per group, D model width, E experts, C slots per expert.
 """
@@ -24,12 +24,12 @@ class StrictlyBalanced(Router):
 
     In training each expert takes the m = k T / E tokens of the group with its largest gates; at
     evaluation a token goes to every expert whose gate exceeds a threshold T_e. The thresholds are
-    parameters that a loss draws to where both masks agree. A token that no expert takes gets zero.
+    parameters; a loss makes both masks agree. The output of a token without experts is zero.
 
     Args:
         sizes: width, number of experts, vocabulary.
         k: experts per token on average.
-        losses: `TermLoss("threshold")` where None; without it the thresholds learn nothing.
+        losses: `TermLoss("threshold")` where None; without it thresholds get no gradient.
     """
 
     causality = Causality.CAUSAL_AT_EVALUATION
@@ -51,16 +51,16 @@ class StrictlyBalanced(Router):
     def route(self, inputs: RouterInputs) -> Routing:
         logits_GTE = jnp.einsum("gtd,de->gte", inputs.x_GTD, self.weight_DE[...])
         prob_GTE = jax.nn.softmax(logits_GTE)
-        bar_GTE = self.threshold_E[...][None, None]
-        above_GTE = jax.lax.stop_gradient(prob_GTE > bar_GTE)
+        threshold_11E = self.threshold_E[...][None, None]
+        above_GTE = jax.lax.stop_gradient(prob_GTE > threshold_11E)
         prob_GET = jnp.swapaxes(prob_GTE, 1, 2)
         token_GEC, keep_GEC = best_tokens(
             jax.lax.stop_gradient(prob_GET), inputs.valid_GT, self.k, self.num_experts
         )
         taken_GTE = _mask(token_GEC, keep_GEC, inputs.valid_GT.shape[1])
-        # Both masks are constants: d/dT_e is how many are taken less how many are above.
+        # Both masks are constants: d/dT_e is the number taken less the number above.
         differ_GTE = above_GTE.astype(prob_GTE.dtype) - taken_GTE.astype(prob_GTE.dtype)
-        terms = {"threshold": jnp.sum(differ_GTE * (prob_GTE - bar_GTE), axis=-1)}
+        terms = {"threshold": jnp.sum(differ_GTE * (prob_GTE - threshold_11E), axis=-1)}
         if not inputs.train:
             experts = jnp.arange(self.num_experts, dtype=jnp.int32)
             decision = TokenChoice(

@@ -25,9 +25,9 @@ class Switch(Router):
 
     Args:
         sizes: width, number of experts, vocabulary.
-        jitter: in training the router's own input is multiplied by U(1 - jitter, 1 + jitter); the
-            experts still see the clean token.
-        init_scale: variance scale of the truncated normal that W starts from.
+        jitter: in training the router's input is multiplied by U(1 - jitter, 1 + jitter); that of
+            the experts is not.
+        init_scale: variance scale of W's initial truncated normal.
         losses: values such as `BalanceLoss()`, which is the default with the paper's 0.01.
     """
 

@@ -27,7 +27,7 @@ GATES = ("softmax", "softmax_of_selected", "sigmoid")
 
 @gin.configurable
 class TopK(Router):
-    """The K largest of the scores, without noise.
+    """Each token goes to the K experts of its largest scores.
 
     Args:
         sizes: width, number of experts, vocabulary.
@@ -38,15 +38,15 @@ class TopK(Router):
         scale: gates are multiplied by this (DeepSeek-V3's route scale).
         init_scale: variance scale of the weights (Switch: 0.1).
         balancer: a class such as `BiasBalancer`; its bias enters selection, never the gates.
-        expert_groups: the experts are so many equal groups in a row (DeepSeek-V3: 8).
-        groups_per_token: a token may use the experts of so many best groups alone (DeepSeek-V3: 4).
-        group_best: a group's score is the sum of so many of its best, bias included; where None
-            k / groups_per_token, rounded up (DeepSeek-V3, section 2.1.2: K / M).
-            DeepSeek-V2 takes 1.
-        orthogonal: the weights start with orthonormal columns (SIMBAL, Guo et al. 2025), for
-            which `TermLoss("orthogonality")` keeps them (the sum of |W^T W - I|).
-        keep_rest: the decision carries the gates of unchosen experts too, for `DefaultVectors`.
-        residual: a linear map of the logits of the sparse layer before is added to the logits
+        expert_groups: into how many equal groups the experts are divided (DeepSeek-V3: 8).
+        groups_per_token: of how many groups, the best, a token may use experts (DeepSeek-V3: 4).
+        group_best: a group's score is the sum of this many of its best, bias included; where None
+            k / groups_per_token, rounded up (DeepSeek-V3, section 2.1.2: K / M). DeepSeek-V2
+            takes 1.
+        orthogonal: the weights start with orthonormal columns (SIMBAL, Guo et al. 2025);
+            `TermLoss("orthogonality")`, the sum of |W^T W - I|, keeps them orthonormal.
+        keep_rest: the decision has the gates of unchosen experts too, for `DefaultVectors`.
+        residual: add a linear map of the logits of the previous sparse layer to the logits
             (MoE++, Jin et al. 2024, eq. 6).
         losses: values such as `BalanceLoss()`; balance and z where None.
 
@@ -110,7 +110,7 @@ class TopK(Router):
             logits_GTE = logits_GTE + inputs.context.previous_logits @ self.residual_EE[...]
         if self.gates == "sigmoid":
             raw_GTE, log_GTE = jax.nn.sigmoid(logits_GTE), jax.nn.log_sigmoid(logits_GTE)
-            score_GTE = jax.nn.softmax(log_GTE)  # sigmoids over their sum, however small
+            score_GTE = jax.nn.softmax(log_GTE)  # sigmoids over their sum, exact if small
         else:
             raw_GTE = score_GTE = jax.nn.softmax(logits_GTE)
             log_GTE = logits_GTE
@@ -125,15 +125,17 @@ class TopK(Router):
             chosen_GTE = jax.nn.one_hot(expert_GTK, self.num_experts, dtype=bool).any(-2)
             unchosen_gate_GTE = jnp.where(chosen_GTE, 0, self.scale * raw_GTE)
             decision = dataclasses.replace(decision, unchosen_gate_GTE=unchosen_gate_GTE)
-        skew = jnp.broadcast_to(non_orthogonality(self.weight_DE[...]), inputs.valid_GT.shape)
+        orthogonality_GT = jnp.broadcast_to(
+            non_orthogonality(self.weight_DE[...]), inputs.valid_GT.shape
+        )
         batch_sums = {}
         if self.balancer is not None:
             batch_sums = self.balancer.batch_sums(raw_GTE, inputs.valid_GT, self.k)
-        terms = {"orthogonality": skew}
+        terms = {"orthogonality": orthogonality_GT}
         return Routing(decision, logits_GTE, score_GTE, terms=terms, batch_sums=batch_sums)
 
     def _preference(self, raw_GTE):
-        """What selection goes by: scores and bias; minus infinity outside the allowed groups."""
+        """Scores for selection: with the bias, and minus infinity outside the allowed groups."""
         biased_GTE = jax.lax.stop_gradient(raw_GTE)
         if self.balancer is not None:
             biased_GTE = biased_GTE + self.balancer.bias_E[...][None, None]
@@ -146,13 +148,13 @@ class TopK(Router):
 def in_best_groups(score_GTE, groups: int, allowed: int, best: int) -> jax.Array:
     """The scores of the experts in each token's `allowed` best groups, minus infinity elsewhere.
 
-    A group's score is the sum of its `best` largest.
+    A group's score is the sum of its `best` largest. A groups of Y experts each.
     """
-    score_GTXE = score_GTE.reshape(*score_GTE.shape[:2], groups, -1)
-    top_GTXK = jnp.take_along_axis(score_GTXE, top_k_indices(score_GTXE, best), -1)
-    group_GTA = top_k_indices(top_GTXK.sum(-1), allowed)
-    is_allowed_GTX = jax.nn.one_hot(group_GTA, groups, dtype=bool).any(-2)
-    return jnp.where(is_allowed_GTX[..., None], score_GTXE, -jnp.inf).reshape(score_GTE.shape)
+    score_GTAY = score_GTE.reshape(*score_GTE.shape[:2], groups, -1)
+    top_GTAK = jnp.take_along_axis(score_GTAY, top_k_indices(score_GTAY, best), -1)
+    chosen_groups = top_k_indices(top_GTAK.sum(-1), allowed)
+    is_allowed_GTA = jax.nn.one_hot(chosen_groups, groups, dtype=bool).any(-2)
+    return jnp.where(is_allowed_GTA[..., None], score_GTAY, -jnp.inf).reshape(score_GTE.shape)
 
 
 def non_orthogonality(weight_DE) -> jax.Array:
@@ -162,7 +164,7 @@ def non_orthogonality(weight_DE) -> jax.Array:
 
 
 def check_groups(k: int, groups: int, allowed: int, sizes: Sizes) -> None:
-    """Raise ValueError where groups of experts don't fit, or can't hold k experts."""
+    """Raise ValueError where groups don't divide the experts, or hold fewer than k together."""
     experts = sizes.num_experts
     if groups < 1 or experts % groups:
         raise ValueError(f"TopK.expert_groups={groups} must divide the {experts} experts")
@@ -174,7 +176,7 @@ def check_groups(k: int, groups: int, allowed: int, sizes: Sizes) -> None:
 
 
 def best_of_group(k: int, groups: int, allowed: int, best: int | None, sizes: Sizes) -> int:
-    """How many of its experts a group is scored by: k / allowed, rounded up, unless given."""
+    """The number of experts in a group's score: `best`, or k / allowed rounded up where None."""
     if best is None:
         return -(-k // allowed)
     if allowed == groups:

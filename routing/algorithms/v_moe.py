@@ -24,15 +24,15 @@ from routing.selection import top_k
 class VMoE(Router):
     """The K largest of softmax(x W + N(0, 1/E^2)), not renormalised (section 2.2).
 
-    The router itself is causal. Batch-prioritised routing (section 4) is the capacity policy's:
-    `Capacity.priority = "gate"` with `Capacity.order = "choice-major"`; that one leaks.
+    The router is causal. Batch-prioritised routing (section 4) is a capacity policy that is not:
+    `Capacity.priority = "gate"` with `Capacity.order = "choice-major"`.
 
     Args:
         sizes: width, number of experts, vocabulary.
         k: experts per token.
-        noise: its standard deviation in units of 1 / E; training only.
-        losses: half importance (of full scores) and half load where None (appendix A), over each
-            group of tokens as in the authors' code.
+        noise: standard deviation of the noise in training, in units of 1 / E.
+        losses: where None, importance (of all scores) and load, half each (appendix A), over each
+            group as in the authors' code.
     """
 
     causality = Causality.CAUSAL
@@ -67,6 +67,6 @@ class VMoE(Router):
             expert_GTK, gate_GTK, jnp.ones_like(expert_GTK, bool), self.num_experts
         )
         # One threshold for all experts of a token: its K-th largest noisy logit.
-        bar_GT1 = jnp.take_along_axis(noisy_GTE, expert_GTK[..., -1:], -1)
-        load_GTE = jax.scipy.stats.norm.cdf((clean_GTE - bar_GT1) / self.std)
+        threshold_GT1 = jnp.take_along_axis(noisy_GTE, expert_GTK[..., -1:], -1)
+        load_GTE = jax.scipy.stats.norm.cdf((clean_GTE - threshold_GT1) / self.std)
         return Routing(decision, clean_GTE, jax.nn.softmax(clean_GTE), load_GTE)

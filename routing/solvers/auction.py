@@ -1,6 +1,6 @@
 """Balanced linear assignment by an auction (Bertsekas 1992), under jit and in bounded time.
 
-T tokens, E experts, Q slots of an expert, M tokens that bid at a time.
+T tokens, E experts, Q slots of an expert, M tokens that bid at a time, N bidders of a round.
 """
 
 import functools
@@ -11,18 +11,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from routing.solvers.hash_tables import mixed
+from routing.solvers.hash_tables import hash_bits
 
-CLOSED = 1e6  # the price of an expert that takes nobody
+CLOSED = 1e6  # the price of an expert without slots
 BIDDERS = 256
 
 
 @nnx.dataclass
 class Book(nnx.Pytree):
-    """Who holds which slot at which bid, and who bids; -1 is a free slot, or no bidder.
+    """The state of an auction.
 
-    queue_T lists the tokens that were open after the first round; bidder_M are those of them, and
-    those who lost their slot since, that bid now; the rest, from `head` on, wait.
+    Attributes:
+        token_EQ: the token in each slot, -1 for none.
+        bid_EQ: its bid.
+        price_E: the price of a slot.
+        queue_T: the tokens without a slot after the first round; from `head` on they have not bid
+            since.
+        bidder_M: the tokens that bid in the next round, -1 for none.
+        head: an index into the queue.
+        rounds: rounds so far.
     """
 
     token_EQ: Int[Array, "E Q"] = nnx.data()
@@ -35,7 +42,7 @@ class Book(nnx.Pytree):
 
 
 def quotas(tokens, num_experts: int) -> jax.Array:
-    """How many tokens each expert takes: they differ by one at most, the first take more. int32."""
+    """The number of tokens of each expert, int32 (E,): equal, or one more for the first experts."""
     index_E = jnp.arange(num_experts, dtype=jnp.int32)
     return tokens // num_experts + (index_E < tokens % num_experts)
 
@@ -44,51 +51,58 @@ def quotas(tokens, num_experts: int) -> jax.Array:
 def balanced_assignment(score_TE, valid_T, precision: float = 1e-3, rounds: int = 1000):
     """The expert of each valid token, -1 for padding: int32 (T,).
 
-    Maximises the sum of the scores with every expert taking its quota exactly, to within
-    `precision` times the scores' spread for each token, as long as the rounds suffice. What is
-    still open after them goes to the experts with room, so that the balance holds in any case.
+    Maximises the sum of the scores, where every expert takes exactly its quota, to within
+    `precision` times the range of the scores for each token, if the rounds suffice. Tokens that
+    are then left go to experts with free slots, so that the balance is exact in any case.
 
-    Entropic prices come first: they are nearly right, and where many tokens want the same they
-    spare the auction its price wars. Then every open token bids for the expert with the best value,
-    its score less its price, as much more than the price as it prefers that expert to its second
-    choice; an expert keeps its quota of the highest bids, and the lowest of them is its price.
-    Three auctions follow each other, the first with coarse steps, each from the prices before.
+    The auction starts from entropic prices, which are nearly right and save many rounds where many
+    tokens prefer the same expert. In a round every token without a slot bids for the expert of the
+    largest value (score less price). It bids the price, plus the difference to its second-best
+    value, plus an increment. An expert keeps the highest bids, and its price is the lowest of them.
+    Three auctions with smaller and smaller increments start from each other's prices.
+
+    Args:
+        score_TE: any floats; those that are not finite count as the lowest.
+        valid_T: False for padding.
+        precision: as above.
+        rounds: the most rounds of each auction.
     """
     tokens, experts = score_TE.shape
     if experts == 1:
         return jnp.where(valid_T, 0, -1).astype(jnp.int32)
     score_TE = normalised(score_TE, valid_T)
-    # Equal tokens would all bid for the same expert; the difference is within the precision.
+    # Equal tokens would all bid for one expert; noise below the precision separates them.
     score_TE = score_TE + precision / 2 * scattered(tokens * experts).reshape(tokens, experts)
     quota_E = quotas(valid_T.sum(dtype=jnp.int32), experts)
     price_E = entropic_prices(score_TE, valid_T, quota_E)
     price_E = jnp.where(quota_E > 0, price_E, CLOSED)
-    for step in (8 * precision, 2 * precision, precision / 2):
-        book = auction(score_TE, valid_T, quota_E, price_E, step, rounds)
+    for increment in (8 * precision, 2 * precision, precision / 2):
+        book = auction(score_TE, valid_T, quota_E, price_E, increment, rounds)
         price_E = book.price_E
     return fill(book.token_EQ, valid_T, quota_E)
 
 
-def auction(score_TE, valid_T, quota_E, price_E, step, rounds: int) -> Book:
-    """From these prices until no token is open, or for so many rounds."""
+def auction(score_TE, valid_T, quota_E, price_E, increment, rounds: int) -> Book:
+    """The auction from these prices, until every token has a slot, or for so many rounds."""
 
     def unfinished(book):
         return (book.rounds < rounds) & jnp.any(book.bidder_M >= 0)
 
-    book = all_bid(score_TE, valid_T, quota_E, price_E, step)
-    return jax.lax.while_loop(unfinished, lambda book: some_bid(book, score_TE, step), book)
+    book = all_bid(score_TE, valid_T, quota_E, price_E, increment)
+    return jax.lax.while_loop(unfinished, lambda book: some_bid(book, score_TE, increment), book)
 
 
 def scattered(size: int) -> jax.Array:
-    """Numbers in [0, 1) that look random and are the same every time: float32 (size,)."""
-    bits = mixed(jnp.arange(size, dtype=jnp.uint32) + jnp.uint32(1))
+    """Fixed pseudorandom numbers in [0, 1): float32 (size,)."""
+    bits = hash_bits(jnp.arange(size, dtype=jnp.uint32) + jnp.uint32(1))
     return (bits >> 8).astype(jnp.float32) / 2**24
 
 
 def normalised(score_TE, valid_T) -> jax.Array:
-    """Scores of valid tokens, from 0, mostly up to 1; what is not finite counts as the lowest.
+    """Scores shifted and scaled to begin at 0 and end near 1; those not finite become 0.
 
-    The unit is the range, or for long tails 20 mean deviations: a few outliers blur no others.
+    The unit is the range, or 20 mean absolute deviations where that is less, so that outliers don't
+    make the differences of other scores too small.
     """
     good_TE = jnp.isfinite(score_TE) & valid_T[:, None]
     count = jnp.maximum(good_TE.sum(), 1)
@@ -101,10 +115,10 @@ def normalised(score_TE, valid_T) -> jax.Array:
 
 
 def entropic_prices(score_TE, valid_T, quota_E) -> jax.Array:
-    """Column potentials of a Sinkhorn iteration that cools down: float32 (E,)."""
+    """Column potentials of Sinkhorn iterations with falling temperature: float32 (E,)."""
     share_E = jnp.log(jnp.maximum(quota_E, 1).astype(score_TE.dtype))
 
-    def one(price_E, temperature):
+    def iterate(price_E, temperature):
         logit_TE = (score_TE - price_E[None]) / temperature
         top_T1 = logit_TE.max(1, keepdims=True)
         weight_TE = jnp.exp(logit_TE - top_T1)
@@ -113,23 +127,23 @@ def entropic_prices(score_TE, valid_T, quota_E) -> jax.Array:
         return price_E + temperature * excess_E, None
 
     temperatures = jnp.geomspace(0.3, 0.003, 16, dtype=score_TE.dtype)
-    price_E = jax.lax.scan(one, jnp.zeros(quota_E.shape, score_TE.dtype), temperatures)[0]
+    price_E = jax.lax.scan(iterate, jnp.zeros(quota_E.shape, score_TE.dtype), temperatures)[0]
     return price_E - price_E.min()
 
 
-def offers(score_XE, price_E, step):
-    """Each token's best expert, int32 (X,), and its bid."""
-    value_XE = score_XE - price_E[None]
-    first_X = jnp.argmax(value_XE, axis=1).astype(jnp.int32)
-    is_first_XE = jnp.arange(price_E.shape[0])[None] == first_X[:, None]
-    second_X = jnp.where(is_first_XE, -jnp.inf, value_XE).max(1)
-    return first_X, price_E[first_X] + value_XE.max(1) - second_X + step
+def offers(score_NE, price_E, increment):
+    """The expert of largest value for each token, int32 (N,), and the token's bid for it (N,)."""
+    value_NE = score_NE - price_E[None]
+    first_N = jnp.argmax(value_NE, axis=1).astype(jnp.int32)
+    is_first_NE = jnp.arange(price_E.shape[0])[None] == first_N[:, None]
+    second_N = jnp.where(is_first_NE, -jnp.inf, value_NE).max(1)
+    return first_N, price_E[first_N] + value_NE.max(1) - second_N + increment
 
 
-def all_bid(score_TE, valid_T, quota_E, price_E, step) -> Book:
-    """The first round: every token bids at once, and each expert takes its quota of the best."""
+def all_bid(score_TE, valid_T, quota_E, price_E, increment) -> Book:
+    """The first round: all tokens bid at once, and each expert takes the best, up to its quota."""
     tokens, experts = score_TE.shape
-    first_T, offer_T = offers(score_TE, price_E, step)
+    first_T, offer_T = offers(score_TE, price_E, increment)
     first_T = jnp.where(valid_T, first_T, experts)
     place_T = jnp.arange(tokens, dtype=jnp.int32)
     expert_T, lower_T, token_T = jax.lax.sort((first_T, -offer_T, place_T), num_keys=2)
@@ -140,14 +154,14 @@ def all_bid(score_TE, valid_T, quota_E, price_E, step) -> Book:
     slots = math.ceil(tokens / experts)
     where_T = jnp.where(wins_T, safe_T * slots + rank_T, experts * slots)
     token_EQ = jnp.full(experts * slots, -1, jnp.int32).at[where_T].set(token_T, mode="drop")
-    # A slot beyond the quota holds an unbeatable bid of nobody's.
+    # Slots beyond the quota hold an infinite bid of no token.
     beyond_EQ = jnp.arange(slots)[None] >= quota_E[:, None]
     free_EQ = jnp.where(beyond_EQ, jnp.inf, -jnp.inf).astype(offer_T.dtype).ravel()
     bid_EQ = free_EQ.at[where_T].set(-lower_T, mode="drop").reshape(experts, slots)
     loses_T = (expert_T < experts) & ~wins_T
     count = loses_T.sum(dtype=jnp.int32)
-    line_T = jnp.where(loses_T, jnp.cumsum(loses_T, dtype=jnp.int32) - 1, tokens)
-    queue_T = jnp.full(tokens, -1, jnp.int32).at[line_T].set(token_T, mode="drop")
+    place_in_queue_T = jnp.where(loses_T, jnp.cumsum(loses_T, dtype=jnp.int32) - 1, tokens)
+    queue_T = jnp.full(tokens, -1, jnp.int32).at[place_in_queue_T].set(token_T, mode="drop")
     bidders = min(BIDDERS, tokens)
     token_EQ = token_EQ.reshape(experts, slots)
     price_E = prices(bid_EQ, price_E)
@@ -155,16 +169,16 @@ def all_bid(score_TE, valid_T, quota_E, price_E, step) -> Book:
     return Book(token_EQ, bid_EQ, price_E, queue_T, queue_T[:bidders], head, jnp.int32(0))
 
 
-def some_bid(book: Book, score_TE, step) -> Book:
-    """A round of the M bidders; each expert takes the best bid for its cheapest slot.
+def some_bid(book: Book, score_TE, increment) -> Book:
+    """A later round of M bidders: each expert takes the best bid for its cheapest slot.
 
-    Whoever loses a slot takes the winner's place among the bidders; an empty place goes to the
-    next in the queue.
+    A token that loses its slot replaces the winner among the bidders; the next in the queue fills
+    an empty place.
     """
     tokens, experts = score_TE.shape
     expert_E = jnp.arange(experts, dtype=jnp.int32)
     bidder_M = book.bidder_M
-    first_M, offer_M = offers(score_TE[jnp.maximum(bidder_M, 0)], book.price_E, step)
+    first_M, offer_M = offers(score_TE[jnp.maximum(bidder_M, 0)], book.price_E, increment)
     mine_EM = (first_M[None] == expert_E[:, None]) & (bidder_M >= 0)[None]
     bid_EM = jnp.where(mine_EM, offer_M[None], -jnp.inf)
     best_E, winner_E = bid_EM.max(1), jnp.argmax(bid_EM, axis=1).astype(jnp.int32)
@@ -185,13 +199,13 @@ def some_bid(book: Book, score_TE, step) -> Book:
 
 
 def prices(bid_EQ, price_E) -> jax.Array:
-    """The lowest bid that a full expert holds; one with room keeps its price."""
+    """The lowest bid of each full expert; experts with free slots keep their price: (E,)."""
     lowest_E = bid_EQ.min(1)
     return jnp.where(jnp.isfinite(lowest_E), lowest_E, price_E)
 
 
 def fill(token_EQ, valid_T, quota_E) -> jax.Array:
-    """The owner of every token; open ones, in order, go to experts with room, in order."""
+    """The expert of every token (T,); tokens without a slot fill the free slots in order."""
     experts, slots = token_EQ.shape
     tokens = valid_T.shape[0]
     holder_EQ = jnp.broadcast_to(jnp.arange(experts, dtype=jnp.int32)[:, None], token_EQ.shape)

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 
 
 def capped_plan(score_GET, valid_GT, slots_G, most: float, entropy: float, iterations: int):
-    """argmax <S, A> + entropy * H(A): rows sum to the slots, columns to `most`, 0 <= A <= 1.
+    """argmax <S, A> + entropy * H(A) with rows summing to slots, columns at most to `most`, A <= 1.
 
-    It is the projection in the Kullback-Leibler sense of exp(S / entropy) on the three sets, by
-    Dykstra's algorithm, in log space throughout. The rows' constraint needs no correction (it is
-    affine); the other two carry one. The rows come last, so that they hold exactly.
+    The Kullback-Leibler projection of exp(S / entropy) onto the three sets, by Dykstra's algorithm
+    in log space. The row constraint is affine and needs no correction; the other two have one.
+    Rows are projected last, so that they hold exactly.
+
+    Returns:
+        A (G, E, T).
     """
     lowest = -1e30
     log_GET = jnp.where(valid_GT[:, None], score_GET / entropy, lowest)

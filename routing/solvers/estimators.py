@@ -1,6 +1,6 @@
-"""Gradients through a random choice (Bengio et al. 2013): h and how its gradient is estimated.
+"""Gradient estimators of random choices (Bengio et al. 2013).
 
-Every function takes logits a and uniform draws u in (0, 1) of the same shape; p = sigmoid(a).
+Functions of logits a and uniform draws u in (0, 1) of the same shape; p = sigmoid(a).
 """
 
 import jax
@@ -8,20 +8,20 @@ import jax.numpy as jnp
 
 
 def straight_through(a, u) -> jax.Array:
-    """h ~ B(p); dL/da is taken to be dL/dh (section 4, the identity)."""
+    """h ~ B(p); dL/da is estimated by dL/dh (section 4, the identity)."""
     fires = (u < jax.nn.sigmoid(a)).astype(a.dtype)
     return a + jax.lax.stop_gradient(fires - a)
 
 
 def straight_through_slope(a, u) -> jax.Array:
-    """h ~ B(p); dL/da is taken to be p (1 - p) dL/dh."""
+    """h ~ B(p); dL/da is estimated by p (1 - p) dL/dh."""
     p = jax.nn.sigmoid(a)
     fires = (u < p).astype(a.dtype)
     return p + jax.lax.stop_gradient(fires - p)
 
 
 def stochastic_times_smooth(a, u) -> jax.Array:
-    """h = b sqrt(p), b ~ B(sqrt(p)), so that E[h] = p; the gradient takes b for fixed (eq. 5-6)."""
+    """h = b sqrt(p), b ~ B(sqrt(p)), so that E[h] = p; b has no gradient (eq. 5-6)."""
     root = jnp.exp(0.5 * jax.nn.log_sigmoid(a))
     return jax.lax.stop_gradient((u < root).astype(a.dtype)) * root
 
@@ -39,5 +39,5 @@ def bernoulli(a, u) -> tuple[jax.Array, jax.Array]:
 
 
 def gumbel(u) -> jax.Array:
-    """Standard Gumbel noise: the largest of logits + noise is a draw from their softmax."""
+    """Standard Gumbel noise: the argmax of logits + noise is a draw from their softmax."""
     return -jnp.log(-jnp.log(u))

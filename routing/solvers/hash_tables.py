@@ -1,6 +1,6 @@
-"""The tables of hash routing: which expert each token id goes to (Roller et al. 2021, section 3).
+"""The tables of hash routing: the expert of each token id (Roller et al. 2021, section 3).
 
-A table is a value: called with a key and sizes it gives the experts of all V ids.
+A table is a value: called with a key and sizes, it returns the experts of all V ids.
 
 V vocabulary, D width of an embedding, E experts.
 """
@@ -22,13 +22,13 @@ class Table(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, key: jax.Array, sizes: Sizes) -> jax.Array | np.ndarray:
-        """Integers in [0, E) of shape (V,)."""
+        """The expert of every id: integers in [0, E), (V,)."""
 
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class RandomTable(Table):
-    """Every id to an expert drawn uniformly."""
+    """An expert for every id, drawn uniformly."""
 
     def __call__(self, key, sizes):
         return jax.random.randint(key, (sizes.vocab_size,), 0, sizes.num_experts)
@@ -37,7 +37,7 @@ class RandomTable(Table):
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class BalancedTable(Table):
-    """The most frequent id first, each to the expert with the least of the training text so far."""
+    """Ids by falling frequency, each to the expert with the fewest training tokens so far."""
 
     def __call__(self, key, sizes):
         return emptiest_first(sizes.training_text("BalancedTable").count_V, sizes.num_experts)
@@ -45,7 +45,7 @@ class BalancedTable(Table):
 
 @dataclasses.dataclass(frozen=True)
 class _OfEmbeddings(Table):
-    """Abstract: from the clusters of a model's embeddings.
+    """Abstract: a table from clusters of a model's embeddings.
 
     Attributes:
         embeddings: path of a .npy file, float (V, D).
@@ -57,7 +57,7 @@ class _OfEmbeddings(Table):
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class ClusteredTable(_OfEmbeddings):
-    """One expert for each k-means cluster of a model's embeddings: a .npy file (V, D)."""
+    """One expert for each k-means cluster of a model's embeddings."""
 
     def __call__(self, key, sizes):
         return clusters(self.embeddings, sizes)
@@ -66,14 +66,14 @@ class ClusteredTable(_OfEmbeddings):
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
 class DispersedTable(_OfEmbeddings):
-    """The members of every k-means cluster spread evenly over the experts: the opposite."""
+    """The ids of every k-means cluster spread evenly over the experts."""
 
     def __call__(self, key, sizes):
         return spread(clusters(self.embeddings, sizes), sizes.num_experts)
 
 
 def emptiest_first(count_V: np.ndarray, num_experts: int) -> np.ndarray:
-    """A greedy balance of the counts over the experts; ties: the lowest id, the lowest expert."""
+    """The expert of every id, int32 (V,), with counts balanced greedily; ties: the lowest index."""
     table_V = np.zeros(len(count_V), np.int32)
     load_E = np.zeros(num_experts, np.int64)
     for token in np.argsort(-count_V.astype(np.int64), kind="stable"):
@@ -83,7 +83,7 @@ def emptiest_first(count_V: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def spread(cluster_V: np.ndarray, num_experts: int) -> np.ndarray:
-    """Inside each cluster, member number n goes to expert n mod E."""
+    """The expert of every id, int32 (V,): id n of a cluster goes to expert n mod E."""
     table_V = np.zeros(len(cluster_V), np.int32)
     for cluster in np.unique(cluster_V):
         members = np.flatnonzero(cluster_V == cluster)
@@ -92,12 +92,12 @@ def spread(cluster_V: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def clusters(embeddings: str, sizes: Sizes) -> np.ndarray:
-    """E clusters of the embeddings of all V ids.
+    """The cluster of every id, int32 (V,), of E k-means clusters.
 
     Raises:
-        ValueError: the file is missing or holds something else.
+        ValueError: the file is missing, or holds no array (V, D).
     """
-    from scipy.cluster import vq  # half a second, for these tables alone
+    from scipy.cluster import vq  # takes half a second to import
 
     if not Path(embeddings).is_file():
         raise ValueError(
@@ -110,15 +110,15 @@ def clusters(embeddings: str, sizes: Sizes) -> np.ndarray:
             f"{embeddings} has shape {embedding_VD.shape}; it must be (vocabulary, width) with a "
             f"vocabulary of {sizes.vocab_size}"
         )
-    # The same for every seed and layer: the embeddings are what differs between two tables.
+    # The same for every seed and layer, so that tables differ by their embeddings alone.
     _, cluster_V = vq.kmeans2(
         embedding_VD.astype(np.float64), sizes.num_experts, iter=30, minit="++", rng=0
     )
     return cluster_V.astype(np.int32)
 
 
-def mixed(key: jax.Array) -> jax.Array:
-    """A uint32 whose every bit depends on every bit of the key (MurmurHash3's last step)."""
+def hash_bits(key: jax.Array) -> jax.Array:
+    """A uint32 of which every bit depends on every bit of the key (MurmurHash3's finalizer)."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         key = (key ^ (key >> shift)) * jnp.uint32(factor)
     return key ^ (key >> 16)

@@ -98,8 +98,8 @@ class MetricsLogger:
             scalars |= metrics.routing_scalars(
                 routing, self.model.loss_coefficients, self.model.kind
             )
-        if measured.depths is not None:
-            scalars |= {f"depth/{name}": float(v.mean()) for name, v in measured.depths.items()}
+        if measured.mod is not None:
+            scalars |= {f"depth/{name}": float(v.mean()) for name, v in measured.mod.items()}
         assert len(scalars) <= metrics.MOST_SCALARS, sorted(scalars)
         for metric in tuple(self.own_metrics):
             scalars |= self._own(metric, routing, dict(scalars))
