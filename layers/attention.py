@@ -11,6 +11,7 @@ from flax import nnx
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from layers.linear import linear
 from layers.logical_axes import is_cut, logical_constraint
@@ -95,7 +96,12 @@ class Attention(nnx.Module):
         self.query_norm = RMSNorm(width) if qk_norm else None
         self.key_norm = RMSNorm(width) if qk_norm else None
 
-    def __call__(self, x_BTD: jax.Array, position_BT: jax.Array, segment_BT: jax.Array):
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        position_BT: Int[Array, "B T"],
+        segment_BT: Int[Array, "B T"],
+    ):
         """The output (B, T, D). No token attends to another segment (document)."""
         query_BTHK = linear(x_BTD, self.query_DHK[...])
         key_BTNK = linear(x_BTD, self.key_DNK[...])

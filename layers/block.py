@@ -6,6 +6,7 @@ import dataclasses
 from flax import nnx
 import gin
 import jax
+from jaxtyping import Array, Float
 
 from layers.attention import Attention
 from layers.experts.feed_forward import FeedForward
@@ -54,14 +55,18 @@ class Block(nnx.Module):
         """The router of an MoE layer; None for a dense block."""
         return self.feed_forward.router if isinstance(self.feed_forward, MoELayer) else None
 
-    def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, RouterOutput | None]:
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], tokens: Tokens
+    ) -> tuple[jax.Array, RouterOutput | None]:
         """The block's output (B, T, D), and its router's output (None for a dense block)."""
         mixed_BTD, middle_BTD, y_BTD, output = self._branches(x_BTD, tokens)
         if self.parallel:
             y_BTD = mixed_BTD + y_BTD
         return logical_constraint(middle_BTD + y_BTD, "batch", "length", None), output
 
-    def added(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, RouterOutput | None]:
+    def added(
+        self, x_BTD: Float[Array, "B T D"], tokens: Tokens
+    ) -> tuple[jax.Array, RouterOutput | None]:
         """block(x) - x, not rounded by the addition of x, and the router's output."""
         mixed_BTD, _, y_BTD, output = self._branches(x_BTD, tokens)
         return mixed_BTD + y_BTD, output

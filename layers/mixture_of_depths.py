@@ -8,6 +8,7 @@ import dataclasses
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from layers.block import Block
 from layers.dispatch import SlotGather
@@ -57,7 +58,7 @@ class DepthBlock(nnx.Module):
         """The router of the MoE layer in the block; None for a dense block."""
         return self.block.router
 
-    def __call__(self, x_BTD: jax.Array, tokens: Tokens):
+    def __call__(self, x_BTD: Float[Array, "B T D"], tokens: Tokens):
         """The output (B, T, D), the MoE router's output (or None) and the depth router's output."""
         depth_tokens = dataclasses.replace(tokens, key=named_key(tokens.key, "depth"))
         depth = self.depth_router(RouterInputs.of(x_BTD, depth_tokens))

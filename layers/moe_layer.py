@@ -11,6 +11,7 @@ import gin
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from layers.dispatch import Dispatcher, Overflow, SlotGather
 from layers.experts.base import ChosenCompanion, Companion, Experts, LayerSizes, Routed
@@ -118,7 +119,9 @@ class MoELayer(nnx.Module):
         """The number of zero-computation experts, numbered after the experts."""
         return self.chosen.choices if self.chosen is not None else 0
 
-    def __call__(self, x_BTD: jax.Array, tokens: Tokens) -> tuple[jax.Array, RouterOutput]:
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], tokens: Tokens
+    ) -> tuple[jax.Array, RouterOutput]:
         """The layer's output (B, T, D), and its router's decision, losses and statistics.
 
         Raises:

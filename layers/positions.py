@@ -10,6 +10,7 @@ from flax import nnx
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 import numpy as np
 
 from routing.parameters import normal, parameter
@@ -30,7 +31,9 @@ class Rotary:
 
     base: Positive = 10_000.0
 
-    def __call__(self, x_BTHD: jax.Array, position_BT: jax.Array) -> jax.Array:
+    def __call__(
+        self, x_BTHD: Float[Array, "B T H D"], position_BT: Int[Array, "B T"]
+    ) -> jax.Array:
         half = x_BTHD.shape[-1] // 2
         frequency_D = self.base ** (-jnp.arange(half, dtype=jnp.float32) / half)
         angle_BTD = jnp.einsum("bt,d->btd", position_BT.astype(jnp.float32), frequency_D)
@@ -48,13 +51,13 @@ def alibi_slopes(heads: int) -> np.ndarray:
     return np.concatenate([slopes, between]).astype(np.float32)
 
 
-def alibi(query_BQ: jax.Array, key_BS: jax.Array, heads: int) -> jax.Array:
+def alibi(query_BQ: Int[Array, "B Q"], key_BS: Int[Array, "B S"], heads: int) -> jax.Array:
     """The bias (B, H, Q, S) of attention scores: minus the head's slope times the distance."""
     distance_BQS = jnp.abs(query_BQ[:, :, None] - key_BS[:, None, :]).astype(jnp.float32)
     return -jnp.asarray(alibi_slopes(heads))[None, :, None, None] * distance_BQS[:, None]
 
 
-def sinusoidal(position_BT: jax.Array, width: int) -> jax.Array:
+def sinusoidal(position_BT: Int[Array, "B T"], width: int) -> jax.Array:
     """(B, T, D): sines, then cosines, of falling frequency (Vaswani et al. 2017, section 3.5)."""
     if width % 2:
         raise ValueError(f"sinusoidal positions need an even d_model, not {width}")
@@ -70,7 +73,7 @@ class LearnedPositions(nnx.Module):
         self.length = length
         self.table_TD = parameter((length, width), (None, "embed"), normal(0.02), role="position")
 
-    def __call__(self, position_BT: jax.Array) -> jax.Array:
+    def __call__(self, position_BT: Int[Array, "B T"]) -> jax.Array:
         """(B, T, D); raise ValueError for sequences longer than the table."""
         if position_BT.shape[1] > self.length:
             raise ValueError(

@@ -10,6 +10,7 @@ from typing import Literal
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from layers.block import Block
 from layers.logical_axes import logical_constraint
@@ -100,7 +101,9 @@ class Stack(nnx.Module):
         value = jnp.zeros((self.repeats, *variable.shape), variable.dtype)
         return variable.replace(value, layers=layers)
 
-    def __call__(self, x_BTD: jax.Array, tokens: Tokens, global_batch: list[GlobalBatch] | None):
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], tokens: Tokens, global_batch: list[GlobalBatch] | None
+    ):
         """Returns (x, last_logits, moe_outputs, mod_outputs); outputs are stacked over layers.
 
         last_logits are those of the last router, where a router of the model reads them.

@@ -14,6 +14,7 @@ from einops import rearrange
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 import numpy as np
 
 from routing.inputs import RouterInputs
@@ -33,12 +34,12 @@ def slots_per_expert(
     return -(-slots // multiple) * multiple
 
 
-def slots_for_valid(valid_GT: jax.Array, **size):
+def slots_for_valid(valid_GT: Bool[Array, "G T"], **size):
     """`slots_per_expert` of each group's valid tokens, so that padding counts for nothing: (G,)."""
     return _slots_for(valid_GT.sum(1, dtype=jnp.int32), valid_GT.shape[1], size)
 
 
-def slots_so_far(valid_GT: jax.Array, **size):
+def slots_so_far(valid_GT: Bool[Array, "G T"], **size):
     """`slots_per_expert` of the valid tokens up to each token: int32 (G, T).
 
     It depends on no later token, not even on how many there are.

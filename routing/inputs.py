@@ -86,7 +86,7 @@ class Tokens(nnx.Pytree):
         context = dataclasses.replace(self.context, global_batch=global_batch)
         return dataclasses.replace(self, key=jax.random.fold_in(self.key, layer), context=context)
 
-    def with_previous_logits(self, logits_BTE: jax.Array | None) -> "Tokens":
+    def with_previous_logits(self, logits_BTE: Float[Array, "B T E"] | None) -> "Tokens":
         """The same tokens, with the router's logits in the previous sparse layer."""
         context = dataclasses.replace(self.context, previous_logits=logits_BTE)
         return dataclasses.replace(self, context=context)
@@ -122,7 +122,9 @@ class RouterInputs(nnx.Pytree):
     sequences: int = nnx.static(default=1)
 
     @classmethod
-    def of(cls, x_BTD: jax.Array, tokens: Tokens, sequences_per_group: int = 1) -> "RouterInputs":
+    def of(
+        cls, x_BTD: Float[Array, "B T D"], tokens: Tokens, sequences_per_group: int = 1
+    ) -> "RouterInputs":
         """Groups of whole sequences from a batch; float32, with padding set to zero.
 
         Args:

@@ -3,9 +3,10 @@
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 
-def top_k(score_GTE: jax.Array, k: int) -> jax.Array:
+def top_k(score_GTE: Float[Array, "*rows E"], k: int) -> jax.Array:
     """The k experts of largest score (ties: the lowest index), int32 (G, T, K), largest first.
 
     Without a gradient. Rematerialisation saves the indices by name, so that it never routes again;
@@ -14,7 +15,7 @@ def top_k(score_GTE: jax.Array, k: int) -> jax.Array:
     return checkpoint_name(top_k_indices(jax.lax.stop_gradient(score_GTE), k), "routing")
 
 
-def top_k_indices(score_GTE: jax.Array, k: int) -> jax.Array:
+def top_k_indices(score_GTE: Float[Array, "*rows E"], k: int) -> jax.Array:
     """Indices of the k largest along the last axis, the largest first; ties: the lowest index.
 
     Equivalent to: jax.lax.top_k(score_GTE, k)[1], as long as k scores are above minus infinity.

@@ -83,7 +83,9 @@ def test_default_moe(dtype):
             "expert_output": jnp.zeros((3, 2), dtype).at[0].set(2 * active_D)
         }
     }
-    defaults.update(RouterStats(jnp.int32(2), count_E, count_E, nothing, nothing, nothing, own))
+    defaults.update(
+        RouterStats(jnp.int32(2), count_E, count_E, jnp.zeros(3, dtype), nothing, nothing, own)
+    )
     expected_ED = np.asarray(example["ema_defaults"])
     expected_ED[0] = 0.9 * expected_ED[0] + 0.1 * np.asarray(example["expert_out_active"])
     np.testing.assert_allclose(defaults.mean_ED[...], expected_ED, rtol=1e-6)

@@ -82,7 +82,8 @@ def test_noisy_top_k_gradients(loss, name, dtype):
         routing = router.with_noise(inputs.x_GTD, draw_GTE)
         nothing = jnp.zeros((), dtype)
         own = {loss.owner: loss.batch_sums(routing, inputs)}
-        stats = RouterStats(*[jnp.int32(0)] * 3, nothing, nothing, nothing, own)
+        none_E, nothing_E = jnp.zeros(4, jnp.int32), jnp.zeros(4, dtype)
+        stats = RouterStats(jnp.int32(0), none_E, none_E, nothing_E, nothing, nothing, own)
         return loss(routing, inputs, stats)
 
     weights = jnp.asarray(given["W_g"], dtype), jnp.asarray(given["W_noise"], dtype)

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from layers.dispatch.gather_rows import permute
 from layers.kernels.grouped_matmul import spare_rows
@@ -28,7 +29,7 @@ class Exchange(NamedTuple):
     output_offsets_P: jax.Array  # where those lie among their sender's N rows
 
 
-def exchange_sizes(count_E: jax.Array, axis: str) -> Exchange:
+def exchange_sizes(count_E: Int[Array, " E"], axis: str) -> Exchange:
     """Sizes and offsets from the rows count_E that this device has for each of all experts.
 
     All-gathers P * E integers over the mesh axis.
@@ -48,7 +49,7 @@ def exchange_sizes(count_E: jax.Array, axis: str) -> Exchange:
 
 
 def to_experts(
-    rows_ND: jax.Array, count_E: jax.Array, axis: str, slots: int, ragged: bool
+    rows_ND: Float[Array, "N D"], count_E: Int[Array, " E"], axis: str, slots: int, ragged: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Send rows (N, D), sorted by expert, to the devices that hold their experts.
 
@@ -77,7 +78,12 @@ def to_experts(
 
 
 def to_tokens(
-    y_MD: jax.Array, count_E: jax.Array, axis: str, slots: int, rows: int, ragged: bool
+    y_MD: Float[Array, "M D"],
+    count_E: Int[Array, " E"],
+    axis: str,
+    slots: int,
+    rows: int,
+    ragged: bool,
 ) -> jax.Array:
     """(N, D): the experts' outputs (M, D) where `to_experts` took their rows from; N = rows."""
     exchange = exchange_sizes(count_E, axis)

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from layers.kernels.grouped_matmul import SortedRows
 from routing.records import Decision, ExpertChoice, ExpertMerge, SoftSlots, TokenChoice
@@ -32,7 +33,7 @@ class Dispatcher(abc.ABC):
         return decision, None
 
     @abc.abstractmethod
-    def dispatch(self, x_GTD: jax.Array, decision: Decision) -> jax.Array | SortedRows:
+    def dispatch(self, x_GTD: Float[Array, "G T D"], decision: Decision) -> jax.Array | SortedRows:
         """Each expert's rows: (E, G, C, D) with zeros in empty slots, or `SortedRows`."""
 
     @abc.abstractmethod

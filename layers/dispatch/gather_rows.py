@@ -9,9 +9,10 @@ import functools
 from einops import rearrange
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 
-def take(rows_GND: jax.Array, index_GM: jax.Array) -> jax.Array:
+def take(rows_GND: Float[Array, "G N D"], index_GM: Int[Array, "G M"]) -> jax.Array:
     """rows_GND[g, index_GM[g, m]], zero where the index is -1: (G, M, D)."""
     safe_GM = jnp.maximum(index_GM, 0)
     taken = jax.vmap(lambda rows_ND, index_M: rows_ND.at[index_M].get(mode="clip"))
@@ -57,7 +58,9 @@ def _dispatch_backward(saved, dx_EGCD):
 dispatch_rows.defvjp(_dispatch_forward, _dispatch_backward)
 
 
-def permute(rows_ND: jax.Array, source_M: jax.Array, destination_N: jax.Array) -> jax.Array:
+def permute(
+    rows_ND: Float[Array, "N D"], source_M: Int[Array, " M"], destination_N: Int[Array, " N"]
+) -> jax.Array:
     """(M, D): row source_M[m] in place m; destination_N is the inverse; -1 for none."""
     return dispatch_rows(rows_ND[None], source_M[None, None], destination_N[None, :, None])[0, 0]
 

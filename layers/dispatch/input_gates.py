@@ -8,6 +8,7 @@ import dataclasses
 from einops import rearrange
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from layers.dispatch.base import Dispatcher
 from layers.kernels.grouped_matmul import SortedRows
@@ -17,7 +18,7 @@ GATED_DECISIONS = (TokenChoice, ExpertChoice)  # in which a gate belongs to one 
 
 
 def dispatch_gated(
-    dispatcher: Dispatcher, x_GTD: jax.Array, decision: Decision
+    dispatcher: Dispatcher, x_GTD: Float[Array, "G T D"], decision: Decision
 ) -> jax.Array | SortedRows:
     """The rows of `dispatcher.dispatch`, each multiplied by the gate of its assignment."""
     if isinstance(decision, ExpertChoice):

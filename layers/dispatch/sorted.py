@@ -13,6 +13,7 @@ import gin
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from layers.dispatch.all_to_all import EXCHANGES, ExchangeKind, to_experts, to_tokens
 from layers.dispatch.base import Dispatcher, Overflow
@@ -212,7 +213,7 @@ def _with_spare_rows(source_PN):
 
 
 def _sorted_into(
-    bin_PN: jax.Array, bins: int, shards: Shards
+    bin_PN: Int[Array, "P N"], bins: int, shards: Shards
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sort every shard's rows by bin, stably; a bin_PN of `bins` stands for none and comes last.
 
@@ -237,7 +238,7 @@ def _sorted_into(
     return source_PN, destination_PN, edges
 
 
-def _inverse(source_N: jax.Array, place_N: jax.Array) -> jax.Array:
+def _inverse(source_N: Int[Array, " N"], place_N: Int[Array, " N"]) -> jax.Array:
     """The inverse permutation; place_N is 0, 1, 2, ..."""
     if platform() == "cpu":
         settings = {"unique_indices": True, "mode": "promise_in_bounds"}

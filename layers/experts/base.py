@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple
 
 from flax import nnx
 import jax
+from jaxtyping import Array, Float
 
 from layers.dispatch import Dispatcher
 from layers.experts.feed_forward import Activation
@@ -40,8 +41,8 @@ class LayerSizes:
 class ExpertsOutput(NamedTuple):
     """y_GTD: the output of every token; y_EGCD: of every slot, from experts that `shows_slots`."""
 
-    y_GTD: jax.Array
-    y_EGCD: jax.Array | None = None
+    y_GTD: Float[Array, "G T D"]
+    y_EGCD: Float[Array, "E G C D"] | None = None
 
 
 class Experts(nnx.Module):
@@ -77,7 +78,11 @@ class Experts(nnx.Module):
 
     @abc.abstractmethod
     def __call__(
-        self, x_GTD: jax.Array, decision: Decision, inputs: RouterInputs, dispatcher: Dispatcher
+        self,
+        x_GTD: Float[Array, "G T D"],
+        decision: Decision,
+        inputs: RouterInputs,
+        dispatcher: Dispatcher,
     ) -> ExpertsOutput:
         """The experts' gate-weighted outputs for the tokens; padding in x_GTD is zero."""
 
@@ -94,11 +99,11 @@ class Routed:
         y_EGCD: the experts' outputs by slot, where `shows_slots`.
     """
 
-    x_GTD: jax.Array
+    x_GTD: Float[Array, "G T D"]
     inputs: RouterInputs
     decision: Decision
     own: TokenChoice | None = None
-    y_EGCD: jax.Array | None = None
+    y_EGCD: Float[Array, "E G C D"] | None = None
 
 
 class Companion(nnx.Module):

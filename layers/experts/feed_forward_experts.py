@@ -11,6 +11,7 @@ from flax import nnx
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from layers.dispatch import Dispatcher
 from layers.dispatch.input_gates import GATED_DECISIONS, dispatch_gated, without_gates
@@ -70,7 +71,11 @@ class FeedForwardExperts(Experts):
         return train and self.dropout > 0  # the units to drop are drawn slot by slot
 
     def __call__(
-        self, x_GTD: jax.Array, decision: Decision, inputs: RouterInputs, dispatcher: Dispatcher
+        self,
+        x_GTD: Float[Array, "G T D"],
+        decision: Decision,
+        inputs: RouterInputs,
+        dispatcher: Dispatcher,
     ) -> ExpertsOutput:
         if isinstance(decision, ExpertMerge):
             with jax.named_scope("merged_experts"):
@@ -129,7 +134,7 @@ class FeedForwardExperts(Experts):
         split = (rows.rows_PND, rows.count_PE)
         return per_shard(one_shard, split, weights, axes, rows.shard_axis)
 
-    def merged(self, x_GTD: jax.Array, decision: ExpertMerge) -> jax.Array:
+    def merged(self, x_GTD: Float[Array, "G T D"], decision: ExpertMerge) -> jax.Array:
         """(G, T, D): every segment through one expert, the weighted mean of all parameters."""
         groups, segments, _ = decision.weight_GSE.shape
         tokens, width, dtype = x_GTD.shape[1], x_GTD.shape[-1], x_GTD.dtype

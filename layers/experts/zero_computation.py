@@ -9,6 +9,7 @@ from fractions import Fraction
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from layers.experts.base import ChosenCompanion, LayerSizes, Routed
 from routing.capacity import Capacity
@@ -106,7 +107,9 @@ class ZeroCopyConstant(ChosenCompanion):
         assert routed.own is not None
         return self.weighted_sum(routed.x_GTD, gates_GTE(routed.own))
 
-    def weighted_sum(self, x_GTD: jax.Array, weight_GTN: jax.Array) -> jax.Array:
+    def weighted_sum(
+        self, x_GTD: Float[Array, "G T D"], weight_GTN: Float[Array, "G T N"]
+    ) -> jax.Array:
         """(G, T, D): the sum of their outputs with these weights."""
         weight_GTN, split = weight_GTN.astype(x_GTD.dtype), self.zero + self.copy
         y_GTD = weight_GTN[..., self.zero : split].sum(-1, keepdims=True) * x_GTD

@@ -53,10 +53,10 @@ def spare_rows(rows: int) -> int:
 
 
 def grouped_feed_forward(
-    x_ND: jax.Array,
+    x_ND: Float[Array, "N D"],
     ups: tuple[jax.Array, ...],
-    down_EFD: jax.Array,
-    count_E: jax.Array,
+    down_EFD: Float[Array, "E F D"],
+    count_E: Int[Array, " E"],
     activate: Callable[..., jax.Array],
     kernel: str,
 ) -> jax.Array:

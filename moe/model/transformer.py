@@ -259,7 +259,7 @@ class Transformer(nnx.Module):
             return self.head_DV[...]
         return self.embedding_VD[...].T / (0.02 * self.d_model**0.5)
 
-    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+    def logits(self, hidden_BTD: Float[Array, "B T D"]) -> jax.Array:
         """The logits (B, T, V) of hidden states, float32."""
         logits_BTV = linear(hidden_BTD, self.head(), dtype=jnp.float32)
         return logical_constraint(logits_BTV, "batch", None, "vocab")

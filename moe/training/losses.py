@@ -6,7 +6,7 @@ B batch, T tokens, L sparse layers.
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from layers.kernels.cross_entropy import cross_entropy_of_each, cross_entropy_sums
 from moe.data.batch import Batch
@@ -53,7 +53,7 @@ class Measured(nnx.Pytree):
 
 
 def measure(
-    model: Transformer, out: ModelOutput, batch: Batch, text_BT: jax.Array, scored, valid
+    model: Transformer, out: ModelOutput, batch: Batch, text_BT: Bool[Array, "B T"], scored, valid
 ) -> Measured:
     """The losses and statistics of a micro-batch.
 
@@ -101,7 +101,9 @@ def rewarded_by_likelihood(
     return {name: value_L / scored for name, value_L in sums.items()}
 
 
-def policy_losses(policy: Policy, nats_BT: jax.Array, scored_BT: jax.Array) -> dict:
+def policy_losses(
+    policy: Policy, nats_BT: Float[Array, "B T"], scored_BT: Bool[Array, "B T"]
+) -> dict:
     """REINFORCE with a learned value, summed over scored tokens: two losses (L,) by name.
 
     A token's reward is its log-likelihood R = -nats. "policy" is -(R - V) log p of the choice,

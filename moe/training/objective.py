@@ -5,6 +5,7 @@ import dataclasses
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from moe.data.batch import Batch
 from routing.inputs import Tokens, named_key
@@ -21,7 +22,7 @@ class NextToken:
     causal = True
     extra_tokens = 0
 
-    def prepare(self, batch: Batch, key: jax.Array, num_bytes_2V: jax.Array) -> Batch:
+    def prepare(self, batch: Batch, key: jax.Array, num_bytes_2V: Int[Array, "2 V"]) -> Batch:
         """The batch unchanged."""
         return batch
 
@@ -51,7 +52,7 @@ class MaskedToken:
         if not 0 < self.rate < 1:
             raise ValueError(f"MaskedToken.rate={self.rate} must lie between 0 and 1")
 
-    def prepare(self, batch: Batch, key: jax.Array, num_bytes_2V: jax.Array) -> Batch:
+    def prepare(self, batch: Batch, key: jax.Array, num_bytes_2V: Int[Array, "2 V"]) -> Batch:
         """The batch with tokens masked; the draw depends on key and sequence number alone.
 
         Only scored tokens are masked: those of a window's context are masked in another window,
@@ -86,7 +87,9 @@ def step_key(seed, step) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
-def prepared(objective: Objective, batch: Batch, key: jax.Array, num_bytes_2V: jax.Array) -> Batch:
+def prepared(
+    objective: Objective, batch: Batch, key: jax.Array, num_bytes_2V: Int[Array, "2 V"]
+) -> Batch:
     """The batch with the objective's inputs and targets.
 
     num_bytes_2V: bytes of text that each token of the model's vocabulary decodes to, as a
@@ -96,7 +99,7 @@ def prepared(objective: Objective, batch: Batch, key: jax.Array, num_bytes_2V: j
 
 
 def text_of(
-    objective: Objective, batch: Batch, num_bytes_2V: jax.Array
+    objective: Objective, batch: Batch, num_bytes_2V: Int[Array, "2 V"]
 ) -> tuple[jax.Array, jax.Array]:
     """Which targets of a prepared batch are scored text, bool (B, T), and their bytes, int32.
 

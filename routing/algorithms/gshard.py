@@ -9,6 +9,7 @@ from typing import Literal
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from routing.balance_losses import BalanceLoss
 from routing.inputs import RouterInputs
@@ -65,7 +66,9 @@ class GShard(Router):
             draw_GT = draw(inputs.keys_G("second_expert"))
         return self.with_draws(inputs.x_GTD, draw_GT)
 
-    def with_draws(self, x_GTD: jax.Array, draw_GT: jax.Array | None) -> Routing:
+    def with_draws(
+        self, x_GTD: Float[Array, "G T D"], draw_GT: Float[Array, "G T"] | None
+    ) -> Routing:
         """The routing with these uniform draws; with None every second expert is kept."""
         logits_GTE = jnp.einsum("gtd,de->gte", x_GTD, self.weight_DE[...])
         prob_GTE = jax.nn.softmax(logits_GTE)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from routing.balance_losses import ImportanceLoss, LoadLoss
 from routing.inputs import RouterInputs
@@ -52,7 +53,9 @@ class NoisyTopK(Router):
         draw_GTE = standard_normal(inputs, self.num_experts) if inputs.train else None
         return self.with_noise(inputs.x_GTD, draw_GTE)
 
-    def with_noise(self, x_GTD: jax.Array, draw_GTE: jax.Array | None) -> Routing:
+    def with_noise(
+        self, x_GTD: Float[Array, "G T D"], draw_GTE: Float[Array, "G T E"] | None
+    ) -> Routing:
         """The routing with these standard normal draws; without noise where None."""
         clean_GTE = jnp.einsum("gtd,de->gte", x_GTD, self.weight_DE[...])
         std_GTE = jax.nn.softplus(jnp.einsum("gtd,de->gte", x_GTD, self.noise_DE[...]))
