@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rows import B, D, E, F, T, V, draw, tokens
+from rows import B, D, E, T, V, draw, tokens
 
 from layers.dispatch import OneHotEinsum, SlotGather, Sorted
 from layers.experts.feed_forward_experts import FeedForwardExperts
@@ -18,6 +18,7 @@ from layers.experts.latent import LatentExperts
 from layers.experts.neurons import NeuronExperts
 from layers.experts.shared import SharedExpert
 from layers.moe_layer import MoELayer
+from moe.conformance.harness import F
 from moe.model import functional
 from routing import Capacity, ExpertChoiceRouter, ProductKeys, SoftMoE, TopK, gates_GTE, initialize
 

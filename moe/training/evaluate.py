@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ class Evaluation:
     routing: Routing | None
 
 
+@runtime_checkable
 class Values(Protocol):
     """Parameters and router state, as a TrainState or a restored run has them."""
 

@@ -10,6 +10,7 @@ Scalars = Mapping[str, float]
 
 
 @runtime_checkable
+@runtime_checkable
 class Writer(Protocol):
     """Receives the metrics of a run, from one start of it to its end or pause."""
 
