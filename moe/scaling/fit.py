@@ -147,7 +147,9 @@ def fit(
             f"the law {law.name} can't be evaluated: {type(error).__name__}: {error}"
         ) from error
     if not (value_S < FAR * len(points) * min(law.delta, 1) / 2).any():
-        raise UserError(f"the law {law.name} has no finite value at any of its {len(grid_SP)} starts")
+        raise UserError(
+            f"the law {law.name} has no finite value at any of its {len(grid_SP)} starts"
+        )
     found = []
     starts_SP = grid_SP[promising(value_S)]
     for i, start_P in enumerate(starts_SP):
@@ -159,9 +161,7 @@ def fit(
     best, theta_P = found[0]
     agreeing = sum(value <= best * (1 + 1e-4) + 1e-12 for value, _ in found)
     candidates_SP = np.stack([theta_P for _, theta_P in found])
-    return Fit(
-        law, points, theta_P, best, len(grid_SP), len(found), agreeing, candidates_SP, fixed
-    )
+    return Fit(law, points, theta_P, best, len(grid_SP), len(found), agreeing, candidates_SP, fixed)
 
 
 def chunks(grid_SP: Array, points: int) -> Iterator[Array]:
@@ -198,7 +198,9 @@ def refine(
             return loss / unit, scale_PP.T @ gradient / unit
 
         options = {"maxiter": iterations, "ftol": 1e-15, "gtol": 1e-9, "maxls": 40, "maxcor": 20}
-        found = minimize(scaled, np.zeros_like(theta_P), jac=True, method="L-BFGS-B", options=options)
+        found = minimize(
+            scaled, np.zeros_like(theta_P), jac=True, method="L-BFGS-B", options=options
+        )
         before, value = value, min(value, value * found.fun)
         if found.fun < 1:
             theta_P = theta_P + scale_PP @ found.x
