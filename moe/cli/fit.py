@@ -243,7 +243,7 @@ def described_optimum(best: dict | None) -> list[str]:
             f"  {best['total_parameters']:.4g} parameters in {best['memory']:.4g} bytes, "
             f"{best['inference_flops']:.4g} FLOPs a token"
         )
-        lines += [f"  limited by --{name}" for name in best["limited_by"]]
+    lines += [f"  limited by --{name}" for name in best["limited_by"]]
     return [*lines, *(f"  warning: {line}" for line in best["warnings"])]
 
 

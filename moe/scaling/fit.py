@@ -151,7 +151,7 @@ def fit(
             f"the law {law.name} has no finite value at any of its {len(grid_SP)} starts"
         )
     found = []
-    starts_SP = grid_SP[promising(value_S)]
+    starts_SP = grid_SP[promising(value_S, REFINED)]
     for i, start_P in enumerate(starts_SP):
         say(f"fitting {law.name}, round {i + 1} of {len(starts_SP)}")
         found.append(refine(problem, start_P, rounds=3, iterations=60))
@@ -170,13 +170,15 @@ def chunks(grid_SP: Array, points: int) -> Iterator[Array]:
     return (grid_SP[i : i + size] for i in range(0, len(grid_SP), size))
 
 
-def promising(value_S: Array) -> Array:
+def promising(value_S: Array, count: int) -> Array:
     """Indices of the starts to refine: the best ones, and a few spread over the better half."""
     order = np.argsort(value_S, kind="stable")
-    if len(order) <= REFINED:
+    if len(order) <= count:
         return order
-    spread = np.linspace(REFINED, len(order) // 2, REFINED // 4).astype(int)
-    return np.unique(np.concatenate([order[: REFINED * 3 // 4], order[spread]]))
+    spread = np.linspace(count, max(count, len(order) // 2), count // 4).astype(int)
+    return np.unique(
+        np.concatenate([order[: count * 3 // 4], order[spread.clip(0, len(order) - 1)]])
+    )
 
 
 def refine(

@@ -24,7 +24,7 @@ def check_points(law: Law, points: Points, fixed: Mapping[str, float]) -> None:
         UserError: an input has one value only, or there are too few points.
     """
     for letter, values in points.inputs.items():
-        if len(np.unique(values)) < 2:
+        if len(points) and len(np.unique(values)) < 2:
             raise UserError(
                 f"{letter} is {values[0]:g} in every one of the {len(points)} points: the law "
                 f"{law.name} needs at least two values of it"
@@ -78,6 +78,7 @@ def coefficients(fitted: Fit, theta_SP: Array) -> dict[str, dict]:
         values_S = samples[name][:, 0] if name in samples else np.empty(0)
         limits = interval(fitted, values_S, value)
         why = flat.get(name) or wide(fitted.law.coefficients[name], value, limits)
+        limits = None if name in flat else limits  # it stays where the fit left it
         found[name] = {"value": value, "interval": limits, "identified": why is None}
         if why:
             found[name]["reason"] = why

@@ -4,7 +4,7 @@ M candidate models in a search.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,25 +84,34 @@ def optimum(fitted: Fit, theta_SP: Array, budget: Budget) -> dict:
     values = np.array([_value(law, t, x)[0] for t in theta_SP])
     found[law.target] = {"value": value, "interval": interval(fitted, values, value)}
     found |= _costs(law, budget, x)
+    found["limited_by"] = _binding(fitted, budget, value)
     at = {letter: best[letter] for letter in law.inputs}
     return found | {"warnings": [*beyond(fitted.points, at), *_edges(fitted, best)]}
 
 
 def _costs(law: Law, budget: Budget, x: Values) -> dict:
-    """What the best model costs, and which limits it has come to."""
+    """What the best model costs."""
     if law.costs is None:
         return {}
     costs = law.costs(x)
-    memory = float(costs.total_parameters[0] * budget.bytes_per_parameter)
-    inference = float(costs.inference_flops[0])
-    limits = {"max_memory": (memory, budget.max_memory)}
-    limits["max_inference"] = (inference, budget.max_inference)
+    total = float(costs.total_parameters[0])
     return {
-        "total_parameters": float(costs.total_parameters[0]),
-        "memory": memory,
-        "inference_flops": inference,
-        "limited_by": [k for k, (is_, may) in limits.items() if may and is_ > 0.98 * may],
+        "total_parameters": total,
+        "memory": total * budget.bytes_per_parameter,
+        "inference_flops": float(costs.inference_flops[0]),
     }
+
+
+def _binding(fitted: Fit, budget: Budget, value: float) -> list[str]:
+    """The limits without which a better model would do."""
+    found = []
+    for limit in ("max_memory", "max_inference"):
+        if getattr(budget, limit):
+            freer = search(fitted, fitted.theta_P, replace(budget, **{limit: None})) or {}
+            x = SimpleNamespace(**{k: np.array([v]) for k, v in freer.items()})
+            gain = (_value(fitted.law, fitted.theta_P, x)[0] - value) * fitted.law.better
+            found += [limit] if gain > 1e-6 * value else []
+    return found
 
 
 def _edges(fitted: Fit, best: Mapping[str, float]) -> list[str]:

@@ -1,4 +1,8 @@
-"""The picture of a fit: measured points under the law's curves, and what the law leaves over."""
+"""The picture of a fit: the law's curves with the measured points, and what the law leaves over.
+
+Where further inputs vary, a point is moved along the law to those of its curve, so that its
+distance from the curve is its residual.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +13,9 @@ import numpy as np
 from moe.scaling.fit import Fit
 from moe.scaling.laws.law import Array
 
-GROUPS = 6  # curves at most
-MARKS = "osD^vPX*"
+DISTINCT = 10  # values that have a curve each; more are put together as
+GROUPS = 6
+MARKS = "osD^vPX*<>"
 
 
 def picture(fitted: Fit, path: Path) -> None:
@@ -26,14 +31,17 @@ def picture(fitted: Fit, path: Path) -> None:
     colours = matplotlib.colormaps["cividis"](np.linspace(0, 0.9, len(values)))
     first = next(iter(fitted.law.inputs))
     x_n = fitted.points.inputs[first]
-    error_n = 100 * np.expm1(-fitted.residuals())
+    left_over_n = np.exp(-fitted.residuals())
+    error_n = 100 * (left_over_n - 1)
     for i, value in enumerate(values):
         mine = group_n == i
         style = {"color": colours[i], "marker": MARKS[i % len(MARKS)], "linestyle": "none"}
         style |= {"markersize": 5, "label": label(fitted, letter, value, mine)}
-        left.plot(x_n[mine], fitted.points.target[mine], **style)
-        left.plot(*curve(fitted, letter, value, mine), color=colours[i], linewidth=1.2)
-        right.plot(x_n[mine], error_n[mine], **style)
+        span = np.geomspace(x_n[mine].min(), x_n[mine].max(), 100)
+        at_points, on_line = (line(fitted, letter, value, x) for x in (x_n[mine], span))
+        left.plot(x_n[mine], at_points * left_over_n[mine], **style)
+        left.plot(span, on_line, color=colours[i], linewidth=1.2)
+        right.plot(x_n[mine], error_n[mine], **style | {"label": None})
     _describe(fitted, left, right, float(np.std(error_n)))
     figure.savefig(path, dpi=120)
 
@@ -49,9 +57,9 @@ def _describe(fitted: Fit, left: Any, right: Any, scatter: float) -> None:
         xscale="log",
         yscale="log",
     )
-    _plain_ticks(left.yaxis, fitted.points.target)
+    _plain_ticks(left.yaxis, np.array(left.get_ylim()))
     right.set(
-        title="Residuals: measured over fitted",
+        title="Residuals (marks as on the left)",
         xlabel=first.meaning,
         ylabel="measured / fitted - 1 (%)",
         xscale="log",
@@ -59,7 +67,7 @@ def _describe(fitted: Fit, left: Any, right: Any, scatter: float) -> None:
     right.axhline(0, color="black", linewidth=0.8)
     band = {"color": "grey", "alpha": 0.15, "linewidth": 0, "zorder": 0}
     right.axhspan(-scatter, scatter, label=f"± one deviation, {scatter:.2g} %", **band)
-    left.legend(fontsize=8, title="points; lines: the law", title_fontsize=8)
+    left.legend(fontsize=8, title=legend_title(fitted), title_fontsize=8)
     right.legend(fontsize=8)
 
 
@@ -78,7 +86,7 @@ def _plain_ticks(axis: Any, values: Array) -> None:
 def groups(fitted: Fit) -> tuple[str, Array, Array]:
     """The letter that tells the curves apart, each point's curve (n,), and the curves' values.
 
-    It is the last input: experts, granularity or sparsity where the law has them. More than six
+    It is the last input: experts, granularity or sparsity where the law has them. More than ten
     values are put together by size; the value of a curve is then the median of its points.
     """
     letters = list(fitted.points.inputs)
@@ -87,7 +95,7 @@ def groups(fitted: Fit) -> tuple[str, Array, Array]:
     letter = letters[-1]
     values_n = fitted.points.inputs[letter]
     distinct = np.unique(values_n)
-    if len(distinct) <= GROUPS:
+    if len(distinct) <= DISTINCT:
         return letter, np.searchsorted(distinct, values_n), distinct
     edges = np.quantile(distinct, np.linspace(0, 1, GROUPS + 1)[1:-1])
     group_n = np.searchsorted(np.unique(edges), values_n, side="right")
@@ -110,14 +118,23 @@ def number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1e4 else f"{value:.2g}"
 
 
-def curve(fitted: Fit, letter: str, value: float, mine: Array) -> tuple[Array, Array]:
-    """The law over the first input, the others at the medians of this curve's points."""
+def legend_title(fitted: Fit) -> str:
+    """What points and lines are."""
+    letter, _, values = groups(fitted)
+    others = [k for k, v in fitted.points.inputs.items() if len(np.unique(v)) > 1][1:]
+    exact = others == [letter] and len(np.unique(fitted.points.inputs[letter])) == len(values)
+    if not others or exact:
+        return "points: measured; lines: the law"
+    moved = ", ".join(others)
+    return f"lines: the law; points: measured, carried\nalong the law to the line's {moved}"
+
+
+def line(fitted: Fit, letter: str, value: float, first_n: Array) -> Array:
+    """The law at values of the first input, further inputs at their medians."""
     first, *others = fitted.points.inputs
-    span = fitted.points.inputs[first][mine]
-    x = {first: np.geomspace(span.min(), span.max(), 100)}
+    x = {first: first_n}
     for other in others:
-        at = value if other == letter else np.median(fitted.points.inputs[other][mine])
-        x[other] = np.full(100, at)
+        at = value if other == letter else np.median(fitted.points.inputs[other])
+        x[other] = np.full(len(first_n), at)
     law = fitted.law
-    log_n = law.log_prediction(law.unpack(fitted.theta_P), SimpleNamespace(**x))
-    return x[first], np.exp(log_n)
+    return np.exp(law.log_prediction(law.unpack(fitted.theta_P), SimpleNamespace(**x)))

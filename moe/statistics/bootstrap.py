@@ -7,13 +7,15 @@ def row_counts(rows: int, samples: int, seed: int) -> np.ndarray:
     """How often each row is drawn in each sample, (samples, rows): rows draws with replacement."""
     rng = np.random.default_rng(seed)
     drawn = rng.integers(rows, size=(samples, rows))
-    return np.stack([np.bincount(one, minlength=rows) for one in drawn]).astype(np.float64)
+    counts = np.zeros((samples, rows))
+    np.add.at(counts, (np.arange(samples)[:, None], drawn), 1)
+    return counts
 
 
 def interval(
     values_S: np.ndarray, estimate: float, level: float = 0.95, spread: float = 1.0
 ) -> tuple[float, float]:
-    """The quantiles of the samples, which their spread around the estimate is multiplied before.
+    """The quantiles of the samples, their distances from the estimate multiplied by `spread`.
 
     values_S: what the samples gave; those that are not finite are left out.
     spread: `small_sample(rows, parameters)`; resampling alone is too narrow for few rows.
@@ -22,7 +24,7 @@ def interval(
     if not len(finite):
         return np.nan, np.nan
     low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
-    return estimate + spread * (low - estimate), estimate + spread * (high - estimate)
+    return float(estimate + spread * (low - estimate)), float(estimate + spread * (high - estimate))
 
 
 def small_sample(rows: int, parameters: int) -> float:
