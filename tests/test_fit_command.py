@@ -16,6 +16,7 @@ from moe.scaling import fit as fitting
 
 MY_LAW = '''\
 """A power law with a floor, of the size alone."""
+
 import numpy as np
 
 from moe.scaling.laws.law import Law, N, dense_costs, free, positive

@@ -169,7 +169,7 @@ FIT = Command(
             "law",
             str,
             "LAW",
-            "chinchilla, routed, joint, granularity, sparsity, leverage, dense, or my_law.py:MyLaw",
+            "chinchilla, routed, joint, sparsity, ..., my_law.py:MyLaw",
             required=True,
         ),
         Flag("data", str, "PATH", "the table: CSV or JSON lines (.gz too), Parquet", required=True),
