@@ -6,6 +6,7 @@ limits without a budget accepted; a law of a file not found.
 
 import json
 from pathlib import Path
+import re
 
 from laws import PUBLISHED, noisy
 import numpy as np
@@ -158,13 +159,23 @@ def test_a_mistake_is_one_line(what, runs, capsys):
     assert error.startswith("moe: error: ")
 
 
-def test_a_law_that_fails_is_told(tmp_path, runs, capsys):
-    text = MY_LAW.replace("c.A", "c.B")
-    (tmp_path / "my_broken_law.py").write_text(text, encoding="utf-8")
-    law = f"{tmp_path / 'my_broken_law.py'}:MyLaw"
-    assert cli.main([*flags(runs, law=law)]) == 2
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("c.A", "c.B", "can't be evaluated: AttributeError: .*'B'"),
+        ("c.A", "c.A +* 1", "can't be used: SyntaxError"),
+        ("positive(10, 1e3)", "above('B', 3)", "can't be used: KeyError: 'B'"),
+        ("positive, above", "free", "can't be used: NameError"),
+        ("np.log(c.E +", "np.log(-c.E -", "no finite value at any of its 8 starts"),
+    ],
+)
+def test_a_law_that_fails_is_told(old, new, words, tmp_path, runs, capsys):
+    text = MY_LAW.replace("free, positive", "free, positive, above").replace(old, new)
+    name = tmp_path.name  # one of its own: modules are imported once
+    (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    assert cli.main([*flags(runs, law=f"{tmp_path / name}.py:MyLaw")]) == 2
     error = capsys.readouterr().err
-    assert "can't be evaluated" in error and "'B'" in error and len(error.splitlines()) == 1
+    assert re.search(words, error) and len(error.splitlines()) == 1, error
 
 
 def test_learning_curves_are_noticed(tmp_path, capsys):

@@ -67,9 +67,15 @@ def find_law(name: str) -> Law:
             hint = nearest(name, LAWS) or f"; there are {', '.join(LAWS)}"
             raise UserError(f"no law {name!r}{hint}; a law of your own is my_law.py:MyLaw")
         return LAWS[name]
-    law = find(name)
-    if not isinstance(law, Law):
-        raise UserError(f"{name} is no moe.scaling.laws.law.Law but {type(law).__name__}")
+    try:
+        law = find(name)
+        if not isinstance(law, Law):
+            raise UserError(f"{name} is no moe.scaling.laws.law.Law but {type(law).__name__}")
+        law.grid({})
+    except UserError:
+        raise
+    except Exception as error:  # in the user's file, or of coefficients that name none
+        raise UserError(f"{name} can't be used: {type(error).__name__}: {error}") from error
     return law
 
 

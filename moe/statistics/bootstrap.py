@@ -1,6 +1,8 @@
 """Bootstrap over rows: how often each is drawn, and the interval of what came of the draws."""
 
 import numpy as np
+from scipy.stats import norm
+from scipy.stats import t as student
 
 
 def row_counts(rows: int, samples: int, seed: int) -> np.ndarray:
@@ -23,10 +25,16 @@ def interval(
     finite = values_S[np.isfinite(values_S)]
     if not len(finite):
         return np.nan, np.nan
-    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    low, high = np.quantile(finite, tails, method="weibull")  # unbiased for few samples
     return float(estimate + spread * (low - estimate)), float(estimate + spread * (high - estimate))
 
 
-def small_sample(rows: int, parameters: int) -> float:
-    """sqrt(n / (n - p)): residuals are smaller than errors, since p parameters follow them."""
-    return float(np.sqrt(rows / max(rows - parameters, 1)))
+def small_sample(rows: int, parameters: int, level: float = 0.95) -> float:
+    """How much wider an interval is for n rows and p parameters than for many rows.
+
+    sqrt(n / (n - p)), as residuals are smaller than errors, times Student's quantile over the
+    normal one.
+    """
+    free, tail = max(rows - parameters, 1), (1 + level) / 2
+    return float(np.sqrt(rows / free) * student.ppf(tail, free) / norm.ppf(tail))
