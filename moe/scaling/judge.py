@@ -38,13 +38,23 @@ def check_points(law: Law, points: Points, fixed: Mapping[str, float]) -> None:
 
 
 def resampled(fitted: Fit, samples: int, seed: int, say: Say) -> Array:
-    """Parameters fitted to resampled points, (samples, P), each from the fit's own."""
+    """Parameters fitted to resampled points, (samples, P), each from the fit's own.
+
+    A coefficient that the fit has lost (a term that went to zero) would stay lost: each sample
+    then also starts from the fit with its first starting value, and the better end counts.
+    """
     counts = bootstrap.row_counts(len(fitted.points), samples, seed)
     theta_SP = np.empty((samples, len(fitted.theta_P)))
+    starts = [fitted.theta_P]
+    if flat := flat_directions(fitted):
+        first_P = fitted.law.grid(fitted.fixed)[0]
+        lost = np.array([name in flat for name in fitted.law.names])
+        starts.append(np.where(lost, first_P, fitted.theta_P))
     for i, weights in enumerate(counts):
         say(f"bootstrap, round {i + 1} of {samples}")
         problem = Problem(fitted.law, fitted.points, weights, fitted.fixed)
-        theta_SP[i] = refine(problem, fitted.theta_P, rounds=8)[1]
+        ends = (refine(problem, start_P, rounds=8, iterations=100) for start_P in starts)
+        theta_SP[i] = min(ends, key=lambda end: end[0])[1]
     return theta_SP
 
 
