@@ -129,6 +129,7 @@ MISTAKES = {
     "no file of a law": (["--law=my_law.py:MyLaw"], "no such file"),
     "what is no law": (["--law=math:pi"], "no moe.scaling.laws.law.Law but float"),
     "a column that is not there": (["--columns=N=sise,D=tokens,L=loss"], "did you mean 'size'"),
+    "a letter that no law reads": (["--columns=Q=size"], "has no 'Q'; it reads N, D, L"),
     "columns without =": (["--columns=size"], "LETTER=COLUMN"),
     "a letter that the law lacks": (["--predict=N=1e9,E=3"], "the law has no 'E'; there are N, D"),
     "half a place": (["--predict=N=1e9"], "also needs D"),
@@ -173,7 +174,8 @@ def test_a_law_that_fails_is_told(old, new, words, tmp_path, runs, capsys):
     text = MY_LAW.replace("free, positive", "free, positive, above").replace(old, new)
     name = tmp_path.name  # one of its own: modules are imported once
     (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
-    assert cli.main([*flags(runs, law=f"{tmp_path / name}.py:MyLaw")]) == 2
+    mine = flags(runs, "--columns=N=size,L=loss", law=f"{tmp_path / name}.py:MyLaw")
+    assert cli.main(mine) == 2
     error = capsys.readouterr().err
     assert re.search(words, error) and len(error.splitlines()) == 1, error
 

@@ -31,7 +31,8 @@ def run(flags) -> int:
     if flags.plot:
         check_plot(flags.plot)
     columns = table.read(flags.data)
-    points, *more = [points_of(one, columns, flags) for one in (law, *others)]
+    names = table.read_names(flags.columns, law, *others)
+    points, *more = [points_of(one, columns, names, flags) for one in (law, *others)]
     judge.check_points(law, points, fixed)
 
     def work(say: Say) -> Iterator[tuple[Fit, dict]]:
@@ -62,7 +63,7 @@ def run(flags) -> int:
 
 def find_law(name: str) -> Law:
     """A law that comes with the program, or one of a file, as my_law.py:MyLaw."""
-    if ":" not in name:
+    if ":" not in name.lstrip(":"):
         if name not in LAWS:
             hint = nearest(name, LAWS) or f"; there are {', '.join(LAWS)}"
             raise UserError(f"no law {name!r}{hint}; a law of your own is my_law.py:MyLaw")
@@ -143,9 +144,8 @@ def check_plot(path: str) -> None:
         raise UserError(f"--plot={path}: there is no such folder")
 
 
-def points_of(law: Law, columns: table.Columns, flags) -> Points:
+def points_of(law: Law, columns: table.Columns, names: dict[str, str], flags) -> Points:
     """The points of a law by the flags."""
-    names = table.read_names(flags.columns, law)
     return table.select(columns, names, law, flags.where, flags.drop_highest)
 
 

@@ -96,16 +96,18 @@ def _flat(row: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
-def read_names(text: str, law: Law) -> dict[str, str]:
-    """The table's columns by the law's letters, of --columns="N=size,L=loss".
+def read_names(text: str, *laws: Law) -> dict[str, str]:
+    """The table's columns by the laws' letters, of --columns="N=size,L=loss".
 
     A letter that is not given stands for the column of that name.
     """
-    names = {letter: letter for letter in needed(law)}
+    names = {letter: letter for law in laws for letter in needed(law)}
     for part in filter(None, (part.strip() for part in text.split(","))):
         letter, equals, column = (word.strip() for word in part.partition("="))
         if not equals or not column:
             raise UserError(f"--columns: {part!r} is no LETTER=COLUMN, such as N=parameters")
+        if letter not in names:
+            raise UserError(f"--columns: the law has no {letter!r}; it reads {', '.join(names)}")
         names[letter] = column
     return names
 
