@@ -81,8 +81,9 @@ def test_the_examples_in_the_help_are_accepted(command, monkeypatch):
     words = command.example.replace('"Once upon"', "Once").split()
     assert words[:2] == ["moe", command.name]
     found = vars(cli.parse(command, words[2:]))
-    given = found[command.positional or ("topology" if "topology" in found else "workdir")]
-    known = ("runs/quickstart", "my_router.py:MyRouter", "layer", "v5e:2x2", "routers")
+    first = next(name for name in ("topology", "law", "workdir", *found) if name in found)
+    given = found[command.positional or first]
+    known = ("runs/quickstart", "routed", "my_router.py:MyRouter", "layer", "v5e:2x2", "routers")
     assert given in known or found["gin_file"]
 
 

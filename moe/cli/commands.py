@@ -159,6 +159,38 @@ PLAN = Command(
     ),
 )
 
+FIT = Command(
+    name="fit",
+    summary="Fit a scaling law to a table of runs: coefficients, predictions, the best sizes.",
+    module="moe.cli.fit",
+    example='moe fit --law=routed --data=runs.csv --columns="N=parameters,E=experts,L=loss"',
+    flags=(
+        Flag(
+            "law",
+            str,
+            "LAW",
+            "chinchilla, routed, joint, sparsity, ..., my_law.py:MyLaw",
+            required=True,
+        ),
+        Flag("data", str, "PATH", "the table: CSV or JSON lines (.gz too), Parquet", required=True),
+        Flag("columns", str, "TEXT", 'its columns, as "N=parameters,L=loss" (default: N, L)', ""),
+        Flag("where", str, "TEXT", "rows to take, as \"router == 'Switch' and k in (1, 2)\"", ""),
+        Flag("drop_highest", int, "N", "leave out the N highest losses (default: 0)", 0, low=0),
+        Flag("fix", str, "TEXT", 'coefficients that are given, as "E_start=2"', ""),
+        Flag("bootstrap", int, "N", "resamples for 95 % intervals (default: 200)", 200, low=0),
+        Flag("seed", int, "N", "of resamples and folds (default: 0)", 0, low=0),
+        Flag("predict", list, "TEXT", 'a place, as "N=1e9,E=64" (repeatable)'),
+        Flag("compare", str, "LAWS", "other laws, by their error on held-out points", ""),
+        Flag("budget", float, "FLOPS", "find the best sizes for so much training", low=1),
+        Flag("tokens", float, "N", "with --budget: training tokens, for laws without D", low=1),
+        Flag("max_memory", float, "BYTES", "with --budget: for all weights at most", low=1),
+        Flag("bytes_per_parameter", float, "X", "for --max_memory (default: 2)", 2.0, low=0.1),
+        Flag("max_inference", float, "FLOPS", "with --budget: a token's forward pass", low=1),
+        Flag("plot", str, "PATH", "also draw fit and residuals (.png, .pdf, .svg)"),
+        JSON,
+    ),
+)
+
 LIST = Command(
     name="list",
     summary="List what can be configured: routers, losses, optimizers, corpora, configs, ...",
@@ -184,4 +216,4 @@ DESCRIBE = Command(
     ),
 )
 
-COMMANDS = (TRAIN, EVAL, GENERATE, CHECK, BENCH, PLAN, LIST, DESCRIBE)
+COMMANDS = (TRAIN, EVAL, GENERATE, CHECK, BENCH, PLAN, FIT, LIST, DESCRIBE)
