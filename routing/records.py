@@ -15,8 +15,11 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 
 from routing.training_text import TrainingText
+
+AnyArray = jax.Array | np.ndarray  # on a device, or read from it
 
 
 class Causality(enum.Enum):
@@ -60,12 +63,12 @@ class RouterStats(nnx.Pytree):
             "loss/<name>" and "companion/<name>".
     """
 
-    token_count: Int[Array, "*L"] = nnx.data()
-    count_E: Int[Array, "*L E"] = nnx.data()
-    kept_E: Int[Array, "*L E"] = nnx.data()
-    score_sum_E: Float[Array, "*L E"] = nnx.data()
-    entropy_sum: Float[Array, "*L"] = nnx.data()
-    logit_square_sum: Float[Array, "*L"] = nnx.data()
+    token_count: Int[AnyArray, "*L"] = nnx.data()
+    count_E: Int[AnyArray, "*L E"] = nnx.data()
+    kept_E: Int[AnyArray, "*L E"] = nnx.data()
+    score_sum_E: Float[AnyArray, "*L E"] = nnx.data()
+    entropy_sum: Float[AnyArray, "*L"] = nnx.data()
+    logit_square_sum: Float[AnyArray, "*L"] = nnx.data()
     batch_sums: dict[str, dict[str, Array]] = nnx.data(default_factory=dict)
 
 
@@ -191,11 +194,11 @@ class RouterOutput(nnx.Pytree):
     """
 
     decision: Decision | None = nnx.data()
-    losses: dict[str, Float[Array, "*L"]] = nnx.data()
-    auxiliary_loss: Float[Array, "*L"] = nnx.data()
+    losses: dict[str, Float[AnyArray, "*L"]] = nnx.data()
+    auxiliary_loss: Float[AnyArray, "*L"] = nnx.data()
     stats: RouterStats = nnx.data()
     policy: Policy | None = nnx.data(default=None)
-    logits_GTE: Float[Array, "G T E"] | None = nnx.data(default=None)
+    logits_GTE: Float[AnyArray, "G T E"] | None = nnx.data(default=None)
 
 
 def gates_GTE(decision: Decision) -> Float[Array, "G T E"]:

@@ -1,4 +1,4 @@
-"""The type checker of the tests: beartype, by annotations of routing, layers, model and training.
+"""The type checker of the tests: beartype, by the annotations of routing and layers.
 
 An int may stand where a float is asked for, as PEP 484 has it. A choice among words (`Literal`) is
 left to the code, which refuses a wrong one with a message of its own that the tests look at.

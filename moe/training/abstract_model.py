@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +160,4 @@ def _decision(graph: Graph, shapes, shape: tuple[int, int]) -> Decision | None:
 
 def abstract_tokens(shape: tuple[int, int]) -> Tokens:
     """Abstract tokens of shape (B, T) in training."""
-    integers: Any = jax.ShapeDtypeStruct(shape, jnp.int32)
-    index_B: Any = jax.ShapeDtypeStruct(shape[:1], jnp.int32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return Tokens(integers, integers, integers, index_B, key, train=True)
+    return jax.eval_shape(lambda: Tokens.of(jnp.zeros(shape, jnp.int32), train=True))

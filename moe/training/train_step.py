@@ -183,8 +183,9 @@ class TrainingFunctions:
         # Not from `init`: a restored model may lack the text that initial values depend on.
         params, router_state = self.abstract
         opt_state = jax.eval_shape(self.optimizer.init, params)
-        step: Any = jax.ShapeDtypeStruct((), jnp.int32)
-        shapes = TrainState(step, params, router_state, opt_state)
+        shapes = jax.eval_shape(
+            lambda *rest: TrainState(jnp.int32(0), *rest), params, router_state, opt_state
+        )
         shardings = state_shardings(self.graph, shapes, self.mesh)
         by_batch = NamedSharding(self.mesh, PartitionSpec(sharding.RULES["batch"]))
         everywhere = NamedSharding(self.mesh, PartitionSpec())
