@@ -44,7 +44,7 @@ class Setting:
 def objective_of(bench: Bench):
     """The next token, or masked ones for a router that no decoder may have."""
     causal = bench.router.causality is not Causality.NEVER
-    return NextToken() if causal else MaskedToken(0.3)
+    return NextToken() if causal else MaskedToken(0.15)
 
 
 @functools.cache
