@@ -82,6 +82,31 @@ def deepseek_v3():
     return "deepseek_v3", ("TopK.k = 4", "TopK.group_best = 2"), DeepseekV3MoE, config
 
 
+def qwen2_moe():
+    from transformers import Qwen2MoeConfig
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+
+    config = Qwen2MoeConfig(
+        hidden_size=D,
+        moe_intermediate_size=F,
+        shared_expert_intermediate_size=F,
+        num_experts=E,
+        num_experts_per_tok=4,
+        norm_topk_prob=True,
+    )
+    return "gated_shared", (), Qwen2MoeSparseMoeBlock, config
+
+
+def llama4():
+    from transformers import Llama4TextConfig
+    from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+
+    config = Llama4TextConfig(
+        hidden_size=D, intermediate_size=F, num_local_experts=E, num_experts_per_tok=1
+    )
+    return "llama4", (), Llama4TextMoe, config
+
+
 def theirs(block, config, x_BTD, weight_BTD):
     """Output, and gradients of sum(output * weight) by the names of our parameters."""
     import torch
@@ -92,7 +117,7 @@ def theirs(block, config, x_BTD, weight_BTD):
         value.copy_(torch.from_numpy(draw(10 + i, *value.shape)) * 0.3)
     x = torch.from_numpy(x_BTD).requires_grad_()
     y = made(x)
-    y = y[0] if isinstance(y, tuple) else y
+    y = (y[0] if isinstance(y, tuple) else y).reshape(x.shape)
     (y * torch.from_numpy(weight_BTD)).sum().backward()
     values = {name: value.detach().numpy() for name, value in made.state_dict().items()}
     grads = {name: value.grad.numpy() for name, value in made.named_parameters()}
@@ -101,17 +126,24 @@ def theirs(block, config, x_BTD, weight_BTD):
 
 def as_ours(theirs):
     """Their arrays, which map columns to rows, by our names and the other way round."""
-    gate_EFD, up_EFD = np.split(theirs["experts.gate_up_proj"], 2, axis=1)
+    both, down = theirs["experts.gate_up_proj"], theirs["experts.down_proj"]
+    if both.shape[1] != D:  # but for Llama 4's, whose experts map rows to columns
+        both, down = both.swapaxes(1, 2), down.swapaxes(1, 2)
+    gate_EDF, up_EDF = np.split(both, 2, axis=2)
+    router = theirs["gate.weight"] if "gate.weight" in theirs else theirs["router.weight"]
     ours = {
-        "router.weight_DE": theirs["gate.weight"].T,
-        "experts.gate_EDF": gate_EFD.swapaxes(1, 2),
-        "experts.up_EDF": up_EFD.swapaxes(1, 2),
-        "experts.down_EFD": theirs["experts.down_proj"].swapaxes(1, 2),
+        "router.weight_DE": router.T,
+        "experts.gate_EDF": gate_EDF,
+        "experts.up_EDF": up_EDF,
+        "experts.down_EFD": down,
     }
-    if "shared_experts.gate_proj.weight" in theirs:
-        ours["shared.gate_DF"] = theirs["shared_experts.gate_proj.weight"].T
-        ours["shared.up_DF"] = theirs["shared_experts.up_proj.weight"].T
-        ours["shared.down_FD"] = theirs["shared_experts.down_proj.weight"].T
+    for shared in ("shared_expert", "shared_experts"):
+        if f"{shared}.gate_proj.weight" in theirs:
+            ours["shared.gate_DF"] = theirs[f"{shared}.gate_proj.weight"].T
+            ours["shared.up_DF"] = theirs[f"{shared}.up_proj.weight"].T
+            ours["shared.down_FD"] = theirs[f"{shared}.down_proj.weight"].T
+    if "shared_expert_gate.weight" in theirs:
+        ours["shared.sigmoid_D"] = theirs["shared_expert_gate.weight"][0]
     if "gate.e_score_correction_bias" in theirs:
         ours["router.balancer.bias_E"] = theirs["gate.e_score_correction_bias"]
     return ours
@@ -141,7 +173,7 @@ def close(found, expected, name):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * size, err_msg=name)
 
 
-@pytest.mark.parametrize("family", [mixtral, olmoe, qwen3_moe, deepseek_v3])
+@pytest.mark.parametrize("family", [mixtral, olmoe, qwen3_moe, qwen2_moe, deepseek_v3, llama4])
 def test_transformers_block_with_the_same_weights(family):
     """Output, and gradients to x, the router, the experts and the shared ones: to 1e-5."""
     with warnings.catch_warnings():
