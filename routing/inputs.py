@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from routing.records import GlobalBatch
+from routing.records import AnyArray, GlobalBatch
 
 
 def named_key(key: jax.Array, name: str) -> jax.Array:
@@ -123,7 +123,7 @@ class RouterInputs(nnx.Pytree):
 
     @classmethod
     def of(
-        cls, x_BTD: Float[Array, "B T D"], tokens: Tokens, sequences_per_group: int = 1
+        cls, x_BTD: Float[AnyArray, "B T D"], tokens: Tokens, sequences_per_group: int = 1
     ) -> "RouterInputs":
         """Groups of whole sequences from a batch; float32, with padding set to zero.
 

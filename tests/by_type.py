@@ -1,4 +1,7 @@
-"""The type checker of the tests: beartype, by the annotations of routing and layers.
+"""The type checker of the tests: beartype, by annotations.
+
+It looks at the files that pyproject.toml names: those that arrays pass through. Not at constructors
+of layers and routers: gin calls them, and its messages about missing settings are tested.
 
 An int may stand where a float is asked for, as PEP 484 has it. A choice among words (`Literal`) is
 left to the code, which refuses a wrong one with a message of its own that the tests look at.
