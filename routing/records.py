@@ -198,7 +198,7 @@ class RouterOutput(nnx.Pytree):
     auxiliary_loss: Float[AnyArray, "*L"] = nnx.data()
     stats: RouterStats = nnx.data()
     policy: Policy | None = nnx.data(default=None)
-    logits_GTE: Float[AnyArray, "G T E"] | None = nnx.data(default=None)
+    logits_GTE: Float[Array, "G T E"] | None = nnx.data(default=None)
 
 
 def gates_GTE(decision: Decision) -> Float[Array, "G T E"]:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.records import (
+    AnyArray,
     Causality,
     ExpertChoice,
     RouterOutput,
@@ -85,7 +86,9 @@ class Router(nnx.Module):
             for loss in self.losses:
                 if sums := loss.batch_sums(routing, inputs):
                     stats.batch_sums[loss.owner] = sums
-            losses = {loss.name: loss(routing, inputs, stats) for loss in self.losses}
+            losses: dict[str, AnyArray] = {
+                loss.name: loss(routing, inputs, stats) for loss in self.losses
+            }
             auxiliary_loss = sum(
                 (self.weight_of(loss) * losses[loss.name] for loss in self.losses), jnp.float32(0)
             )
