@@ -24,9 +24,19 @@ from routing.records import Decision, Routing, TokenChoice, choices_GE, gates_GT
 from routing.selection import top_k_indices
 
 
+class ScopedLoss(RouterLoss):
+    """Abstract: a loss on sums over the tokens of its scope."""
+
+    scope: str
+
+    @property
+    def uses_global_batch(self) -> bool:
+        return self.scope == "global"
+
+
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
-class BalanceLoss(RouterLoss):
+class BalanceLoss(ScopedLoss):
     """E / K * sum_e f_e P_e (Shazeer 2017; Fedus 2021, eq. 4-6); 1.0 at perfect balance.
 
     f_e is the share of choices of expert e, before drops; P_e the mean of its scores over tokens.
@@ -71,10 +81,6 @@ class BalanceLoss(RouterLoss):
             )
         if self.zero_computation and self.devices is not None:
             raise ValueError("BalanceLoss.zero_computation and devices exclude each other")
-
-    @property
-    def uses_global_batch(self):
-        return self.scope == "global"
 
     def check_layer(self, zero_computation):
         if self.zero_computation not in (0, zero_computation):
@@ -220,7 +226,7 @@ def by_document(counted: Decision, score_GTE, inputs: RouterInputs):
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
-class ImportanceLoss(RouterLoss):
+class ImportanceLoss(ScopedLoss):
     """CV^2 over the experts of their summed gates (Shazeer et al. 2017, eq. 6-7).
 
     Attributes:
@@ -237,10 +243,6 @@ class ImportanceLoss(RouterLoss):
 
     def __post_init__(self):
         check_one_of("ImportanceLoss", self, of=("gates", "scores"), scope=("global", "group"))
-
-    @property
-    def uses_global_batch(self):
-        return self.scope == "global"
 
     def batch_sums(self, routing, inputs):
         if self.of == "scores" or self.scope == "group":
@@ -263,7 +265,7 @@ class ImportanceLoss(RouterLoss):
 
 @gin.configurable
 @dataclasses.dataclass(frozen=True)
-class LoadLoss(RouterLoss):
+class LoadLoss(ScopedLoss):
     """CV^2 over the experts of their smooth expected load (Shazeer et al. 2017, eq. 10-11).
 
     For routers with noise, which know the probability that each expert is chosen.
@@ -279,10 +281,6 @@ class LoadLoss(RouterLoss):
 
     def __post_init__(self):
         check_one_of("LoadLoss", self, scope=("global", "group"))
-
-    @property
-    def uses_global_batch(self):
-        return self.scope == "global"
 
     def batch_sums(self, routing, inputs):
         if routing.load_GTE is None:

@@ -4,16 +4,12 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from layers.moe_layer import MoELayer
 from moe.model import functional
 from moe.model.transformer import Transformer
-from routing import (
-    TopK,
-)
-from routing.inputs import Tokens
+from routing import Tokens, TopK
 
 B, T, V, D = 2, 6, 11, 16
 
@@ -29,15 +25,7 @@ def model(**options):
 
 def tokens(train=False, seed=0, **changes):
     token_BT = np.random.default_rng(seed).integers(0, V, (B, T))
-    made = Tokens(
-        token_BT=jnp.asarray(token_BT, jnp.int32),
-        segment_BT=jnp.ones((B, T), jnp.int32),
-        position_BT=jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)),
-        index_B=jnp.arange(B, dtype=jnp.int32),
-        key=jax.random.key(0),
-        train=train,
-    )
-    return dataclasses.replace(made, **changes)
+    return dataclasses.replace(Tokens.of(token_BT, train), **changes)
 
 
 @functools.cache

@@ -13,16 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from layers.dispatch import Dispatcher
 from layers.dispatch.input_gates import GATED_DECISIONS, dispatch_gated, without_gates
 from layers.experts.base import Experts, ExpertsOutput, LayerSizes
 from layers.experts.feed_forward import GATED, check_activation, hidden_units
 from layers.kernels.grouped_matmul import SortedRows, grouped_feed_forward
 from layers.logical_axes import is_cut, per_shard
-from routing.inputs import RouterInputs
 from routing.parameters import parameter, truncated_normal
 from routing.ranges import LessThanOne
-from routing.records import Decision, ExpertChoice, ExpertMerge, SoftSlots, TokenChoice
+from routing.records import ExpertChoice, ExpertMerge, SoftSlots, TokenChoice
 
 
 @gin.configurable
@@ -61,8 +59,7 @@ class FeedForwardExperts(Experts):
         axes = ("expert", "embed", "mlp")
         self.up_EDF = parameter(shape, axes, truncated_normal(), role="expert")
         gated = sizes.activation in GATED
-        gate_EDF = parameter(shape, axes, truncated_normal(), role="expert") if gated else None
-        self.gate_EDF = gate_EDF
+        self.gate_EDF = parameter(shape, axes, truncated_normal(), role="expert") if gated else None
         shape, axes = (sizes.num_experts, sizes.d_ff, sizes.d_model), ("expert", "mlp", "embed")
         out = truncated_normal(sizes.out_scale)
         self.down_EFD = parameter(shape, axes, out, role="expert")
@@ -70,13 +67,7 @@ class FeedForwardExperts(Experts):
     def needs_slots(self, train: bool) -> bool:
         return train and self.dropout > 0  # the units to drop are drawn slot by slot
 
-    def __call__(
-        self,
-        x_GTD: Float[Array, "G T D"],
-        decision: Decision,
-        inputs: RouterInputs,
-        dispatcher: Dispatcher,
-    ) -> ExpertsOutput:
+    def __call__(self, x_GTD, decision, inputs, dispatcher) -> ExpertsOutput:
         if isinstance(decision, ExpertMerge):
             with jax.named_scope("merged_experts"):
                 return ExpertsOutput(self.merged(x_GTD, decision))

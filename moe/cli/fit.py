@@ -83,8 +83,7 @@ def find_law(name: str) -> Law:
 def read_values(text: str, flag: str, letters: tuple[str, ...]) -> dict[str, float]:
     """Numbers by letter, of "N=1e9,E=64"."""
     found = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        letter, equals, value = (word.strip() for word in part.partition("="))
+    for part, letter, value in table.assignments(text):
         if letter not in letters:
             hint = nearest(letter, letters) or f"; there are {', '.join(letters)}"
             raise UserError(f"{flag}={text}: the law has no {letter!r}{hint}")

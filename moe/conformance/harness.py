@@ -173,14 +173,9 @@ def tokens(
     """Random token ids, each sequence one document with padding where `valid_BT` is False."""
     shape = (batch, length)
     valid_BT = np.ones(shape, bool) if valid_BT is None else valid_BT
-    return Tokens(
-        token_BT=jnp.asarray(np.random.default_rng(seed).integers(0, V, shape), jnp.int32),
-        segment_BT=jnp.asarray(valid_BT, jnp.int32),
-        position_BT=jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), shape),
-        index_B=jnp.arange(batch, dtype=jnp.int32),
-        key=jax.random.key(key),
-        train=train,
-    )
+    token_BT = np.random.default_rng(seed).integers(0, V, shape)
+    made = Tokens.of(token_BT, train, seed=key)
+    return dataclasses.replace(made, segment_BT=jnp.asarray(valid_BT, jnp.int32))
 
 
 def ragged() -> np.ndarray:

@@ -27,7 +27,8 @@ from moe.conformance.harness import (
 )
 from moe.conformance.training import plain
 from moe.conformance.whole_model import run_steps
-from moe.training.optimizer import STACKED, Declared, Muon
+from moe.model.functional import Declared
+from moe.training.optimizer import STACKED, Muon
 
 
 def gradients(bench: Bench) -> Iterator[Verdict]:
@@ -209,11 +210,8 @@ def muon(bench: Bench) -> Iterator[Verdict]:
     Where the expert axis were a side of one matrix, a gradient a thousand times larger for one
     expert would leave nothing of the others' updates.
     """
-    graph = bench.graph()
-    kinds = tuple(
-        (name, Declared(graph.axes[name], graph.roles[name]), a.shape)
-        for name, a in bench.params.items()
-    )
+    declared = bench.graph().declared
+    kinds = tuple((name, declared[name], a.shape) for name, a in bench.params.items())
     stacked = [kind for kind in kinds if set(kind[1].axes) & set(STACKED)]
     if not stacked:
         yield Verdict("Muon", None, "no parameter has an expert axis")

@@ -181,7 +181,7 @@ def updated_once(bench: Bench, before: dict, stats) -> dict:
     for row in range(layers):
         state = {name: jnp.asarray(before[full][row]) for full, name in names.items()}
         layer = graph.merge(bench.params, state)
-        for memory in layer.step_states():
-            memory.update(jax.tree.map(lambda a, row=row: jnp.asarray(a[row]), stats))
+        for step_state in layer.step_states():
+            step_state.update(jax.tree.map(lambda a, row=row: jnp.asarray(a[row]), stats))
         rows.append(functional.split(layer)[2])
     return {full: np.stack([row[name] for row in rows]) for full, name in names.items()}

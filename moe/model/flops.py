@@ -54,7 +54,10 @@ def costs(model: Transformer, decision_shapes, sequence_length: int) -> Costs:
         sequence_length: T.
     """
     total, in_experts = size_of(model), size_of(model, ("expert",))
-    num_experts = model.moe_layers_of_units()[0].num_experts if in_experts else 1
+    num_experts, segments = 1, 1
+    if in_experts:
+        layer = model.moe_layers_of_units()[0]
+        num_experts, segments = layer.num_experts, layer.experts.segments
     sparse = sum(model.is_moe)
     tied = model.head_DV is None
     matmul = matmul_size(model, tied)
@@ -67,13 +70,9 @@ def costs(model: Transformer, decision_shapes, sequence_length: int) -> Costs:
     share_reached = reached / sparse if sparse else 1
     rows = rows_per_token(decision_shapes) * share_reached
     per_token = experts_per_token(decision_shapes, model) * share_reached
-    one_expert = in_experts // (num_experts * sparse) if in_experts else 0
-    if in_experts:
-        segments = model.moe_layers_of_units()[0].experts.segments
-        one_expert //= segments
-        num_experts *= segments
+    one_expert = in_experts // (num_experts * segments * sparse) if in_experts else 0
     attention = sum(_attention_flops(model, stack, sequence_length) for stack in model.stacks)
-    share = per_token / num_experts
+    share = per_token / (num_experts * segments)
     return Costs(
         parameters_total=total,
         parameters_active=round(total - in_experts * (1 - min(share, 1.0))),
@@ -82,7 +81,7 @@ def costs(model: Transformer, decision_shapes, sequence_length: int) -> Costs:
         sparse_layers=sparse,
         experts_per_token=per_token,
         rows_per_token=rows,
-        num_experts=model.moe_layers_of_units()[0].num_experts if in_experts else 1,
+        num_experts=num_experts,
     )
 
 

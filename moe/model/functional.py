@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 import jax
@@ -10,6 +10,14 @@ import jax
 from routing.parameters import Role, RouterState, initialize
 
 Arrays = dict[str, Any]  # jax.Array; jax.ShapeDtypeStruct in an abstract model
+Axes = tuple[str | None, ...]
+
+
+class Declared(NamedTuple):
+    """The logical axes and the role of a parameter, as its module declares them."""
+
+    axes: Axes
+    role: Role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +37,11 @@ class Graph:
     axes: dict[str, tuple[str | None, ...]]
     roles: dict[str, Role]
     variables: dict[str, nnx.Variable]
+
+    @property
+    def declared(self) -> dict[str, Declared]:
+        """The parameters by name, as optimizers read them."""
+        return {name: Declared(self.axes[name], role) for name, role in self.roles.items()}
 
     def merge(self, params: Arrays, state: Arrays) -> Any:
         """The module with these values. Costs nothing inside jit."""

@@ -1,6 +1,6 @@
 """Read a table of runs: CSV, JSON lines (both gzipped too) or Parquet, as columns of cells."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import csv
 import gzip
 import io
@@ -96,15 +96,21 @@ def _flat(row: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
+def assignments(text: str) -> Iterator[tuple[str, str, str]]:
+    """Each part of "N=size,L=loss", its letter, and the value after "=", which may be empty."""
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        letter, _, value = (word.strip() for word in part.partition("="))
+        yield part, letter, value
+
+
 def read_names(text: str, *laws: Law) -> dict[str, str]:
     """The table's columns by the laws' letters, of --columns="N=size,L=loss".
 
     A letter that is not given stands for the column of that name.
     """
     names = {letter: letter for law in laws for letter in needed(law)}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        letter, equals, column = (word.strip() for word in part.partition("="))
-        if not equals or not column:
+    for part, letter, column in assignments(text):
+        if not column:
             raise UserError(f"--columns: {part!r} is no LETTER=COLUMN, such as N=parameters")
         if letter not in names:
             raise UserError(f"--columns: the law has no {letter!r}; it reads {', '.join(names)}")

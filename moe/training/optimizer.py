@@ -8,26 +8,16 @@ no parameter and is not updated here.
 
 import abc
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import gin
 import jax
 import optax
 import optax.contrib
 
+from moe.model.functional import Axes, Declared
 from moe.training.schedules import Cosine, Schedule
-from routing.parameters import Role
 from routing.ranges import Count, LessThanOne, NonNegative, Positive
-
-Axes = tuple[str | None, ...]
-
-
-class Declared(NamedTuple):
-    """A parameter's logical axes and role, as declared in its module."""
-
-    axes: Axes
-    role: Role
-
 
 Parameters = dict[str, Declared]
 # Axes along which weights are stacked.

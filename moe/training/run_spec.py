@@ -21,7 +21,7 @@ from moe.training import train_step
 from moe.training.abstract_model import AbstractModel, Vocabulary, abstract_model
 from moe.training.logger import Logger, Metric
 from moe.training.objective import NextToken, Objective
-from moe.training.optimizer import AdamW, Declared, Optimizer
+from moe.training.optimizer import AdamW, Optimizer
 from moe.training.train_step import Program
 from routing.ranges import Count, Natural, Positive, Size
 from routing.training_text import TokenSequence
@@ -176,14 +176,12 @@ class RunSpec:
             sharding.check_length(mesh, model.sequence_length, per_group)
         except ValueError as error:
             raise UserError(str(error)) from error
-        graph = model.graph
-        parameters = {name: Declared(graph.axes[name], role) for name, role in graph.roles.items()}
         router = model.moe_layer.router if model.moe_layer else None
         return train_step.TrainingFunctions(
             model.graph,
             model.shapes,
             objective=model.objective,
-            optimizer=self.in_force.optimizer.build(parameters, self.steps),
+            optimizer=self.in_force.optimizer.build(model.graph.declared, self.steps),
             num_bytes_2V=model.num_bytes_2V,
             mesh=mesh,
             seed=self.seed,
