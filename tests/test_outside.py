@@ -13,7 +13,7 @@ GUIDE = Path(__file__).parents[1] / "docs" / "writing_a_router.md"
 def test_a_router_a_loss_and_experts_outside_the_packages(tmp_path, monkeypatch):
     """The guide's three files and its config, on a tiny model, trained and saved."""
     # Under other names: gin knows the guide's router already where test_check.py ran before.
-    guide = GUIDE.read_text().replace("my_", "own_")
+    guide = GUIDE.read_text().replace("my_", "own_").replace("CosineTopK", "OwnTopK")
     blocks = re.findall(r"Save it as `(own_\w+)\.py`:\n\n```python\n(.*?)```", guide, re.DOTALL)
     assert [name for name, _ in blocks] == ["own_router", "own_loss", "own_experts"]
     runs = Runs(tmp_path)
