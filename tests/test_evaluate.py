@@ -48,7 +48,7 @@ def deep():
 def batches_of(*pieces: Piece) -> ValidationBatches:
     """One piece a row, of a document of 8 tokens of text."""
     token_N = np.array([V - 1, *range(T)], np.uint16)
-    return ValidationBatches(token_N, [[piece] for piece in pieces], 2, T, T, 1)
+    return ValidationBatches(token_N, [[piece] for piece in pieces], 2, T, T, [0])
 
 
 def test_a_layer_without_choices_has_no_load_and_no_drops(deep):

@@ -101,10 +101,10 @@ def test_a_rate_that_cannot_be_is_refused(rate):
 
 def test_the_bytes_that_count_are_those_behind_the_scored_tokens():
     batch = batch_of(b"abc", b"ab")
-    text_BT, num_bytes = objectives.text_of(MaskedToken(), hide(0.5, batch), BYTES_2V)
-    assert int(num_bytes) == int(text_BT.sum()) > 0
-    text_BT, num_bytes = objectives.text_of(NextToken(), batch, BYTES_2V)
-    assert int(num_bytes) == 5 and not np.asarray(text_BT)[:, 0].any()
+    text_BT, bytes_BT = objectives.text_of(MaskedToken(), hide(0.5, batch), BYTES_2V)
+    assert int(bytes_BT.sum()) == int(text_BT.sum()) > 0
+    text_BT, bytes_BT = objectives.text_of(NextToken(), batch, BYTES_2V)
+    assert int(bytes_BT.sum()) == 5 and not np.asarray(text_BT)[:, 0].any()
 
 
 @pytest.mark.parametrize("length", range(1, 40))
@@ -202,8 +202,8 @@ def test_the_bytes_of_scored_tokens_add_up_to_the_documents(words, spec, objecti
     key, num_bytes, scored = jax.random.key(0), 0, 0
     for batch in data.validation_batches(8, 32, causal=objective.causal):
         batch = objectives.prepared(objective, batch, key, num_bytes_2V)
-        text_BT, found = objectives.text_of(objective, batch, num_bytes_2V)
-        num_bytes, scored = num_bytes + int(found), scored + int(text_BT.sum())
+        text_BT, bytes_BT = objectives.text_of(objective, batch, num_bytes_2V)
+        num_bytes, scored = num_bytes + int(bytes_BT.sum()), scored + int(text_BT.sum())
     assert num_bytes == data.info.validation_bytes
     assert scored == data.info.validation_tokens  # those that give back nothing cost bits too
 

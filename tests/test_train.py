@@ -47,6 +47,14 @@ def test_a_run_writes_all_it_promises(base):
     assert summary["corpus"]["bytes"] == sum(
         path.stat().st_size for path in (base.parent / "text").iterdir()
     )
+    documents = lines(base / "documents.jsonl")
+    held_out = {path.name for path in (base.parent / "text").iterdir()}
+    assert len({row["name"] for row in documents} & held_out) == summary["val_documents"]
+    for row in documents:  # each with its own bytes
+        assert row["bytes"] == (base.parent / "text" / row["name"]).stat().st_size
+    bits, size = (sum(row[name] for row in documents) for name in ("bits", "bytes"))
+    assert size == summary["val_bytes"]
+    assert bits / size == pytest.approx(summary["val_bits_per_byte"], rel=1e-12)
     run = json.loads((base / "run.json").read_text())
     assert run["seed"] == 0 and "jax" in run["versions"] and run["device"]
     assert run["router_losses"] == {"balance": 0.01, "z": 0.001}

@@ -11,16 +11,11 @@ from einops import rearrange
 import jax
 import jax.numpy as jnp
 
-from layers.logical_axes import has_mesh, is_cut, per_shard, platform
+from layers.logical_axes import is_cut, per_shard, platform
 
 # The most logits of a block: as many as fit a CPU's cache; elsewhere, enough for large matmuls.
 BLOCK_LOGITS = 2**21
 ACCELERATOR_BLOCK_LOGITS = 2**27
-
-
-def cross_entropy_sum(weight_DV, hidden_BTD, target_BT, scored_BT) -> jax.Array:
-    """The loss in nats, summed over scored tokens: float32 (). See `cross_entropy_sums`."""
-    return cross_entropy_sums(weight_DV, hidden_BTD, target_BT, scored_BT, scored_BT)[0]
 
 
 def cross_entropy_sums(weight_DV, hidden_BTD, target_BT, scored_BT, counted_BT) -> jax.Array:
@@ -53,18 +48,28 @@ def cross_entropy_sums(weight_DV, hidden_BTD, target_BT, scored_BT, counted_BT) 
 
 
 def cross_entropy_of_each(weight_DV, hidden_BTD, target_BT) -> jax.Array:
-    """The loss of every token in nats, float32 (B, T), without a gradient."""
+    """The loss of every token in nats, float32 (B, T), without a gradient.
+
+    Block by block, and on a mesh by each device for its own sequences, as `cross_entropy_sums`.
+    """
     weight_DV, hidden_BTD = jax.lax.stop_gradient((weight_DV, hidden_BTD))
     weight_DV = weight_DV.astype(hidden_BTD.dtype)
-    batch = len(target_BT)
-    blocks = 1 if has_mesh() else _blocks(target_BT.shape, weight_DV.shape[1])
+    arrays = hidden_BTD, jnp.asarray(target_BT)
+    if is_cut("vocab") or is_cut("length"):
+        everything = jnp.ones(target_BT.shape, bool)
+        return _block(weight_DV, *arrays, everything)[1]
 
-    def one(block):
-        return _block(weight_DV, *block)[1]
+    def one_shard(hidden_BTD, target_BT, weight_DV):
+        blocks, batch = _blocks(target_BT.shape, weight_DV.shape[1]), len(target_BT)
 
-    everything = jnp.ones(target_BT.shape, bool)
-    nats = jax.lax.map(one, _split((hidden_BTD, jnp.asarray(target_BT), everything), blocks))
-    return rearrange(nats.reshape(blocks, batch, -1), "s b t -> b (s t)")
+        def one(block):
+            return _block(weight_DV, *block)[1]
+
+        everything = jnp.ones_like(target_BT, bool)
+        nats = jax.lax.map(one, _split((hidden_BTD, target_BT, everything), blocks))
+        return rearrange(nats.reshape(blocks, batch, -1), "s b t -> b (s t)")
+
+    return per_shard(one_shard, arrays, (weight_DV,), (("embed", "vocab"),))
 
 
 def _blocks(shape: tuple[int, int], vocabulary: int) -> int:

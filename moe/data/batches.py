@@ -67,6 +67,19 @@ class TrainBatches:
         weights = [share.weight for share in shares]
         self._windows = made[0] if len(made) == 1 else grain.MapDataset.mix(made, weights)
 
+    def places(self, i: int) -> Iterator[tuple[int, int, int, int]]:
+        """(row in the batch, first, end, document) of each piece of batch i.
+
+        Inputs first to end of the row are of this document, by its number in `start_M`.
+        """
+        first = i * self.batch_size
+        for b, row in enumerate(self.rows[first : first + self.batch_size]):
+            at = 0
+            for piece in row:
+                document = int(np.searchsorted(self.start_M, piece.start, side="right")) - 1
+                yield b, at, at + piece.length, document
+                at += piece.length
+
     def batch(self, i: int, rows: slice | None = None) -> "Batch":
         """Batch i; of its rows only `rows`, those that a process reads."""
         index_B = np.arange(self._batch_size, dtype=np.int32)[rows or slice(None)]
@@ -149,7 +162,7 @@ class ValidationBatches:
         token_N: the held-out stream.
         rows: the pieces that are packed into each row.
         num_bytes: bytes of the text that is scored.
-        num_documents: documents that are scored, the last one perhaps in part.
+        start_M: first token of each document that is scored, the last one perhaps in part.
         shift: targets are this many tokens after their inputs: 1 for the next token, 0 for the
             token itself.
     """
@@ -159,8 +172,12 @@ class ValidationBatches:
     batch_size: int
     sequence_length: int
     num_bytes: int
-    num_documents: int
+    start_M: Sequence[int]
     shift: int = 1
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.start_M)
 
     @property
     def num_tokens(self) -> int:
@@ -172,6 +189,19 @@ class ValidationBatches:
 
     def __iter__(self) -> Iterator["Batch"]:
         return (self.batch(i) for i in range(len(self)))
+
+    def places(self, i: int) -> Iterator[tuple[int, int, int, int]]:
+        """(row in the batch, first, end, document) of each piece of batch i.
+
+        Inputs first to end of the row are of this document, by its number in `start_M`.
+        """
+        first = i * self.batch_size
+        for b, row in enumerate(self.rows[first : first + self.batch_size]):
+            at = 0
+            for piece in row:
+                document = int(np.searchsorted(self.start_M, piece.start, side="right")) - 1
+                yield b, at, at + piece.length, document
+                at += piece.length
 
     def batch(self, i: int, rows: slice | None = None) -> "Batch":
         """Batch i; of its rows only `rows`. The last batch is padded with empty rows."""

@@ -8,12 +8,14 @@ token of every held-out document exactly once.
 from collections.abc import Callable
 import dataclasses
 import hashlib
+import itertools
 import json
 from pathlib import Path
 import time
 from typing import TYPE_CHECKING, Any
 
 import gin
+import numpy as np
 
 from moe.data.batches import (
     Share,
@@ -83,6 +85,12 @@ class PreparedData:
             "isolate_documents": self.isolate_documents,
             **({"mixture": [share.weight for share in self.shares]} if self.shares else {}),
         }
+
+    def names_of(self, batches: ValidationBatches) -> list[str]:
+        """The names of the documents that these batches score, in the order of `start_M`."""
+        split, stream = self.validation_split, self.validation
+        names = [entry.name for entry in itertools.compress(split.entries, split.chosen)]
+        return [names[m] for m in np.searchsorted(stream.start_M, batches.start_M)]
 
     def train_batches(self, batch_size: int, sequence_length: int, seed: int) -> TrainBatches:
         """Endless batches of shuffled training windows; UserError where the text is too short."""
@@ -157,7 +165,7 @@ class PreparedData:
             batch_size=batch_size,
             sequence_length=sequence_length,
             num_bytes=sum(num_bytes for *_, num_bytes in spans),
-            num_documents=len(spans),
+            start_M=[start for start, *_ in spans],
             shift=1 if causal else 0,
         )
 

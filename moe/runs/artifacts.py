@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 import dataclasses
+import json
+import math
 import time
 from typing import Any
 
 from moe.analysis.plots import picture
 from moe.analysis.specialisation import token_table
 from moe.data import compressors
+from moe.data.tokens.cache import write_atomically
 from moe.errors import attempted
 from moe.inference.generate import Sampling, generate
 from moe.machine import processes
@@ -33,6 +36,18 @@ def final_evaluation(
     display.say(f"evaluating on {size}")
     with display.counting("evaluating", len(batches)) as count:
         return evaluate.evaluate(score_batch, state, batches, setup.mesh, count)
+
+
+def write_documents(result: evaluate.Evaluation, setup: Setup, folder: RunFolder) -> None:
+    """Write documents.jsonl: name, bits and bytes of each held-out document of the evaluation."""
+    rows = zip(
+        setup.text.names_of(setup.final_held_out),
+        (result.nats_M / math.log(2)).tolist(),
+        result.bytes_M.tolist(),
+        strict=True,
+    )
+    lines = [json.dumps({"name": n, "bits": bits, "bytes": size}) + "\n" for n, bits, size in rows]
+    write_atomically(folder.documents, "".join(lines).encode())
 
 
 @dataclasses.dataclass(frozen=True)

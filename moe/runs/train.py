@@ -111,5 +111,7 @@ def train(
 
         # The results; then compressors' figures, samples and a picture, which may fail.
         result = artifacts.final_evaluation(loop.score_batch, state, setup, display)
+        if not quiet:
+            artifacts.write_documents(result, setup, folder)
         summary = {"step": step, **summary_of(result, model, text, peak), **meter.summary()}
         return artifacts.write(artifacts.Artifacts(folder, setup), state, summary, display, started)

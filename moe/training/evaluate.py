@@ -7,8 +7,9 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import numpy as np
 
-from layers.kernels.cross_entropy import cross_entropy_sum
+from layers.kernels.cross_entropy import cross_entropy_of_each
 from layers.logical_axes import sharding_rules
 from moe.data.batches import ValidationBatches
 from moe.errors import UserError
@@ -32,6 +33,7 @@ class Evaluation:
         bytes: the bytes of text that they decode to.
         documents: how many were scored.
         routing: statistics over all batches; None for a dense model.
+        nats_M, bytes_M: of each document, float64 and int64.
     """
 
     loss: float
@@ -40,6 +42,8 @@ class Evaluation:
     bytes: int
     documents: int
     routing: Routing | None
+    nats_M: np.ndarray
+    bytes_M: np.ndarray
 
 
 @runtime_checkable
@@ -56,7 +60,8 @@ class Values(Protocol):
 def batch_scorer(model: AbstractModel, mesh: Mesh, *, training_rule: bool = False) -> Callable:
     """A jitted function score_batch(params, router_state, batch).
 
-    It returns (nats, tokens, bytes), summed over the scored text, and the routers' output.
+    It returns nats and bytes of each scored token of text, (B, T) and 0 elsewhere, the number of
+    these tokens, and the routers' output.
 
     training_rule: routers decide as in training, with noise and capacity, but nothing is learned.
     """
@@ -67,12 +72,12 @@ def batch_scorer(model: AbstractModel, mesh: Mesh, *, training_rule: bool = Fals
         module = graph.merge(params, router_state)
         num_bytes_2V = jnp.asarray(model.num_bytes_2V)
         batch = objectives.prepared(objective, batch, key, num_bytes_2V)
-        text_BT, num_bytes = objectives.text_of(objective, batch, num_bytes_2V)
+        text_BT, bytes_BT = objectives.text_of(objective, batch, num_bytes_2V)
         with sharding_rules(sharding.rule(mesh)):
             out = module(objectives.tokens_of(batch, key, train=training_rule))
-            nats = cross_entropy_sum(module.head(), out.hidden_BTD, batch.target_BT, text_BT)
+            nats_BT = cross_entropy_of_each(module.head(), out.hidden_BTD, batch.target_BT)
         routers = out.routers and dataclasses.replace(out.routers, decision=None, policy=None)
-        return (nats, text_BT.sum(), num_bytes), routers
+        return (jnp.where(text_BT, nats_BT, 0), bytes_BT, text_BT.sum()), routers
 
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.jit(score_batch, out_shardings=everywhere)
@@ -99,25 +104,34 @@ def evaluate(
     """
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.RULES["batch"]))
     rows = processes.rows(where, batches.batch_size)
-    nats, scored, num_bytes, routers = 0.0, 0, 0, None
+    nats_M, bytes_M = np.zeros(batches.num_documents), np.zeros(batches.num_documents, np.int64)
+    scored, routers = 0, None
     for i in range(len(batches)):
         batch = to_devices(batches.batch(i, rows), where, batches.batch_size)
-        sums, routers_i = jax.device_get(score_batch(state.params, state.router_state, batch))
-        nats, scored, num_bytes = (
-            nats + float(sums[0]),
-            scored + int(sums[1]),
-            num_bytes + int(sums[2]),
-        )
+        found, routers_i = jax.device_get(score_batch(state.params, state.router_state, batch))
+        nats_BT, bytes_BT, tokens = found
+        for b, first, end, document in batches.places(i):
+            nats_M[document] += nats_BT[b, first:end].sum(dtype=np.float64)
+            bytes_M[document] += bytes_BT[b, first:end].sum()
+        scored += int(tokens)
         routers = routers_i if routers is None else _add(routers, routers_i)
         say(i + 1, len(batches))
+    nats, num_bytes = float(nats_M.sum()), int(bytes_M.sum())
     if not num_bytes:
         raise UserError(
             f"nothing was scored in {batches.num_documents} documents: give more text, or allow "
             "more of it (eval.max_bytes, train.eval_bytes)"
         )
-    routing = Routing.of(routers) if routers is not None else None
-    bpb = bits_per_byte(nats, num_bytes)
-    return Evaluation(nats / scored, bpb, scored, num_bytes, batches.num_documents, routing)
+    return Evaluation(
+        loss=nats / scored,
+        bits_per_byte=bits_per_byte(nats, num_bytes),
+        tokens=scored,
+        bytes=num_bytes,
+        documents=batches.num_documents,
+        routing=Routing.of(routers) if routers is not None else None,
+        nats_M=nats_M,
+        bytes_M=bytes_M,
+    )
 
 
 def _add(a, b):

@@ -110,7 +110,7 @@ def text_of(
     text_BT = batch.scored_BT & (later_V[batch.target_BT] > 0)
     starts_BT = later_V[objective.before_BT(batch)] == 0
     bytes_BT = jnp.where(starts_BT, first_V[batch.target_BT], later_V[batch.target_BT])
-    return text_BT, jnp.where(text_BT, bytes_BT, 0).sum(dtype=jnp.int32)
+    return text_BT, jnp.where(text_BT, bytes_BT, 0).astype(jnp.int32)
 
 
 def tokens_of(batch: Batch, key: jax.Array, *, train: bool) -> Tokens:

@@ -152,7 +152,7 @@ class TrainingFunctions:
             grads, measured = summed(
                 lambda micro: one(micro, global_batch_of(statistics, micro, valid)), micros
             )
-        text_bytes = objectives.text_of(self.objective, batch, num_bytes_2V)[1]
+        text_bytes = objectives.text_of(self.objective, batch, num_bytes_2V)[1].sum()
         return grads, StepMetrics(
             loss=measured.losses.task,
             scored=scored,

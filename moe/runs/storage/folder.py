@@ -27,6 +27,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.routing = self.path / "routing.jsonl"
         self.summary = self.path / "summary.json"
+        self.documents = self.path / "documents.jsonl"
         self.samples = self.path / "samples.txt"
         self.picture = self.path / "picture.png"
         self.tensorboard = self.path / "tensorboard"
