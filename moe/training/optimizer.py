@@ -12,6 +12,7 @@ from typing import Any
 
 import gin
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 
@@ -50,8 +51,14 @@ class Optimizer(abc.ABC):
         schedule = Cosine() if self.schedule is None else self.schedule
         return schedule.build(self.learning_rate, steps)
 
-    def build(self, parameters: Parameters, steps: int) -> optax.GradientTransformation:
-        """Clipping, direction, weight decay and rate in a chain; state by parameter name."""
+    def build(
+        self, parameters: Parameters, steps: int | None = None
+    ) -> optax.GradientTransformation:
+        """Clipping, direction, weight decay and rate in a chain; state by parameter name.
+
+        steps: of the schedule; where None, each update is given its rate: `update(..., rate=rate)`.
+            A compiled update is then the same for every learning rate and schedule.
+        """
         clip = optax.identity()
         if self.clip_norm is not None:
             clip = optax.clip_by_global_norm(self.clip_norm)
@@ -59,8 +66,21 @@ class Optimizer(abc.ABC):
             clip,
             self.direction(parameters),
             optax.add_decayed_weights(self.weight_decay, decayed(parameters)),
-            optax.scale_by_learning_rate(self.rate(steps)),
+            given_rate() if steps is None else optax.scale_by_learning_rate(self.rate(steps)),
         )
+
+
+def given_rate() -> optax.GradientTransformationExtraArgs:
+    """Multiply updates by -rate, a keyword of `update`; the state is that of a schedule."""
+
+    def init(params):
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None, *, rate, **_):
+        updates = jax.tree.map(lambda u: jnp.asarray(-rate, u.dtype) * u, updates)
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def own_axes(axes: Axes) -> Axes:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from einops import rearrange
 from flax import nnx
@@ -68,13 +68,42 @@ class StepMetrics(nnx.Pytree):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The jitted functions of a run, and the shapes, types and shardings of its arrays."""
+    """The jitted functions of a run, and the shapes, types and shardings of its arrays.
+
+    init(seed) gives the first state; step(state, batch) the next one and the step's metrics;
+    gradients(state, batch) the gradients by name, and metrics.
+    """
 
     init: Callable[[int], TrainState]
-    step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
-    gradients: Callable[[TrainState, Batch], tuple[Arrays, StepMetrics]]
+    step: "Jitted"
+    gradients: "Jitted"
     abstract_state: TrainState
     batch_sharding: NamedSharding
+
+
+class Given(NamedTuple):
+    """What a compiled step is given, so that it is the same for every seed and learning rate.
+
+    rate_N: the learning rate of each of the run's N steps, float32.
+    """
+
+    seed: np.uint32
+    rate_N: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Jitted:
+    """A jitted function of the run's `Given` and further arguments, to be called with these."""
+
+    function: Any
+    given: Given
+
+    def __call__(self, *arguments):
+        return self.function(self.given, *arguments)
+
+    def lower(self, *arguments):
+        """As jax.jit's."""
+        return self.function.lower(self.given, *arguments)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,6 +115,7 @@ class TrainingFunctions:
         abstract: its parameters and router state, without values.
         objective: sets inputs and targets of a batch.
         optimizer: of all parameters.
+        rate_N: the learning rate of each step, for an optimizer whose updates are given it.
         num_bytes_2V: bytes of text that each token decodes to, as a document's first token and
             elsewhere.
         mesh: of the devices.
@@ -103,6 +133,7 @@ class TrainingFunctions:
     num_bytes_2V: np.ndarray
     mesh: Mesh
     seed: int
+    rate_N: np.ndarray | None = None
     accumulate: int = 1
     sequences_per_group: int = 1
     global_batch_losses: bool = False
@@ -112,10 +143,18 @@ class TrainingFunctions:
         params, router_state = initial_values(self.graph, *self.abstract, seed)
         return TrainState(jnp.int32(0), params, router_state, self.optimizer.init(params))
 
-    def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    @property
+    def given(self) -> Given:
+        """The seed and the learning rates, as arrays."""
+        rate_N = np.zeros(1) if self.rate_N is None else self.rate_N
+        return Given(np.uint32(self.seed), np.asarray(rate_N, np.float32))
+
+    def step(self, given: Given, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """One optimizer update with a whole batch: the state after it, and the step's metrics."""
-        grads, metrics = self.gradients(state, batch)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        grads, metrics = self.gradients(given, state, batch)
+        optimizer = optax.with_extra_args_support(self.optimizer)
+        rate = given.rate_N[state.step]
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, rate=rate)
         params: Any = optax.apply_updates(state.params, updates)
         router_state = state.router_state
         if metrics.routers is not None and router_state:
@@ -125,9 +164,11 @@ class TrainingFunctions:
         metrics = dataclasses.replace(metrics, update_norm=optax.tree.norm(updates))
         return TrainState(state.step + 1, params, router_state, opt_state), metrics
 
-    def gradients(self, state: TrainState, batch: Batch) -> tuple[Arrays, StepMetrics]:
+    def gradients(
+        self, given: Given, state: TrainState, batch: Batch
+    ) -> tuple[Arrays, StepMetrics]:
         """The gradients by name and the metrics of a batch, for any number of micro-batches."""
-        key = objectives.step_key(self.seed, state.step)
+        key = objectives.step_key(given.seed, state.step)
         num_bytes_2V = jnp.asarray(self.num_bytes_2V)
         batch = objectives.prepared(self.objective, batch, key, num_bytes_2V)
         scored = jnp.maximum(batch.scored_BT.sum(), 1)
@@ -193,14 +234,19 @@ class TrainingFunctions:
         is_tpu = self.mesh.devices.flat[0].platform == "tpu"
         return Program(
             init=jax.jit(self.init, out_shardings=shardings),
-            step=jax.jit(
-                self.step,
-                in_shardings=(shardings, by_batch),
-                out_shardings=(shardings, everywhere),
-                donate_argnums=0,
-                compiler_options=ASYNC_EXCHANGES if exchanges and is_tpu else None,
+            step=Jitted(
+                jax.jit(
+                    self.step,
+                    in_shardings=(everywhere, shardings, by_batch),
+                    out_shardings=(shardings, everywhere),
+                    donate_argnums=1,
+                    compiler_options=ASYNC_EXCHANGES if exchanges and is_tpu else None,
+                ),
+                self.given,
             ),
-            gradients=jax.jit(self.gradients, in_shardings=(shardings, by_batch)),
+            gradients=Jitted(
+                jax.jit(self.gradients, in_shardings=(everywhere, shardings, by_batch)), self.given
+            ),
             abstract_state=jax.tree.map(
                 lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
             ),
