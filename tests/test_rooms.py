@@ -42,6 +42,7 @@ ROOMS = {
     "moe.runs.storage": ("moe.training", "moe.settings"),
     "moe.runs.tracking": ("moe.runs.storage",),
     "moe.runs": ("moe.runs.tracking", "moe.analysis", "moe.inference"),
+    "moe.sweeps": ("moe.runs", "moe.statistics"),
 }
 EVERYTHING = {"moe.cli", "moe"}  # the command line, and `python -m moe`
 RE_EXPORT = {"routing/__init__.py"}

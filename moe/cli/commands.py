@@ -8,7 +8,7 @@ class Flag:
     """One flag.
 
     Attributes:
-        kind: str, int, float or list (repeatable text).
+        kind: str, int, float, bool or list (repeatable text).
         value: the word after `=` in the help.
         help: what the flag does.
         low, high: inclusive bounds of a number.
@@ -26,7 +26,8 @@ class Flag:
     @property
     def expected(self) -> str:
         """The kind and bounds in words, such as "a whole number of at least 1"."""
-        noun = {int: "a whole number", float: "a number", str: "text", list: "text"}[self.kind]
+        nouns = {int: "a whole number", float: "a number", bool: "true or false"}
+        noun = nouns.get(self.kind, "text")
         if self.high is not None:
             return f"{noun} from {self.low:g} to {self.high:g}"
         return noun if self.low is None else f"{noun} of at least {self.low:g}"
@@ -191,6 +192,24 @@ FIT = Command(
     ),
 )
 
+SWEEP = Command(
+    name="sweep",
+    summary="Compare arms at matched budgets, tuned alike, with seeds; plans unless told to run.",
+    module="moe.cli.sweep",
+    example="moe sweep --gin_file=sweeps/routers.gin --folder=runs/routers --run",
+    flags=(
+        Flag("folder", str, "FOLDER", "where the sweep is written", required=True),
+        GIN_FILE,
+        GIN_BINDINGS,
+        Flag("run", bool, "BOOL", "run what is left of it (default: only print the plan)", False),
+        Flag("workers", int, "N", "trials at a time (default: a core or device each)", 0, low=0),
+        Flag("list", bool, "BOOL", "list the trials that have ended", False),
+        Flag("retry_failed", bool, "BOOL", "with --run: failed trials run again", False),
+        Flag("slurm", str, "PATH", "write a SLURM array script of --workers=N instead"),
+        JSON,
+    ),
+)
+
 LIST = Command(
     name="list",
     summary="List what can be configured: routers, losses, optimizers, corpora, configs, ...",
@@ -216,4 +235,4 @@ DESCRIBE = Command(
     ),
 )
 
-COMMANDS = (TRAIN, EVAL, GENERATE, CHECK, BENCH, PLAN, FIT, LIST, DESCRIBE)
+COMMANDS = (TRAIN, EVAL, GENERATE, CHECK, BENCH, PLAN, SWEEP, FIT, LIST, DESCRIBE)

@@ -21,6 +21,7 @@ from moe.data.corpora import corpus, hugging_face
 from moe.data.tokens import tokenizer
 from moe.model import sharding, transformer
 from moe.runs.tracking import loggers
+from moe.sweeps import spec
 from moe.training import objective, optimizer, run_spec, schedules
 from routing import balance_losses, balancers, capacity, losses
 from routing.algorithms import (

@@ -25,6 +25,7 @@ DEFINE = {
     str: absl_flags.DEFINE_string,
     int: absl_flags.DEFINE_integer,
     float: absl_flags.DEFINE_float,
+    bool: absl_flags.DEFINE_boolean,
     list: absl_flags.DEFINE_multi_string,
 }
 # Errors of the disk or the caller, not faults of the program.
@@ -112,7 +113,7 @@ example:
 
 def usage(command: Command) -> str:
     """The text of `moe COMMAND --help`."""
-    forms = [f"--{flag.name}={flag.value}" for flag in command.flags]
+    forms = [form(flag) for flag in command.flags]
     width = max(map(len, forms), default=0) + 2
     required = [form for form, f in zip(forms, command.flags, strict=True) if f.required]
     rows = [
@@ -124,6 +125,11 @@ def usage(command: Command) -> str:
     usage_line = " ".join(["usage: moe", command.name, *named, *required, *more])
     lines = [usage_line, "", command.summary, *(["", "flags:", *rows] if rows else [])]
     return "\n".join([*lines, "", "example:", f"  {command.example}"])
+
+
+def form(flag: Flag) -> str:
+    """The flag as it is written."""
+    return f"--{flag.name}" if flag.kind is bool else f"--{flag.name}={flag.value}"
 
 
 def parse(command: Command, arguments: Sequence[str]) -> SimpleNamespace:

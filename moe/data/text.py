@@ -21,6 +21,7 @@ from moe.data.batches import (
     Share,
     TrainBatches,
     ValidationBatches,
+    bytes_of,
     choose_spans,
     masked_pieces_of,
     pack,
@@ -64,6 +65,7 @@ class PreparedData:
     Attributes:
         train_split, validation_split: the documents behind the streams.
         shares: ranges and weights of a mixture's corpora in the training stream; else empty.
+        shuffled: whether each document's tokens are in a random order.
     """
 
     info: DataInfo
@@ -75,6 +77,7 @@ class PreparedData:
     isolate_documents: bool
     cache_dir: Path
     shares: tuple[Share, ...] = ()
+    shuffled: bool = False
 
     def fingerprint(self) -> dict[str, Any]:
         """Hashes and settings that have to stay equal for a run to continue with this text."""
@@ -84,6 +87,7 @@ class PreparedData:
             "tokenizer": self.tokenizer.fingerprint,
             "isolate_documents": self.isolate_documents,
             **({"mixture": [share.weight for share in self.shares]} if self.shares else {}),
+            **({"shuffled": True} if self.shuffled else {}),
         }
 
     def names_of(self, batches: ValidationBatches) -> list[str]:
@@ -183,6 +187,19 @@ def seldom(say: Say, seconds: float = 10.0) -> Say:
     return now_and_then
 
 
+def shuffled(stream: TokenStream, tokenizer: Tokenizer, seed: int = 0) -> TokenStream:
+    """The stream with the text tokens of each document in a random order, in memory.
+
+    Bytes are counted anew: a token may decode to another number of them as a document's first.
+    """
+    token_N, rng = np.array(stream.token_N), np.random.default_rng(seed)
+    for start, end in itertools.pairwise(stream.start_M.tolist()):
+        rng.shuffle(token_N[start + 1 : end])
+    bytes_N = bytes_of(token_N, stream.start_M, tokenizer.num_bytes_2V)
+    num_bytes_M = np.add.reduceat(bytes_N, stream.start_M[:-1])
+    return dataclasses.replace(stream, token_N=token_N, num_bytes_M=num_bytes_M)
+
+
 def _check_sizes(batch_size: int, sequence_length: int) -> None:
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1")
@@ -201,6 +218,8 @@ class TextData:
         validation_corpus: where given, all of it is held out and none of `corpus`.
         split_seed: another seed holds out other documents.
         isolate_documents: attention and positions start anew at each document.
+        shuffle_tokens: put the tokens of each document into a random order, in both splits: a
+            negative control, in which no token tells of the next.
         cache_dir: the default is `$MOE_CACHE` or `~/.cache/moe`.
     """
 
@@ -212,6 +231,7 @@ class TextData:
         validation_corpus: Corpus | None = None,
         split_seed: Natural = 0,
         isolate_documents: bool = True,
+        shuffle_tokens: bool = False,
         cache_dir: str | Path | None = None,
     ):
         for name, value in {"corpus": corpus, "tokenizer": tokenizer}.items():
@@ -224,6 +244,7 @@ class TextData:
         self.validation_corpus = validation_corpus
         self.split_seed = split_seed
         self.isolate_documents = isolate_documents
+        self.shuffle_tokens = shuffle_tokens
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
 
     def prepare(self, say: Say = lambda line: None) -> PreparedData:
@@ -244,6 +265,9 @@ class TextData:
         say(f"tokenising {train.num_bytes + validation.num_bytes:,} bytes")
         train_stream = self._stream(train, tokenizer, now_and_then)
         validation_stream = self._stream(validation, tokenizer, now_and_then)
+        if self.shuffle_tokens:
+            train_stream = shuffled(train_stream, tokenizer)
+            validation_stream = shuffled(validation_stream, tokenizer)
         return PreparedData(
             info=self._info(train, validation, train_stream, validation_stream),
             tokenizer=tokenizer,
@@ -252,6 +276,7 @@ class TextData:
             train_split=train,
             validation_split=validation,
             isolate_documents=self.isolate_documents,
+            shuffled=self.shuffle_tokens,
             cache_dir=self.cache_dir,
             shares=shares_of(self.corpus, train, train_stream),
         )

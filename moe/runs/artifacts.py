@@ -103,7 +103,7 @@ def write(
     display: Display,
     started: float,
 ) -> dict[str, Any]:
-    """Write summary.json, then compressors' figures, samples and the picture.
+    """Write summary.json, then compressors' figures, samples and the picture, if these are asked for.
 
     Where one of the latter fails, that is said and the others are written.
     started: when the command was, by time.monotonic().
@@ -120,7 +120,9 @@ def write(
             folder.write_json(folder.summary, complete)
         return complete
 
-    write_summary({})
+    whole = write_summary({})
+    if not artifacts.setup.spec.artifacts:
+        return whole | {"samples": []}
     say, text = display.say, artifacts.setup.text
     baselines = attempted("compressors' figures", say, compressors.baselines, text, say) or {}
     write_summary(baselines)

@@ -36,6 +36,7 @@ KINDS = {
     "moe.training.run_spec": "run",
     "moe.training.schedules": "schedules",
     "moe.runs.tracking": "loggers",
+    "moe.sweeps": "sweeps",
     "moe.cli": "run",
 }
 OTHERS = "others"  # the kind of configurables in a user's own modules

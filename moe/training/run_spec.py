@@ -60,6 +60,7 @@ class RunSpec:
         fit_steps: with max_seconds: time the first steps of a new run, and set `steps` to as many
             as there is time for. A run that is continued keeps that number.
         prompts: texts to continue in samples.txt.
+        artifacts: whether compressors' figures, samples and the picture are made at the end.
         start_from: the folder of another run, whose parameters and router state a new run starts
             with (fine-tuning).
         start_from_optimizer: with `start_from`: start with its optimizer's state, too.
@@ -88,6 +89,7 @@ class RunSpec:
     max_seconds: Positive | None = dataclasses.field(default=None, metadata=MAY_CHANGE)
     fit_steps: bool = dataclasses.field(default=False, metadata=MAY_CHANGE)
     prompts: tuple[str, ...] = dataclasses.field(default=("",), metadata=MAY_CHANGE)
+    artifacts: bool = dataclasses.field(default=True, metadata=MAY_CHANGE)
     start_from: str | None = None
     start_from_optimizer: bool = False
     loggers: Sequence[Logger] = dataclasses.field(default=(), metadata=MAY_CHANGE)

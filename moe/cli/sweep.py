@@ -1,0 +1,70 @@
+"""`moe sweep`: compares arms at matched budgets; without `--run` it only prints the plan."""
+
+import json
+from pathlib import Path
+import sys
+
+from moe import settings
+from moe.cli import config
+from moe.errors import UserError
+from moe.machine import hardware
+from moe.runs.tracking import progress
+from moe.settings import read
+from moe.sweeps import plan as plans
+from moe.sweeps import run as runs
+from moe.sweeps import slurm
+from moe.sweeps.plan import Plan
+from moe.sweeps.record import SweepFolder
+from moe.sweeps.report import listed, planned
+from moe.sweeps.spec import SweepSpec
+from moe.sweeps.worker import places
+
+
+def run(flags) -> int:
+    """Print the plan, or run what is left of it; `--json` also writes the plan."""
+    folder = SweepFolder(Path(flags.folder))
+    if flags.list:
+        print(listed(folder))
+        return 0
+    where = places(flags.workers)
+    plan = read_plan(flags.gin_file, flags.gin_bindings)
+    print(planned(plan, folder, hardware.matmul_peak("float32"), len(where)))
+    if flags.json:
+        Path(flags.json).write_text(json.dumps(plan.as_json(), indent=2) + "\n", encoding="utf-8")
+    if not (flags.run or flags.slurm):
+        print(f"\nnothing has run: --run starts it in {folder.path}")
+        return 0
+    results = runs.begin(plan, folder, print)
+    if flags.retry_failed:
+        for name in runs.forget_failures(folder, results):
+            print(f"{name} runs again")
+    if flags.slurm:
+        print(slurm.write(folder, Path(flags.slurm), flags.workers or 8))
+        return 0
+    done = runs.run(plan, folder, where, lambda line: print(line, flush=True))
+    if not done:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    print(f"\n{listed(folder)}\n\nmoe report {folder.path} draws and judges them")
+    return 0
+
+
+def read_plan(gin_files: list[str], gin_bindings: list[str]) -> Plan:
+    """The plan of a sweep's config, its cells built and matched.
+
+    Raises:
+        UserError: no config, or mistakes in it, with a line for each.
+    """
+    if not gin_files:
+        shipped = [n for n in read.shipped_names() if n.startswith("sweeps/")]
+        raise UserError(f"moe sweep needs --gin_file=NAME; shipped are {', '.join(shipped)}")
+    config.bind(gin_files, gin_bindings)
+    spec = SweepSpec()
+    settings.refuse_ignored(print)
+    name = Path(gin_files[-1]).stem
+
+    def work(say):
+        yield plans.make(spec, name, say)
+
+    [plan] = progress.with_status(work)
+    return plan

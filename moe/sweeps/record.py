@@ -1,0 +1,139 @@
+"""The files of a sweep's folder: sweep.json (the plan), a folder for each trial, and the tables.
+
+Tables are JSON lines, so that `pandas.read_json("FOLDER/trials.jsonl", lines=True)` reads them:
+trials.jsonl has a row for each trial that ended, well or not, and curves.jsonl one for each logged
+step of the reported runs. Both are made anew of the trials' own files.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from moe.data.tokens.cache import write_atomically
+from moe.errors import UserError
+
+VERSION = 1
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialFolder:
+    """The paths of one trial's files."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "trial.gin"
+
+    @property
+    def run(self) -> Path:
+        return self.path / "run"
+
+    @property
+    def log(self) -> Path:
+        """What the trial's process prints."""
+        return self.path / "log.txt"
+
+    @property
+    def result(self) -> Path:
+        """The trial's row; it is there once the trial has ended for good."""
+        return self.path / "result.json"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.jsonl"
+
+    @property
+    def attempts(self) -> Path:
+        """Reasons of attempts that failed."""
+        return self.path / "attempts.json"
+
+    @property
+    def claim(self) -> Path:
+        """Locked by the worker that runs the trial."""
+        return self.path / ".claim"
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepFolder:
+    """The paths of a sweep's files."""
+
+    path: Path
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "sweep.json"
+
+    @property
+    def trials(self) -> Path:
+        return self.path / "trials.jsonl"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.jsonl"
+
+    def trial(self, name: str) -> TrialFolder:
+        return TrialFolder(self.path / "trials" / name)
+
+    def read_plan(self) -> dict[str, Any] | None:
+        """What sweep.json holds; None without one.
+
+        Raises:
+            UserError: it can't be read, or is of another version.
+        """
+        if not self.plan.exists():
+            return None
+        found = read_json(self.plan)
+        if not isinstance(found, dict) or "cells" not in found:
+            raise UserError(f"{self.plan} describes no sweep; name another folder")
+        if found.get("version") != VERSION:
+            raise UserError(
+                f"{self.plan} has version {found.get('version')}, expected {VERSION}: use the "
+                "release that wrote it, or another folder"
+            )
+        return found
+
+    def results(self) -> dict[str, Row]:
+        """The rows of the trials that have ended, by name."""
+        paths = sorted(self.path.glob("trials/*/*/result.json"))
+        return {row["trial"]: row for row in map(read_json, paths)}
+
+    def write_tables(self, order: list[str]) -> list[Row]:
+        """Write trials.jsonl and curves.jsonl of the trials' own files; returns the rows.
+
+        order: of the trials' names.
+        """
+        results = self.results()
+        names = [name for name in order if name in results]
+        rows = [results[name] for name in names]
+        write_atomically(self.trials, as_lines(rows))
+        curves = [self.trial(name).curves for name in names]
+        write_atomically(self.curves, b"".join(p.read_bytes() for p in curves if p.exists()))
+        return rows
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content; UserError where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged: {error}") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file; other processes see all of it or nothing."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def as_lines(rows: list[Row]) -> bytes:
+    """Rows as JSON lines."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def read_lines(path: Path) -> Iterator[Row]:
+    """The rows of a file of JSON lines; none of a missing one."""
+    if path.exists():
+        yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())

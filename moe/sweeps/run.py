@@ -1,0 +1,121 @@
+"""`moe sweep --run`: workers on this machine, the progress of the whole, and the tables."""
+
+from collections.abc import Callable
+import concurrent.futures
+import statistics
+import threading
+import time
+
+from moe.errors import Problems, UserError
+from moe.machine.signals import catching_signals
+from moe.runs.storage.folder import RunFolder
+from moe.sweeps import plan as plans
+from moe.sweeps.plan import Plan, Trial
+from moe.sweeps.record import Row, SweepFolder, read_lines, write_json
+from moe.sweeps.worker import Place, Worker
+
+Say = Callable[[str], None]
+
+
+def begin(plan: Plan, folder: SweepFolder, say: Say) -> dict[str, Row]:
+    """Write the plan, if the folder's finished trials are of it; returns their rows.
+
+    Raises:
+        UserError: another sweep's folder, or settings that would change a finished trial.
+    """
+    before = folder.read_plan()
+    if before is not None and before["name"] != plan.name:
+        raise UserError(
+            f"{folder.path} holds the sweep {before['name']!r}, not {plan.name!r}; name another "
+            "--folder"
+        )
+    results = folder.results()
+    changed = plans.differences(plan, results)
+    if changed:
+        raise Problems(
+            [
+                f"{folder.path}: {len(changed)} finished trials would change; take the change back "
+                "or name another --folder:",
+                *changed[:10],
+            ]
+        )
+    for name in missing(folder, results):
+        say(f"{name} has ended before, but its folder is gone: it runs again")
+    folder.path.mkdir(parents=True, exist_ok=True)
+    write_json(folder.plan, plan.as_json())
+    return results
+
+
+def missing(folder: SweepFolder, results: dict[str, Row]) -> list[str]:
+    """Trials in the table whose own folder was deleted."""
+    return [row["trial"] for row in read_lines(folder.trials) if row["trial"] not in results]
+
+
+def forget_failures(folder: SweepFolder, results: dict[str, Row]) -> list[str]:
+    """Let failed trials run again, from their checkpoints; returns their names."""
+    failed = [name for name, row in results.items() if row["status"] != "finished"]
+    for name in failed:
+        trial = folder.trial(name)
+        trial.attempts.unlink(missing_ok=True)
+        trial.result.unlink(missing_ok=True)
+    return failed
+
+
+def run(plan: Plan, folder: SweepFolder, places: list[Place], say: Say) -> bool:
+    """Run the trials that are left; whether all have ended.
+
+    Raises:
+        UserError: another process runs this sweep, or the disk is full.
+    """
+    with RunFolder(folder.path).locked(), catching_signals() as interrupted:
+        progress = Progress(plan, folder, say, len(places))
+        stop = threading.Event()
+        with concurrent.futures.ThreadPoolExecutor(len(places)) as pool:
+            workers = [Worker(folder, plan, place, progress.ended, stop) for place in places]
+            running = [pool.submit(worker.run) for worker in workers]
+            while not all(future.done() for future in running):
+                failed = any(future.done() and future.exception() for future in running)
+                if (interrupted or failed) and not stop.is_set():
+                    say("stopping: running trials save their state")
+                    stop.set()
+                time.sleep(0.1)
+        order = [trial.name for trial in plan.trials_now(folder.results())]
+        rows = folder.write_tables(order)
+        for future in running:
+            future.result()
+        return not interrupted and len(rows) == len(order)
+
+
+class Progress:
+    """A line for each trial that ends, with the time left."""
+
+    def __init__(self, plan: Plan, folder: SweepFolder, say: Say, workers: int):
+        self.plan, self.folder, self.say, self.workers = plan, folder, say, workers
+        self.started, self.seconds = time.monotonic(), []
+        self.lock = threading.Lock()
+
+    def ended(self, trial: Trial, row: Row) -> None:
+        """Say what a trial came to, and write the tables anew."""
+        with self.lock:
+            order = [t.name for t in self.plan.trials_now(self.folder.results())]
+            rows = self.folder.write_tables(order)
+            total = max(self.plan.number_of_trials(), len(order))
+            self.seconds.append(row.get("wall_seconds") or 0.0)
+            left = statistics.mean(self.seconds) * (total - len(rows)) / self.workers
+            self.say(f"{len(rows)}/{total} {trial.name}: {described(row)}; {minutes(left)} left")
+
+
+def described(row: Row) -> str:
+    """A row in some words."""
+    if row["status"] != "finished":
+        return f"{row['status']}: {row['reason']}"
+    name = "validation_bits_per_byte" if row["phase"] == "tuning" else "bits_per_byte"
+    values = ", ".join(f"{k.rsplit('.', 1)[-1]} {v:g}" for k, v in row["tuned"].items())
+    with_values = f" with {values}" if values else ""
+    return f"{row[name]:.4f} bits per byte{with_values}"
+
+
+def minutes(seconds: float) -> str:
+    """A time in hours and minutes."""
+    hours, rest = divmod(round(seconds / 60), 60)
+    return f"{hours} h {rest} min" if hours else f"{rest} min"
