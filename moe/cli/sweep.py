@@ -59,7 +59,7 @@ def read_plan(gin_files: list[str], gin_bindings: list[str]) -> Plan:
         shipped = [n for n in read.shipped_names() if n.startswith("sweeps/")]
         raise UserError(f"moe sweep needs --gin_file=NAME; shipped are {', '.join(shipped)}")
     config.bind(gin_files, gin_bindings)
-    spec = SweepSpec()
+    spec = SweepSpec()  # pyright: ignore[reportCallIssue]
     settings.refuse_ignored(print)
     name = Path(gin_files[-1]).stem
 

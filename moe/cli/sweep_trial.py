@@ -22,7 +22,16 @@ def main(path: str, cores: str) -> int:
 
     try:
         spec = config.load([str(folder.config)])
-        return trial.run(folder, spec, lambda run: evaluate_run(run, rule="training"))
+
+        def score(run):
+            return evaluate_run(
+                run,
+                stride=spec.eval_stride,
+                max_bytes=spec.final_eval_bytes,
+                rule="training",
+            )
+
+        return trial.run(folder, spec, score)
     except Exception as error:
         trial.write_outcome(folder, error)
         raise

@@ -67,19 +67,6 @@ class TrainBatches:
         weights = [share.weight for share in shares]
         self._windows = made[0] if len(made) == 1 else grain.MapDataset.mix(made, weights)
 
-    def places(self, i: int) -> Iterator[tuple[int, int, int, int]]:
-        """(row in the batch, first, end, document) of each piece of batch i.
-
-        Inputs first to end of the row are of this document, by its number in `start_M`.
-        """
-        first = i * self.batch_size
-        for b, row in enumerate(self.rows[first : first + self.batch_size]):
-            at = 0
-            for piece in row:
-                document = int(np.searchsorted(self.start_M, piece.start, side="right")) - 1
-                yield b, at, at + piece.length, document
-                at += piece.length
-
     def batch(self, i: int, rows: slice | None = None) -> "Batch":
         """Batch i; of its rows only `rows`, those that a process reads."""
         index_B = np.arange(self._batch_size, dtype=np.int32)[rows or slice(None)]

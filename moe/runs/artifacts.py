@@ -103,7 +103,7 @@ def write(
     display: Display,
     started: float,
 ) -> dict[str, Any]:
-    """Write summary.json, then compressors' figures, samples and the picture, if these are asked for.
+    """Write summary.json and, where asked for, compressors' figures, samples and the picture.
 
     Where one of the latter fails, that is said and the others are written.
     started: when the command was, by time.monotonic().

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
-import itertools
 import math
 from pathlib import Path
 import sys
@@ -15,6 +14,7 @@ import jax
 from moe import settings
 from moe.errors import Problems, UserError
 from moe.settings import read
+from moe.sweeps.spec import MATCHED
 from moe.training.abstract_model import AbstractModel, Vocabulary
 from moe.training.run_spec import RunSpec
 from routing.records import Causality
@@ -191,7 +191,7 @@ def matched(
             return solved, found[number], {knob: number}, off
     tried = ", ".join(knobs) or "nothing"
     raise UserError(
-        f"{match.replace('_', ' ')} can't be matched within {tolerance:.1%}: nearest is {best[1]} "
+        f"{MATCHED[match]} can't be matched within {tolerance:.1%}: nearest is {best[1]} "
         f"with {best[0]:.1%}; sweep.solve may change {tried}"
     )
 
@@ -213,9 +213,7 @@ def solve(
             found[other] = build(config, {knob: other})
         except UserError:  # a value that this model can't have
             break
-        (a, at_a), (b, at_b) = [
-            (n, m.amount(match)) for n, m in itertools.islice(reversed(found.items()), 2)
-        ]
+        (b, at_b), (a, at_a) = [(n, m.amount(match)) for n, m in list(found.items())[-2:]]
         if at_a == at_b:
             break
         other = max(1, round(a + (target - at_a) * (b - a) / (at_b - at_a)))

@@ -8,7 +8,7 @@ from moe.errors import Problems, UserError
 from moe.sweeps import tune
 from moe.sweeps.cell import Built, Config, build, matched, read_config, with_steps
 from moe.sweeps.record import VERSION, Row
-from moe.sweeps.spec import SweepSpec, cell_name, check_folder_names, folder_name
+from moe.sweeps.spec import MATCHED, SweepSpec, cell_name, check_folder_names, folder_name
 
 Say = Callable[[str], None]
 FRESH = 10_000  # is added to the seeds of the baseline's second name
@@ -101,7 +101,7 @@ class Plan:
         tuning = {"ranges": self.ranges, "trials": self.trials, "seed": self.seed}
         return own | {
             "version": VERSION,
-            "match": (self.match or "nothing").replace("_", " "),
+            "match": MATCHED[self.match],
             "matched_by": self.match,
             "tuning": tuning | {"widen": self.widen},
             "seed_count": self.seeds,
@@ -116,20 +116,18 @@ class Plan:
         fields = [field.name for field in dataclasses.fields(Cell)]
         cells = []
         for row in found["cells"]:
-            own = {name: row[name] for name in fields}
-            tuples = {n: tuple(own[n]) for n in ("imports", "folders", "tuned")}
-            cells.append(Cell(**own | tuples))
-        own = {f.name: found[f.name] for f in dataclasses.fields(cls)}
-        return cls(
-            **own
-            | {
-                "match": found["matched_by"],
-                "seeds": found["seed_count"],
-                "controls": tuple(found["controls"]),
-                "ranges": {name: tuple(span) for name, span in found["ranges"].items()},
-                "cells": tuple(cells),
-            }
-        )
+            own: dict[str, Any] = {name: row[name] for name in fields}
+            own |= {name: tuple(own[name]) for name in ("imports", "folders", "tuned")}
+            cells.append(Cell(**own))
+        whole: dict[str, Any] = {f.name: found[f.name] for f in dataclasses.fields(cls)}
+        whole |= {
+            "match": found["matched_by"],
+            "seeds": found["seed_count"],
+            "controls": tuple(found["controls"]),
+            "ranges": {name: tuple(span) for name, span in found["ranges"].items()},
+            "cells": tuple(cells),
+        }
+        return cls(**whole)
 
     def trials_now(self, results: Mapping[str, Row]) -> list[Trial]:
         """All trials that can be named with these results, finished ones included.
@@ -309,7 +307,7 @@ def one_cell(cell: str, configs, spec: SweepSpec, built: Mapping[str, Cell]) -> 
     if spec.match == "wall_time":
         words = f"{spec.seconds:g} seconds of training"
     elif spec.match is not None:
-        words = spec.match.replace("_", " ")
+        words = MATCHED[spec.match]
         if cell != baseline:
             if baseline not in built:
                 raise UserError(f"its baseline {baseline} can't be built")

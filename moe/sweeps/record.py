@@ -5,7 +5,7 @@ trials.jsonl has a row for each trial that ended, well or not, and curves.jsonl 
 step of the reported runs. Both are made anew of the trials' own files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import dataclasses
 import json
 from pathlib import Path
@@ -128,7 +128,7 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def as_lines(rows: list[Row]) -> bytes:
+def as_lines(rows: Iterable[Row]) -> bytes:
     """Rows as JSON lines."""
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 

@@ -4,6 +4,7 @@ import math
 
 from moe.sweeps.plan import Plan
 from moe.sweeps.record import SweepFolder, read_lines
+from moe.sweeps.spec import MATCHED
 
 UTILISATION = 0.15  # is assumed until trials have been timed
 BYTES_OF_LOGS = 200_000
@@ -14,7 +15,9 @@ def planned(plan: Plan, folder: SweepFolder, peak: float, workers: int) -> str:
 
     peak: FLOP/s of this machine's matmuls.
     """
-    rows = [("cell", "router", "parameters", "active", "FLOPs/token", "tokens", "off by", "solved")]
+    rows: list[tuple[str, ...]] = [
+        ("cell", "router", "parameters", "active", "FLOPs/token", "tokens", "off by", "solved")
+    ]
     for cell in plan.cells:
         facts = cell.facts
         solved = ", ".join(f"{k.rsplit('.', 1)[-1]}={v}" for k, v in facts["solved"].items())
@@ -29,7 +32,7 @@ def planned(plan: Plan, folder: SweepFolder, peak: float, workers: int) -> str:
             )
         )
     number = plan.number_of_trials()
-    matched = f"matched: {(plan.match or 'nothing').replace('_', ' ')}"
+    matched = f"matched: {MATCHED[plan.match]}"
     if plan.match not in (None, "wall_time"):
         matched += f", within {plan.tolerance:.1%}"
     tuning = ", ".join(f"{n} from {a:g} to {b:g} ({how})" for n, (a, b, how) in plan.ranges.items())
@@ -71,7 +74,9 @@ def costs(plan: Plan, folder: SweepFolder, peak: float, workers: int) -> str:
 
 def listed(folder: SweepFolder) -> str:
     """The trials that have ended, a line each, and how many are left."""
-    rows = [("trial", "seed", "tuned", "bits/byte", "validation", "seconds", "status")]
+    rows: list[tuple[str, ...]] = [
+        ("trial", "seed", "tuned", "bits/byte", "validation", "seconds", "status")
+    ]
     for row in read_lines(folder.trials):
         tuned = ", ".join(f"{k.rsplit('.', 1)[-1]}={v:g}" for k, v in row["tuned"].items())
         seconds = row.get("wall_seconds")

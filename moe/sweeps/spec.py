@@ -21,6 +21,16 @@ Match = Literal[
     "data",
     "wall_time",
 ]
+MATCHED = {  # `sweep.match` in words
+    None: "nothing",
+    "active_flops": "active FLOPs per token",
+    "training_flops": "training FLOPs",
+    "active_parameters": "active parameters",
+    "total_parameters": "total parameters",
+    "memory": "bytes of parameters and optimizer state",
+    "data": "training tokens",
+    "wall_time": "seconds of training",
+}
 
 
 @gin.configurable("sweep")  # pyright: ignore[reportCallIssue]

@@ -51,8 +51,10 @@ def run(folder: TrialFolder, spec: RunSpec, score_by_training_rule: Scorer) -> i
     summary = train(spec, str(folder.run))
     if summary.get("interrupted"):
         return INTERRUPTED
-    row = trial | {"status": "finished", "reason": None} | measured(
-        RunFolder(folder.run), summary, math.prod(spec.shape)
+    row = (
+        trial
+        | {"status": "finished", "reason": None}
+        | measured(RunFolder(folder.run), summary, math.prod(spec.shape))
     )
     if trial["phase"] != "tuning":
         restored = restore_run(str(folder.run), spec, say=lambda line: None)

@@ -37,7 +37,7 @@ class Range:
 
 
 def points(ranges: Mapping[str, Range], number: int, seed: int) -> list[Values]:
-    """A quasi-random search: `number` points of a scrambled Halton sequence, for every arm alike."""
+    """A quasi-random search: the first `number` points of a scrambled Halton sequence."""
     if not ranges or not number:
         return []
     shares = qmc.Halton(len(ranges), rng=seed).random(number)

@@ -189,7 +189,10 @@ def outcome_of(folder: TrialFolder, code: int) -> Row:
         busy = " is in use by " in found["reason"]
         return found | ({"status": "busy"} if busy else {})
     if code == -9:
-        return {"status": "out of memory", "reason": "killed, as the system does for want of memory"}
+        return {
+            "status": "out of memory",
+            "reason": "killed, as the system does for want of memory",
+        }
     if code == INTERRUPTED:
         return {"status": "crashed", "reason": "it was told to stop from outside"}
     return {"status": "crashed", "reason": f"exit status {code}; see {folder.log}"}

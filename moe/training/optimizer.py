@@ -76,7 +76,8 @@ def given_rate() -> optax.GradientTransformationExtraArgs:
     def init(params):
         return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
 
-    def update(updates, state, params=None, *, rate, **_):
+    def update(updates, state, params=None, **given):
+        rate = given["rate"]
         updates = jax.tree.map(lambda u: jnp.asarray(-rate, u.dtype) * u, updates)
         return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
