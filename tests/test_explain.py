@@ -5,6 +5,8 @@ from pathlib import Path
 import re
 import subprocess
 import sys
+import types as types_
+from typing import Any
 
 import gin
 import pytest
@@ -13,7 +15,9 @@ from tiny import environment
 import moe
 from moe.cli import describe, explain
 from moe.cli import main as cli
+from moe.data.tokens.tokenizer import Bytes, ByteTokenizer, TokenizerFile, TrainedBPE
 from moe.settings import check, read, reference, types
+from moe.training.run_spec import RunSpec
 
 ROOT = Path(moe.__file__).resolve().parents[1]
 
@@ -158,6 +162,17 @@ def test_layers_are_described_each_by_its_router(capsys):
     assert "0, 2: TopK; 1, 3: MixtureOfDepths and TopK" in told
     assert "data=the devices left, fsdp=1" in told
     assert describe.ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+
+
+def test_the_vocabulary_is_that_of_the_tokenizer_before_anything_is_tokenised(tmp_path):
+    saved = tmp_path / "saved"
+    ByteTokenizer().save(saved)
+    made = {"bytes": Bytes(), "file": TokenizerFile(str(saved)), "of shards": str(saved)}
+    for tokenizer in made.values():
+        data: Any = types_.SimpleNamespace(tokenizer=tokenizer)
+        assert RunSpec(data=data).vocab_size == 257, tokenizer
+    data = types_.SimpleNamespace(tokenizer=TrainedBPE(vocab_size=300))
+    assert RunSpec(data=data).vocab_size == 300
 
 
 def test_a_dense_config_is_described(capsys):

@@ -67,6 +67,23 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_given_rate_does_what_a_schedule_does(kind):
+    optimizer, params = dataclasses.replace(KINDS[kind], learning_rate=0.1), arrays(0)
+    scheduled, given = optimizer.build(PARAMETERS, 3), optimizer.build(PARAMETERS)
+    states, rate = (scheduled.init(params), given.init(params)), optimizer.rate(3)
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    for step in range(3):
+        grads = arrays(step + 1)
+        ours, mine = optax.with_extra_args_support(given).update(
+            grads, states[1], params, rate=rate(step)
+        )
+        theirs, other = scheduled.update(grads, states[0], params)
+        states = other, mine
+        for name, value in ours.items():
+            np.testing.assert_allclose(value, theirs[name], rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_a_gradient_matrices_shrink_by_rate_times_decay(kind):
     """Whatever the rate: at 0.001 with a decay of 0.1, p loses 0.0001 p. Nothing else moves."""

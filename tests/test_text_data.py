@@ -43,6 +43,19 @@ def test_the_stream_is_a_document_token_and_the_text_of_each_document(text_data)
         assert bytes(stream.token_N[start + 1 : end].tolist()).decode() == text
 
 
+def test_shuffled_documents_have_their_own_tokens_in_another_order(text_data):
+    plain, mixed = text_data().prepare(), text_data(shuffle_tokens=True).prepare()
+    assert mixed.fingerprint() != plain.fingerprint()
+    for name in ("train", "validation"):
+        ours, theirs = getattr(mixed, name), getattr(plain, name)
+        np.testing.assert_array_equal(ours.start_M, theirs.start_M)
+        np.testing.assert_array_equal(ours.num_bytes_M, theirs.num_bytes_M)
+        assert (ours.token_N != theirs.token_N).mean() > 0.5
+        for start, end in itertools.pairwise(ours.start_M):
+            assert ours.token_N[start] == theirs.token_N[start] == plain.tokenizer.document_id
+            assert sorted(ours.token_N[start:end]) == sorted(theirs.token_N[start:end])
+
+
 def test_a_training_batch_is_pure_and_its_target_is_the_next_token(text_data):
     data = text_data().prepare()
     batches = data.train_batches(4, 32, seed=1)

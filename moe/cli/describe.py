@@ -15,8 +15,6 @@ from moe.settings import resolved
 from moe.training.abstract_model import AbstractModel, Vocabulary
 from moe.training.run_spec import RunSpec
 
-DEFAULT_VOCABULARY = 50_304
-
 
 def run(flags) -> int:
     """Print parameters, FLOPs, routing and settings of a config; `--json` also writes them."""
@@ -24,7 +22,7 @@ def run(flags) -> int:
         spec = config.of_folder(flags.workdir, flags.gin_bindings)
     else:
         spec = config.load(flags.gin_file, flags.gin_bindings)
-    vocabulary = Vocabulary(flags.vocab_size or vocabulary_of(spec))
+    vocabulary = Vocabulary(flags.vocab_size or spec.vocab_size)
     model = spec.build_model(vocabulary)
     found = described(spec, model, vocabulary.size)
     width = max(map(len, found)) + 2
@@ -44,12 +42,6 @@ def run(flags) -> int:
         whole = found | {"ignored_settings": ignored, "settings": shown}
         Path(flags.json).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     return 0
-
-
-def vocabulary_of(spec: RunSpec) -> int:
-    """The vocabulary size that the config's tokenizer asks for; without one, that of `moe plan`."""
-    tokenizer = getattr(spec.data, "tokenizer", None)
-    return getattr(tokenizer, "vocab_size", DEFAULT_VOCABULARY)
 
 
 def mesh_of(spec: RunSpec) -> str:

@@ -34,7 +34,8 @@ def help_of(name: str) -> str:
     try:
         found = reference.entry(name)
     except KeyError:
-        if (path := config_named(given)) is None:
+        path = None if given in kinds() else config_named(given)
+        if path is None:
             raise UserError(unknown(name)) from None
         text = path.read_text(encoding="utf-8").rstrip()
         return f"{flag_name(path)}\n\n{textwrap.indent(text, '  ')}"

@@ -19,7 +19,6 @@ from moe.training.abstract_model import AbstractModel, Vocabulary
 from moe.training.run_spec import RunSpec
 from routing.records import Causality
 
-DEFAULT_VOCABULARY = 50_304
 Settings = dict[str, str]  # value by name, both as a config writes them
 
 
@@ -134,14 +133,8 @@ def build(config: Config, more: Mapping[str, object] | None = None) -> Built:
         with extended_path(config.folders):
             settings.load([str(path)], say=lambda line: None)
     spec = RunSpec()
-    model = spec.build_model(Vocabulary(vocabulary_of(spec)))
+    model = spec.build_model(Vocabulary(spec.vocab_size))
     return Built(spec, model, frozenset(settings.unused(later=("eval",))))
-
-
-def vocabulary_of(spec: RunSpec) -> int:
-    """The vocabulary that the config's tokenizer asks for."""
-    tokenizer = getattr(spec.data, "tokenizer", None)
-    return getattr(tokenizer, "vocab_size", DEFAULT_VOCABULARY)
 
 
 def with_steps(

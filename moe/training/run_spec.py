@@ -12,6 +12,7 @@ import numpy as np
 
 from moe.data.shards import TokenShards
 from moe.data.text import PreparedData, TextData
+from moe.data.tokens.tokenizer import TokenizerFile
 from moe.errors import UserError
 from moe.machine import hardware
 from moe.model import sharding
@@ -26,6 +27,7 @@ from moe.training.train_step import Program
 from routing.ranges import Count, Natural, Positive, Size
 from routing.training_text import TokenSequence
 
+DEFAULT_VOCABULARY = 50_304
 MAY_CHANGE = {"may_change": True}  # when a run is continued: steps compute the same
 
 
@@ -126,6 +128,14 @@ class RunSpec:
         if self.data is None:
             raise UserError("train.data=None: this needs text, such as train.data = @TextData()")
         return self.data.prepare(say)
+
+    @property
+    def vocab_size(self) -> int:
+        """V as the config's tokenizer asks for it; that of GPT-2, padded, where it doesn't say."""
+        tokenizer = getattr(self.data, "tokenizer", None)
+        if isinstance(tokenizer, str):  # of token shards: a tokenizer's file
+            return TokenizerFile(tokenizer).vocab_size
+        return getattr(tokenizer, "vocab_size", DEFAULT_VOCABULARY)
 
     def build_mesh(self, devices: Sequence[Any] | None = None) -> Mesh:
         """The mesh over these devices, or over all; UserError where their number doesn't fit."""

@@ -197,6 +197,10 @@ class SubwordTokenizer:
 class Bytes:
     """One token per UTF-8 byte: nothing to train, 257 tokens."""
 
+    @property
+    def vocab_size(self) -> int:
+        return ByteTokenizer.vocab_size
+
     def fit(
         self, texts: Texts, cache_dir: Path, fingerprint: str, say: Say = lambda line: None
     ) -> ByteTokenizer:
@@ -251,6 +255,10 @@ class TokenizerFile:
     """
 
     path: str
+
+    @property
+    def vocab_size(self) -> int:
+        return load_tokenizer(Path(self.path).expanduser()).vocab_size
 
     def fit(
         self, texts: Texts, cache_dir: Path, fingerprint: str, say: Say = lambda line: None

@@ -1,0 +1,243 @@
+"""Plans of sweeps: mistakes, matching, equal tuning, and which trials follow from which results."""
+
+import dataclasses
+
+import jax
+import pytest
+from tiny import BASE
+
+from moe.cli import config
+from moe.errors import UserError
+from moe.model.sharding import MeshShape
+from moe.planning.plan import batch_of
+from moe.settings import read
+from moe.sweeps import plan as plans
+from moe.sweeps import tune
+from moe.sweeps.cell import build, matched, read_config
+from moe.sweeps.plan import Cell, Plan
+from moe.sweeps.spec import SweepSpec
+from moe.training.abstract_model import Vocabulary
+
+ARMS = {"a": (), "b": ("TopK.k = 1",)}
+GOOD = {"question": "?", "base": ("run.gin",), "arms": ARMS, "baseline": "a"}
+RATE = {"AdamW.learning_rate": (1e-3, 1e-1, "log")}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"baseline": "aa"}, "sweep.baseline: no arm 'aa'; did you mean 'a'?"),
+        ({"outside": ("c",)}, "sweep.outside: no arm 'c'"),
+        ({"arms": {}}, "sweep.arms is empty"),
+        ({"arms": ARMS | {"c": "x.gin"}}, "'c': write a list of changes, as ['x.gin']"),
+        ({"base": "run.gin"}, "sweep.base='run.gin': write a list"),
+        ({"axes": {"TopK.k": ()}}, "'TopK.k': expected some values"),
+        ({"axes": {"size": (1, 2)}}, "'size' is no setting; give each value its changes"),
+        ({"tune": RATE}, "sweep.trials=0 runs to search them"),
+        ({"trials": 3}, "sweep.tune names no range"),
+        ({"tune": {"x.y": (1, 2)}, "trials": 1}, "expected (low, high, 'log' or 'linear')"),
+        ({"tune": {"x.y": (2, 1, "log")}, "trials": 1}, "expected 0 < low < high"),
+        ({"controls": ("sham",)}, "'sham': expected 'same' or 'shuffled'"),
+        ({"match": "wall_time"}, "needs sweep.seconds"),
+        ({"flops": 1e9, "tokens_per_parameter": 2.0}, "both set train.steps"),
+    ],
+)
+def test_mistakes_are_told(changed, said):
+    with pytest.raises(UserError, match=r"sweep\.") as caught:
+        SweepSpec(**GOOD | changed)
+    assert said in str(caught.value)
+
+
+def test_arms_times_axes_and_arms_outside():
+    spec = SweepSpec(
+        **GOOD | {"axes": {"E": {"x": ("e = 1",), "y": ("e = 2",)}}, "outside": ("b",)}
+    )
+    found = [(arm, axes, changes) for arm, axes, changes in spec.places()]
+    assert found == [
+        ("a", {"E": "x"}, ["run.gin", "e = 1"]),
+        ("a", {"E": "y"}, ["run.gin", "e = 2"]),
+        ("b", {}, ["run.gin", "TopK.k = 1"]),
+    ]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sweep") / "base.gin"
+    path.write_text(BASE + "TextFiles.paths = 'none'\n")
+    return str(path)
+
+
+def test_later_changes_win_also_over_settings_by_files_after_them(base, tmp_path):
+    (tmp_path / "more.gin").write_text("TopK.k = 3\nwidth = 8\nMoELayer.d_ff = %width\n")
+    changes = [base, "TopK.k = 1", str(tmp_path / "more.gin"), "train.steps = 7"]
+    built = build(read_config(changes))
+    assert built.model.moe_layer.router.k == 3 and built.spec.steps == 7
+    assert built.model.moe_layer.experts.hidden_width == 8
+    with pytest.raises(UserError, match=r"nowhere\.gin: no such file"):
+        read_config([base, "nowhere.gin"])
+
+
+def test_one_setting_is_solved_for_and_the_rest_is_told(base):
+    two = build(read_config([base]))
+    one = read_config([base, "TopK.k = 1"])
+    target = two.amount("active_flops")
+    config_, built, solved, off = matched(
+        one, "active_flops", target, ("FeedForward.d_ff", "MoELayer.d_ff"), 0.01
+    )
+    assert solved == {"MoELayer.d_ff": 32} and config_.settings["MoELayer.d_ff"] == "32"
+    assert built.model.costs.flops_per_token == pytest.approx(target, rel=0.01) and abs(off) < 0.01
+    assert matched(one, "data", two.amount("data"), (), 0.01)[2] == {}
+    steps = matched(one, "training_flops", two.amount("training_flops"), ("train.steps",), 0.1)
+    assert steps[2]["train.steps"] > 12
+    with pytest.raises(UserError, match=r"can't be matched within 1.0%: nearest is .* may change"):
+        matched(one, "active_flops", 2.001 * target, ("train.log_every",), 0.01)
+    memory = two.amount("memory")
+    assert memory >= 3 * 4 * two.model.costs.parameters_total  # weights and two moments
+
+
+def plan_of(**changed) -> Plan:
+    """A plan of three cells without models."""
+    facts = {"amount": 1.0, "training_flops": 1.0, "state_bytes": 1}
+    cells = [
+        Cell(n, n, {}, "a", {"x.y": "1"}, (), (), tuple(RATE) if n != "c" else (), facts)
+        for n in "abc"
+    ]
+    own = {
+        "name": "s",
+        "question": "?",
+        "baseline": "a",
+        "delta": 0.01,
+        "match": "active_flops",
+        "tolerance": 0.01,
+        "ranges": RATE,
+        "trials": 4,
+        "widen": 0,
+        "seeds": 2,
+        "controls": ("same",),
+        "seed": 0,
+        "cells": tuple(cells),
+    }
+    return Plan(**own | changed)
+
+
+def results_of(trials, score):
+    return {
+        t.name: {
+            "trial": t.name,
+            "cell": t.cell.name,
+            "phase": t.phase,
+            "number": t.number,
+            "seed": t.seed,
+            "tuned": t.tuned,
+            "given": t.text(),
+            "status": "diverged" if score(t) is None else "finished",
+            "validation_bits_per_byte": score(t),
+        }
+        for t in trials
+    }
+
+
+def near(best):
+    """A score that is lowest at a learning rate, and none where it is above 0.05."""
+
+    def score(trial):
+        rate = trial.tuned.get("AdamW.learning_rate", best)
+        return None if rate > 0.05 else abs(rate / best - 1)
+
+    return score
+
+
+def test_every_arm_is_tuned_alike_and_reported_with_fresh_seeds_at_its_best():
+    plan = plan_of()
+    tuning = plan.trials_now({})
+    assert [t.phase for t in tuning] == ["tuning"] * 12 and {t.seed for t in tuning} == {0}
+    of_a, of_b, of_c = ([t.tuned for t in tuning if t.cell.name == n] for n in "abc")
+    assert of_a == of_b and len({t["AdamW.learning_rate"] for t in of_a}) == 4
+    assert of_c == [{}] * 4  # as many trials, though it reads nothing that is tuned
+    results = results_of(tuning[:-1], near(0.01))
+    assert plan.trials_now(results) == tuning, "a trial of tuning is left"
+    results = results_of(tuning, near(0.01))
+    reported = plan.trials_now(results)[12:]
+    assert [(t.cell.name, t.phase, t.seed) for t in reported] == [
+        *(("a", "report", 1), ("b", "report", 1), ("c", "report", 1)),
+        *(("a", "report", 2), ("b", "report", 2), ("c", "report", 2)),
+        *(("a", "same", 10_001), ("a", "same", 10_002)),
+    ]
+    best = min(of_a, key=lambda v: abs(v["AdamW.learning_rate"] / 0.01 - 1))
+    assert all(t.tuned == best for t in reported if t.cell.name != "c")
+    assert len(tuning + reported) == plan.number_of_trials()
+    assert Plan.of_json(plan.as_json()) == plan
+
+
+def test_a_cell_whose_tuning_failed_throughout_is_not_reported():
+    plan = plan_of()
+    tuning = plan.trials_now({})
+    results = results_of(tuning, lambda t: None if t.cell.name == "b" else 1.0)
+    assert {t.cell.name for t in plan.trials_now(results)[12:]} == {"a", "c"}
+
+
+def test_ranges_are_widened_for_all_arms_where_one_is_best_at_an_edge():
+    plan = plan_of(widen=2)
+    first = plan.trials_now({})
+    results = results_of(first, near(1e-4))  # below all that was tried
+    second = plan.trials_now(results)[12:]
+    rates = [t.tuned["AdamW.learning_rate"] for t in second if t.cell.name == "a"]
+    assert len(rates) == 4 and all(1e-4 <= rate < 1e-3 for rate in rates)
+    assert rates == [t.tuned["AdamW.learning_rate"] for t in second if t.cell.name == "b"]
+    assert len({t.name for t in (*first, *second)}) == 24
+    inside = sorted(t.tuned["AdamW.learning_rate"] for t in first if t.cell.name == "a")[1]
+    results = results_of(first, near(inside))
+    assert {t.phase for t in plan.trials_now(results)[12:]} == {"report", "same"}
+
+
+def test_a_finished_trial_is_not_changed_by_an_edit():
+    plan = plan_of()
+    results = results_of(plan.trials_now({}), near(0.01))
+    assert plans.differences(plan, results) == []
+    other = dataclasses.replace(plan.cells[0], settings={"x.y": "2"})
+    edited = dataclasses.replace(plan, cells=(other, *plan.cells[1:]))
+    said = plans.differences(edited, results)
+    assert len(said) == 4 and said[0] == "a/tuning-1: x.y = 1 there, x.y = 2 here"
+    fewer = dataclasses.replace(plan, cells=plan.cells[:2])
+    assert "c/tuning-1: the sweep has no 'c' any more" in plans.differences(fewer, results)
+    more = dataclasses.replace(plan, cells=(*plan.cells, dataclasses.replace(other, name="d")))
+    assert plans.differences(more, results) == [], "an arm may be added"
+
+
+def test_points_are_spread_and_more_of_them_begin_with_the_same():
+    ranges = {"a": tune.Range(1e-4, 1e-2, "log"), "b": tune.Range(0.0, 1.0, "linear")}
+    points = tune.points(ranges, 64, seed=1)
+    assert points[:8] == tune.points(ranges, 8, seed=1)
+    assert 24 <= sum(p["a"] < 1e-3 for p in points) <= 40
+    assert 24 <= sum(p["b"] < 0.5 for p in points) <= 40
+    assert tune.edges({"a": 1.0}, [{"a": 1.0}, {"a": 2.0}]) == {"a": "low"}
+    assert tune.edges({"a": 2.0}, [{"a": 1.0}, {"a": 2.0}, {"a": 3.0}]) == {}
+
+
+def test_the_compiled_step_is_the_same_for_every_seed_and_learning_rate(base):
+    texts = []
+    for bindings in ((), ("train.seed = 3", "AdamW.learning_rate = 0.02")):
+        spec = config.load([base], ["train.optimizer = @AdamW()", *bindings])
+        _, program = spec.build(Vocabulary(257), MeshShape(data=1).build(jax.devices()[:1]))
+        batch = batch_of(program, *spec.shape)
+        texts.append(program.gradients.lower(program.abstract_state, batch).as_text())
+        texts.append(program.step.lower(program.abstract_state, batch).as_text())
+    assert texts[:2] == texts[2:]
+
+
+SHIPPED = [name for name in read.shipped_names() if name.startswith("sweeps/")]
+QUICK = "sweeps/routing_frequency.gin"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n == QUICK else pytest.mark.thorough) for n in SHIPPED],
+)
+def test_a_shipped_sweep_can_be_planned(name):
+    config.bind([name])
+    spec = SweepSpec()
+    plan = plans.make(spec, name, say=lambda line: None)
+    assert len(plan.cells) == len(spec.places()) and spec.question.endswith("?")
+    assert all(abs(cell.facts["residual"]) <= spec.tolerance for cell in plan.cells)
+    assert not any(cell.facts["leaks"] for cell in plan.cells)
+    assert all(cell.tuned == tuple(spec.tune) for cell in plan.cells)
