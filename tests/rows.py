@@ -194,8 +194,8 @@ KINDS = (
     *("expert_choice", "soft_moe_causal", "lory", "reinforce", "peer", "moe_plus_plus"),
 )
 WITHOUT_SCORES = ("peer", "hierarchical", "dselect_k")  # or without logits that could shrink
-# Those whose steps of whole models run: two more programs each, of five seconds.
-WHOLE_MODELS = tuple(name for name in KINDS if name not in ("top2", "base", "sinkhorn", "peer"))
+# Those whose steps of whole models run, and those that compile for a mesh or another precision.
+WHOLE_MODELS = ("switch", "sigmoid_bias", "expert_choice", "reinforce")
 DISPATCHERS = (OneHotEinsum(), SlotGather(), Sorted())
 every_router = pytest.mark.parametrize("name", ROUTERS)
 

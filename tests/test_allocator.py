@@ -29,6 +29,7 @@ print(min(new_pages() for _ in range(5)))
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library is not glibc")
 def test_a_command_keeps_freed_memory():
     assert new_pages("command") < 1_000

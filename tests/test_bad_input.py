@@ -99,6 +99,7 @@ def test_a_text_that_cannot_be_is_one_line(runs, capsys, monkeypatch):
     assert "0.txt: byte 3 is not UTF-8" in latin
 
 
+@pytest.mark.thorough
 def test_an_unused_setting_of_a_file_is_told_and_harmless(runs, capsys):
     config = runs.folder / "hash.gin"
     config.write_text("include 'tiny.gin'\nMoELayer.router = @Hash\n")
@@ -189,6 +190,7 @@ def test_all_wrong_names_are_told_at_once_and_soon(runs, tmp_path):
     assert seconds < 10  # under 3 s on an idle machine; most of it is importing jax
 
 
+@pytest.mark.thorough
 def test_a_full_disk_costs_no_checkpoint(runs, tmp_path):
     """No file may grow over 24 kB: the run ends with status 2, and the next one starts well."""
     code = (

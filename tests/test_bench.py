@@ -21,6 +21,7 @@ def test_every_router_has_a_row(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(rows) + 1
 
 
+@pytest.mark.thorough
 def test_every_variant_of_a_layer_is_measured(tmp_path, capsys):
     path = tmp_path / "layer.json"
     assert cli.main(["bench", "layer", "--case=64,16,16,4,2", f"--json={path}"]) == 0

@@ -75,7 +75,7 @@ from routing.selection import top_k_indices
 
 
 @pytest.mark.parametrize("look", properties.OF_A_LAYER, ids=lambda look: look.__name__)
-@every_router
+@every_kind
 def test_every_router_keeps(name, look):
     """Read off programs of one small layer, which the properties share."""
     assert_keeps(name, look)

@@ -225,6 +225,7 @@ def test_a_masked_model_refuses_to_continue_a_text(masked, capsys):
     assert "masked tokens" in error and "train.objective = @NextToken()" in error
 
 
+@pytest.mark.thorough
 def test_a_decoder_that_sees_the_future_is_trained_on_demand_and_writes_no_text(runs, capsys):
     router = ("MoELayer.router = @Hash", "Hash.key = 'future'", "train.prompts = ('the',)")
     leaky = runs.done("leaky", *router, "Transformer.allow_leaks = True", "train.steps = 2")
@@ -259,6 +260,7 @@ def spread(runs):
     return runs.done("spread", *settings, *grouped)
 
 
+@pytest.mark.thorough
 def test_a_run_of_eight_devices_is_used_on_one(spread):
     """Groups of four are a matter of training, too: six texts are no fault."""
     words = ["generate", f"--workdir={spread}", "--prompt=the", "--tokens=3", "--count=6"]

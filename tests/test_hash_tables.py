@@ -22,6 +22,7 @@ def runs(tmp_path_factory):
     return Runs(tmp_path_factory.mktemp("hashes"))
 
 
+@pytest.mark.thorough
 def test_a_table_from_the_text_is_trained_with_saved_and_evaluated(runs, capsys):
     folder = runs.done("balanced", *BALANCED)
     with quick():

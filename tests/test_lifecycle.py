@@ -43,6 +43,7 @@ def copied(base, name):
 # The end.
 
 
+@pytest.mark.thorough
 def test_a_run_that_ends_before_its_first_logged_step_ends(runs, capsys):
     brief = ("train.steps = 1000", "train.log_every = 500", "train.max_seconds = 1e-6")
     run = runs.done("brief", *brief)
@@ -65,6 +66,7 @@ def test_results_do_not_hang_on_their_decoration(name, runs, base, capsys):
     assert ours["val_loss"] == theirs["val_loss"]
 
 
+@pytest.mark.thorough
 def test_a_short_final_evaluation_says_what_it_scored_and_what_was_compiled(runs, capsys):
     run = runs.done("scored", "train.steps = 1", "train.final_eval_bytes = 500")
     summary = json.loads((run / "summary.json").read_text())
@@ -90,6 +92,7 @@ def test_the_summary_is_written_before_anything_that_decorates_it(runs, capsys):
     assert "this run is complete at step 6" in out and "this model" in out
 
 
+@pytest.mark.thorough
 def test_compressors_that_fail_cost_nothing(runs, capsys):
     """A file stands where their figures are to be kept."""
     cache = runs.folder / "cache"
@@ -140,6 +143,7 @@ def test_an_evaluation_tells_how_far_it_is(monkeypatch, capsys):
     assert capsys.readouterr().out.split("\n") == [*(f"evaluating {n}/3" for n in (1, 2, 3)), ""]
 
 
+@pytest.mark.thorough
 def test_numbers_of_ones_own_stand_beside_ours(runs, monkeypatch, capsys):
     """One of two functions fails: it is told of once, and the run goes on."""
     (runs.folder / "own_numbers.py").write_text(
@@ -162,6 +166,7 @@ def test_numbers_of_ones_own_stand_beside_ours(runs, monkeypatch, capsys):
 # Pausing.
 
 
+@pytest.mark.thorough
 def test_a_pause_says_how_to_go_on_and_a_pause_that_is_past_trains_nothing(runs, capsys):
     assert runs("paused", *ADAMW, "train.stop_at = 3") == 0
     assert "stopped after step 3 of 6; without train.stop_at it goes on" in capsys.readouterr().out
@@ -174,6 +179,7 @@ def test_a_pause_says_how_to_go_on_and_a_pause_that_is_past_trains_nothing(runs,
     runs.done("paused", *ADAMW)
 
 
+@pytest.mark.thorough
 def test_a_run_that_was_stopped_before_its_first_step_goes_on(runs, base, capsys):
     """Twice, since what is saved of it is not to be saved again; it knows where it came from."""
     source = copied(base, "source of nothing")
@@ -234,6 +240,7 @@ def test_a_run_starts_from_anothers_parameters(runs, base, capsys):
     assert record["started_from"] == {"run": str(base), "step": 6}
 
 
+@pytest.mark.thorough
 def test_a_run_starts_with_anothers_optimizer_and_a_schedule_of_its_own(runs, base):
     """One of its checkpoints is named, by its folder."""
     source = str(base / "checkpoints" / "6")
@@ -273,6 +280,7 @@ def test_another_run_that_does_not_fit_is_told(settings, said, runs, base, capsy
     assert said in error and error.count("\n") == 1
 
 
+@pytest.mark.thorough
 def test_switch_is_fine_tuned_by_the_shipped_file(runs, tmp_path):
     switch = ("MoELayer.router = @Switch", "train.steps = 1")
     config = runs.folder / "switch.gin"

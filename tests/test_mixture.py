@@ -92,6 +92,7 @@ def test_corpora_that_cannot_be_mixed_are_refused(corpora):
         Mixture([corpora[0], TextFiles])
 
 
+@pytest.mark.thorough
 def test_a_mixture_trains_and_goes_on(tmp_path):
     runs = Runs(tmp_path)
     corpus(tmp_path / "more", documents=8)

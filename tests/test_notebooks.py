@@ -4,6 +4,7 @@ from pathlib import Path
 import re
 import runpy
 
+from marks import mainly
 import nbclient
 import nbformat
 import pytest
@@ -25,7 +26,7 @@ TINY = [
 ]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", mainly(NOTEBOOKS[:1], NOTEBOOKS), ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     # A notebook has one device, not the eight of the tests.
     monkeypatch.setenv("XLA_FLAGS", " ".join(xla_flags.flags(devices=1)))

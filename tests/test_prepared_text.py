@@ -207,6 +207,7 @@ def test_held_out_documents_without_text_are_told(text_data):
         dataclasses.replace(data, validation=stream).validation_batches(2, 8)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("documents", [80, 2])
 def test_preparing_a_text_takes_memory_for_a_piece_of_it_alone(documents, tmp_path):
     """40 MB; all of its tokens together, twice, were 160 MB, and a long document's a gigabyte."""

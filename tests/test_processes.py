@@ -51,6 +51,7 @@ def same_measurements(one: Path, other: Path):
             np.testing.assert_allclose(b[name], value, rtol=2e-4, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("count", "devices", "mesh"),
     [

@@ -75,6 +75,7 @@ def shell(tmp_path):
     return run
 
 
+@pytest.mark.thorough
 def test_every_shell_block_runs(shell, tmp_path):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```sh\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)

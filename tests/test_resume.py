@@ -208,6 +208,7 @@ def test_a_checkpoint_moves_between_meshes(sparse, tmp_path):
             assert leaf.sharding == expected.sharding and leaf.dtype == expected.dtype
 
 
+@pytest.mark.thorough
 def test_fields_of_an_optimizer_in_any_order_come_back_in_their_places(sparse, tmp_path):
     """Adafactor's v_row stands before v, which sorts before it."""
     program = programs(MeshShape(data=1), Adafactor())

@@ -164,6 +164,7 @@ def test_a_shard_on_both_sides_is_refused(files):
         shards(files, validation_paths=[files / "held_out.npy", files / "0.npy"]).prepare()
 
 
+@pytest.mark.thorough
 def test_a_run_on_shards_goes_on_and_counts_for_its_router(files, runs):
     """A hash router's table is made from the training tokens."""
     other = ("TextData", "TopK", "train.steps")
