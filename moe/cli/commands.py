@@ -41,6 +41,7 @@ class Command:
         module: holds `run(flags) -> int`; it is imported only when the command runs.
         positional: name of the one argument without a flag; None if the command takes none.
         optional: whether that argument may be left out.
+        many: whether there may be several; it is a list then.
         form: that argument in the help.
     """
 
@@ -51,6 +52,7 @@ class Command:
     flags: tuple[Flag, ...]
     positional: str | None = None
     optional: bool = False
+    many: bool = False
     form: str = ""
 
 
@@ -210,6 +212,17 @@ SWEEP = Command(
     ),
 )
 
+REPORT = Command(
+    name="report",
+    summary="Judge sweeps: a page with figures and a table, under the finding in a sentence.",
+    module="moe.cli.report",
+    example="moe report runs/routers",
+    flags=(Flag("out", str, "FOLDER", "where report.html and report.md go (default: the first)"),),
+    positional="folders",
+    many=True,
+    form="FOLDER [FOLDER ...]",
+)
+
 LIST = Command(
     name="list",
     summary="List what can be configured: routers, losses, optimizers, corpora, configs, ...",
@@ -235,4 +248,4 @@ DESCRIBE = Command(
     ),
 )
 
-COMMANDS = (TRAIN, EVAL, GENERATE, CHECK, BENCH, PLAN, SWEEP, FIT, LIST, DESCRIBE)
+COMMANDS = (TRAIN, EVAL, GENERATE, CHECK, BENCH, PLAN, SWEEP, REPORT, FIT, LIST, DESCRIBE)

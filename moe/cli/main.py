@@ -150,9 +150,10 @@ def parse(command: Command, arguments: Sequence[str]) -> SimpleNamespace:
     if command.positional:
         if not left and command.optional:
             left = [""]
-        if len(left) != 1:
+        if not left or (left[1:] and not command.many):
             raise UserError(f"moe {command.name} needs one {command.form}, as {command.example!r}")
-        named[command.positional] = left.pop()
+        named[command.positional] = left if command.many else left[0]
+        left = []
     if left:
         hint = f"; did you mean --gin_file={left[0]}?" if left[0].endswith(".gin") else ""
         raise UserError(f"moe {command.name} takes flags only, got {left[0]!r}{hint}")

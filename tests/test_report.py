@@ -1,0 +1,150 @@
+"""`moe report`: what it says of sweeps with known truth, and the page."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import synthetic_sweep
+
+from moe.cli import main as cli
+from moe.errors import UserError
+from moe.reports import page
+from moe.reports.findings import control, find, sentence
+from moe.reports.read import read
+
+ARMS = {"base": 0.0, "good": -0.06, "same": 0.0, "bad": 0.08}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    arms = ARMS | {"seer": -0.5, "shaky": -0.04}
+    where = tmp_path_factory.mktemp("report") / "ours"
+    few = {"seed_sd": 0.001, "document_sd": 0.006}
+    return synthetic_sweep.write(where, arms, leaking=("seer",), diverged=("shaky",), **few)
+
+
+def test_verdicts_are_the_truth(folder):
+    found = {f.cell: f for f in find(read(str(folder)))}
+    assert {name: f.word for name, f in found.items()} == {
+        "base": "baseline",
+        "good": "better",
+        "same": "equivalent",
+        "bad": "worse",
+        "seer": "leaks",
+        "shaky": "unstable",
+    }
+    good = found["good"].verdict.difference
+    low, high = good.interval()
+    assert low < -0.06 < high and high - low < 0.03
+    assert found["seer"].verdict is None and found["seer"].leak == pytest.approx(0.3)
+    assert [f.cell for f in found.values()][-2:] == ["shaky", "seer"], "not ranked with the rest"
+
+
+def test_the_finding_is_one_sentence(folder):
+    sweep = read(str(folder))
+    said = sentence(sweep, find(sweep))
+    first = r"Beside base, at equal active FLOPs per token: good \(-0\.0\d+ \[.*?\]\) is better; "
+    assert re.match(first, said), said
+    assert "same (" in said and "is equivalent within 0.01 bits per byte" in said
+    assert "bad (+0.08" in said and "runs of shaky have failed" in said
+    assert said.endswith("seer sees the future and is not ranked.")
+    assert "no difference, as it must be" in control(sweep)
+
+
+def test_the_multiplier_is_the_budget_at_which_the_baseline_gets_there(folder):
+    """On curves L = c - 0.3 ln C, 0.06 bits are a factor of exp(0.2), beyond the baseline's end."""
+    found = {f.cell: f for f in find(read(str(folder)))}
+    assert found["good"].compute.value == pytest.approx(math.exp(0.06 / 0.3), rel=0.02)
+    assert found["good"].compute.beyond and not found["bad"].compute.beyond
+    assert found["bad"].compute.value == pytest.approx(math.exp(-0.08 / 0.3), rel=0.05)
+    assert found["same"].time.value == pytest.approx(1.0, rel=0.01)
+
+
+def test_few_seeds_leave_a_small_effect_undecided_and_say_how_many_would_decide(tmp_path):
+    arms = {"base": 0.0, "near": -0.02}
+    where = synthetic_sweep.write(tmp_path / "s", arms, seeds=2, seed_sd=0.01, document_sd=0.001)
+    sweep = read(str(where))
+    said = sentence(sweep, find(sweep))
+    assert re.search(r": near \(.*, \d+ further seeds would decide\) is undecided\.", said), said
+
+
+def test_over_many_sweeps_ties_are_seldom_called_differences(tmp_path):
+    """The whole way from files to words; the rates in detail are in test_comparison.py."""
+    wrong = 0
+    for n in range(40):
+        arms = {"base": 0.0, **{f"a{n}{i}": 0.0 for i in range(3)}}
+        where = synthetic_sweep.write(tmp_path / str(n), arms, seeds=3, seed_sd=0.004 + n * 1e-5)
+        wrong += any(f.word in ("better", "worse") for f in find(read(str(where))))
+    assert wrong <= 6, wrong
+
+
+def test_the_page_stands_alone_and_escapes_what_it_shows(tmp_path, capsys):
+    wild = '<script>alert("x")</script>\x1b]0;'
+    arms = ARMS | {wild: -0.03}
+    where = synthetic_sweep.write(tmp_path / "s", arms)
+    assert cli.main(["report", str(where)]) == 0
+    said = capsys.readouterr().out
+    assert "Which arm is best?" in said and "\x1b" not in said
+    text = (where / "report.html").read_text()
+    assert "<script" not in text and "&lt;script&gt;" in text and "\x1b" not in text
+    assert "default-src 'none'" in text
+    links = re.findall(r"""(?:src|href)="([^"]*)"|url\(([^)]*)\)""", text)
+    assert links and all(link.startswith("#") for pair in links for link in pair if link)
+    assert text.count("<svg") == 5 and text.count("</svg>") == 5
+    table = (where / "report.md").read_text()
+    assert "| good | better |" in table and "\x1b" not in table
+
+
+def test_several_sweeps_in_one_report(folder, tmp_path, capsys):
+    other = synthetic_sweep.write(tmp_path / "other", {"base": 0.0, "x": 0.05})
+    assert cli.main(["report", str(folder), str(other), f"--out={tmp_path}"]) == 0
+    assert (tmp_path / "report.html").read_text().count("<h1>") == 2
+    assert capsys.readouterr().out.count("Which arm is best?") == 2
+
+
+def test_forty_arms_fit_in_every_figure(tmp_path):
+    draw = np.random.default_rng(0)
+    arms = {"base": 0.0} | {f"router_{i:02}": float(draw.normal(0, 0.05)) for i in range(40)}
+    sweep = read(str(synthetic_sweep.write(tmp_path / "s", arms)))
+    text = page.page([sweep])
+    assert text.count("<svg") == 5 and "router_39" in text
+    assert "and 3" in sentence(sweep, find(sweep)) or "more" in sentence(sweep, find(sweep))
+
+
+def test_an_unfinished_sweep_is_reported_as_far_as_it_is(tmp_path):
+    where = synthetic_sweep.write(tmp_path / "s", ARMS, controls=False)
+    rows = [json.loads(line) for line in (where / "trials.jsonl").read_text().splitlines()]
+    kept = [row for row in rows if row["trial"] != "bad/report-3"]
+    (where / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    sweep = read(str(where))
+    notes = page.notes(sweep, find(sweep))
+    assert "UNFINISHED: 1 reported runs have not ended." in notes
+    assert any("no negative control" in note for note in notes)
+    kept = [row for row in kept if row["cell"] != "base" or row["phase"] != "report"]
+    (where / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    sweep = read(str(where))
+    assert sentence(sweep, find(sweep)).startswith("Nothing can be said: no run of the baseline")
+    page.page([sweep])
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda p: (p / "sweep.json").unlink(), "there is no sweep.json in it"),
+        (lambda p: (p / "sweep.json").write_text("{"), "sweep.json: damaged"),
+        (lambda p: (p / "sweep.json").write_text('{"cells": 1, "version": 7}'), "version 7"),
+        (lambda p: (p / "trials.jsonl").write_text('{"version": 0}\n'), "rows of version 0"),
+        (lambda p: (p / "trials.jsonl").write_text('{"version'), "trials.jsonl: damaged, line 1"),
+        (lambda p: (p / "trials.jsonl").unlink(), "no reported run has ended yet"),
+    ],
+)
+def test_a_folder_that_cannot_be_reported_is_one_line(damage, said, tmp_path, capsys):
+    where = synthetic_sweep.write(tmp_path / "s", {"base": 0.0, "x": 0.05})
+    damage(where)
+    assert cli.main(["report", str(where)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    with pytest.raises(UserError):
+        read(str(where))
