@@ -10,6 +10,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
+from matplotlib.ticker import EngFormatter, NullFormatter
 import numpy as np
 
 from moe.reports.findings import Finding
@@ -97,6 +98,7 @@ def curves(sweep: Sweep, findings: Sequence[Finding]) -> Figure:
         for f in reversed(findings):
             of_seeds(axes, sweep, f, axis, "bits_per_byte", colours[f.cell])
         axes.set_xlabel(label)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         tidy(axes)
     panels[0].set_ylabel("training bits per byte")
     lines = [line for line in panels[0].get_lines() if line.get_label()[0] != "_"]
@@ -206,6 +208,7 @@ def pareto(findings: Sequence[Finding]) -> Figure:
         if len(front) > 1:
             axes.step(*zip(*front, strict=True), where="post", color=GREY, linewidth=1, zorder=0)
         axes.set_xlabel(label)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.margins(0.15)
         tidy(axes)
     panels[0].set_ylabel("held-out bits per byte")
@@ -244,6 +247,8 @@ def tuning(sweep: Sweep, findings: Sequence[Finding]) -> Figure | None:
                     axes.axvline(row["tuned"][name], color=colours[f.cell], linestyle=":")
         if sweep.plan["tuning"]["ranges"][name][2] == "log":
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(name)
         axes.set_ylabel("validation bits per byte")
         tidy(axes)
