@@ -46,6 +46,7 @@ from rows import (
     draw,
     evaluated,
     every_dispatcher,
+    every_kind,
     every_router,
     finite,
     layer_of,
