@@ -33,8 +33,8 @@ def _group_major(y_EGCD):
 def dispatch_rows(
     x_GTD: Float[Array, "G T D"],
     token_GEC: Int[Array, "G E C"],
-    destination_GTK: Int[Array, "G T K"],
-):
+    destination_GTK: Int[Array, "G T K"] | None,
+) -> Float[Array, "E G C D"]:
     """(E, G, C, D): in every slot the vector of its token. Equivalent to: one-hot(token) @ x.
 
     destination_GTK holds the slots of every token, from which the backward pass gathers. It is

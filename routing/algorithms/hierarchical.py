@@ -9,7 +9,7 @@ import dataclasses
 import gin
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from routing.algorithms.noisy_top_k import chance_of_selection, standard_normal
 from routing.balance_losses import ImportanceLoss, cv_squared
@@ -50,7 +50,7 @@ class HierarchicalLoadLoss(RouterLoss):
 def hierarchical_load(
     primary_A: Float[Array, " A"],
     secondary_AY: Float[Array, "A Y"],
-    size_A: Int[Array, " A"],
+    size_A: Float[Array, " A"],
 ) -> jax.Array:
     """Load_H (A, Y); 0 for groups that no token chose."""
     size_A1 = jnp.maximum(size_A, 1)[:, None]

@@ -77,9 +77,9 @@ def standard_normal(inputs: RouterInputs, num_experts: int) -> jax.Array:
 
 
 def chance_of_selection(
-    clean_GTE: Float[Array, "G T E"],
-    noisy_GTE: Float[Array, "G T E"],
-    std_GTE: Float[Array, "G T E"],
+    clean_GTE: Float[Array, "*tokens E"],
+    noisy_GTE: Float[Array, "*tokens E"],
+    std_GTE: Float[Array, "*tokens E"],
     k: int,
 ) -> jax.Array:
     """P(x, i), the probability that i is among the K largest if its noise is redrawn (eq. 8-9).
