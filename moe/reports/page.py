@@ -71,10 +71,10 @@ def metric(f: Finding, name: str, form: str) -> str:
 
 
 def times(multiplier: Multiplier | None) -> str:
-    """A multiplier with its interval; ~ where the baseline's curve had to be extended."""
+    """A multiplier with its mark and interval."""
     if multiplier is None:
         return ""
-    text = f"{'~' if multiplier.beyond else ''}{multiplier.value:.2f}x"
+    text = f"{multiplier.mark}{multiplier.value:.2f}x"
     if np.isfinite(multiplier.low):
         text += f" [{multiplier.low:.2f}, {multiplier.high:.2f}]"
     return text
@@ -86,10 +86,16 @@ def markdown(sweeps: Sequence[Sweep]) -> str:
     for sweep in sweeps:
         findings = find(sweep)
         rows = [HEADER, ("---",) * len(HEADER), *table(findings)]
-        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-        parts += [f"## {sweep.plan['question']}", sentence(sweep, findings)]
-        parts += ["\n".join(lines), "\n".join(f"- {note}" for note in notes(sweep, findings))]
+        lines = ["| " + " | ".join(map(unmarked, row)) + " |" for row in rows]
+        said = [unmarked(note) for note in notes(sweep, findings)]
+        parts += [f"## {unmarked(sweep.plan['question'])}", unmarked(sentence(sweep, findings))]
+        parts += ["\n".join(lines), "\n".join(f"- {note}" for note in said)]
     return "\n\n".join(parts) + "\n"
+
+
+def unmarked(text: str) -> str:
+    """The text without marks that would end a Markdown cell or begin an HTML element."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def page(sweeps: Sequence[Sweep]) -> str:
@@ -155,11 +161,15 @@ def notes(sweep: Sweep, findings: Sequence[Finding]) -> list[str]:
         "verdicts hold 5 % over all cells (Holm). Equivalent: two one-sided tests within "
         f"{plan['delta']:g} bits per byte.",
         "compute and time: how many times a cell's FLOPs or seconds the baseline needs for the "
-        "same training loss, by its own curve; ~ where that curve had to be extended. Amid a "
+        "same training loss, by its own curve; ~ where that curve had to be extended, < and > "
+        "where it is too far from the loss to say more. Amid a "
         "schedule the loss is above that of a run which ends there: these say too much.",
         control(sweep),
         shuffled(sweep),
     ]
+    known = {cell["cell"] for cell in sweep.cells}
+    if gone := sorted({row["cell"] for row in sweep.rows} - known):
+        found.append(f"Left out, as the plan no longer has them: {', '.join(gone)}.")
     if sweep.missing:
         found.append(f"UNFINISHED: {sweep.missing} reported runs have not ended.")
     for f in findings:
@@ -179,6 +189,7 @@ def notes(sweep: Sweep, findings: Sequence[Finding]) -> list[str]:
 
 def write(sweeps: Sequence[Sweep], path: Path) -> list[Path]:
     """Write report.html and report.md into a folder; returns their paths."""
+    path.mkdir(parents=True, exist_ok=True)
     paths = [path / "report.html", path / "report.md"]
     paths[0].write_text(page(sweeps), encoding="utf-8")
     paths[1].write_text(markdown(sweeps), encoding="utf-8")
