@@ -45,9 +45,10 @@ def test_verdicts_are_the_truth(folder):
 def test_the_finding_is_one_sentence(folder):
     sweep = read(str(folder))
     said = sentence(sweep, find(sweep))
-    first = r"Beside base, at equal active FLOPs per token: good \(-0\.0\d+ \[.*?\]\) is better; "
+    equal = "Beside base, at equal active FLOPs per token, in bits per byte: "
+    first = equal + r"good \(-0\.0\d+ \[.*?\]\) is better; "
     assert re.match(first, said), said
-    assert "same (" in said and "is equivalent within 0.01 bits per byte" in said
+    assert "same (" in said and "is equivalent within 0.01;" in said
     assert "bad (+0.0" in said and "runs of shaky have failed" in said
     assert said.endswith("seer sees the future and is not ranked.")
     assert "no difference, as it must be" in control(sweep)
@@ -177,8 +178,8 @@ def test_runs_without_a_loss_one_run_none_and_cells_that_are_gone(tmp_path):
     sweep = read(str(where))
     findings = find(sweep)
     assert sentence(sweep, findings) == (
-        "Beside base, at equal active FLOPs per token: one (fewer than 2 seeds beside the "
-        "baseline) is undecided; runs of nan have failed; none, gone have not run yet."
+        "Beside base, at equal active FLOPs per token, in bits per byte: one (fewer than 2 seeds "
+        "beside the baseline) is undecided; runs of nan have failed; none, gone have not run yet."
     )
     notes = page.notes(sweep, findings)
     assert "nan/report-1: diverged: its held-out loss is not finite" in notes

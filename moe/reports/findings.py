@@ -238,7 +238,7 @@ def sentence(sweep: Sweep, findings: Sequence[Finding]) -> str:
     parts = []
     for word, phrase in (
         ("better", "better"),
-        ("equivalent", f"equivalent within {delta:g} bits per byte"),
+        ("equivalent", f"equivalent within {delta:g}"),
         ("worse", "worse"),
         ("undecided", "undecided"),
     ):
@@ -259,7 +259,8 @@ def sentence(sweep: Sweep, findings: Sequence[Finding]) -> str:
         )
     if not parts:
         return "There is nothing beside the baseline to compare."
-    return f"Beside {baseline}, at equal {sweep.plan['match']}: {'; '.join(parts)}."
+    equal = f"Beside {baseline}, at equal {sweep.plan['match']}, in bits per byte"
+    return f"{equal}: {'; '.join(parts)}."
 
 
 def listed(findings: Sequence[Finding]) -> str:

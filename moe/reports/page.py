@@ -21,6 +21,7 @@ from moe.reports.read import Sweep
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+p, li { overflow-wrap: anywhere }
 h2 { margin-top: 2.5rem } svg { max-width: 100%; height: auto }
 p.finding { font-size: 1.2rem; border-left: 4px solid #0072B2; padding-left: 1rem }
 table { border-collapse: collapse; font-size: 13px } .wide { overflow-x: auto }
