@@ -12,7 +12,8 @@ from moe.cli import main as cli
 from moe.errors import UserError
 from moe.reports import page
 from moe.reports.findings import control, find, sentence
-from moe.reports.read import read
+from moe.reports.layers import by_layer, layers
+from moe.reports.read import read, routing_lines
 
 ARMS = {"base": 0.0, "good": -0.06, "same": 0.0, "bad": 0.08}
 
@@ -105,10 +106,25 @@ def test_the_page_stands_alone_and_escapes_what_it_shows(tmp_path, capsys):
     assert "<script" not in text and "&lt;script&gt;" in text and "\x1b" not in text
     assert "default-src 'none'" in text
     links = re.findall(r"""(?:src|href)="([^"]*)"|url\(([^)]*)\)""", text)
-    assert links and all(link.startswith("#") for pair in links for link in pair if link)
-    assert text.count("<svg") == 5 and text.count("</svg>") == 5
+    inside = ("#", "data:image/png;base64,")
+    assert links and all(link.startswith(inside) for pair in links for link in pair if link)
+    assert text.count("<svg") == 6 and text.count("</svg>") == 6
     table = (where / "report.md").read_text()
     assert "| good | better |" in table and "\x1b" not in table
+
+
+def test_routing_by_layer_is_at_equal_shares_of_training(folder):
+    sweep = read(str(folder))
+    [row, *_] = sweep.finished("good")
+    lines = routing_lines(sweep, row)
+    load_LQ, dropped_LQ = by_layer(lines)
+    # The last tenth before three quarters, of 40 steps: 27 to 30, uneven by 32.5, 30, 27.5, 25 %.
+    assert load_LQ[0, 2] == pytest.approx(1 + 3 * np.mean([0.32, 0.3, 0.28, 0.25]))
+    assert dropped_LQ == pytest.approx(np.array([[0.0] * 4, [0.1] * 4]))
+    assert by_layer(lines[:1])[0][:, 0] == pytest.approx([1 + 3 * 0.98] * 2), "one line is enough"
+    figure = layers(sweep, find(sweep))
+    assert figure is not None
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()][-1] == "seer"
 
 
 def test_a_name_cannot_break_the_markdown(tmp_path):
@@ -132,7 +148,7 @@ def test_forty_arms_fit_in_every_figure(tmp_path):
     arms = {"base": 0.0} | {f"router_{i:02}": float(draw.normal(0, 0.05)) for i in range(40)}
     sweep = read(str(synthetic_sweep.write(tmp_path / "s", arms)))
     text = page.page([sweep])
-    assert text.count("<svg") == 5 and "router_39" in text
+    assert text.count("<svg") == 6 and "router_39" in text
     assert "and 3" in sentence(sweep, find(sweep)) or "more" in sentence(sweep, find(sweep))
 
 

@@ -16,6 +16,7 @@ from moe.reports.findings import (
     shown_difference,
     shuffled,
 )
+from moe.reports.layers import layers
 from moe.reports.read import Sweep
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -117,6 +118,7 @@ def section(sweep: Sweep) -> str:
         figures.answer(sweep, findings) if any(f.verdict for f in findings) else None,
         figures.curves(sweep, findings),
         figures.routing(sweep, findings),
+        layers(sweep, findings),
         figures.pareto(findings),
         figures.tuning(sweep, findings),
     ]

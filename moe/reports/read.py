@@ -143,6 +143,19 @@ def read(path: str) -> Sweep:
     return Sweep(folder.path, plan, rows, curves)
 
 
+def routing_lines(sweep: Sweep, row: Row) -> list[Row]:
+    """The lines of the routing.jsonl of a trial's run; none where its folder is gone.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    path = SweepFolder(sweep.path).trial(row["trial"]).run / "routing.jsonl"
+    found = list(lines(path))
+    for line in found:
+        refuse_incomplete(line, ("count", "kept"), path)
+    return found
+
+
 def bits_of(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
     """Bits of each document by each run (S, M), and the documents' bytes (M,).
 
