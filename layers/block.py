@@ -57,7 +57,7 @@ class Block(nnx.Module):
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], tokens: Tokens
-    ) -> tuple[jax.Array, RouterOutput | None]:
+    ) -> tuple[Float[Array, "B T D"], RouterOutput | None]:
         """The block's output (B, T, D), and its router's output (None for a dense block)."""
         mixed_BTD, middle_BTD, y_BTD, output = self._branches(x_BTD, tokens)
         if self.parallel:
@@ -66,7 +66,7 @@ class Block(nnx.Module):
 
     def added(
         self, x_BTD: Float[Array, "B T D"], tokens: Tokens
-    ) -> tuple[jax.Array, RouterOutput | None]:
+    ) -> tuple[Float[Array, "B T D"], RouterOutput | None]:
         """block(x) - x, not rounded by the addition of x, and the router's output."""
         mixed_BTD, _, y_BTD, output = self._branches(x_BTD, tokens)
         return mixed_BTD + y_BTD, output

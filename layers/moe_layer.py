@@ -22,7 +22,7 @@ from routing.balancers import StepState
 from routing.capacity import Capacity
 from routing.inputs import RouterInputs, Tokens
 from routing.ranges import Count, Positive
-from routing.records import Decision, RouterOutput, Sizes, TokenChoice, choices_GE
+from routing.records import AnyArray, Decision, RouterOutput, Sizes, TokenChoice, choices_GE
 from routing.router import Router
 from routing.training_text import TrainingText
 
@@ -120,8 +120,8 @@ class MoELayer(nnx.Module):
         return self.chosen.choices if self.chosen is not None else 0
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], tokens: Tokens
-    ) -> tuple[jax.Array, RouterOutput]:
+        self, x_BTD: Float[AnyArray, "B T D"], tokens: Tokens
+    ) -> tuple[Float[Array, "B T D"], RouterOutput]:
         """The layer's output (B, T, D), and its router's decision, losses and statistics.
 
         Raises:

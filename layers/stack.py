@@ -50,7 +50,7 @@ class Unit(nnx.Module):
     def __init__(self, blocks: Sequence[Block | DepthBlock]):
         self.blocks = nnx.List(blocks)
 
-    def __call__(self, x_BTD, tokens: Tokens, first_layer, global_batch):
+    def __call__(self, x_BTD: Float[Array, "B T D"], tokens: Tokens, first_layer, global_batch):
         """((x, last router's logits), (outputs of MoE routers, of Mixture-of-Depths routers)).
 
         first_layer: the number of the unit's first block in the model.

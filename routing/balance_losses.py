@@ -10,6 +10,7 @@ import gin
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from routing.inputs import RouterInputs
 from routing.losses import (
@@ -20,7 +21,7 @@ from routing.losses import (
     token_weighted,
 )
 from routing.ranges import Count, Natural, NonNegative, SomeShare
-from routing.records import Decision, Routing, TokenChoice, choices_GE, gates_GTE
+from routing.records import AnyArray, Decision, Routing, TokenChoice, choices_GE, gates_GTE
 from routing.selection import top_k_indices
 
 
@@ -175,7 +176,9 @@ def first_choices(decision: Decision) -> TokenChoice:
     )
 
 
-def by_group(counted: Decision, score_GTE, inputs: RouterInputs, split: bool):
+def by_group(
+    counted: Decision, score_GTE: Float[AnyArray, "G T E"], inputs: RouterInputs, split: bool
+):
     """Choices (N, E), summed scores (N, E) and valid tokens (N,) of each group or sequence.
 
     split: by sequence, where a group has several.
@@ -201,7 +204,7 @@ def by_group(counted: Decision, score_GTE, inputs: RouterInputs, split: bool):
     return choices_GE(counted), score_GTE.sum(1), valid_GT.sum(1)
 
 
-def by_document(counted: Decision, score_GTE, inputs: RouterInputs):
+def by_document(counted: Decision, score_GTE: Float[AnyArray, "G T E"], inputs: RouterInputs):
     """The same for each document. N is an upper bound of their number; most are empty."""
     if not isinstance(counted, TokenChoice) or inputs.segment_GT is None:
         raise ValueError('BalanceLoss.scope="document" needs a router whose tokens choose')
@@ -294,18 +297,19 @@ class LoadLoss(ScopedLoss):
 
     def __call__(self, routing, inputs, stats):
         if self.scope == "group":
+            assert routing.load_GTE is not None  # as batch_sums has seen
             return cv_squared_of_groups(routing.load_GTE, inputs)
         sum_E = global_batch_sum(stats, inputs, lambda s: s.batch_sums[self.owner]["load"])
         return cv_squared(sum_E)
 
 
-def cv_squared_of_groups(value_GTE, inputs: RouterInputs) -> jax.Array:
+def cv_squared_of_groups(value_GTE: Float[AnyArray, "G T E"], inputs: RouterInputs) -> jax.Array:
     """CV^2 of each group's sums, averaged over groups by their number of tokens."""
     sum_GE = jnp.where(inputs.valid_GT[..., None], value_GTE, 0).sum(1)
     return token_weighted(jax.vmap(cv_squared)(sum_GE), inputs.valid_GT.sum(1))
 
 
-def cv_squared(sum_E) -> jax.Array:
+def cv_squared(sum_E: Float[AnyArray, " E"]) -> jax.Array:
     """Biased variance over squared mean; 0 where the mean is."""
     mean = sum_E.mean()
     return jnp.square(sum_E - mean).mean() / jnp.where(mean == 0, 1.0, jnp.square(mean))

@@ -9,6 +9,7 @@ from flax import nnx
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from routing.parameters import router_state, zeros
 from routing.ranges import Count, LessThanOne, NonNegative
@@ -30,7 +31,9 @@ class Balancer(StepState):
     bias_E: nnx.Variable
 
     @abc.abstractmethod
-    def batch_sums(self, score_GTE, valid_GT, k: int) -> dict[str, jax.Array]:
+    def batch_sums(
+        self, score_GTE: Float[Array, "G T E"], valid_GT: Bool[Array, "G T"], k: int
+    ) -> dict[str, jax.Array]:
         """Sums over valid tokens that `update` needs beside `count_E`, by name."""
 
 
@@ -52,7 +55,9 @@ class BiasBalancer(Balancer):
         self.recentre = recentre
         self.bias_E = router_state((num_experts,), jnp.float32, (None,), zeros)
 
-    def batch_sums(self, score_GTE, valid_GT, k: int) -> dict[str, jax.Array]:
+    def batch_sums(
+        self, score_GTE: Float[Array, "G T E"], valid_GT: Bool[Array, "G T"], k: int
+    ) -> dict[str, jax.Array]:
         return {}
 
     def update(self, stats: RouterStats) -> None:
@@ -84,7 +89,9 @@ class QuantileBalancer(Balancer):
         self.decay = decay
         self.bias_E = router_state((num_experts,), jnp.float32, (None,), zeros)
 
-    def batch_sums(self, score_GTE, valid_GT, k: int) -> dict[str, jax.Array]:
+    def batch_sums(
+        self, score_GTE: Float[Array, "G T E"], valid_GT: Bool[Array, "G T"], k: int
+    ) -> dict[str, jax.Array]:
         experts = score_GTE.shape[-1]
         if k >= experts:
             raise ValueError(
@@ -110,7 +117,11 @@ class QuantileBalancer(Balancer):
         self.bias_E[...] = jnp.where(groups > 0, new_E, old_E)
 
 
-def exceeded_by(value_GTE, valid_GT, count_G) -> jax.Array:
+def exceeded_by(
+    value_GTE: Float[Array, "G T E"],
+    valid_GT: Bool[Array, "G T"],
+    count_G: Int[Array, " G"],
+) -> jax.Array:
     """The largest thresholds (G, E) that more than count_G valid tokens of a column exceed.
 
     Equivalent to: the (count + 1)-th largest of each column, or less by up to 2^-24 of its range.

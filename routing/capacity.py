@@ -14,12 +14,12 @@ from einops import rearrange
 import gin
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int
 import numpy as np
 
 from routing.inputs import RouterInputs
 from routing.ranges import Count, Positive
-from routing.records import TokenChoice
+from routing.records import AnyArray, TokenChoice
 
 
 def slots_per_expert(
@@ -170,14 +170,16 @@ class Capacity:
         return None
 
 
-def rank_within_expert(expert_GN, keep_GN, num_experts: int):
+def rank_within_expert(
+    expert_GN: Int[AnyArray, "G N"], keep_GN: Bool[AnyArray, "G N"], num_experts: int
+):
     """For each assignment, how many kept ones to the same expert precede it: int32 (G, N)."""
     hit_GEN = hits(expert_GN, keep_GN, num_experts)
     before_GEN = jnp.cumsum(hit_GEN, axis=-1) - hit_GEN
     return jnp.take_along_axis(before_GEN, expert_GN[:, None, :], axis=1)[:, 0]
 
 
-def hits(expert_GN, keep_GN, num_experts: int):
+def hits(expert_GN: Int[AnyArray, "G N"], keep_GN: Bool[AnyArray, "G N"], num_experts: int):
     """1 where an assignment is kept and to that expert: int32 (G, E, N)."""
     hit_GEN = expert_GN[:, None, :] == jnp.arange(num_experts)[None, :, None]
     return (hit_GEN & keep_GN[:, None, :]).astype(jnp.int32)
@@ -186,7 +188,7 @@ def hits(expert_GN, keep_GN, num_experts: int):
 NO_ROOM = np.int32(2**30)
 
 
-def rank_as_room_grows(decision: TokenChoice, room_GT):
+def rank_as_room_grows(decision: TokenChoice, room_GT: Int[AnyArray, "G T"]):
     """The slot of each assignment, where experts have room_GT slots at each token: (G, T, K).
 
     `NO_ROOM` for assignments without one; int32. Equivalent to: one after the other, an assignment

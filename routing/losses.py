@@ -14,10 +14,11 @@ from typing import Literal
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from routing.inputs import RouterInputs
 from routing.ranges import NonNegative, Real
-from routing.records import RouterStats, Routing
+from routing.records import AnyArray, RouterStats, Routing
 
 
 class RouterLoss(abc.ABC):
@@ -76,7 +77,7 @@ def global_batch_sum(stats: RouterStats, inputs: RouterInputs, read) -> jax.Arra
     return total + (local - jax.lax.stop_gradient(local)) / global_batch.share
 
 
-def token_weighted(value_N, tokens_N) -> jax.Array:
+def token_weighted(value_N: Float[AnyArray, " N"], tokens_N: Int[AnyArray, " N"]) -> jax.Array:
     """The mean of the values, weighted by their number of tokens; 0 without any token."""
     return jnp.sum(value_N * tokens_N) / jnp.maximum(tokens_N.sum(), 1)
 
@@ -140,7 +141,7 @@ class EntropyLoss(RouterLoss):
         return masked_mean(entropy_GT, inputs.valid_GT)
 
 
-def masked_mean(value_GT, valid_GT):
+def masked_mean(value_GT: Float[AnyArray, "G T"], valid_GT: Bool[AnyArray, "G T"]):
     """The mean over valid tokens; 0 where there are none."""
     total = jnp.where(valid_GT, value_GT, 0).sum()
     return total / jnp.maximum(valid_GT.sum(), 1)

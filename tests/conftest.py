@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 
+import by_type  # noqa: F401  before the packages, whose functions it checks
 import pytest
 
 from moe.machine import xla_flags

@@ -30,7 +30,11 @@ def _group_major(y_EGCD):
 
 
 @jax.custom_vjp
-def dispatch_rows(x_GTD, token_GEC, destination_GTK):
+def dispatch_rows(
+    x_GTD: Float[Array, "G T D"],
+    token_GEC: Int[Array, "G E C"],
+    destination_GTK: Int[Array, "G T K"],
+):
     """(E, G, C, D): in every slot the vector of its token. Equivalent to: one-hot(token) @ x.
 
     destination_GTK holds the slots of every token, from which the backward pass gathers. It is
@@ -77,7 +81,12 @@ def _sum_over_k(rows_GND, destination_GTK, gate_GTK):
 
 
 @jax.custom_vjp
-def combine_rows(y_EGCD, gate_GTK, source_GEC, destination_GTK) -> jax.Array:
+def combine_rows(
+    y_EGCD: Float[Array, "E G C D"],
+    gate_GTK: Float[Array, "G T K"],
+    source_GEC: Int[Array, "G E C"],
+    destination_GTK: Int[Array, "G T K"],
+) -> jax.Array:
     """(G, T, D): sum over k of gate_GTK * y[destination_GTK]; source_GEC is the inverse."""
     return _sum_over_k(_group_major(y_EGCD), destination_GTK, gate_GTK)
 
@@ -107,7 +116,9 @@ combine_rows.defvjp(_combine_forward, _combine_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def sum_by_token(y_EGCD, token_GEC, num_tokens: int) -> jax.Array:
+def sum_by_token(
+    y_EGCD: Float[Array, "E G C D"], token_GEC: Int[Array, "G E C"], num_tokens: int
+) -> jax.Array:
     """(G, T, D): the sum of all rows of each token; deterministic, by sorting and gathering.
 
     Rows are sorted by token; round j adds every token's j-th row, until no token has one left.

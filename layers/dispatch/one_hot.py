@@ -8,6 +8,7 @@ import dataclasses
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from layers.dispatch.base import Dispatcher, as_soft_slots
 from layers.logical_axes import logical_constraint
@@ -18,7 +19,7 @@ from layers.logical_axes import logical_constraint
 class OneHotEinsum(Dispatcher):
     """The reference: dense one-hot einsums, O(T E C D), which compilers partition best."""
 
-    def dispatch(self, x_GTD, decision) -> jax.Array:
+    def dispatch(self, x_GTD: Float[Array, "G T D"], decision) -> jax.Array:
         weight_GTEC = as_soft_slots(decision).dispatch_GTES.astype(x_GTD.dtype)
         x_EGCD = jnp.einsum("gtec,gtd->egcd", weight_GTEC, x_GTD)
         # Computed on the tokens' devices; then one all-to-all sends slots to the experts' devices.

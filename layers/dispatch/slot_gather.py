@@ -8,6 +8,7 @@ import dataclasses
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from layers.dispatch.base import Dispatcher, fitted
 from layers.dispatch.gather_rows import combine_rows, dispatch_rows, sum_by_token
@@ -21,7 +22,7 @@ from routing.records import ExpertChoice, ExpertMerge, SoftSlots, TokenChoice
 class SlotGather(Dispatcher):
     """Gather rows into slots and back, O(E C D); soft slots, which are dense, take an einsum."""
 
-    def dispatch(self, x_GTD, decision) -> jax.Array:
+    def dispatch(self, x_GTD: Float[Array, "G T D"], decision) -> jax.Array:
         if isinstance(decision, SoftSlots | ExpertMerge):
             return OneHotEinsum().dispatch(x_GTD, decision)
         if isinstance(decision, ExpertChoice):

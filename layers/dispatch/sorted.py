@@ -13,7 +13,7 @@ import gin
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from layers.dispatch.all_to_all import EXCHANGES, ExchangeKind, to_experts, to_tokens
 from layers.dispatch.base import Dispatcher, Overflow
@@ -116,7 +116,7 @@ class Sorted(Dispatcher):
         beyond = dataclasses.replace(decision, keep_GTK=keep_GTK & ~fits_GTK)
         return within, Overflow(beyond, dataclasses.replace(self, buffer=None))
 
-    def dispatch(self, x_GTD, decision) -> jax.Array | SortedRows:
+    def dispatch(self, x_GTD: Float[Array, "G T D"], decision) -> jax.Array | SortedRows:
         if not isinstance(decision, TokenChoice):
             return SlotGather().dispatch(x_GTD, decision)
         shards = shards_of(*x_GTD.shape[:2])

@@ -67,7 +67,7 @@ class FeedForwardExperts(Experts):
     def needs_slots(self, train: bool) -> bool:
         return train and self.dropout > 0  # the units to drop are drawn slot by slot
 
-    def __call__(self, x_GTD, decision, inputs, dispatcher) -> ExpertsOutput:
+    def __call__(self, x_GTD: Float[Array, "G T D"], decision, inputs, dispatcher) -> ExpertsOutput:
         if isinstance(decision, ExpertMerge):
             with jax.named_scope("merged_experts"):
                 return ExpertsOutput(self.merged(x_GTD, decision))

@@ -5,6 +5,7 @@ import dataclasses
 
 import gin
 import jax
+from jaxtyping import Array, Float
 
 from layers.experts.base import Experts, ExpertsOutput, LayerSizes
 from layers.experts.feed_forward_experts import FeedForwardExperts
@@ -50,7 +51,7 @@ class LatentExperts(Experts):
     def needs_slots(self, train: bool) -> bool:
         return self.inner.needs_slots(train)
 
-    def __call__(self, x_GTD, decision, inputs, dispatcher) -> ExpertsOutput:
+    def __call__(self, x_GTD: Float[Array, "G T D"], decision, inputs, dispatcher) -> ExpertsOutput:
         with jax.named_scope("latent"):
             z_GTZ = linear(x_GTD, self.down_DZ[...])
         y_GTZ, _ = self.inner(z_GTZ, decision, inputs, dispatcher)

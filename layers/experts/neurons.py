@@ -7,6 +7,7 @@ from einops import rearrange
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from layers.experts.base import Experts, ExpertsOutput, LayerSizes
 from routing.parameters import normal, parameter, truncated_normal
@@ -35,7 +36,7 @@ class NeuronExperts(Experts):
         self.down_ED = parameter(shape, axes, truncated_normal(), role="expert")
         self.up_ED = parameter(shape, axes, normal(0.1 * sizes.out_scale**0.5), role="expert")
 
-    def __call__(self, x_GTD, decision, inputs, dispatcher) -> ExpertsOutput:
+    def __call__(self, x_GTD: Float[Array, "G T D"], decision, inputs, dispatcher) -> ExpertsOutput:
         # Some assignments at a time: the weights of all would not fit in memory.
         assert isinstance(decision, TokenChoice)
         dtype = x_GTD.dtype

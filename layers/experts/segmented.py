@@ -7,6 +7,7 @@ import dataclasses
 
 import gin
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from layers.experts.base import Experts, ExpertsOutput, LayerSizes
 from layers.experts.feed_forward import ACTIVATIONS, GATED
@@ -63,7 +64,7 @@ class SegmentedExperts(Experts):
     def needs_slots(self, train: bool) -> bool:
         return True
 
-    def __call__(self, x_GTD, decision, inputs, dispatcher) -> ExpertsOutput:
+    def __call__(self, x_GTD: Float[Array, "G T D"], decision, inputs, dispatcher) -> ExpertsOutput:
         assert isinstance(decision, TokenChoice)
         if decision.expert_GTK.shape[-1] != self.segments:
             raise ValueError(

@@ -10,6 +10,7 @@ from typing import Any
 from einops import rearrange
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from layers.logical_axes import is_cut, per_shard, platform
 
@@ -18,7 +19,13 @@ BLOCK_LOGITS = 2**21
 ACCELERATOR_BLOCK_LOGITS = 2**27
 
 
-def cross_entropy_sums(weight_DV, hidden_BTD, target_BT, scored_BT, counted_BT) -> jax.Array:
+def cross_entropy_sums(
+    weight_DV: Float[Array, "D V"],
+    hidden_BTD: Float[Array, "B T D"],
+    target_BT: Int[Array, "B T"],
+    scored_BT: Bool[Array, "B T"],
+    counted_BT: Bool[Array, "B T"],
+) -> jax.Array:
     """The loss in nats, summed over scored tokens and over those also counted: float32 (2,).
 
     Equivalent to: -log_softmax(hidden @ weight)[target], summed where scored, and where scored and
@@ -47,7 +54,11 @@ def cross_entropy_sums(weight_DV, hidden_BTD, target_BT, scored_BT, counted_BT) 
     return per_shard(one_shard, arrays, (weight_DV,), (("embed", "vocab"),)).sum(0)
 
 
-def cross_entropy_of_each(weight_DV, hidden_BTD, target_BT) -> jax.Array:
+def cross_entropy_of_each(
+    weight_DV: Float[Array, "D V"],
+    hidden_BTD: Float[Array, "B T D"],
+    target_BT: Int[Array, "B T"],
+) -> jax.Array:
     """The loss of every token in nats, float32 (B, T), without a gradient.
 
     Block by block, and on a mesh by each device for its own sequences, as `cross_entropy_sums`.

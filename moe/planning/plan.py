@@ -187,18 +187,15 @@ def tpu_devices(topology: Topology) -> tuple[list, str | None]:
 
 def batch_of(program: Program, batch_size: int, length: int) -> Batch:
     """The shapes and shardings of a global batch."""
-    shape, rows = (batch_size, length), (batch_size,)
 
-    def of(shape, dtype=jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=program.batch_sharding)
+    def zeros() -> Batch:
+        ids_BT = jnp.zeros((batch_size, length), jnp.int32)
+        index_B = jnp.zeros(batch_size, jnp.int32)
+        return Batch(ids_BT, ids_BT, ids_BT, ids_BT, ids_BT > 0, index_B)
 
-    return Batch(
-        token_BT=of(shape),
-        target_BT=of(shape),
-        segment_BT=of(shape),
-        position_BT=of(shape),
-        scored_BT=of(shape, jnp.bool_),
-        index_B=of(rows),
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=program.batch_sharding),
+        jax.eval_shape(zeros),
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from moe.errors import UserError
-from moe.scaling.laws.law import Array, Law
+from moe.scaling.laws.law import Array, Law, Numbers
 
 REFINED = 64  # starts that are followed to their optimum
 ELEMENTS = 2_000_000  # residuals held at a time
@@ -101,8 +101,8 @@ class Problem:
         residuals = log_prediction - self.log_target
         return np.nan_to_num(residuals, nan=FAR, posinf=FAR, neginf=-FAR)
 
-    def objective(self, theta_SP: Array) -> Array:
-        """The weighted sum of Huber losses, (S,)."""
+    def objective(self, theta_SP: Array) -> Numbers:
+        """The weighted sum of Huber losses: (S,), or a number for one vector (P,)."""
         return huber(self.residuals(theta_SP), self.law.delta) @ self.weights
 
     def linearised(self, theta_P: Array) -> tuple[Array, Array]:

@@ -218,7 +218,7 @@ def predict(fitted: Fit, theta_SP: Array, at: Mapping[str, float], seed: int) ->
     found = {"at": dict(at), law.target: value, "interval": None, "interval_of_a_run": None}
     if len(theta_SP):
         with np.errstate(all="ignore"):
-            logs_S = law.log_prediction(law.unpack(theta_SP), x)[:, 0]
+            logs_S = np.asarray(law.log_prediction(law.unpack(theta_SP), x))[:, 0]
         residuals = np.random.default_rng(seed).choice(fitted.residuals(), len(logs_S))
         scatter = residuals * spread(fitted)
         found["interval"] = interval(fitted, np.exp(logs_S), value)

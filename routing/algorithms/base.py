@@ -9,11 +9,12 @@ import gin
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.parameters import orthogonal, parameter
-from routing.records import Causality, Routing, Sizes, TokenChoice
+from routing.records import AnyArray, Causality, Routing, Sizes, TokenChoice
 from routing.router import Router
 from routing.selection import top_k
 from routing.solvers.auction import balanced_assignment
@@ -55,7 +56,7 @@ class BASE(Router):
         decision = TokenChoice(expert_GT1, gate_GT1, keep_GT1, self.num_experts)
         return Routing(decision, score_GTE, jax.nn.softmax(score_GTE))
 
-    def assign(self, score_GTE, inputs: RouterInputs) -> jax.Array:
+    def assign(self, score_GTE: Float[AnyArray, "G T E"], inputs: RouterInputs) -> jax.Array:
         """The expert of every token, int32 (G, T); -1 for padding."""
         solve = jax.vmap(balanced_assignment)
         if not self.shuffle:

@@ -10,6 +10,7 @@ import gin
 import jax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from routing.balancers import StepState, exceeded_by
 from routing.capacity import slots_for_valid, slots_per_expert
@@ -17,7 +18,14 @@ from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.parameters import parameter, router_state, truncated_normal
 from routing.ranges import Count, LessThanOne, Positive
-from routing.records import Causality, ExpertChoice, RouterStats, Routing, Sizes, TokenChoice
+from routing.records import (
+    Causality,
+    ExpertChoice,
+    RouterStats,
+    Routing,
+    Sizes,
+    TokenChoice,
+)
 from routing.router import Router
 from routing.selection import top_k
 from routing.solvers.dykstra import capped_plan
@@ -116,7 +124,12 @@ class ExpertChoiceRouter(Router):
         )
 
 
-def best_tokens(preference_GET, valid_GT, factor: float, num_experts: int):
+def best_tokens(
+    preference_GET: Float[Array, "G E T"],
+    valid_GT: Bool[Array, "G T"],
+    factor: float,
+    num_experts: int,
+):
     """The ceil(factor * T / E) tokens that each expert prefers, best first, and which are kept.
 
     Returns token_GEC and keep_GEC. The number of kept slots is that of the group without padding.
@@ -132,7 +145,9 @@ def best_tokens(preference_GET, valid_GT, factor: float, num_experts: int):
     return token_GEC, jnp.broadcast_to(keep_G1C, token_GEC.shape)
 
 
-def above_threshold(score_GTE, threshold_E, most: int) -> TokenChoice:
+def above_threshold(
+    score_GTE: Float[Array, "G T E"], threshold_E: Float[Array, " E"], most: int
+) -> TokenChoice:
     """The choice of each token's `most` best experts, kept where the score reaches threshold_E."""
     expert_GTK = top_k(score_GTE, most)
     gate_GTK = jnp.take_along_axis(score_GTE, expert_GTK, -1)
@@ -153,7 +168,12 @@ class Thresholds(StepState):
 
         self.threshold_E = router_state((num_experts,), jnp.float32, (None,), start)
 
-    def batch_sums(self, score_GTE, valid_GT, keep_GEC) -> dict[str, jax.Array]:
+    def batch_sums(
+        self,
+        score_GTE: Float[Array, "G T E"],
+        valid_GT: Bool[Array, "G T"],
+        keep_GEC: Bool[Array, "G E C"],
+    ) -> dict[str, jax.Array]:
         """The lowest scores, summed over groups, and the number of groups with a token."""
         taken_G = keep_GEC[:, 0].sum(-1)
         lowest_GE = exceeded_by(jax.lax.stop_gradient(score_GTE), valid_GT, taken_G - 1)

@@ -8,10 +8,11 @@ from typing import Literal
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Int
 
 from routing.inputs import RouterInputs
 from routing.parameters import router_state
-from routing.records import Causality, Routing, Sizes, TokenChoice
+from routing.records import AnyArray, Causality, Routing, Sizes, TokenChoice
 from routing.router import Router
 from routing.solvers.hash_tables import RandomTable, Table, hash_bits
 
@@ -109,6 +110,8 @@ def next_token(inputs: RouterInputs) -> jax.Array:
     return jnp.where(follows_GT, after_GT, -1)
 
 
-def bigram_key(previous_GT, token_GT, vocab_size: int) -> jax.Array:
+def bigram_key(
+    previous_GT: Int[AnyArray, "G T"], token_GT: Int[AnyArray, "G T"], vocab_size: int
+) -> jax.Array:
     """previous * V + token, modulo 2^32: uint32."""
     return previous_GT.astype(jnp.uint32) * jnp.uint32(vocab_size) + token_GT.astype(jnp.uint32)

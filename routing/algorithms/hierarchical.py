@@ -9,6 +9,7 @@ import dataclasses
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from routing.algorithms.noisy_top_k import chance_of_selection, standard_normal
 from routing.balance_losses import ImportanceLoss, cv_squared
@@ -46,7 +47,11 @@ class HierarchicalLoadLoss(RouterLoss):
         return cv_squared(hierarchical_load(primary_A, secondary_AY, size_A).ravel())
 
 
-def hierarchical_load(primary_A, secondary_AY, size_A) -> jax.Array:
+def hierarchical_load(
+    primary_A: Float[Array, " A"],
+    secondary_AY: Float[Array, "A Y"],
+    size_A: Int[Array, " A"],
+) -> jax.Array:
     """Load_H (A, Y); 0 for groups that no token chose."""
     size_A1 = jnp.maximum(size_A, 1)[:, None]
     return primary_A[:, None] * secondary_AY / size_A1

@@ -9,6 +9,7 @@ from typing import Literal
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
@@ -103,7 +104,7 @@ def segment_means(inputs: RouterInputs, segment: int) -> jax.Array:
     return x_GSTD.sum(2) / jnp.maximum(valid_GST.sum(2), 1)[..., None]
 
 
-def in_segments(valid_GT, segment: int) -> jax.Array:
+def in_segments(valid_GT: Bool[Array, "G T"], segment: int) -> jax.Array:
     """The mask by segments (G, S, T), where the last one is filled up with False."""
     groups, tokens = valid_GT.shape
     segments = -(-tokens // segment)
@@ -111,7 +112,7 @@ def in_segments(valid_GT, segment: int) -> jax.Array:
     return jnp.pad(valid_GT, more).reshape(groups, segments, segment)
 
 
-def merged(logits_GSE, inputs: RouterInputs, segment: int) -> Routing:
+def merged(logits_GSE: Float[Array, "G S E"], inputs: RouterInputs, segment: int) -> Routing:
     """The routing by a softmax of each segment's logits; weights of all-padding segments are 0."""
     tokens = inputs.valid_GT.shape[1]
     tokens_GS = in_segments(inputs.valid_GT, segment).sum(-1, dtype=jnp.int32)

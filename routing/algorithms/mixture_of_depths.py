@@ -10,6 +10,7 @@ from typing import Literal
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 import optax
 
 from routing.algorithms.expert_choice import best_tokens
@@ -104,13 +105,13 @@ class MixtureOfDepths(DepthRouter):
         return jnp.einsum("gth,h->gt", hidden_GTH, self.guess_H[...]) + self.guess_bias[...]
 
 
-def in_order(token_GEC, keep_GEC, tokens: int):
+def in_order(token_GEC: Int[Array, "G E C"], keep_GEC: Bool[Array, "G E C"], tokens: int):
     """The same tokens in the order of their positions; empty slots last."""
     token_GEC = jnp.sort(jnp.where(keep_GEC, token_GEC, tokens), axis=-1)
     return jnp.minimum(token_GEC, tokens - 1), token_GEC < tokens
 
 
-def mask_of(token_C, keep_C, tokens: int) -> jax.Array:
+def mask_of(token_C: Int[Array, " C"], keep_C: Bool[Array, " C"], tokens: int) -> jax.Array:
     """The mask of the tokens that are kept: bool (T,)."""
     spread_C = jnp.where(keep_C, token_C, tokens)
     return jnp.zeros(tokens, bool).at[spread_C].set(True, mode="drop")

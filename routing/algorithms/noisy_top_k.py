@@ -76,7 +76,12 @@ def standard_normal(inputs: RouterInputs, num_experts: int) -> jax.Array:
     return draw(inputs.keys_G("noise"))
 
 
-def chance_of_selection(clean_GTE, noisy_GTE, std_GTE, k: int) -> jax.Array:
+def chance_of_selection(
+    clean_GTE: Float[Array, "G T E"],
+    noisy_GTE: Float[Array, "G T E"],
+    std_GTE: Float[Array, "G T E"],
+    k: int,
+) -> jax.Array:
     """P(x, i), the probability that i is among the K largest if its noise is redrawn (eq. 8-9).
 
     The K-th largest of the others is the (K + 1)-th of all for a chosen expert, else the K-th.

@@ -9,12 +9,13 @@ from typing import Literal
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float
 
 from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.parameters import parameter, truncated_normal
 from routing.ranges import Count, Positive
-from routing.records import Causality, Routing, Sizes, TokenChoice
+from routing.records import AnyArray, Causality, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
 from routing.selection import top_k
 
@@ -76,7 +77,12 @@ class Sinkhorn(Router):
         )
 
 
-def transport_plan(logits_GTE, valid_GT, iterations: int, tolerance: float = 0.0) -> jax.Array:
+def transport_plan(
+    logits_GTE: Float[AnyArray, "G T E"],
+    valid_GT: Bool[AnyArray, "G T"],
+    iterations: int,
+    tolerance: float = 0.0,
+) -> jax.Array:
     """The log of the transport plan (G, T, E), by Sinkhorn's algorithm in log space.
 
     Valid rows sum to 1 / T exactly, columns to 1 / E within `tolerance`, unless `iterations` end

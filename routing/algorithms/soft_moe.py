@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
@@ -64,14 +65,19 @@ class SoftMoE(Router):
         return soft_routing(logits_GTES, logits_GTES, inputs.valid_GT, self.segment)
 
 
-def slot_logits(x_GTD, phi_DES, scale) -> jax.Array:
+def slot_logits(x_GTD: Float[Array, "G T D"], phi_DES: Float[Array, "D E S"], scale) -> jax.Array:
     """The logits (G, T, E, S) of every token and slot; of unit vectors where there is a scale."""
     if scale is not None:
         x_GTD, phi_DES = unit(x_GTD, axis=-1), scale * unit(phi_DES, axis=0)
     return jnp.einsum("gtd,des->gtes", x_GTD, phi_DES)
 
 
-def soft_routing(read_GTES, write_GTES, valid_GT, segment: int | None) -> Routing:
+def soft_routing(
+    read_GTES: Float[Array, "G T E S"],
+    write_GTES: Float[Array, "G T E S"],
+    valid_GT: Bool[Array, "G T"],
+    segment: int | None,
+) -> Routing:
     """Slots read tokens by softmax(read_GTES), tokens read slots by softmax(write_GTES)."""
     share_GTES = jax.nn.softmax(write_GTES, axis=(2, 3))
     if segment is None:
@@ -84,7 +90,12 @@ def soft_routing(read_GTES, write_GTES, valid_GT, segment: int | None) -> Routin
     return Routing(decision, write_GTES.mean(-1), share_GTES.sum(-1))
 
 
-def in_segments(read_GTES, share_GTES, valid_GT, segment: int) -> SoftSlots:
+def in_segments(
+    read_GTES: Float[Array, "G T E S"],
+    share_GTES: Float[Array, "G T E S"],
+    valid_GT: Bool[Array, "G T"],
+    segment: int,
+) -> SoftSlots:
     """N * S slots per expert: those of segment n read earlier segments and are read by n alone."""
     groups, tokens, experts, slots = read_GTES.shape
     segments = -(-tokens // segment)

@@ -10,6 +10,7 @@ from typing import Literal
 import gin
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from routing import parameters
 from routing.balance_losses import BalanceLoss
@@ -145,7 +146,9 @@ class TopK(Router):
         return in_best_groups(biased_GTE, *groups)
 
 
-def in_best_groups(score_GTE, groups: int, allowed: int, best: int) -> jax.Array:
+def in_best_groups(
+    score_GTE: Float[Array, "G T E"], groups: int, allowed: int, best: int
+) -> jax.Array:
     """The scores of the experts in each token's `allowed` best groups, minus infinity elsewhere.
 
     A group's score is the sum of its `best` largest. A groups of Y experts each.
@@ -157,7 +160,7 @@ def in_best_groups(score_GTE, groups: int, allowed: int, best: int) -> jax.Array
     return jnp.where(is_allowed_GTA[..., None], score_GTAY, -jnp.inf).reshape(score_GTE.shape)
 
 
-def non_orthogonality(weight_DE) -> jax.Array:
+def non_orthogonality(weight_DE: Float[Array, "D E"]) -> jax.Array:
     """Sum of |W^T W - I| (SIMBAL, eq. 4)."""
     gram_EE = weight_DE.T @ weight_DE
     return jnp.abs(gram_EE - jnp.eye(gram_EE.shape[0], dtype=gram_EE.dtype)).sum()

@@ -9,8 +9,9 @@ import math
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from routing.records import AnyArray
 from routing.solvers.hash_tables import hash_bits
 
 CLOSED = 1e6  # the price of an expert without slots
@@ -48,7 +49,12 @@ def quotas(tokens, num_experts: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("precision", "rounds"))
-def balanced_assignment(score_TE, valid_T, precision: float = 1e-3, rounds: int = 1000):
+def balanced_assignment(
+    score_TE: Float[AnyArray, "T E"],
+    valid_T: Bool[AnyArray, " T"],
+    precision: float = 1e-3,
+    rounds: int = 1000,
+):
     """The expert of each valid token, -1 for padding: int32 (T,).
 
     Maximises the sum of the scores, where every expert takes exactly its quota, to within
@@ -82,7 +88,14 @@ def balanced_assignment(score_TE, valid_T, precision: float = 1e-3, rounds: int 
     return fill(book.token_EQ, valid_T, quota_E)
 
 
-def auction(score_TE, valid_T, quota_E, price_E, increment, rounds: int) -> Book:
+def auction(
+    score_TE: Float[AnyArray, "T E"],
+    valid_T: Bool[AnyArray, " T"],
+    quota_E: Int[AnyArray, " E"],
+    price_E: Float[AnyArray, " E"],
+    increment,
+    rounds: int,
+) -> Book:
     """The auction from these prices, until every token has a slot, or for so many rounds."""
 
     def unfinished(book):
@@ -98,7 +111,7 @@ def scattered(size: int) -> jax.Array:
     return (bits >> 8).astype(jnp.float32) / 2**24
 
 
-def normalised(score_TE, valid_T) -> jax.Array:
+def normalised(score_TE: Float[AnyArray, "T E"], valid_T: Bool[AnyArray, " T"]) -> jax.Array:
     """Scores shifted and scaled to begin at 0 and end near 1; those not finite become 0.
 
     The unit is the range, or 20 mean absolute deviations where that is less, so that outliers don't
@@ -114,7 +127,9 @@ def normalised(score_TE, valid_T) -> jax.Array:
     return jnp.where(good_TE, score_TE - low, 0) / jnp.where(unit > 0, unit, 1)
 
 
-def entropic_prices(score_TE, valid_T, quota_E) -> jax.Array:
+def entropic_prices(
+    score_TE: Float[AnyArray, "T E"], valid_T: Bool[AnyArray, " T"], quota_E: Int[AnyArray, " E"]
+) -> jax.Array:
     """Column potentials of Sinkhorn iterations with falling temperature: float32 (E,)."""
     share_E = jnp.log(jnp.maximum(quota_E, 1).astype(score_TE.dtype))
 
@@ -131,7 +146,7 @@ def entropic_prices(score_TE, valid_T, quota_E) -> jax.Array:
     return price_E - price_E.min()
 
 
-def offers(score_NE, price_E, increment):
+def offers(score_NE: Float[AnyArray, "N E"], price_E: Float[AnyArray, " E"], increment):
     """The expert of largest value for each token, int32 (N,), and the token's bid for it (N,)."""
     value_NE = score_NE - price_E[None]
     first_N = jnp.argmax(value_NE, axis=1).astype(jnp.int32)
@@ -140,7 +155,13 @@ def offers(score_NE, price_E, increment):
     return first_N, price_E[first_N] + value_NE.max(1) - second_N + increment
 
 
-def all_bid(score_TE, valid_T, quota_E, price_E, increment) -> Book:
+def all_bid(
+    score_TE: Float[AnyArray, "T E"],
+    valid_T: Bool[AnyArray, " T"],
+    quota_E: Int[AnyArray, " E"],
+    price_E: Float[AnyArray, " E"],
+    increment,
+) -> Book:
     """The first round: all tokens bid at once, and each expert takes the best, up to its quota."""
     tokens, experts = score_TE.shape
     first_T, offer_T = offers(score_TE, price_E, increment)
@@ -169,7 +190,7 @@ def all_bid(score_TE, valid_T, quota_E, price_E, increment) -> Book:
     return Book(token_EQ, bid_EQ, price_E, queue_T, queue_T[:bidders], head, jnp.int32(0))
 
 
-def some_bid(book: Book, score_TE, increment) -> Book:
+def some_bid(book: Book, score_TE: Float[AnyArray, "T E"], increment) -> Book:
     """A later round of M bidders: each expert takes the best bid for its cheapest slot.
 
     A token that loses its slot replaces the winner among the bidders; the next in the queue fills
@@ -198,13 +219,15 @@ def some_bid(book: Book, score_TE, increment) -> Book:
     return Book(token_EQ, bid_EQ, price_E, book.queue_T, bidder_M, head, book.rounds + 1)
 
 
-def prices(bid_EQ, price_E) -> jax.Array:
+def prices(bid_EQ: Float[AnyArray, "E Q"], price_E: Float[AnyArray, " E"]) -> jax.Array:
     """The lowest bid of each full expert; experts with free slots keep their price: (E,)."""
     lowest_E = bid_EQ.min(1)
     return jnp.where(jnp.isfinite(lowest_E), lowest_E, price_E)
 
 
-def fill(token_EQ, valid_T, quota_E) -> jax.Array:
+def fill(
+    token_EQ: Int[AnyArray, "E Q"], valid_T: Bool[AnyArray, " T"], quota_E: Int[AnyArray, " E"]
+) -> jax.Array:
     """The expert of every token (T,); tokens without a slot fill the free slots in order."""
     experts, slots = token_EQ.shape
     tokens = valid_T.shape[0]

@@ -5,9 +5,19 @@ G groups, E experts, T tokens per group.
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from routing.records import AnyArray
 
 
-def capped_plan(score_GET, valid_GT, slots_G, most: float, entropy: float, iterations: int):
+def capped_plan(
+    score_GET: Float[AnyArray, "G E T"],
+    valid_GT: Bool[AnyArray, "G T"],
+    slots_G: Int[AnyArray, " G"],
+    most: float,
+    entropy: float,
+    iterations: int,
+):
     """argmax <S, A> + entropy * H(A) with rows summing to slots, columns at most to `most`, A <= 1.
 
     The Kullback-Leibler projection of exp(S / entropy) onto the three sets, by Dykstra's algorithm

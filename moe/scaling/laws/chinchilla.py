@@ -2,10 +2,20 @@
 
 import numpy as np
 
-from moe.scaling.laws.law import D, Law, N, Values, dense_costs, free, log_sum_exp, positive
+from moe.scaling.laws.law import (
+    D,
+    Law,
+    N,
+    Numbers,
+    Values,
+    dense_costs,
+    free,
+    log_sum_exp,
+    positive,
+)
 
 
-def chinchilla_log_loss(c: Values, x: Values) -> np.ndarray:
+def chinchilla_log_loss(c: Values, x: Values) -> Numbers:
     """Approach 3 of 2203.15556: the log of a sum as LSE(a - alpha log N, b - beta log D, e)."""
     return log_sum_exp(
         np.log(c.A) - c.alpha * np.log(x.N), np.log(c.B) - c.beta * np.log(x.D), np.log(c.E)

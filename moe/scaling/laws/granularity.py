@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from moe.scaling.laws.law import Costs, D, G, Law, N, Values, free, log_sum_exp, positive
+from moe.scaling.laws.law import Costs, D, G, Law, N, Numbers, Values, free, log_sum_exp, positive
 
 EXPERTS = 64  # expansion rate of the paper's models
 ROUTING_FLOPS = 14  # of training, for a logit of the router
 ASPECT = 64  # width over blocks
 
 
-def log_loss(c: Values, x: Values) -> np.ndarray:
+def log_loss(c: Values, x: Values) -> Numbers:
     """L = c + (g / G^gamma + a) / N^alpha + b / D^beta; N counts all parameters."""
     scale = log_sum_exp(np.log(c.g) - c.gamma * np.log(x.G), np.log(c.a))
     return log_sum_exp(

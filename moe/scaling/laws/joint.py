@@ -8,6 +8,7 @@ from moe.scaling.laws.law import (
     E,
     Law,
     N,
+    Numbers,
     Values,
     above,
     free,
@@ -17,7 +18,7 @@ from moe.scaling.laws.law import (
 )
 
 
-def terms(c: Values, experts: np.ndarray) -> tuple[np.ndarray, ...]:
+def terms(c: Values, experts: Numbers) -> tuple[Numbers, ...]:
     """log m, mu, log n, nu of L = m N^mu + n D^nu + c for an expert count Ê (table 3)."""
     log = np.log(experts)
     return (
@@ -28,7 +29,7 @@ def terms(c: Values, experts: np.ndarray) -> tuple[np.ndarray, ...]:
     )
 
 
-def log_loss(c: Values, x: Values) -> np.ndarray:
+def log_loss(c: Values, x: Values) -> Numbers:
     """All logs are natural."""
     log_m, mu, log_n, nu = terms(c, saturated(x.E, c.E_start, c.E_max))
     return log_sum_exp(log_m + mu * np.log(x.N), log_n + nu * np.log(x.D), np.log(c.c))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray
+Numbers = np.ndarray | float  # an array, or one number
 Values = SimpleNamespace  # numbers or arrays by name
 
 
@@ -112,7 +113,7 @@ class Law:
     name: str
     inputs: Mapping[str, Input]
     coefficients: Mapping[str, Coefficient]
-    log_prediction: Callable[[Any, Any], Array]
+    log_prediction: Callable[[Any, Any], Numbers]
     equation: str
     delta: float = 1e-3
     target: str = "L"
@@ -159,7 +160,7 @@ class Law:
         return grid_SP[np.isfinite(grid_SP).all(axis=1)]
 
 
-def log_sum_exp(*terms: Array) -> Array:
+def log_sum_exp(*terms: Numbers) -> Numbers:
     """log of the sum of exp(terms), which broadcast."""
     peak = terms[0]
     for term in terms[1:]:
@@ -167,6 +168,6 @@ def log_sum_exp(*terms: Array) -> Array:
     return peak + np.log(sum(np.exp(term - peak) for term in terms))
 
 
-def saturated(experts: Array, start: Array, most: Array) -> Array:
+def saturated(experts: Numbers, start: Numbers, most: Numbers) -> Numbers:
     """The saturated expert count (2202.01169): `start` for one expert, at most `most`."""
     return 1 / (1 / (experts - 1 + 1 / (1 / start - 1 / most)) + 1 / most)

@@ -6,10 +6,10 @@ A = 3.1 %, G = 12, C = 1e22, and a best G between 8 and 12; other bases don't.
 
 import numpy as np
 
-from moe.scaling.laws.law import G, Input, Law, Values, above, free, positive
+from moe.scaling.laws.law import G, Input, Law, Numbers, Values, above, free, positive
 
 
-def log_leverage(c: Values, x: Values) -> np.ndarray:
+def log_leverage(c: Values, x: Values) -> Numbers:
     """log EL = (alpha + gamma (log2 G)^2 + beta log2 G) log Â with alpha = a + d log10 C."""
     # The saturated count of laws/law.py, which starts at one expert; A starts at zero.
     active = 1 / (1 / (x.A + 1 / (1 / c.A_start - 1 / c.A_max)) + 1 / c.A_max)

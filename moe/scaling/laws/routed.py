@@ -2,16 +2,16 @@
 
 import numpy as np
 
-from moe.scaling.laws.law import Costs, E, Law, N, Values, above, free, positive, saturated
+from moe.scaling.laws.law import Costs, E, Law, N, Numbers, Values, above, free, positive, saturated
 
 
-def log_loss(c: Values, x: Values) -> np.ndarray:
+def log_loss(c: Values, x: Values) -> Numbers:
     """log L = a log N + b log Ê + c log N log Ê + d in base 10, as natural log."""
     size, experts = np.log10(x.N), np.log10(saturated(x.E, c.E_start, c.E_max))
     return np.log(10) * (c.a * size + c.b * experts + c.c * size * experts + c.d)
 
 
-def effective_parameters(c: Values, x: Values) -> np.ndarray:
+def effective_parameters(c: Values, x: Values) -> Numbers:
     """The size of the dense model with the same loss, N̄(N, E); N itself for one expert."""
     experts = saturated(x.E, c.E_start, c.E_max)
     alpha = c.a + c.c * np.log10(experts)

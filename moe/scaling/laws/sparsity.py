@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from moe.scaling.laws.law import Costs, D, Law, N, S, Values, free, log_sum_exp, positive
+from moe.scaling.laws.law import Costs, D, Law, N, Numbers, S, Values, free, log_sum_exp, positive
 
 
-def log_loss(c: Values, x: Values) -> np.ndarray:
+def log_loss(c: Values, x: Values) -> Numbers:
     """L = a/N^alpha + b/D^beta + c/(1-S)^lambda + d/((1-S)^delta N^gamma) + e; N is the total."""
     size, active = np.log(x.N), np.log(1 - x.S)
     return log_sum_exp(
