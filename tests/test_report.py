@@ -127,6 +127,13 @@ def test_routing_by_layer_is_at_equal_shares_of_training(folder):
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()][-1] == "seer"
 
 
+def test_what_tuning_chose_is_told(folder):
+    sweep = read(str(folder))
+    [good] = [row for row in page.tuned(sweep, find(sweep)) if row[0] == "good"]
+    assert good[1:4] == ("3", "0", "AdamW.learning_rate = 0.01")
+    assert "<h2>What tuning chose</h2>" in page.page([sweep])
+
+
 def test_a_name_cannot_break_the_markdown(tmp_path):
     wild = "x\n\n| <img src=x> & | y"
     sweep = read(str(synthetic_sweep.write(tmp_path / "s", {"base": 0.0, wild: -0.03})))

@@ -35,6 +35,7 @@ HEADER = (
     *("training rule better by", "causality"),
 )
 DECODING = ("cell", "router", "rule")
+TUNED = ("cell", "tried", "failed", "chosen", "at the edge of what was tried")
 
 
 def table(findings: Sequence[Finding]) -> list[tuple[str, ...]]:
@@ -130,6 +131,7 @@ def section(sweep: Sweep) -> str:
         f'<h2>The table</h2><div class="wide">{html_table(table(findings))}</div>\n'
         f"<h2>How far this can be trusted</h2><ul>{listed}</ul>\n"
         f"<h2>More figures</h2>{''.join(f'<p>{svg}</p>' for svg in others if svg)}\n"
+        f"<h2>What tuning chose</h2>{html_table(tuned(sweep, findings), TUNED)}\n"
         f"<h2>How each arm decodes</h2>{html_table(decoding(findings), DECODING)}\n"
     )
 
@@ -137,6 +139,19 @@ def section(sweep: Sweep) -> str:
 def decoding(findings: Sequence[Finding]) -> list[tuple[str, ...]]:
     """Cell, router and the rule by which it decodes."""
     return [(f.cell, f.facts["router"] or "dense", f.facts["decoding"]) for f in findings]
+
+
+def tuned(sweep: Sweep, findings: Sequence[Finding]) -> list[tuple[str, ...]]:
+    """Cell, trials of its tuning, those that failed, the values reported with, and edges."""
+    rows = []
+    for f in findings:
+        tried, reported = sweep.of(f.cell, "tuning"), sweep.of(f.cell, "report")
+        failed = sum(row["status"] != "finished" for row in tried)
+        chosen = reported[0]["tuned"].items() if reported else ()
+        values = ", ".join(f"{name} = {value:.4g}" for name, value in chosen)
+        edges = ", ".join(f"{name}: {side}" for name, side in f.edges.items())
+        rows.append((f.cell, f"{len(tried)}", f"{failed}", values, edges))
+    return rows
 
 
 def html_table(rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> str:
