@@ -51,6 +51,10 @@ def write(
         )
         if phase == "report":
             curves.extend(curve_of(row, true))
+            run = folder / "trials" / row["trial"] / "run"
+            if "/" not in name:
+                run.mkdir(parents=True, exist_ok=True)
+                (run / "routing.jsonl").write_text("".join(routing_of(STEPS)))
 
     for name, true in arms.items():
         for number, rate in enumerate((0.003, 0.01, 0.03), 1):
@@ -130,6 +134,15 @@ def row_of(cell: dict, phase: str, number: int, seed: int) -> dict:
         "max_over_mean_load": 1.2,
         "training_flops": cell["training_flops"],
     }
+
+
+def routing_of(steps: int):
+    """Two layers of four experts, which grow even; the second drops a tenth of its assignments."""
+    for step in range(1, steps + 1):
+        uneven = round(100 * (1 - step / steps))
+        count = [100 + 3 * uneven, *[100 - uneven] * 3]
+        kept = [count, [n * 0.9 for n in count]]
+        yield json.dumps({"step": step, "count": [count, count], "kept": kept}) + "\n"
 
 
 def curve_of(row: dict, true: float):

@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 import numpy as np
 
 from moe.reports.findings import Finding
@@ -53,25 +53,37 @@ def answer(sweep: Sweep, findings: Sequence[Finding]) -> Figure:
     axes = figure.add_subplot()
     delta = sweep.plan["delta"]
     axes.axvspan(-delta, delta, color=BAND, label=f"does not matter (within {delta:g})")
-    axes.axvline(0, color=BASELINE, linewidth=1, label=f"baseline: {sweep.plan['baseline']}")
-    used = set()
+    axes.axvline(0, color=BASELINE, linewidth=1, label=f"baseline: {short(sweep.plan['baseline'])}")
     for row, f in enumerate(reversed(shown)):
         assert f.verdict is not None
         difference = f.verdict.difference
         low, high = difference.interval()
         colour = WORDS.get(f.word, GREY)
-        label = f.word if f.word not in used else None
-        used.add(f.word)
-        axes.plot([low, high], [row, row], color=colour, linewidth=2, label=label)
+        axes.plot([low, high], [row, row], color=colour, linewidth=2)
         axes.plot(difference.mean, row, "o", color=colour, markersize=6)
         for value in differences_by_seed(sweep, f):
             axes.plot(value, row, "|", color=colour, markersize=9)
-    axes.set_yticks(range(len(shown)), [f.cell for f in reversed(shown)])
+    axes.set_yticks(range(len(shown)), [short(f.cell) for f in reversed(shown)])
+    axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.set_xlabel("difference to the baseline in bits per byte of held-out text (less is better)")
-    axes.set_title("95 % intervals over seeds and documents; strokes are seeds")
+    axes.set_title("95 % intervals of each cell, strokes are seeds; colours hold over all cells")
+    for word in [word for word in WORDS if word in {f.word for f in shown}]:
+        axes.plot([], [], color=WORDS[word], linewidth=2, label=word)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     tidy(axes)
     return figure
+
+
+def short(name: str, most: int = 48) -> str:
+    """The name, or both its ends, so that it leaves room for the figure."""
+    half = most // 2
+    return name if len(name) <= most else f"{name[:half]} ... {name[-half:]}"
+
+
+def back_to_front(findings: Sequence[Finding], colours: dict[str, str]) -> list[Finding]:
+    """Cells in grey, then the others from the worst to the best, then baselines: on top."""
+    layer = {GREY: 0, BASELINE: 2}
+    return sorted(reversed(findings), key=lambda f: layer.get(colours[f.cell], 1))
 
 
 def differences_by_seed(sweep: Sweep, finding: Finding) -> list[float]:
@@ -95,7 +107,7 @@ def curves(sweep: Sweep, findings: Sequence[Finding]) -> Figure:
     }
     colours = colours_of(findings)
     for axes, (axis, label) in zip(panels, names.items(), strict=True):
-        for f in reversed(findings):
+        for f in back_to_front(findings, colours):
             of_seeds(axes, sweep, f, axis, "bits_per_byte", colours[f.cell])
         axes.set_xlabel(label)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -124,9 +136,11 @@ def of_seeds(axes, sweep: Sweep, finding: Finding, axis: str, key: str, colour: 
             for curve in rows
         ]
     )
-    axes.fill_between(x_N, y_SN.min(0), y_SN.max(0), color=colour, alpha=0.2, linewidth=0)
-    style = "--" if finding.facts["leaks"] else "-"
-    axes.plot(x_N, y_SN.mean(0), style, color=colour, linewidth=1.4, label=finding.cell)
+    style, width = "--" if finding.facts["leaks"] else "-", 0.6
+    if colour != GREY:  # the bands of many would hide all else
+        axes.fill_between(x_N, y_SN.min(0), y_SN.max(0), color=colour, alpha=0.2, linewidth=0)
+        width = 1.4
+    axes.plot(x_N, y_SN.mean(0), style, color=colour, linewidth=width, label=finding.cell)
 
 
 def binned(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -159,7 +173,7 @@ def routing(sweep: Sweep, findings: Sequence[Finding]) -> Figure | None:
     figure = Figure(figsize=(11, 3.2))
     panels, drawn = figure.subplots(1, 3), False
     for axes, (key, label) in zip(panels, keys.items(), strict=True):
-        for f in reversed(findings):
+        for f in back_to_front(findings, colours):
             share = with_shares(sweep, f)
             before = len(axes.get_lines())
             of_seeds(axes, share, f, "share", key, colours[f.cell])
@@ -196,7 +210,9 @@ def pareto(findings: Sequence[Finding]) -> Figure:
     for axes, (label, cost) in zip(panels, costs.items(), strict=True):
         points = [(cost(f), float(np.mean(f.values_S)), f) for f in findings if f.values_S]
         points = [(x, y, f) for x, y, f in points if x is not None and math.isfinite(x)]
-        for x, y, f in points:
+        by_cell = {f.cell: (x, y) for x, y, f in points}
+        for f in [f for f in back_to_front(findings, colours) if f.cell in by_cell]:
+            x, y = by_cell[f.cell]
             marker = "x" if f.facts["leaks"] else "o"
             axes.plot(x, y, marker, color=colours[f.cell], markersize=6)
         fair = sorted((x, y) for x, y, f in points if not f.facts["leaks"])
@@ -231,7 +247,7 @@ def tuning(sweep: Sweep, findings: Sequence[Finding]) -> Figure | None:
     figure = Figure(figsize=(1.5 + 4.5 * len(names), 3.4))
     panels = figure.subplots(1, len(names), squeeze=False)[0]
     for axes, name in zip(panels, names, strict=True):
-        for f in reversed(findings):
+        for f in back_to_front(findings, colours):
             own = [r for r in rows if r["cell"] == f.cell and name in r["tuned"]]
             good = sorted(
                 (r["tuned"][name], r["validation_bits_per_byte"])
@@ -247,8 +263,9 @@ def tuning(sweep: Sweep, findings: Sequence[Finding]) -> Figure | None:
                     axes.axvline(row["tuned"][name], color=colours[f.cell], linestyle=":")
         if sweep.plan["tuning"]["ranges"][name][2] == "log":
             axes.set_xscale("log")
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(name)
         axes.set_ylabel("validation bits per byte")
         tidy(axes)
@@ -264,7 +281,7 @@ def legend(axes, findings: Sequence[Finding], colours: dict[str, str]) -> None:
         Line2D([], [], color=colours[f.cell], linestyle="--" if f.facts["leaks"] else "-")
         for f in own
     ]
-    labels = [f.cell for f in own]
+    labels = [short(f.cell) for f in own]
     if others := len(findings) - len(own):
         handles.append(Line2D([], [], color=GREY))
         labels.append(f"{others} others")

@@ -20,14 +20,15 @@ class Multiplier:
     """How many times a cell's budget the baseline needs for the cell's loss.
 
     Attributes:
-        value, low, high: the mean over seeds and its 95 % interval; NaN for one seed.
-        beyond: whether the baseline's own curve doesn't reach so far, and its slope was extended.
+        value, low, high: the mean over seeds and its 95 % interval; NaN for one seed and bounds.
+        mark: "" where the baseline's own curve holds the loss; "~" where it was extended; "<" and
+            ">" where it is too far and the value is a bound.
     """
 
     value: float
     low: float
     high: float
-    beyond: bool
+    mark: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +74,12 @@ class Finding:
             return "failed" if not self.values_S else "unstable"
         if self.is_baseline:
             return "baseline"
+        if not self.values_S:
+            return "not run"
         return self.verdict.word if self.verdict else "undecided"
 
 
+FARTHEST = math.log(4)  # that a learning curve is extended
 MEANS = (
     *("train_seconds", "tokens_per_second", "effective_utilisation", "peak_memory_bytes"),
     *("dropped", "max_over_mean_load"),
@@ -101,7 +105,7 @@ def find(sweep: Sweep) -> list[Finding]:
 
 def rank(finding: Finding) -> tuple:
     """The order of the table: ranked cells by bits per byte, then unstable, failed and leaking."""
-    groups = {"unstable": 1, "failed": 2, "leaks": 3}
+    groups = {"unstable": 1, "failed": 2, "not run": 3, "leaks": 4}
     mean = float(np.mean(finding.values_S)) if finding.values_S else math.inf
     return groups.get(finding.word, 0), mean
 
@@ -124,7 +128,7 @@ def one(sweep: Sweep, cell: dict[str, Any], verdict: Verdict | None, family: int
         further = further_seeds(verdict.difference, sweep.plan["delta"], family)
     by = {"compute": "flops", "time": "seconds"}
     multipliers = {
-        kind: None if name == baseline else multiplier(sweep, name, baseline, axis)
+        kind: None if name == baseline or cell["leaks"] else multiplier(sweep, name, baseline, axis)
         for kind, axis in by.items()
     }
     leaks = [
@@ -166,35 +170,42 @@ def multiplier(sweep: Sweep, cell: str, baseline: str, axis: str) -> Multiplier 
     """The baseline's budget for the cell's last training loss, over the cell's own budget.
 
     Both losses are means of the last tenth of the steps, which is smooth enough; the baseline's
-    curve is its own over the second half of training, a straight line in the logarithm of the
-    budget between tenths, extended by its last slope.
+    curve is its own after the first tenth of training, a straight line in the logarithm of the
+    budget between tenths, extended by the slope of its second half up to `FARTHEST`.
 
     axis: `flops` or `seconds` of the curves.
     """
     ours, theirs = paired(sweep, cell, baseline)
-    logs, beyond = [], False
+    logs, marks = [], set()
     for mine, other in zip(ours, theirs, strict=True):
-        curve, base = (sweep.curves.get(row["trial"], []) for row in (mine, other))
-        if len(curve) < 10 or len(base) < 10 or not curve[-1].get(axis):
+        curve, base = (logged(sweep, row, axis) for row in (mine, other))
+        if len(curve) < 10 or len(base) < 10:
             return None
         tenths, losses = smoothed(base, axis)
         own = smoothed(curve, axis)
-        needed, outside = inverse(tenths, losses, own[1][-1])
-        beyond |= outside
+        needed, mark = inverse(tenths, losses, own[1][-1])
+        marks.add(mark)
         logs.append(needed - math.log(curve[-1][axis]) + math.log(base[-1][axis]) - tenths[-1])
     if not logs:
         return None
+    mark = next((mark for mark in ("<", ">", "~") if mark in marks), "")
     mean = float(np.mean(logs))
     half = math.nan
-    if len(logs) > 1:
+    if len(logs) > 1 and mark not in ("<", ">"):
         error = float(np.std(logs, ddof=1)) / math.sqrt(len(logs))
         half = error * float(student.ppf(0.975, len(logs) - 1))
-    return Multiplier(math.exp(mean), math.exp(mean - half), math.exp(mean + half), beyond)
+    return Multiplier(math.exp(mean), math.exp(mean - half), math.exp(mean + half), mark)
+
+
+def logged(sweep: Sweep, row: Row, axis: str) -> list[Row]:
+    """The rows of a trial's curve that have a loss and a budget."""
+    curve = sweep.curves.get(row["trial"], [])
+    return [r for r in curve if r.get(axis) and r.get("bits_per_byte") is not None]
 
 
 def smoothed(curve: Sequence[Row], axis: str) -> tuple[list[float], list[float]]:
-    """The log of the budget, and the loss, as means over each of the last five tenths."""
-    edges_ = np.linspace(len(curve) // 2, len(curve), 6).round().astype(int)
+    """The log of the budget, and the loss, as means over each tenth but the first."""
+    edges_ = np.linspace(len(curve) // 10, len(curve), 10).round().astype(int)
     budget, loss = [], []
     for start, end in itertools.pairwise(edges_):
         part = curve[start : max(end, start + 1)]
@@ -203,16 +214,19 @@ def smoothed(curve: Sequence[Row], axis: str) -> tuple[list[float], list[float]]
     return budget, loss
 
 
-def inverse(budgets: list[float], losses: list[float], loss: float) -> tuple[float, bool]:
-    """The log of the budget at which a falling curve reaches a loss; whether it is beyond it."""
+def inverse(budgets: list[float], losses: list[float], loss: float) -> tuple[float, str]:
+    """The log of the budget at which a falling curve reaches a loss, with a multiplier's mark."""
     falling = np.minimum.accumulate(losses)
-    if loss < falling[-1]:
-        slope = (falling[-1] - falling[0]) / (budgets[-1] - budgets[0])
-        far = (loss - falling[-1]) / slope if slope < 0 else math.inf
-        return budgets[-1] + min(far, 20.0), True
     if loss > falling[0]:
-        return budgets[0], True
-    return float(np.interp(-loss, -falling, budgets)), False
+        return budgets[0], "<"
+    if loss >= falling[-1]:
+        return float(np.interp(-loss, -falling, budgets)), ""
+    half = len(budgets) // 2
+    slope = (falling[-1] - falling[half]) / (budgets[-1] - budgets[half])
+    if slope == 0:
+        return budgets[-1], ">"
+    far = (loss - falling[-1]) / slope
+    return budgets[-1] + min(far, FARTHEST), "~" if far <= FARTHEST else ">"
 
 
 def sentence(sweep: Sweep, findings: Sequence[Finding]) -> str:
@@ -224,7 +238,7 @@ def sentence(sweep: Sweep, findings: Sequence[Finding]) -> str:
     parts = []
     for word, phrase in (
         ("better", "better"),
-        ("equivalent", f"equivalent within {delta:g} bits per byte"),
+        ("equivalent", f"equivalent within {delta:g}"),
         ("worse", "worse"),
         ("undecided", "undecided"),
     ):
@@ -234,6 +248,8 @@ def sentence(sweep: Sweep, findings: Sequence[Finding]) -> str:
     wrong = [f for f in findings if f.word in ("unstable", "failed")]
     if wrong:
         parts.append(f"runs of {listed(wrong)} have failed")
+    if absent := [f for f in findings if f.word == "not run"]:
+        parts.append(f"{listed(absent)} {'has' if len(absent) == 1 else 'have'} not run yet")
     leaking = [f for f in findings if f.word == "leaks"]
     if leaking:
         one_ = len(leaking) == 1
@@ -243,7 +259,8 @@ def sentence(sweep: Sweep, findings: Sequence[Finding]) -> str:
         )
     if not parts:
         return "There is nothing beside the baseline to compare."
-    return f"Beside {baseline}, at equal {sweep.plan['match']}: {'; '.join(parts)}."
+    equal = f"Beside {baseline}, at equal {sweep.plan['match']}, in bits per byte"
+    return f"{equal}: {'; '.join(parts)}."
 
 
 def listed(findings: Sequence[Finding]) -> str:
@@ -256,7 +273,10 @@ def names(findings: Sequence[Finding], most: int = 4) -> str:
     if len(findings) > most:
         shown = ", ".join(f.cell for f in findings[:most])
         return f"{shown} and {len(findings) - most} more"
-    return ", ".join(f"{f.cell} ({shown_difference(f)})" if f.verdict else f.cell for f in findings)
+    unpaired = "fewer than 2 seeds beside the baseline"
+    return ", ".join(
+        f"{f.cell} ({shown_difference(f) if f.verdict else unpaired})" for f in findings
+    )
 
 
 def shown_difference(finding: Finding) -> str:
@@ -267,7 +287,8 @@ def shown_difference(finding: Finding) -> str:
     text = f"{difference.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
     if finding.word == "undecided":
         more = finding.further
-        text += f", {more} further seeds would decide" if more else ", more text would decide"
+        seeds = f"{more} further seed{'s' if more != 1 else ''}"
+        text += f", {seeds if more else 'more text'} would decide"
     return text
 
 

@@ -16,11 +16,13 @@ from moe.reports.findings import (
     shown_difference,
     shuffled,
 )
+from moe.reports.layers import layers
 from moe.reports.read import Sweep
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+p, li { overflow-wrap: anywhere }
 h2 { margin-top: 2.5rem } svg { max-width: 100%; height: auto }
 p.finding { font-size: 1.2rem; border-left: 4px solid #0072B2; padding-left: 1rem }
 table { border-collapse: collapse; font-size: 13px } .wide { overflow-x: auto }
@@ -33,6 +35,7 @@ HEADER = (
     *("training rule better by", "causality"),
 )
 DECODING = ("cell", "router", "rule")
+TUNED = ("cell", "tried", "failed", "chosen", "at the edge of what was tried")
 
 
 def table(findings: Sequence[Finding]) -> list[tuple[str, ...]]:
@@ -71,10 +74,10 @@ def metric(f: Finding, name: str, form: str) -> str:
 
 
 def times(multiplier: Multiplier | None) -> str:
-    """A multiplier with its interval; ~ where the baseline's curve had to be extended."""
+    """A multiplier with its mark and interval."""
     if multiplier is None:
         return ""
-    text = f"{'~' if multiplier.beyond else ''}{multiplier.value:.2f}x"
+    text = f"{multiplier.mark}{multiplier.value:.2f}x"
     if np.isfinite(multiplier.low):
         text += f" [{multiplier.low:.2f}, {multiplier.high:.2f}]"
     return text
@@ -86,10 +89,16 @@ def markdown(sweeps: Sequence[Sweep]) -> str:
     for sweep in sweeps:
         findings = find(sweep)
         rows = [HEADER, ("---",) * len(HEADER), *table(findings)]
-        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-        parts += [f"## {sweep.plan['question']}", sentence(sweep, findings)]
-        parts += ["\n".join(lines), "\n".join(f"- {note}" for note in notes(sweep, findings))]
+        lines = ["| " + " | ".join(map(unmarked, row)) + " |" for row in rows]
+        said = [unmarked(note) for note in notes(sweep, findings)]
+        parts += [f"## {unmarked(sweep.plan['question'])}", unmarked(sentence(sweep, findings))]
+        parts += ["\n".join(lines), "\n".join(f"- {note}" for note in said)]
     return "\n\n".join(parts) + "\n"
+
+
+def unmarked(text: str) -> str:
+    """The text without marks that would end a Markdown cell or begin an HTML element."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
 def page(sweeps: Sequence[Sweep]) -> str:
@@ -110,6 +119,7 @@ def section(sweep: Sweep) -> str:
         figures.answer(sweep, findings) if any(f.verdict for f in findings) else None,
         figures.curves(sweep, findings),
         figures.routing(sweep, findings),
+        layers(sweep, findings),
         figures.pareto(findings),
         figures.tuning(sweep, findings),
     ]
@@ -121,6 +131,7 @@ def section(sweep: Sweep) -> str:
         f'<h2>The table</h2><div class="wide">{html_table(table(findings))}</div>\n'
         f"<h2>How far this can be trusted</h2><ul>{listed}</ul>\n"
         f"<h2>More figures</h2>{''.join(f'<p>{svg}</p>' for svg in others if svg)}\n"
+        f"<h2>What tuning chose</h2>{html_table(tuned(sweep, findings), TUNED)}\n"
         f"<h2>How each arm decodes</h2>{html_table(decoding(findings), DECODING)}\n"
     )
 
@@ -128,6 +139,19 @@ def section(sweep: Sweep) -> str:
 def decoding(findings: Sequence[Finding]) -> list[tuple[str, ...]]:
     """Cell, router and the rule by which it decodes."""
     return [(f.cell, f.facts["router"] or "dense", f.facts["decoding"]) for f in findings]
+
+
+def tuned(sweep: Sweep, findings: Sequence[Finding]) -> list[tuple[str, ...]]:
+    """Cell, trials of its tuning, those that failed, the values reported with, and edges."""
+    rows = []
+    for f in findings:
+        tried, reported = sweep.of(f.cell, "tuning"), sweep.of(f.cell, "report")
+        failed = sum(row["status"] != "finished" for row in tried)
+        chosen = reported[0]["tuned"].items() if reported else ()
+        values = ", ".join(f"{name} = {value:.4g}" for name, value in chosen)
+        edges = ", ".join(f"{name}: {side}" for name, side in f.edges.items())
+        rows.append((f.cell, f"{len(tried)}", f"{failed}", values, edges))
+    return rows
 
 
 def html_table(rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> str:
@@ -155,11 +179,15 @@ def notes(sweep: Sweep, findings: Sequence[Finding]) -> list[str]:
         "verdicts hold 5 % over all cells (Holm). Equivalent: two one-sided tests within "
         f"{plan['delta']:g} bits per byte.",
         "compute and time: how many times a cell's FLOPs or seconds the baseline needs for the "
-        "same training loss, by its own curve; ~ where that curve had to be extended. Amid a "
+        "same training loss, by its own curve; ~ where that curve had to be extended, < and > "
+        "where it is too far from the loss to say more. Amid a "
         "schedule the loss is above that of a run which ends there: these say too much.",
         control(sweep),
         shuffled(sweep),
     ]
+    known = {cell["cell"] for cell in sweep.cells}
+    if gone := sorted({row["cell"] for row in sweep.rows} - known):
+        found.append(f"Left out, as the plan no longer has them: {', '.join(gone)}.")
     if sweep.missing:
         found.append(f"UNFINISHED: {sweep.missing} reported runs have not ended.")
     for f in findings:
@@ -179,6 +207,7 @@ def notes(sweep: Sweep, findings: Sequence[Finding]) -> list[str]:
 
 def write(sweeps: Sequence[Sweep], path: Path) -> list[Path]:
     """Write report.html and report.md into a folder; returns their paths."""
+    path.mkdir(parents=True, exist_ok=True)
     paths = [path / "report.html", path / "report.md"]
     paths[0].write_text(page(sweeps), encoding="utf-8")
     paths[1].write_text(markdown(sweeps), encoding="utf-8")

@@ -1,7 +1,8 @@
 """A sweep's folder as values: its plan, the rows of its trials, and their curves."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,17 @@ import numpy as np
 
 from moe.errors import UserError
 from moe.sweeps.record import VERSION, Row, SweepFolder, read_lines
+
+PLAN = ("name", "question", "baseline", "delta", "match", "tuning", "seeds", "cells")
+CELL = (
+    *("cell", "baseline", "router", "parameters_total", "parameters_active", "flops_per_token"),
+    *("residual", "causality", "leaks", "decoding"),
+)
+ROW = (
+    *("trial", "cell", "phase", "number", "seed", "tuned", "status", "reason", "bits_per_byte"),
+    *("validation_bits_per_byte", "document_bits", "document_bytes"),
+)
+CURVE = ("trial", "step", "tokens", "flops", "seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +65,8 @@ class Sweep:
 
 
 def plain(text: str) -> str:
-    """The text without control characters, but for ends of lines."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    """The text on one line, without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split("\n")))
 
 
 def cleaned(value: Any) -> Any:
@@ -64,6 +76,40 @@ def cleaned(value: Any) -> Any:
     if isinstance(value, list):
         return value if value and isinstance(value[0], float | int) else [*map(cleaned, value)]
     return plain(value) if isinstance(value, str) else value
+
+
+def lines(path: Path) -> Iterator[Row]:
+    """The rows of a table, `cleaned`; UserError where it isn't one."""
+    try:
+        for row in read_lines(path):
+            refuse_incomplete(row, (), path)
+            yield cleaned(row)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: damaged: {error}") from error
+
+
+def refuse_incomplete(row: Any, names: Sequence[str], path: Path) -> None:
+    """UserError where a row, or the plan, lacks what every one has."""
+    if not isinstance(row, dict):
+        raise UserError(f"{path}: damaged: {str(row)[:40]!r} where an object is expected")
+    if missing := [name for name in names if name not in row]:
+        raise UserError(f"{path}: damaged: no {missing[0]!r} in {str(row)[:40]}...")
+
+
+def scored(row: Row) -> Row:
+    """The row; one that ended without a finite loss has diverged, whatever it says.
+
+    Raises:
+        UserError: it has a loss and no bits of single documents, over which intervals are.
+    """
+    if row["status"] != "finished":
+        return row
+    values = (row["bits_per_byte"], row["validation_bits_per_byte"])
+    if any(value is None or not math.isfinite(value) for value in values):
+        return row | {"status": "diverged", "reason": "its held-out loss is not finite"}
+    if row["phase"] != "tuning" and not (row["document_bits"] and row["document_bytes"]):
+        raise UserError(f"{row['trial']} has no bits of single documents: nothing can be compared")
+    return row
 
 
 def read(path: str) -> Sweep:
@@ -76,18 +122,38 @@ def read(path: str) -> Sweep:
     plan = folder.read_plan()
     if plan is None:
         raise UserError(f"{path} holds no sweep: there is no sweep.json in it")
-    plan, rows = cleaned(plan), [*map(cleaned, read_lines(folder.trials))]
+    plan, rows = cleaned(plan), [*lines(folder.trials)]
+    refuse_incomplete(plan, PLAN, folder.plan)
+    for cell in plan["cells"]:
+        refuse_incomplete(cell, CELL, folder.plan)
     other = {row.get("version") for row in rows} - {VERSION}
     if other:
         raise UserError(
             f"{folder.trials} has rows of version {min(map(str, other))}, not {VERSION}"
         )
+    for row in rows:
+        refuse_incomplete(row, ROW, folder.trials)
+    rows = [*map(scored, rows)]
     if not any(row["phase"] == "report" for row in rows):
         raise UserError(f"{path}: no reported run has ended yet; moe sweep --list shows what has")
     curves: dict[str, list[Row]] = {}
-    for line in map(cleaned, read_lines(folder.curves)):
+    for line in lines(folder.curves):
+        refuse_incomplete(line, CURVE, folder.curves)
         curves.setdefault(line["trial"], []).append(line)
     return Sweep(folder.path, plan, rows, curves)
+
+
+def routing_lines(sweep: Sweep, row: Row) -> list[Row]:
+    """The lines of the routing.jsonl of a trial's run; none where its folder is gone.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    path = SweepFolder(sweep.path).trial(row["trial"]).run / "routing.jsonl"
+    found = list(lines(path))
+    for line in found:
+        refuse_incomplete(line, ("count", "kept"), path)
+    return found
 
 
 def bits_of(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
