@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(damage, runs, whol
     (run / "summary.json").unlink()
     assert runs(run.name, *STATEFUL) == 0
     out = capsys.readouterr().out
-    assert "the checkpoint of step 8 can't be read" in out
+    assert "the checkpoint of step 8 can't be believed" in out
     assert "continuing at step 6 of 8" in out
     assert (run / "damaged-checkpoint-8").is_dir()
     assert measured(run) == measured(whole)
@@ -117,7 +117,10 @@ def test_where_no_checkpoint_can_be_read_it_says_so_and_keeps_them(runs, whole, 
     metrics = (run / "metrics.jsonl").read_text()
     assert runs(run.name, *STATEFUL) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"no checkpoint in {run / 'checkpoints'} can be read" in error
+    assert (
+        error.count("\n") == 1
+        and f"no checkpoint in {run / 'checkpoints'} can be believed" in error
+    )
     assert (run / "metrics.jsonl").read_text() == metrics
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == sorted(steps)
     assert runs(run.name, *STATEFUL) == 2  # and again: it never starts from the first step
