@@ -240,6 +240,7 @@ def test_metrics_are_json_where_a_number_is_none(tmp_path):
     ]
 
 
+@pytest.mark.thorough
 def test_a_kill_at_any_moment_leaves_the_checkpoints_whole(tmp_path):
     """At named points and at random: what goes on is what a run without kills would be."""
     command = [sys.executable, str(KILLS), str(tmp_path)]
