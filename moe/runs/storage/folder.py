@@ -13,6 +13,7 @@ from typing import Any
 from moe.data.tokens.cache import write_atomically
 from moe.data.tokens.tokenizer import Tokenizer
 from moe.errors import UserError
+from moe.runs.storage import manifest
 from moe.settings.read import bindings_of
 
 
@@ -80,7 +81,8 @@ class RunFolder:
             for name, value in fingerprint.items()
             if name in theirs and theirs[name] != value
         ]
-        trained = [int(p.name) for p in self.checkpoints.iterdir() if p.name.isdecimal()]
+        # By the manifests: a folder's name is not believed.
+        trained = [step for p in self.checkpoints.iterdir() if (step := manifest.step_of(p))]
         if trained and max(trained) > steps:
             most = max(trained)
             differs.append(
