@@ -99,6 +99,7 @@ def test_flags_become_attributes():
     assert vars(cli.parse(EVAL, ["--workdir=w", "--step=0"])) == {
         "workdir": "w",
         "gin_bindings": [],
+        "import": [],
         "step": 0,
         "json": None,
     }
