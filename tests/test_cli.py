@@ -112,6 +112,7 @@ def test_flags_become_attributes():
         "top_p": 0.9,
         "seed": 0,
         "count": 1,
+        "import": [],
         "json": None,
     }
 

@@ -1,9 +1,9 @@
 """A config is data: what a received one says runs nothing, reads and writes nothing elsewhere."""
 
+import importlib
 import json
 import os
 from pathlib import Path
-import random
 import sys
 import time
 
@@ -12,10 +12,10 @@ import pytest
 
 from moe import settings
 from moe.cli import config, main
-from moe.errors import Problems, UserError, printable
+from moe.errors import UserError, printable
 from moe.runs.storage.folder import RunFolder
-from moe.settings import read
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CANARY = "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\n"
 
 
@@ -86,6 +86,11 @@ def test_includes_stay_near(tmp_path, monkeypatch):
         assert "own.gin:1" in said and "outside" in said and "a word" not in said, said
 
 
+@pytest.mark.parametrize("name", ["9" * 5000, "~nobody_here/x.gin", "a\\0b", "", ".", "\\ud800"])
+def test_names_that_no_file_can_have_are_refused(tmp_path, name):
+    assert "own.gin:1" in refused(write(tmp_path / "own.gin", f"include '{name}'\n"))
+
+
 def test_includes_that_fan_out_end(tmp_path):
     for n in range(22):
         write(tmp_path / f"{n}.gin", f"include '{n + 1}.gin'\n" * 2)
@@ -107,36 +112,12 @@ def test_a_config_has_a_size(tmp_path):
     assert "bytes" in refused(*[write(tmp_path / "half.gin", "#" * 2**19)] * 3)
 
 
-MARKS = ("=", "@", "%", ".", "/", "(", "[", "{", "'", '"', "\\", "\n", "\0", "#", "\x1b", "é")
-WORDS = ("include", "import", "train", "None", "1e999", "nan", "9" * 5000, "@TopK()", "%x", "-")
-
-
-def mutated(text: str, draw: random.Random) -> str:
-    """The text with one to three random changes of characters, words or lines."""
-    for _ in range(draw.randint(1, 3)):
-        at = draw.randrange(len(text) + 1)
-        end = min(len(text), at + draw.choice((0, 1, 1, 5, 40)))
-        new = draw.choice((draw.choice(MARKS), draw.choice(WORDS), "", text[at:end] * 2))
-        text = text[:at] + new + text[end:]
-    return text
-
-
-def test_mutated_configs_are_refused_in_words_or_are_other_configs(tmp_path):
-    """Each is rejected with its place, or loads; no other exception, and none takes long."""
-    draw, names = random.Random(0), [n for n in read.shipped_names() if n.startswith("r")]
-    refusals = 0
-    for _ in range(80):
-        source = read.shipped() / draw.choice(names)
-        path = write(tmp_path / "own.gin", mutated(source.read_text(), draw))
-        started = time.monotonic()
-        try:
-            settings.load([path], say=lambda line: None)
-            assert settings.operative()
-        except Problems as error:
-            refusals += 1
-            assert all("own.gin" in line or ".gin:" in line for line in error.lines), error
-        assert time.monotonic() - started < 5
-    assert 20 < refusals < 80
+def test_mutated_configs_are_refused_in_words_or_are_other_configs(tmp_path, monkeypatch):
+    """The short form of benchmarks/faults.py."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    found = importlib.import_module("faults").campaign(80, tmp_path)
+    assert found["configs"] == 80 and not found["faults"], found
+    assert 20 < found["refused"] and 5 < found["changed"], found
 
 
 def test_control_characters_are_shown_as_escapes(tmp_path, capsys):

@@ -117,14 +117,14 @@ def find(name: str, beside: Path | None = None) -> Path:
     Raises:
         UserError: no such file, with the nearest shipped names; or several shipped ones.
     """
-    own = [Path(name).expanduser()] + ([beside / name] if beside else [])
-    for path in own:
-        if path.is_file():
+    home = Path(os.path.expanduser(name))
+    for path in (home, *([beside / name] if beside else [])):
+        if os.path.isfile(path):  # Path.is_file raises for names that are too long
             return path.absolute()
     root = shipped()
-    if (root / name).is_file():
+    if os.path.isfile(root / name):
         return root / name
-    hits = [f"{folder}/{name}" for folder in SUBFOLDERS if (root / folder / name).is_file()]
+    hits = [f"{folder}/{name}" for folder in SUBFOLDERS if os.path.isfile(root / folder / name)]
     if len(hits) > 1:
         raise UserError(f"{name}: several shipped files have this name; write {' or '.join(hits)}")
     if hits:
