@@ -99,6 +99,7 @@ def test_flags_become_attributes():
     assert vars(cli.parse(EVAL, ["--workdir=w", "--step=0"])) == {
         "workdir": "w",
         "gin_bindings": [],
+        "import": [],
         "step": 0,
         "json": None,
     }
@@ -111,6 +112,7 @@ def test_flags_become_attributes():
         "top_p": 0.9,
         "seed": 0,
         "count": 1,
+        "import": [],
         "json": None,
     }
 

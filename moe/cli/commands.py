@@ -64,6 +64,9 @@ GIN_BINDINGS = Flag(
 )
 JSON = Flag("json", str, "PATH", "also write the results to this file")
 RUN = Flag("workdir", str, "FOLDER", "the folder of a run", required=True)
+IMPORT = Flag(
+    "import", list, "MODULE", "with --workdir: a module of yours that the run needs (repeatable)"
+)
 
 PROCESSES = (
     Flag("processes", str, "N", "train in N processes together; auto on TPU pods, Slurm, ..."),
@@ -93,6 +96,7 @@ EVAL = Command(
     flags=(
         RUN,
         GIN_BINDINGS,
+        IMPORT,
         Flag("step", int, "N", "the checkpoint to measure (default: the last one)", low=0),
         JSON,
     ),
@@ -105,6 +109,7 @@ GENERATE = Command(
     example='moe generate --workdir=runs/quickstart --prompt="Once upon" --tokens=64',
     flags=(
         RUN,
+        IMPORT,
         Flag("prompt", str, "TEXT", "the text to continue (default: none)", ""),
         Flag("tokens", int, "N", "tokens to add (default: 128)", 128, low=1),
         Flag("temperature", float, "X", "0 takes the likeliest token (default: 1)", 1.0, low=0),
@@ -243,6 +248,7 @@ DESCRIBE = Command(
         Flag("workdir", str, "FOLDER", "describe this run instead of files"),
         GIN_FILE,
         GIN_BINDINGS,
+        IMPORT,
         Flag("vocab_size", int, "N", "token ids (default: what the tokenizer asks for)", low=2),
         JSON,
     ),

@@ -145,6 +145,8 @@ def report(first: int, spec: RunSpec, folder: RunFolder, rate_N: np.ndarray, say
     first: steps that are trained already. rate_N: the learning rate of each of the run's N steps.
     """
     steps, stop_at, before = spec.steps, spec.stop_at, folder.steps
+    if not first and folder.metrics.exists() and folder.metrics.stat().st_size:
+        say(f"{folder.path} holds metrics and no checkpoint: the run starts anew, and so do they")
     if first:
         say(f"continuing at step {first} of {steps}")
     if first and before not in (None, steps) and first < steps:
