@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from layers.logical_axes import is_cut, per_shard, platform
+from routing.records import AnyArray
 
 # The most logits of a block: as many as fit a CPU's cache; elsewhere, enough for large matmuls.
 BLOCK_LOGITS = 2**21
@@ -22,9 +23,9 @@ ACCELERATOR_BLOCK_LOGITS = 2**27
 def cross_entropy_sums(
     weight_DV: Float[Array, "D V"],
     hidden_BTD: Float[Array, "B T D"],
-    target_BT: Int[Array, "B T"],
-    scored_BT: Bool[Array, "B T"],
-    counted_BT: Bool[Array, "B T"],
+    target_BT: Int[AnyArray, "B T"],
+    scored_BT: Bool[AnyArray, "B T"],
+    counted_BT: Bool[AnyArray, "B T"],
 ) -> jax.Array:
     """The loss in nats, summed over scored tokens and over those also counted: float32 (2,).
 
@@ -57,7 +58,7 @@ def cross_entropy_sums(
 def cross_entropy_of_each(
     weight_DV: Float[Array, "D V"],
     hidden_BTD: Float[Array, "B T D"],
-    target_BT: Int[Array, "B T"],
+    target_BT: Int[AnyArray, "B T"],
 ) -> jax.Array:
     """The loss of every token in nats, float32 (B, T), without a gradient.
 
