@@ -1,8 +1,13 @@
 """Experts on a GPU: slots and blocks give what one matmul per row gives; the program is small."""
 
 import functools
+import importlib.util
+import json
 import math
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +17,10 @@ import pytest
 from layers.dispatch import Sorted
 from layers.kernels import grouped_matmul
 from layers.kernels.slot_blocks import BLOCK_ROWS, slots_of
+from layers.logical_axes import sharding_rules
+from layers.moe_layer import MoELayer
+from moe.model import functional, sharding
+from routing import Capacity, Tokens, TopK, initialize
 
 D, F = 8, 12
 # Rows of each expert, and rows of padding behind them.
@@ -131,3 +140,50 @@ def test_the_cuda_program_has_no_ragged_dot_and_no_buffer_of_all_rows_for_each_e
     largest = max(math.prod(shape) for shape in shapes)
     assert largest == experts * slots_of(rows, experts) * F
     assert largest <= 1.25 * rows * F + 8 * experts * F
+
+
+def test_a_mesh_gives_what_the_loop_gives():
+    """Output and gradients of a layer whose rows travel to four devices that hold experts."""
+    tokens = Tokens.of(jnp.tile(jnp.arange(128, dtype=jnp.int32), (8, 1)) % 64, train=True)
+    x_BTD = np.random.default_rng(1).standard_normal((8, 128, 16)).astype(np.float32)
+    on_mesh = sharding.rule(sharding.MeshShape(data=2, expert=4).build())
+
+    def found(kernel):
+        make = functools.partial(TopK, k=2)
+        layer = MoELayer(16, 64, make, 8, 24, capacity=Capacity(None), dispatcher=Sorted(kernel))
+        graph, params, state = functional.split(initialize(layer, 0))
+
+        def total(params, x_BTD):
+            with sharding_rules(on_mesh):
+                y_BTD = graph.merge(params, state)(x_BTD, tokens)[0]
+            return jnp.sum(y_BTD * x_BTD), y_BTD
+
+        return jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(params, x_BTD)
+
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+    jax.tree.map(close, found("loop"), found("slot_blocks"))
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins.xla_cuda13") is None
+    if importlib.util.find_spec("jax_plugins")
+    else True,
+    reason="needs the CUDA compiler: jax-cuda13-pjrt, nvidia-cuda-nvcc",
+)
+def test_the_cuda_compiler_keeps_the_buffers_small():
+    """A layer of OLMoE's shape for an H100: 2.5 GiB of temporaries at most (ragged_dot: 48)."""
+    program = pathlib.Path(__file__).with_name("cuda_layer.py")  # it may abort: its own process
+    sizes = ("65536", "64", "2048", "1024")
+    found = subprocess.run(
+        [sys.executable, program, "slot_blocks", *sizes],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert not found.returncode, found.stderr
+    figures = json.loads(found.stdout.splitlines()[-1])
+    assert figures["temporaries"] <= 2.5 * 2**30, figures
+    assert figures["largest"] <= 1.3 * 65536 * 2048, figures
