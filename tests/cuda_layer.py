@@ -39,9 +39,11 @@ def main(kernel, rows, experts, width, hidden):
     x_ND, up_EDF = array(rows, width), array(experts, width, hidden)
     args = (x_ND, (up_EDF, up_EDF), array(experts, hidden, width), array(experts, dtype=jnp.int32))
     program = jax.jit(step).lower(*args, x_ND).compile()
-    shapes = re.findall(r"\b(?:bf16|f32|s32|pred)\[([\d,]+)\]", program.as_text())
+    shapes = re.findall(r"\b(?:bf16|f32|s32|pred)\[([\d,]+)\]", program.as_text() or "")
+    memory = program.memory_analysis()
+    assert memory is not None
     figures = {
-        "temporaries": program.memory_analysis().temp_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
         "largest": max(math.prod(map(int, dims.split(","))) for dims in shapes),
     }
     print(json.dumps(figures))
