@@ -159,7 +159,7 @@ def collectives(text):
     return collections.Counter(re.findall(rf"[)}}] ({kinds})(?:-start)?\(", text))
 
 
-PARALLEL = [OneHotEinsum(), SlotGather(), Sorted()]
+PARALLEL = [OneHotEinsum(), SlotGather(), Sorted(), Sorted("slot_blocks")]
 
 
 @pytest.mark.parametrize("dispatcher", PARALLEL, ids=str)

@@ -175,6 +175,11 @@ def test_a_stride_that_cannot_be_is_told_before_training(runs, capsys):
     assert not (runs.folder / "stride" / "metrics.jsonl").exists()
 
 
+def test_the_first_lines_say_what_multiplies_rows_and_why(runs, capsys):
+    assert not runs("sorted", "MoELayer.dispatcher = @Sorted()", "train.steps = 1")
+    assert "experts' matmuls: loop (blocks that fit a CPU's cache)" in "".join(capsys.readouterr())
+
+
 def test_evaluations_and_checkpoints_on_the_way(runs, base):
     """The last two and the best stay; what is evaluated and saved changes no number."""
     bindings = ("train.eval_every = 3", "train.save_every = 2", "train.keep = 2")

@@ -19,7 +19,7 @@ from layers.dispatch.all_to_all import EXCHANGES, ExchangeKind, to_experts, to_t
 from layers.dispatch.base import Dispatcher, Overflow
 from layers.dispatch.gather_rows import combine_rows, dispatch_rows
 from layers.dispatch.slot_gather import SlotGather
-from layers.kernels.grouped_matmul import KERNELS, SortedRows, spare_rows
+from layers.kernels.grouped_matmul import KERNELS, SortedRows, choose, spare_rows
 from layers.logical_axes import (
     Shards,
     logical_constraint,
@@ -43,8 +43,9 @@ class Sorted(Dispatcher):
 
     Attributes:
         kernel: what multiplies the rows with their experts' weights: "loop" over blocks (CPU),
-            "ragged_dot" (one operation of the compiler: TPU, GPU), "tokamax" (that package's
-            kernels, on one TPU or GPU), "auto" for the first of these that the platform has.
+            "slot_blocks" (batched over equal slots, then blocks of what overflows: GPU),
+            "ragged_dot" (one operation of the compiler: TPU), "tokamax" (that package's kernels,
+            on one TPU or GPU), "auto" for the platform's.
         exchange: the all-to-all: "padded" to the same size for every pair of devices, "ragged"
             (moves full rows alone; TPU, GPU), "auto" for the platform's.
         buffer: the size of a device's receive buffer, as a multiple of the rows that it receives
@@ -56,7 +57,7 @@ class Sorted(Dispatcher):
             only where something overflows.
     """
 
-    kernel: Literal["auto", "loop", "ragged_dot", "tokamax"] = "auto"
+    kernel: Literal["auto", "loop", "slot_blocks", "ragged_dot", "tokamax"] = "auto"
     exchange: ExchangeKind = "auto"
     buffer: Positive | None = None
     overflow: Literal["drop", "exact"] = "exact"
@@ -82,9 +83,7 @@ class Sorted(Dispatcher):
     @property
     def chosen_kernel(self) -> str:
         """What "auto" stands for here."""
-        if self.kernel != "auto":
-            return self.kernel
-        return "loop" if platform() == "cpu" else "ragged_dot"
+        return choose(self.kernel).kernel
 
     def most_rows(self, rows: int, devices: int) -> int:
         """The most of its rows that a device sends to each of the devices that hold experts."""

@@ -6,6 +6,7 @@ N rows, D width, F hidden width, E experts, R rows of a block.
 from collections.abc import Callable
 import functools
 import itertools
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -14,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from layers.kernels.slot_blocks import slot_blocks
 from layers.logical_axes import has_mesh, platform
 
 # An expert's rows are computed in blocks of 512, and the rest in the smallest block that holds it,
@@ -21,7 +23,30 @@ from layers.logical_axes import has_mesh, platform
 BLOCKS = (*(n * base for base in (4, 8, 16, 32, 64) for n in (4, 5, 6, 7)), 512)
 # In blocks of at most so many rows, the backward pass multiplies weights by rows, not the reverse.
 FEW_ROWS = 64
-KERNELS = ("auto", "loop", "ragged_dot", "tokamax")
+KERNELS = ("auto", "loop", "slot_blocks", "ragged_dot", "tokamax")
+
+
+class Choice(NamedTuple):
+    """A kernel, and why it is the one: words that follow its name in a run's first lines."""
+
+    kernel: str
+    reason: str
+
+
+def choose(kernel: str) -> Choice:
+    """What multiplies rows by their experts' weights on the platform of this program.
+
+    Args:
+        kernel: one of `KERNELS`; "auto" never takes `ragged_dot` on a GPU.
+    """
+    if kernel != "auto":
+        return Choice(kernel, "as set")
+    on = platform()
+    if on == "cpu":
+        return Choice("loop", "blocks that fit a CPU's cache")
+    if on == "tpu":
+        return Choice("ragged_dot", "a kernel of the TPU's compiler")
+    return Choice("slot_blocks", f"the {on} compiler makes ragged_dot a masked matmul per expert")
 
 
 @nnx.dataclass
@@ -68,9 +93,12 @@ def grouped_feed_forward(
         down_EFD: the output weights.
         count_E: rows of each expert.
         activate: hidden units from one or two arrays (N, F).
-        kernel: "loop" over blocks, "ragged_dot" of the compiler (fast on TPU and GPU), or
-            "tokamax", the Pallas kernels of that package.
+        kernel: "loop" over blocks, "slot_blocks" (batched matmuls over equal slots, then blocks of
+            what overflows), "ragged_dot" of the compiler (fast on TPU), or "tokamax", the Pallas
+            kernels of that package; `choose` makes one of them of "auto".
     """
+    if kernel == "slot_blocks":
+        return slot_blocks(x_ND, ups, down_EFD, count_E, activate)
     if kernel != "loop":
         matmul = _tokamax() if kernel == "tokamax" else lax.ragged_dot
         before = _named([matmul(x_ND, up_EDF, count_E) for up_EDF in ups])

@@ -4,6 +4,8 @@ from collections.abc import Callable
 import dataclasses
 from typing import Any
 
+from layers.dispatch import Sorted
+from layers.kernels.grouped_matmul import choose
 from moe.data.text import PreparedData
 from moe.machine import hardware
 from moe.runs.storage.folder import RunFolder, versions
@@ -44,6 +46,9 @@ def describe(
         f"model: {costs.parameters_total:,} parameters, {costs.parameters_active:,} active; "
         f"{costs.flops_per_token:,} FLOPs per token; router: {router}; router losses: {losses}"
     )
+    if layer is not None and isinstance(layer.dispatcher, Sorted):
+        kernel, reason = choose(layer.dispatcher.kernel)
+        say(f"experts' matmuls: {kernel} ({reason})")
     if layer is not None and 1 < layer.num_experts <= costs.experts_per_token:
         say(
             f"every token uses all {layer.num_experts} experts: nothing is routed; raise "

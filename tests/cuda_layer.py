@@ -1,0 +1,57 @@
+"""Compile one layer's step for an H100, which need not be here; print what the compiler says.
+
+python tests/cuda_layer.py KERNEL ROWS EXPERTS WIDTH HIDDEN, with the wheels jax-cuda13-pjrt and
+nvidia-cuda-nvcc (its bin/ on PATH). Prints JSON: bytes of temporaries, and
+numbers in the largest array.
+"""
+
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+
+os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+
+from layers.kernels.grouped_matmul import grouped_feed_forward
+
+
+def main(kernel, rows, experts, width, hidden):
+    target = pathlib.Path(__file__).with_name("h100.txtpb").read_text()
+    slice_of_one = topologies.get_topology_desc("", "cuda", target_config=target, topology="1x1x1")
+    here = jax.sharding.SingleDeviceSharding(slice_of_one.devices[0])
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+
+    def step(x_ND, ups, down_EFD, count_E, dy_ND):
+        def feed_forward(x_ND, ups, down_EFD):
+            return grouped_feed_forward(x_ND, ups, down_EFD, count_E, gated, kernel)
+
+        y_ND, pull = jax.vjp(feed_forward, x_ND, ups, down_EFD)
+        return y_ND, pull(dy_ND)
+
+    x_ND, up_EDF = array(rows, width), array(experts, width, hidden)
+    args = (x_ND, (up_EDF, up_EDF), array(experts, hidden, width), array(experts, dtype=jnp.int32))
+    program = jax.jit(step).lower(*args, x_ND).compile()
+    shapes = re.findall(r"\b(?:bf16|f32|s32|pred)\[([\d,]+)\]", program.as_text() or "")
+    memory = program.memory_analysis()
+    assert memory is not None
+    figures = {
+        "temporaries": memory.temp_size_in_bytes,
+        "largest": max(math.prod(map(int, dims.split(","))) for dims in shapes),
+    }
+    print(json.dumps(figures))
+
+
+def gated(up, gate):
+    return up * jax.nn.silu(gate)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))
