@@ -2,7 +2,11 @@
 
 from collections.abc import Callable, Iterable
 import difflib
+import re
 from typing import Any
+
+# C0 and C1 controls, and those that reorder letters of both directions of writing.
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class UserError(ValueError):
@@ -23,6 +27,14 @@ def nearest(name: str, valid: Iterable[str], *, most: int = 3) -> str:
     close = [choice for choice in valid if choice.casefold() == name.casefold()][:most]
     close = close or difflib.get_close_matches(name, valid, n=most, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
+def printable(text: str) -> str:
+    """The text with control characters written as escapes, such as \\x1b.
+
+    It can't steer a terminal then. Line ends and tabs stay.
+    """
+    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def attempted(what: str, say: Callable[[str], None], call: Callable, *given: Any) -> Any:

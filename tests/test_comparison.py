@@ -60,6 +60,28 @@ def test_a_difference_that_matters_is_seldom_called_equivalent(true):
     assert wrong <= 70, wrong
 
 
+def with_outliers(rng, true, seeds):
+    """One seed in ten is ten standard deviations off; nine documents of very unequal size."""
+    bytes_M = rng.lognormal(7, 1.8, 9).round() + 1
+    off_S = np.where(rng.random(seeds) < 0.1, 10, 1) * rng.normal(0, 0.004, seeds)
+    effect_SM = true + off_S[:, None] + rng.normal(0, 0.003, 9)
+    return (effect_SM + rng.normal(0, 0.003, (seeds, 9))) * bytes_M, bytes_M
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_outlier_seeds_and_few_documents_of_unequal_size_cause_no_more_errors(seeds):
+    """In 1000 sweeps: intervals, ties of four arms called a difference, called equivalent."""
+    rng, inside, differs, equivalent = np.random.default_rng(seeds), 0, 0, 0
+    for _ in range(1000):
+        low, high = estimate(*with_outliers(rng, 0.02, seeds)).interval()
+        inside += low <= 0.02 <= high
+        ties = verdicts([estimate(*with_outliers(rng, 0.0, seeds)) for _ in range(4)], 0.0)
+        differs += any(v.word in ("better", "worse") for v in ties)
+        edge = estimate(*with_outliers(rng, DELTA, seeds))
+        equivalent += verdicts([edge], DELTA)[0].word == "equivalent"
+    assert inside >= 930 and differs <= 70 and equivalent <= 70, (inside, differs, equivalent)
+
+
 def test_large_effects_small_effects_and_outliers():
     rng, words = np.random.default_rng(0), {}
     for name, true in {"large": -0.05, "equal": 0.0, "middling": -0.012}.items():

@@ -291,7 +291,7 @@ def test_only_parameters_and_router_state_are_read(masked):
     with quick():
         run = restored(str(masked))
     with checkpoint.opened(masked / "checkpoints", read_only=True) as saves:
-        there = saves.shapes(2)
+        there = saves.arrays(2)
         assert any(name.startswith("opt_state") for name in there)
         wanted = {"params.nothing": jax.ShapeDtypeStruct((2,), jnp.float32)}
         with pytest.raises(UserError, match=r"missing there: params\.nothing; only there: par"):

@@ -72,8 +72,8 @@ def balance_of(x_BTD, loss, per_group, segment_BT=None, **options):
     tokens = rows.tokens(*x_BTD.shape[:2])
     if segment_BT is not None:
         tokens = dataclasses.replace(tokens, segment_BT=jnp.asarray(segment_BT, jnp.int32))
-    output = layer_with(loss, per_group, **options)(jnp.asarray(x_BTD), tokens)[1]
-    return float(output.losses["balance"])
+    layer = layer_with(loss, per_group, **options)
+    return float(jax.jit(lambda x_BTD, t: layer(x_BTD, t)[1].losses["balance"])(x_BTD, tokens))
 
 
 @pytest.mark.parametrize("per_group", mainly([2], [1, 2, 4]))

@@ -94,7 +94,8 @@ def test_a_stack_is_its_blocks_one_after_another(options):
         for i in range(stack.repeats):
             unit = graph.merge(*({n: a[i] for n, a in v.items()} for v in (params, state)))
             for block in unit.blocks:
-                x_BTD, output = block(x_BTD, batch.for_layer(layer, None))
+                run = jax.jit(lambda x_BTD, t, block=block: block(x_BTD, t))
+                x_BTD, output = run(x_BTD, batch.for_layer(layer, None))
                 layer += 1
                 outputs += [output] if output is not None else []
     assert layer == options["num_layers"] and len(outputs) == sum(built.is_moe)

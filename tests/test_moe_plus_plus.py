@@ -59,7 +59,7 @@ def test_logits_pass_through_all_layers_of_a_model(sparse):
             unit = nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], state))
             for block in unit.blocks:
                 here = batch.with_previous_logits(logits_BTE)
-                x_BTD, output = block(x_BTD, here)
+                x_BTD, output = jax.jit(lambda x_BTD, t, block=block: block(x_BTD, t))(x_BTD, here)
                 if output is not None:
                     logits_BTE = output.logits_GTE.reshape(2, T, -1)
                     sums.append(output.stats.logit_square_sum)
@@ -78,12 +78,14 @@ def test_capacity_is_divided_by_shares():
     to_DE = np.zeros((D, 5), np.float32)
     to_DE[np.arange(5), np.arange(5)] = 9.0
     layer.router.weight_DE.set_value(jnp.asarray(to_DE))
+    train = jax.jit(lambda x_BTD: layer(x_BTD, tokens(1, 16))[1])
+    evaluate = jax.jit(lambda x_BTD: layer(x_BTD, tokens(1, 16, train=False))[0])
     for expert, kept in enumerate([2, 2, 16, 5, 5]):  # nothing is dropped on the way to zero
         x_BTD = jnp.zeros((1, 16, D)).at[..., expert].set(1.0)
-        _, output = layer(x_BTD, tokens(1, 16))
+        output = train(x_BTD)
         assert output.stats.count_E[expert] == 16
         np.testing.assert_array_equal(output.stats.kept_E, kept * np.eye(5, dtype=int)[expert])
-        y_BTD = layer(x_BTD, tokens(1, 16, train=False))[0]
+        y_BTD = evaluate(x_BTD)
         assert (np.asarray(y_BTD) != 0).any(-1).sum() == (0 if expert == 2 else 16)
 
 

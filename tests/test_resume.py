@@ -16,6 +16,7 @@ from moe.errors import UserError
 from moe.model.sharding import MeshShape
 from moe.model.transformer import Transformer
 from moe.runs.storage import checkpoint
+from moe.training import evaluate
 from moe.training.abstract_model import Vocabulary
 from moe.training.optimizer import Adafactor, AdamW
 from moe.training.run_spec import RunSpec
@@ -101,7 +102,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(damage, runs, whol
     (run / "summary.json").unlink()
     assert runs(run.name, *STATEFUL) == 0
     out = capsys.readouterr().out
-    assert "the checkpoint of step 8 can't be read" in out
+    assert "the checkpoint of step 8 can't be believed" in out
     assert "continuing at step 6 of 8" in out
     assert (run / "damaged-checkpoint-8").is_dir()
     assert measured(run) == measured(whole)
@@ -117,10 +118,45 @@ def test_where_no_checkpoint_can_be_read_it_says_so_and_keeps_them(runs, whole, 
     metrics = (run / "metrics.jsonl").read_text()
     assert runs(run.name, *STATEFUL) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"no checkpoint in {run / 'checkpoints'} can be read" in error
+    assert (
+        error.count("\n") == 1
+        and f"no checkpoint in {run / 'checkpoints'} can be believed" in error
+    )
     assert (run / "metrics.jsonl").read_text() == metrics
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == sorted(steps)
     assert runs(run.name, *STATEFUL) == 2  # and again: it never starts from the first step
+
+
+def test_the_checkpoint_itself_says_whose_it_is(runs, whole, capsys):
+    """Without config.gin nothing else tells another seed from the run's."""
+    run = copy_of(whole, "without config")
+    for name in ("config.gin", "run.json", "summary.json"):
+        (run / name).unlink()
+    metrics = (run / "metrics.jsonl").read_text()
+    assert runs(run.name, *STATEFUL, "train.seed = 7") == 2
+    error = capsys.readouterr().err
+    assert "holds the checkpoints of another run" in error and "seed: 0 there, 7 here" in error
+    assert (run / "metrics.jsonl").read_text() == metrics
+
+
+def poisoned(evaluate):
+    def at_step_2(score_batch, state, *given):
+        result = evaluate(score_batch, state, *given)
+        return dataclasses.replace(result, loss=np.nan) if int(state.step) == 2 else result
+
+    return at_step_2
+
+
+@pytest.mark.thorough
+def test_a_held_out_loss_that_is_not_finite_is_not_saved_as_good(runs, capsys):
+    every = ("train.steps = 3", "train.eval_every = 1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "evaluate", poisoned(evaluate.evaluate))
+        assert runs("poisoned", *every) == 2
+    assert "step 2: the held-out loss is nan" in capsys.readouterr().err
+    run = runs.folder / "poisoned"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["1"]
+    assert '"val/loss": null' in (run / "metrics.jsonl").read_text()
 
 
 def test_a_reader_that_orbax_gives_up_says_nothing_whenever_it_is_collected(tmp_path, monkeypatch):

@@ -43,6 +43,7 @@ ROOMS = {
     "moe.runs.tracking": ("moe.runs.storage",),
     "moe.runs": ("moe.runs.tracking", "moe.analysis", "moe.inference"),
     "moe.sweeps": ("moe.runs", "moe.statistics"),
+    "moe.reports": ("moe.sweeps",),
 }
 EVERYTHING = {"moe.cli", "moe"}  # the command line, and `python -m moe`
 RE_EXPORT = {"routing/__init__.py"}

@@ -41,6 +41,7 @@ class Command:
         module: holds `run(flags) -> int`; it is imported only when the command runs.
         positional: name of the one argument without a flag; None if the command takes none.
         optional: whether that argument may be left out.
+        many: whether there may be several; it is a list then.
         form: that argument in the help.
     """
 
@@ -51,6 +52,7 @@ class Command:
     flags: tuple[Flag, ...]
     positional: str | None = None
     optional: bool = False
+    many: bool = False
     form: str = ""
 
 
@@ -62,6 +64,9 @@ GIN_BINDINGS = Flag(
 )
 JSON = Flag("json", str, "PATH", "also write the results to this file")
 RUN = Flag("workdir", str, "FOLDER", "the folder of a run", required=True)
+IMPORT = Flag(
+    "import", list, "MODULE", "with --workdir: a module of yours that the run needs (repeatable)"
+)
 
 PROCESSES = (
     Flag("processes", str, "N", "train in N processes together; auto on TPU pods, Slurm, ..."),
@@ -91,6 +96,7 @@ EVAL = Command(
     flags=(
         RUN,
         GIN_BINDINGS,
+        IMPORT,
         Flag("step", int, "N", "the checkpoint to measure (default: the last one)", low=0),
         JSON,
     ),
@@ -103,6 +109,7 @@ GENERATE = Command(
     example='moe generate --workdir=runs/quickstart --prompt="Once upon" --tokens=64',
     flags=(
         RUN,
+        IMPORT,
         Flag("prompt", str, "TEXT", "the text to continue (default: none)", ""),
         Flag("tokens", int, "N", "tokens to add (default: 128)", 128, low=1),
         Flag("temperature", float, "X", "0 takes the likeliest token (default: 1)", 1.0, low=0),
@@ -210,6 +217,17 @@ SWEEP = Command(
     ),
 )
 
+REPORT = Command(
+    name="report",
+    summary="Judge sweeps: a page with figures and a table, under the finding in a sentence.",
+    module="moe.cli.report",
+    example="moe report runs/routers",
+    flags=(Flag("out", str, "FOLDER", "where report.html and report.md go (default: the first)"),),
+    positional="folders",
+    many=True,
+    form="FOLDER [FOLDER ...]",
+)
+
 LIST = Command(
     name="list",
     summary="List what can be configured: routers, losses, optimizers, corpora, configs, ...",
@@ -230,9 +248,10 @@ DESCRIBE = Command(
         Flag("workdir", str, "FOLDER", "describe this run instead of files"),
         GIN_FILE,
         GIN_BINDINGS,
+        IMPORT,
         Flag("vocab_size", int, "N", "token ids (default: what the tokenizer asks for)", low=2),
         JSON,
     ),
 )
 
-COMMANDS = (TRAIN, EVAL, GENERATE, CHECK, BENCH, PLAN, SWEEP, FIT, LIST, DESCRIBE)
+COMMANDS = (TRAIN, EVAL, GENERATE, CHECK, BENCH, PLAN, SWEEP, REPORT, FIT, LIST, DESCRIBE)

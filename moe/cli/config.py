@@ -20,8 +20,13 @@ def load(gin_files: Sequence[str], gin_bindings: Sequence[str] = ()) -> RunSpec:
     return RunSpec()
 
 
-def of_folder(workdir: str, gin_bindings: Sequence[str] = ()) -> RunSpec:
+def of_folder(
+    workdir: str, gin_bindings: Sequence[str] = (), imports: Sequence[str] = ()
+) -> RunSpec:
     """The run in a folder, with further settings on top.
+
+    The folder may come from elsewhere: its config imports only our modules and those of `imports`,
+    and what it says of `cache_dir` is ignored.
 
     Raises:
         UserError: there is no run, or a setting is wrong.
@@ -32,4 +37,5 @@ def of_folder(workdir: str, gin_bindings: Sequence[str] = ()) -> RunSpec:
         inside = folder.path.parent.name == "checkpoints"
         hint = f"; use --workdir={run} --step={step}" if inside else ""
         raise UserError(f"{workdir} holds no run: there is no config.gin in it{hint}")
-    return load([str(folder.config)], gin_bindings)
+    bind([str(folder.config)], gin_bindings, received=True, imports=imports)
+    return RunSpec()

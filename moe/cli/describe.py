@@ -10,6 +10,7 @@ from typing import Any
 from layers.mixture_of_depths import DepthBlock
 from moe import settings
 from moe.cli import config
+from moe.errors import printable
 from moe.model.transformer import Transformer
 from moe.settings import resolved
 from moe.training.abstract_model import AbstractModel, Vocabulary
@@ -19,7 +20,7 @@ from moe.training.run_spec import RunSpec
 def run(flags) -> int:
     """Print parameters, FLOPs, routing and settings of a config; `--json` also writes them."""
     if flags.workdir:
-        spec = config.of_folder(flags.workdir, flags.gin_bindings)
+        spec = config.of_folder(flags.workdir, flags.gin_bindings, vars(flags)["import"])
     else:
         spec = config.load(flags.gin_file, flags.gin_bindings)
     vocabulary = Vocabulary(flags.vocab_size or spec.vocab_size)
@@ -33,7 +34,7 @@ def run(flags) -> int:
     ignored = settings.unused(later=("eval",))
     print(f"{'ignored settings':<{width}}{', '.join(ignored) or 'none'}")
     table = resolved.rows(spec, *spec.in_force, model.module)
-    print(f"\nsettings in force\n{resolved.text(table, unset=False)}")
+    print(printable(f"\nsettings in force\n{resolved.text(table, unset=False)}"))
     if flags.json:
         shown = {
             name: {key: resolved.shown(value) for key, value in row.items()}

@@ -12,7 +12,7 @@ from moe.cli import config
 from moe.data.corpora.corpus import Corpus, left_out_of
 from moe.data.text import PreparedData, TextData
 from moe.data.tokens.tokenizer import Tokenizer
-from moe.errors import UserError
+from moe.errors import UserError, printable
 from moe.model import sharding
 from moe.runs.restore import Restored, restore_run
 from moe.training.abstract_model import AbstractModel
@@ -67,7 +67,7 @@ def evaluate_run(
         spec = Fitted(run.tokenizer)
         data = TextData(corpus, spec, validation_corpus=corpus).prepare()
         for line in left_out_of(corpus):
-            print(line, file=sys.stderr)
+            print(printable(line), file=sys.stderr)
     causal = run.model.objective.causal
     # A multiple of what the mesh needs; rows without a sequence are padding.
     shards = sharding.batch_shards(run.mesh)
@@ -104,7 +104,7 @@ def loads_of(routing: Routing) -> dict[str, Any]:
 
 def run(flags) -> int:
     """Print the evaluation's result; `--json` also writes it."""
-    spec = config.of_folder(flags.workdir, flags.gin_bindings)
+    spec = config.of_folder(flags.workdir, flags.gin_bindings, vars(flags)["import"])
     restored = restore_run(flags.workdir, spec, flags.step)
     result = evaluate_run(restored)
     layer = restored.model.moe_layer
@@ -126,7 +126,7 @@ def run(flags) -> int:
     width = max(map(len, found))
     for name, value in found.items():
         shown = f"{value:.4f}" if isinstance(value, float) else "-" if value is None else value
-        print(f"{name:<{width}}  {shown}")
+        print(printable(f"{name:<{width}}  {shown}"))
     if flags.json:
         Path(flags.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return 0

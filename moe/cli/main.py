@@ -14,7 +14,7 @@ from absl import flags as absl_flags
 
 import moe
 from moe.cli.commands import COMMANDS, Command, Flag
-from moe.errors import Problems, UserError, nearest
+from moe.errors import Problems, UserError, nearest, printable
 from moe.machine import compile_cache
 from moe.machine.allocator import keep_freed_memory
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if (text := _users_mistake(error, argv)) is None:
             raise
-        print(f"moe: error: {text}", file=sys.stderr)
+        print(f"moe: error: {printable(text)}", file=sys.stderr)
         return MISTAKE
 
 
@@ -150,9 +150,10 @@ def parse(command: Command, arguments: Sequence[str]) -> SimpleNamespace:
     if command.positional:
         if not left and command.optional:
             left = [""]
-        if len(left) != 1:
+        if not left or (left[1:] and not command.many):
             raise UserError(f"moe {command.name} needs one {command.form}, as {command.example!r}")
-        named[command.positional] = left.pop()
+        named[command.positional] = left if command.many else left[0]
+        left = []
     if left:
         hint = f"; did you mean --gin_file={left[0]}?" if left[0].endswith(".gin") else ""
         raise UserError(f"moe {command.name} takes flags only, got {left[0]!r}{hint}")
@@ -220,6 +221,9 @@ def _users_mistake(error: Exception, argv: Sequence[str]) -> str | None:
             f"out of memory ({text.splitlines()[0]}): try a smaller train.batch_size or "
             "train.sequence_length, more train.accumulate, or Transformer.remat = 'full'"
         )
+    for reason in ("No space left on device", "Disk quota exceeded", "File too large"):
+        if reason in str(error):  # from the libraries that write arrays
+            return f"{_workdir(argv)}: {reason}; the same command goes on from what was saved"
     unset = _unset_parameter(text, str(error))
     return unset and unset + _missing_run(unset, argv)
 

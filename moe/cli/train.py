@@ -5,7 +5,7 @@ from pathlib import Path
 import shutil
 from typing import Any
 
-from moe.errors import attempted
+from moe.errors import attempted, printable
 from moe.machine import processes
 from moe.runs.storage.folder import RunFolder
 
@@ -54,7 +54,7 @@ def report(summary: dict[str, Any], samples: list[str], folder: RunFolder) -> st
         width = min(shutil.get_terminal_size().columns, 100)
         shown = samples[0].strip("\n").splitlines()[:16]
         lines += ["", "a sample:", *("  | " + line[:width] for line in shown)]
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def bars(summary: dict[str, Any]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 import dataclasses
-import json
 import re
 import statistics
 import time
@@ -28,7 +27,7 @@ def with_fitted_steps(spec: RunSpec, folder: RunFolder) -> RunSpec:
     """The spec with the number of steps that the folder's run was shortened to, if it was."""
     if not (spec.fit_steps and folder.run.exists()):
         return spec
-    fitted = json.loads(folder.run.read_text(encoding="utf-8")).get("fitted_steps", {})
+    fitted = folder.read_json(folder.run, data=dict).get("fitted_steps", {})
     return dataclasses.replace(spec, steps=fitted.get(str(spec.steps), spec.steps))
 
 

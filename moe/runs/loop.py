@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -9,9 +10,10 @@ import jax
 from moe.machine import processes
 from moe.machine.signals import Signals
 from moe.runs.setup import Setup
-from moe.runs.storage.checkpoint import Checkpoints
+from moe.runs.storage.checkpoint import Checkpoints, as_tree
 from moe.runs.tracking.metrics_logger import MetricsLogger
 from moe.training import evaluate
+from moe.training.finite import TrainingDiverged, in_words, not_finite
 from moe.training.train_step import TrainState, to_devices
 
 
@@ -49,16 +51,11 @@ class Loop:
         saved: int | None,
     ) -> "Loop":
         """The loop of a run; origin: the entry of run.json that names the run it started from."""
-        compiling, spec = metrics.display.compiling, setup.spec
+        compiling = metrics.display.compiling
         train_step = compiling(setup.program.step, "the training step")
         score_batch = evaluate.batch_scorer(setup.model, setup.mesh)
         score_batch = compiling(score_batch, "the evaluation")
-        extra = {
-            "data": setup.text.fingerprint(),
-            "batch_size": spec.batch_size,
-            "seed": spec.seed,
-            **origin,
-        }
+        extra = setup.identity | origin
         return cls(setup, train_step, score_batch, metrics, saves, interrupted, extra, saved)
 
     def run(self, state: TrainState) -> tuple[TrainState, int]:
@@ -102,9 +99,24 @@ class Loop:
             setup = self.setup
             result = evaluate.evaluate(self.score_batch, state, setup.held_out, setup.mesh)
             self.metrics.held_out(step, result)
+            require_finite_loss(result, state, step, self.saves)
         self.save(state, step, result and result.loss)
         self.metrics.meter.restart()
 
     def _ask_processes(self) -> None:
         flags = bool(self.interrupted), self.metrics.meter.over()
         self.stopped, self.late = processes.any_process(*flags)
+
+
+def require_finite_loss(
+    result: evaluate.Evaluation, state: TrainState, step: int, saves: Checkpoints
+) -> None:
+    """Raise TrainingDiverged where a held-out loss is not finite; it names the arrays at fault."""
+    if math.isfinite(result.loss):
+        return
+    broken = in_words(not_finite(as_tree(state)))
+    raise TrainingDiverged(
+        f"step {step}: the held-out loss is {result.loss}; not finite: "
+        f"{broken or 'no value of the state, so that the text or the model is at fault'}; "
+        f"{saves.last_good()}"
+    )

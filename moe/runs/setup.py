@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -62,6 +63,13 @@ class Setup:
     def rows(self) -> slice:
         """The rows of each batch that this process reads."""
         return processes.rows(self.program.batch_sharding, self.spec.batch_size)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What makes a state this run's, recorded in each checkpoint: text, batches and seed."""
+        spec = self.spec
+        data = self.text.fingerprint()
+        return {"data": data, "batch_size": spec.batch_size, "seed": spec.seed}
 
     @property
     def settings(self) -> resolved.Table:

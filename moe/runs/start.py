@@ -12,6 +12,7 @@ import optax
 
 from moe.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from moe.errors import UserError
+from moe.runs.setup import Setup
 from moe.runs.storage import checkpoint
 from moe.runs.storage.folder import RunFolder
 from moe.training.run_spec import RunSpec
@@ -44,7 +45,7 @@ class Source:
 
 
 def first_state(
-    saves: checkpoint.Checkpoints, program: Program, tokenizer: Tokenizer, source: Source, say: Say
+    saves: checkpoint.Checkpoints, setup: Setup, source: Source, say: Say
 ) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
     """The run's first state, restored from its own checkpoints or else made from `source`.
 
@@ -54,11 +55,14 @@ def first_state(
         restored run has that entry from its checkpoint.
 
     Raises:
-        UserError: checkpoints that can't be read; another run whose model differs.
+        UserError: checkpoints that can't be read, or of another text, batch size or seed; another
+            run whose model differs.
     """
+    program, tokenizer = setup.program, setup.text.tokenizer
     restored = saves.restore(program.abstract_state, say=say)
     if restored is not None:
         state, extra = restored
+        _refuse_another_run(extra, setup.identity, saves.folder)
         return state, extra, {k: extra[k] for k in ("started_from",) if k in extra}
     try:
         state = program.init(source.seed)
@@ -68,6 +72,21 @@ def first_state(
         return state, {}, {}
     state, step = from_run(source, state, program, tokenizer, say)
     return state, {}, {"started_from": {"run": source.run, "step": step}}
+
+
+def _refuse_another_run(theirs: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
+    """UserError where a checkpoint records another identity; config.gin may be lost or altered."""
+    there, here = ({**given.get("data", {}), **given} for given in (theirs, ours))
+    differs = [
+        f"{name}: {there.get(name)} there, {value} here"
+        for name, value in here.items()
+        if name != "data" and there.get(name) != value
+    ]
+    if differs:
+        raise UserError(
+            f"{folder} holds the checkpoints of another run; choose another --workdir, or the same "
+            "settings to continue it. What differs: " + "; ".join(differs)
+        )
 
 
 def from_run(
@@ -126,6 +145,8 @@ def report(first: int, spec: RunSpec, folder: RunFolder, rate_N: np.ndarray, say
     first: steps that are trained already. rate_N: the learning rate of each of the run's N steps.
     """
     steps, stop_at, before = spec.steps, spec.stop_at, folder.steps
+    if not first and folder.metrics.exists() and folder.metrics.stat().st_size:
+        say(f"{folder.path} holds metrics and no checkpoint: the run starts anew, and so do they")
     if first:
         say(f"continuing at step {first} of {steps}")
     if first and before not in (None, steps) and first < steps:

@@ -12,7 +12,7 @@ from moe.machine import hardware, processes
 from moe.machine.allocator import keep_freed_memory
 from moe.machine.signals import catching_signals
 from moe.runs import artifacts, fit, start
-from moe.runs.loop import Loop
+from moe.runs.loop import Loop, require_finite_loss
 from moe.runs.setup import Setup
 from moe.runs.storage import checkpoint
 from moe.runs.storage.folder import RunFolder
@@ -68,9 +68,7 @@ def train(
         # The state: from the last checkpoint, from another run, or from the seed.
         saves = stack.enter_context(checkpoint.opened(folder.checkpoints, spec.keep))
         source = start.Source(spec.seed, spec.start_from, spec.start_from_optimizer)
-        state, restored, origin = start.first_state(
-            saves, setup.program, text.tokenizer, source, say
-        )
+        state, restored, origin = start.first_state(saves, setup, source, say)
         first, clock = int(state.step), restored.get("clock")
 
         # The number of steps: as asked for, or as many as `train.max_seconds` has room for.
@@ -111,6 +109,7 @@ def train(
 
         # The results; then compressors' figures, samples and a picture, which may fail.
         result = artifacts.final_evaluation(loop.score_batch, state, setup, display)
+        require_finite_loss(result, state, step, saves)
         if not quiet:
             artifacts.write_documents(result, setup, folder)
         summary = {"step": step, **summary_of(result, model, text, peak), **meter.summary()}

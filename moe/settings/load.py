@@ -24,6 +24,7 @@ HEADER = """\
 # The whole configuration of a run. To run it again, with this file as config.gin:
 #   moe train --gin_file=config.gin --workdir=NEW_FOLDER
 """
+OURS = ("moe", "layers", "routing")  # packages whose modules any config may import
 Bindings = dict[tuple[str, str], dict[str, object]]  # (scope, selector) -> parameter -> value
 _by_hand: set[str] = set()  # settings that came with --gin_bindings
 
@@ -32,17 +33,29 @@ def load(
     gin_files: Sequence[str],
     gin_bindings: Sequence[str] = (),
     say: Callable[[str], None] = print,
+    received: bool = False,
+    imports: Sequence[str] = (),
 ) -> None:
     """Replace the configuration by the files and then the bindings; later settings win.
 
-    say: prints a warning for settings that look meant to win and don't.
+    Args:
+        gin_files: names of configs.
+        gin_bindings: settings of the command line.
+        say: prints a warning for settings that look meant to win and don't.
+        received: the files are data, as in a run folder, and not the user's own: they import no
+            module but ours and those of `imports` and bindings, and choose no folder to write to.
+        imports: modules that the user names; they are imported first.
 
     Raises:
         UserError: with a line for each mistake. The configuration is then unchanged, but modules
             that the files import stay imported, with the configurables that they define.
     """
-    reading = read.read(gin_files, gin_bindings)
-    problems = [*reading.problems, *_import(reading), *check.problems(reading.settings)]
+    reading = read.read(gin_files, gin_bindings, received)
+    if received:
+        reading.settings = [s for s in reading.settings if _by_flag(s) or not _writes(s)]
+    problems = [*reading.problems, *_refused_imports(reading, received, imports)]
+    if not (problems and reading.imports):  # nothing is imported for a config that is refused
+        problems += [*_import(reading, received, imports), *check.problems(reading.settings)]
     if problems:
         raise Problems(problems)
     for line in replaced_by_runs(reading):
@@ -55,7 +68,7 @@ def load(
         target = (setting.scope, setting.selector, setting.parameter)
         key = target if setting.parameter else (setting.key, check.MACRO, "value")
         gin.bind_parameter(key, _gin_value(setting.value))
-        if setting.parameter and setting.where.startswith("--gin_bindings"):
+        if setting.parameter and _by_flag(setting):
             selector = check.resolve(setting.selector)
             _by_hand.add(_name(setting.scope, str(selector), setting.parameter))
 
@@ -82,15 +95,42 @@ def replaced_by_runs(reading: read.Reading) -> Iterator[str]:
                 )
 
 
-def _import(reading: read.Reading) -> Iterator[str]:
-    """Import the modules that the texts name, also from beside a config file; yields mistakes."""
-    for folder in (Path.cwd(), *reading.folders):
-        if reading.imports and str(folder) not in sys.path:
-            sys.path.append(str(folder))  # last, so that it shadows no installed package
+def _by_flag(setting: read.Setting) -> bool:
+    return setting.where.startswith("--gin_bindings")
+
+
+def _writes(setting: read.Setting) -> bool:
+    """Whether a setting says where this machine keeps files."""
+    return setting.parameter == "cache_dir"
+
+
+def _refused_imports(
+    reading: read.Reading, received: bool, imports: Sequence[str]
+) -> Iterator[str]:
+    """A line for each import that is not carried out."""
+    named = {*imports, *(s.module for w, s in reading.imports if w.startswith("--gin_bindings"))}
     for where, statement in reading.imports:
-        if statement.module.startswith(read.FEATURE):
-            yield f"{where}: {statement.format()}: import the module that defines the configurable"
-            continue
+        module, line = statement.module, f"{where}: {statement.format()}"
+        if module.split(".")[0] == read.FEATURE.rstrip("."):
+            yield f"{line}: import the module that defines the configurable"
+        elif received and module not in named and module.split(".")[0] not in OURS:
+            yield (
+                f"{line}: a run folder's config runs no code by itself; if you trust this module, "
+                f"name it: --import={module}"
+            )
+
+
+def _import(reading: read.Reading, received: bool, imports: Sequence[str]) -> Iterator[str]:
+    """Import the modules that the texts name, also from beside a user's file; yields mistakes."""
+    for folder in (Path.cwd(), *(() if received else reading.folders)):
+        if (reading.imports or imports) and str(folder) not in sys.path:
+            sys.path.append(str(folder))  # last, so that it shadows no installed package
+    for module in imports:
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            yield f"--import={module}: {_cause(error)}"
+    for where, statement in reading.imports:
         try:
             _import_one(statement)
         except Exception as error:

@@ -10,11 +10,16 @@ import tokenize
 from gin import config as gin_config
 from gin import config_parser
 
-from moe.errors import UserError, nearest
+from moe.errors import Problems, UserError, nearest
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SUBFOLDERS = ("runs", "models", "routers", "sweeps")  # of the shipped configs, searched by name
 FEATURE = "__gin__."  # imports that switch gin's own features on
+# Far above any real configuration; a file made to hang or to fill memory ends here.
+MOST_BYTES, MOST_TEXTS, MOST_DEPTH = 2**20, 256, 16
+
+
+DEEP = (RecursionError, MemoryError)  # Python's parser raises either for nested brackets
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class Reading:
         problems: a line for each mistake.
         files: (name, first, end) for each given file, whose settings are settings[first:end].
         texts: how many texts were read.
+        size: of all of them, in bytes.
+        roots: folders that an included file has to be in.
     """
 
     settings: list[Setting] = field(default_factory=list)
@@ -83,6 +90,13 @@ class Reading:
     problems: list[str] = field(default_factory=list)
     files: list[tuple[str, int, int]] = field(default_factory=list)
     texts: int = 0
+    size: int = 0
+    roots: tuple[Path, ...] = ()
+
+    def problem(self, line: str) -> None:
+        """Add a mistake, once."""
+        if line not in self.problems:
+            self.problems.append(line)
 
 
 def shipped() -> Path:
@@ -103,14 +117,14 @@ def find(name: str, beside: Path | None = None) -> Path:
     Raises:
         UserError: no such file, with the nearest shipped names; or several shipped ones.
     """
-    own = [Path(name).expanduser()] + ([beside / name] if beside else [])
-    for path in own:
-        if path.is_file():
+    home = Path(os.path.expanduser(name))
+    for path in (home, *([beside / name] if beside else [])):
+        if os.path.isfile(path):  # Path.is_file raises for names that are too long
             return path.absolute()
     root = shipped()
-    if (root / name).is_file():
+    if os.path.isfile(root / name):
         return root / name
-    hits = [f"{folder}/{name}" for folder in SUBFOLDERS if (root / folder / name).is_file()]
+    hits = [f"{folder}/{name}" for folder in SUBFOLDERS if os.path.isfile(root / folder / name)]
     if len(hits) > 1:
         raise UserError(f"{name}: several shipped files have this name; write {' or '.join(hits)}")
     if hits:
@@ -135,8 +149,12 @@ class _Delegate(config_parser.ParserDelegate):
         return Macro(macro_name)
 
 
-def read(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> Reading:
-    """Read the files, what they include, and bindings of the command line, with every mistake."""
+def read(gin_files: Sequence[str], gin_bindings: Sequence[str], received: bool = False) -> Reading:
+    """Read the files, what they include, and bindings of the command line, with every mistake.
+
+    A file may include what lies in its own folder, in the current one (unless `received`), among
+    the shipped configs, or below one of these.
+    """
     reading = Reading()
     for name in gin_files:
         try:
@@ -145,8 +163,11 @@ def read(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> Reading:
             reading.problems.append(f"--gin_file={error}")
         else:
             first = len(reading.settings)
+            here = () if received else (Path.cwd(),)
+            reading.roots = (path.parent, *here, shipped())
             _read_file(reading, name, path, above=())
             reading.files.append((name, first, len(reading.settings)))
+    reading.roots = (Path.cwd(), shipped())
     for binding in gin_bindings:
         flag = f'--gin_bindings="{binding}"'
         _read_text(reading, binding, name=flag, folder=None, above=(), numbered=False)
@@ -154,15 +175,27 @@ def read(gin_files: Sequence[str], gin_bindings: Sequence[str]) -> Reading:
 
 
 def bindings_of(text: str) -> dict[str, str]:
-    """The settings of a config text by name, with values as text; the last of a name wins."""
-    reading = Reading()
+    """The settings of a config text by name, with values as text; the last of a name wins.
+
+    Raises:
+        Problems: a text that can't be read, which would otherwise look like one with less in it.
+    """
+    reading = Reading(roots=(shipped(),))
     _read_text(reading, text, name="", folder=None, above=(), numbered=True)
+    if reading.problems:
+        raise Problems(reading.problems)
     return {setting.key: repr(setting.value) for setting in reading.settings}
 
 
 def _read_file(reading: Reading, name: str, path: Path, above: tuple[Path, ...]) -> None:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with open(path, "rb") as file:
+            raw = file.read(max(MOST_BYTES + 1 - reading.size, 0))
+        reading.size += len(raw)
+        if reading.size > MOST_BYTES:
+            reading.problem(f"{name}: a configuration has at most {MOST_BYTES:,} bytes in all")
+            return
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
         reading.problems.append(f"{name}: {reason}")
@@ -208,9 +241,17 @@ def _include(
     except UserError as error:
         reading.problems.append(f"{where}: include {error}")
         return
+    if not any(path.resolve().is_relative_to(root.resolve()) for root in reading.roots):
+        reading.problems.append(
+            f"{where}: include {name}: it lies outside of the config's folder, the current one "
+            "and the shipped configs; copy it beside the config"
+        )
+        return
     if path.resolve() in above:
         chain = [os.path.relpath(p) for p in (*above[above.index(path.resolve()) :], path)]
         reading.problems.append(f"{where}: include in a circle: {' -> '.join(chain)}")
+    elif len(above) >= MOST_DEPTH or reading.texts >= MOST_TEXTS:
+        reading.problem(f"a configuration has at most {MOST_TEXTS} files, {MOST_DEPTH} deep")
     else:
         _read_file(reading, name, path, above)
 
@@ -223,7 +264,7 @@ def _statements(text: str) -> Iterator[tuple[int, object]]:
         # Not `for statement in parser`, which ends silently where a text is cut off.
         while (statement := parser.parse_statement()) is not None:
             yield statement.location.line_num, statement
-    except (SyntaxError, tokenize.TokenError, StopIteration, ValueError, RecursionError) as error:
+    except (SyntaxError, tokenize.TokenError, StopIteration, ValueError, *DEEP) as error:
         yield _explain(error, parser, text)
 
 
@@ -238,7 +279,7 @@ def _explain(
         line, reason = error.lineno or line, str(error.msg).rstrip(".")
     elif isinstance(error, tokenize.TokenError):
         line, reason = error.args[1][0], "a bracket or a quote is left open"
-    elif isinstance(error, RecursionError):
+    elif isinstance(error, DEEP):
         reason = "it is nested too deeply"
     if token := re.search(r"Failed to parse token '(.*)'", reason, re.DOTALL):
         word = token[1].strip("'\"")

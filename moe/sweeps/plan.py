@@ -228,7 +228,7 @@ def best_of(cell: Cell, results: Mapping[str, Row], tuning: list[Trial]) -> tune
     scored = [
         (row["validation_bits_per_byte"], trial.number, trial.tuned)
         for row, trial in rows
-        if row["status"] == "finished"
+        if row["status"] == "finished" and row["validation_bits_per_byte"] is not None
     ]
     return min(scored, key=lambda item: item[:2])[2] if scored else None
 

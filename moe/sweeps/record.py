@@ -134,6 +134,11 @@ def as_lines(rows: Iterable[Row]) -> bytes:
 
 
 def read_lines(path: Path) -> Iterator[Row]:
-    """The rows of a file of JSON lines; none of a missing one."""
-    if path.exists():
-        yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    """The rows of a file of JSON lines; none of a missing one. UserError where it is damaged."""
+    if not path.exists():
+        return
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}: damaged, line {number}: {error}") from error

@@ -74,7 +74,7 @@ class RunSpec:
     model: Callable[..., Transformer] = Transformer
     objective: Objective | None = None
     optimizer: Optimizer | None = None
-    mesh: MeshShape | None = None
+    mesh: MeshShape | None = dataclasses.field(default=None, metadata=MAY_CHANGE)
     steps: Count = dataclasses.field(default=1000, metadata=MAY_CHANGE)
     batch_size: Count = 32
     sequence_length: Count = 256
@@ -108,8 +108,12 @@ class RunSpec:
 
     @classmethod
     def may_change(cls) -> tuple[str, ...]:
-        """The settings, as written in a config, that may change when a run is continued."""
-        return tuple(f"train.{f.name}" for f in dataclasses.fields(cls) if f.metadata == MAY_CHANGE)
+        """The settings, as written in a config, that may change when a run is continued.
+
+        The mesh is one: a checkpoint is restored bit for bit on any.
+        """
+        own = [f"train.{f.name}" for f in dataclasses.fields(cls) if f.metadata == MAY_CHANGE]
+        return (*own, *(f"MeshShape.{f.name}" for f in dataclasses.fields(MeshShape)))
 
     @property
     def in_force(self) -> "InForce":

@@ -15,6 +15,10 @@ import warnings
 import jax
 
 from moe.errors import UserError
+from moe.machine import processes
+from moe.runs.storage import manifest
+from moe.runs.storage.manifest import Damaged
+from moe.training.finite import TrainingDiverged, in_words, not_finite
 from moe.training.train_step import TrainState
 
 Say = Callable[[str], None]
@@ -24,9 +28,10 @@ _NEVER_READ = r"coroutine '(_read_array_index_and_device_put|\S*\bStore\.\w+)' w
 class Checkpoints:
     """The checkpoints folder of a run.
 
-    Beyond Orbax: a save that fails in the background raises in `wait` and in the next save; a
-    damaged checkpoint is set aside and the one before it is read; and restored arrays have the
-    dtypes that were saved.
+    Beyond Orbax: a save that fails in the background raises in `wait` and in the next save; each
+    checkpoint has a manifest, without which it is none, and no value is believed before all files
+    agree with it; a damaged checkpoint is set aside and the one before it is read; arrays have the
+    names, shapes and dtypes that were saved; and no value that is not finite is saved or restored.
 
     Args:
         folder: RUN/checkpoints.
@@ -56,6 +61,7 @@ class Checkpoints:
             # Without it Orbax writes no metric, and a continued run would not know its best one.
             best_fn=lambda m: m["val_loss"],
             best_mode="min",
+            temporary_path_class=_temporary_path_class(ocp),
         )
         self._ocp = ocp
         self._options = options
@@ -68,9 +74,16 @@ class Checkpoints:
 
         Raises:
             UserError: this save, or the one before it, can't be written.
+            TrainingDiverged: the state holds a value that is not finite; nothing is written.
         """
         ocp = self._ocp
-        arrays = ocp.args.StandardSave(as_tree(state))
+        tree = as_tree(state)
+        if broken := not_finite(tree):
+            raise TrainingDiverged(
+                f"step {int(state.step)}: not finite: {in_words(broken)}; no checkpoint is made of "
+                f"it; {self.last_good()}"
+            )
+        arrays = ocp.args.StandardSave(tree)
         known = val_loss is not None and math.isfinite(val_loss)
         metrics = {"val_loss": val_loss} if known else None
         composite = ocp.args.Composite(state=arrays, extra=ocp.args.JsonSave(extra))
@@ -104,6 +117,13 @@ class Checkpoints:
         """Steps that have a checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def last_good(self) -> str:
+        """Which checkpoint is the newest, in words; waits until every save is on disk."""
+        self.wait()
+        steps = self.steps()
+        where = f"{self.folder} holds step {steps[-1]}" if steps else "there is no checkpoint yet"
+        return f"the last good checkpoint: {where}"
+
     def restore(
         self, abstract: TrainState, step: int | None = None, say: Say = lambda line: None
     ) -> tuple[TrainState, dict[str, Any]] | None:
@@ -130,9 +150,7 @@ class Checkpoints:
         """
 
         def read(candidate: int):
-            differs = _differences(wanted, self.shapes(candidate))
-            if differs:
-                raise UserError(f"the checkpoint holds another model: {differs}")
+            self._refuse_other_arrays(candidate, wanted)
             ocp = self._ocp
             arguments = ocp.args.PyTreeRestore(
                 item=wanted,
@@ -140,15 +158,33 @@ class Checkpoints:
                 partial_restore=True,
             )
             found = self._manager.restore(candidate, args=ocp.args.Composite(state=arguments))
+            _refuse_not_finite(found["state"])
             return found["state"], candidate
 
         return self._newest(read, step, say)
 
-    def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of a checkpoint's arrays, by name."""
+    def arrays(self, step: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of a checkpoint's arrays, by name."""
         path = self.folder / str(step) / "state"
         content: Any = self._ocp.StandardCheckpointer().metadata(path)
-        return {name: tuple(leaf.shape) for name, leaf in content.item_metadata.tree.items()}
+        tree = content.item_metadata.tree
+        return {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in tree.items()}
+
+    def _refuse_other_arrays(self, step: int, wanted: dict[str, Any]) -> None:
+        """UserError unless the arrays are those wanted; Orbax would cast dtypes without a word."""
+        if differs := _differences(wanted, self.arrays(step)):
+            raise UserError(f"the checkpoint holds another model: {differs}")
+
+    def _verify(self, step: int) -> None:
+        """Raise Damaged, in every process, unless the files of a checkpoint are its manifest's."""
+        reason = None
+        if processes.is_first():
+            try:
+                manifest.verify(self.folder / str(step))
+            except Damaged as damaged:
+                reason = str(damaged)
+        if processes.any_process(reason is not None)[0]:
+            raise Damaged(reason or "the first process says why")
 
     def _newest(self, read: Callable[[int], Any], step: int | None, say: Say) -> Any:
         """read(s) for the newest step s that can be read, or for `step`; None without any."""
@@ -160,32 +196,35 @@ class Checkpoints:
         damaged = []
         for candidate in reversed(steps):
             try:
+                self._verify(candidate)
                 found = read(candidate)
             except UserError:
                 raise
             except Exception as error:  # damaged files raise errors of any kind
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                say(f"the checkpoint of step {candidate} can't be read ({reason[:160]})")
+                say(f"the checkpoint of step {candidate} can't be believed ({reason[:300]})")
                 damaged.append(candidate)
                 continue
             self._set_aside(damaged, say)
             return found
         if steps:  # not set aside, or the next start would train from the first step
             raise UserError(
-                f"no checkpoint in {self.folder} can be read; restore one from a copy, or choose "
-                "another --workdir to start anew"
+                f"no checkpoint in {self.folder} can be believed; restore one from a copy, or "
+                "choose another --workdir to start anew"
             )
         return None
 
     def _read(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         ocp = self._ocp
         tree = as_tree(abstract)
+        self._refuse_other_arrays(step, tree)
         found = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(tree, strict=True), extra=ocp.args.JsonRestore()
             ),
         )
+        _refuse_not_finite(found["state"])
         # By name: a dict's leaves are sorted, those of a state are not.
         leaves = [found["state"][name] for name in tree]
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves), found["extra"]
@@ -196,9 +235,14 @@ class Checkpoints:
             return
         for step in steps:
             aside = self.folder.parent / f"damaged-checkpoint-{step}"
-            if not aside.exists():
+            count = 1
+            while aside.exists():
+                count += 1
+                aside = aside.with_name(f"damaged-checkpoint-{step}-{count}")
+            if processes.is_first():
                 (self.folder / str(step)).rename(aside)
-                say(f"it was set aside as {aside}; going on with the one before it")
+            say(f"it was set aside as {aside}; going on with the one before it")
+        processes.any_process(False)  # until the first process has moved them
         self._manager.reload()
 
     def close(self) -> None:
@@ -210,25 +254,60 @@ def _manager_class(ocp: Any) -> Any:
         def metrics(self, step: int) -> dict[str, float] | None:
             """As Orbax's, but None for a damaged file, which would keep the folder from opening."""
             try:
-                found = super().metrics(step)
+                if found := super().metrics(step):
+                    manifest.verify_file(Path(self.directory) / str(step), "metrics/metrics")
                 return None if found is None else {"val_loss": float(found["val_loss"])}
-            except (ValueError, TypeError, KeyError):
+            except (Damaged, ValueError, TypeError, KeyError):
                 return None
 
     return Manager
 
 
-def _differences(wanted: dict[str, Any], there: dict[str, tuple[int, ...]]) -> str:
+def _temporary_path_class(ocp: Any) -> Any:
+    class TemporaryPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+        async def finalize(self) -> None:
+            """As Orbax's, which renames the folder, but with a manifest of all files before."""
+            final = Path(self.get_final())
+            if not final.name.isdecimal():  # of one of a checkpoint's items
+                return await super().finalize()
+            if store := self._checkpoint_metadata_store:
+                store.wait_until_finished()
+                self._checkpoint_metadata_store = None  # it would write to a file that is listed
+            manifest.write(Path(self.get()), int(final.name))
+            await super().finalize()
+            manifest.fsync_folder(final.parent)
+
+    return TemporaryPath
+
+
+def _refuse_not_finite(arrays: dict[str, jax.Array]) -> None:
+    """Raise Damaged where a restored value is not finite: `save` writes none."""
+    if broken := not_finite(arrays):
+        raise Damaged(f"not finite: {in_words(broken)}")
+
+
+def _differences(wanted: dict[str, Any], there: dict[str, tuple[tuple[int, ...], str]]) -> str:
     """How the arrays of a checkpoint differ from those that are wanted, in a few words."""
     kinds = {name.split(".")[0] for name in wanted}
     missing = [name for name in wanted if name not in there]
     extra = [n for n in there if n.split(".")[0] in kinds and n not in wanted]
+    both = [(name, there[name], want) for name, want in wanted.items() if name in there]
     other = [
-        f"{name} is {there[name]} there, {tuple(want.shape)} here"
-        for name, want in wanted.items()
-        if name in there and there[name] != tuple(want.shape)
+        f"{name} is {shape} there, {tuple(want.shape)} here"
+        for name, (shape, _), want in both
+        if shape != tuple(want.shape)
     ]
-    kinds = {"missing there": missing, "only there": extra, "other shapes": other}
+    types = [
+        f"{name} is {dtype} there, {want.dtype} here"
+        for name, (_, dtype), want in both
+        if dtype != str(want.dtype)
+    ]
+    kinds = {
+        "missing there": missing,
+        "only there": extra,
+        "other shapes": other,
+        "other dtypes": types,
+    }
     return "; ".join(f"{kind}: {_few(names)}" for kind, names in kinds.items() if names)
 
 

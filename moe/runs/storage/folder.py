@@ -8,12 +8,16 @@ import os
 from pathlib import Path
 import platform
 import socket
-from typing import Any
+from typing import Any, BinaryIO
 
 from moe.data.tokens.cache import write_atomically
 from moe.data.tokens.tokenizer import Tokenizer
 from moe.errors import UserError
+from moe.runs.storage import manifest
 from moe.settings.read import bindings_of
+
+MOST_BYTES = 2**24  # of a small file, or of a line of a log
+MOVE_AWAY = "move it away, or choose another --workdir"
 
 
 class RunFolder:
@@ -38,6 +42,7 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Lock the folder for this process; UserError where another process holds the lock."""
         self.path.mkdir(parents=True, exist_ok=True)
+        self._refuse_links()
         with open(self.path / ".lock", "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,12 +57,27 @@ class RunFolder:
             file.flush()
             yield
 
+    def _refuse_links(self) -> None:
+        """Raise UserError where writing the folder's files would change files outside of it."""
+        inside, folders = self.path.resolve(), (self.path, self.tensorboard, self.tokenizer)
+        for folder in (*folders, self.checkpoints):
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                    raise UserError(
+                        f"{path} is a link to {os.readlink(path)}, outside of the run's folder, "
+                        "and would be written through; put the folder itself where there is room"
+                    )
+
+    def config_text(self) -> str:
+        """The text of config.gin; UserError where it can't be read."""
+        return _text_of(self.config)
+
     @property
     def steps(self) -> int | None:
         """`train.steps` of the run in this folder; None where there is no run."""
         if not self.config.exists():
             return None
-        steps = bindings_of(self.config.read_text(encoding="utf-8")).get("train.steps")
+        steps = _bindings(self.config, self.config_text()).get("train.steps")
         return int(steps) if steps and steps.isdecimal() else None
 
     def refuse_another_run(
@@ -71,16 +91,25 @@ class RunFolder:
             steps: its `train.steps`, which may not be fewer than are trained already.
             may_change: names of settings that may differ.
         """
+        there = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        saved = [path for path in there if path.name.isdecimal()]
+        if saved and not self.config.exists():
+            raise UserError(
+                f"{self.path} holds checkpoints and no config.gin, so that nothing says whether "
+                f"they are of this run; put its config.gin back, or {MOVE_AWAY}"
+            )
         if not (self.config.exists() and self.checkpoints.exists()):
             return
-        theirs = json.loads(self.run.read_text())["data"] if self.run.exists() else {}
-        differs = _differences(self.config.read_text(), config, may_change)
+        theirs = self.read_json(self.run, data=dict)["data"] if self.run.exists() else {}
+        old = _bindings(self.config, self.config_text())
+        differs = _differences(old, bindings_of(config), may_change)
         differs += [
             f"data {name}: {theirs[name]} there, {value} here"
             for name, value in fingerprint.items()
             if name in theirs and theirs[name] != value
         ]
-        trained = [int(p.name) for p in self.checkpoints.iterdir() if p.name.isdecimal()]
+        # By the manifests: a folder's name is not believed.
+        trained = [step for p in saved if (step := manifest.step_of(p))]
         if trained and max(trained) > steps:
             most = max(trained)
             differs.append(
@@ -96,7 +125,7 @@ class RunFolder:
         """The content of summary.json, where the run is complete; None where it is not."""
         if not self.summary.exists():
             return None
-        found = json.loads(self.summary.read_text())
+        found = self.read_json(self.summary, step=int, train_seconds=(int, float))
         over = max_seconds is not None and found["train_seconds"] > max_seconds
         saved = (self.checkpoints / str(found["step"])).is_dir()
         return found if saved and (found["step"] == steps or over) else None
@@ -121,8 +150,30 @@ class RunFolder:
         tokenizer.save(self.tokenizer)
         self._cut_metrics(step)
         if self.summary.exists():
-            ended = json.loads(self.summary.read_text(encoding="utf-8"))["step"]
+            ended = self.read_json(self.summary, step=int)["step"]
             self.summary.rename(self.path / f"summary-{ended}.json")
+
+    def read_json(self, path: Path, **fields: type | tuple[type, ...]) -> dict[str, Any]:
+        """The content of one of the folder's JSON files.
+
+        Args:
+            path: the file.
+            fields: those that it must have, with their types.
+
+        Raises:
+            UserError: it is no JSON object, or a field is missing or of another type.
+        """
+        try:
+            found = json.loads(_text_of(path))
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path} is damaged: no JSON; {MOVE_AWAY}") from None
+        for name, kind in fields.items():
+            value = found.get(name) if isinstance(found, dict) else None
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise UserError(f"{path} is damaged: {name!r} is missing or no value; {MOVE_AWAY}")
+        return found
 
     def write_json(self, path: Path, content: Any) -> None:
         """Write a JSON file; other processes see all of it or nothing."""
@@ -131,21 +182,53 @@ class RunFolder:
     def _cut_metrics(self, step: int) -> None:
         for path in (self.metrics, self.routing):
             if path.exists():
-                lines = path.read_text().splitlines(keepends=True)
-                kept = [line for line in lines if line.endswith("\n") and _step(line) <= step]
-                write_atomically(path, "".join(kept).encode())
+                with open(path, "rb") as file:
+                    kept = [line for line in _lines(file) if _step(line) <= step]
+                write_atomically(path, b"".join(kept))
 
 
-def _step(line: str) -> int:
+def _text_of(path: Path) -> str:
+    """The text of a small file of the run's folder."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # a line cut off by a crash
+        with open(path, "rb") as file:
+            raw = file.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
+            raise UserError(f"{path} is damaged: above {MOST_BYTES:,} bytes; {MOVE_AWAY}")
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged: no text in UTF-8; {MOVE_AWAY}") from None
+
+
+def _bindings(path: Path, text: str) -> dict[str, str]:
+    try:
+        return bindings_of(text)
+    except UserError as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged: line {first.lstrip(':')}; {MOVE_AWAY}") from None
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The whole lines of a log, those aside that are longer than MOST_BYTES."""
+    whole = True
+    while line := file.readline(MOST_BYTES):
+        ends = line.endswith(b"\n")
+        if whole and ends:
+            yield line
+        whole = ends
+
+
+def _step(line: bytes) -> int:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):  # cut off by a crash, or damaged
         return 2**62
+    return step if isinstance(step, int) else 2**62
 
 
-def _differences(theirs: str, ours: str, may_change: tuple[str, ...]) -> list[str]:
-    """A line for each setting that two config texts have otherwise, those aside that may change."""
-    old, new = bindings_of(theirs), bindings_of(ours)
+def _differences(
+    old: dict[str, str], new: dict[str, str], may_change: tuple[str, ...]
+) -> list[str]:
+    """A line for each setting that two configs have otherwise, those aside that may change."""
     return [
         f"{name}: {old.get(name, 'not set')} there, {new.get(name, 'not set')} here"
         for name in sorted(old.keys() | new.keys())

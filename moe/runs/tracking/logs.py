@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import json
+import math
 from typing import IO, Any
 
 from moe.runs.storage.folder import RunFolder
@@ -32,16 +33,32 @@ class Logs:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write a line of metrics.jsonl, and the same numbers to every logger."""
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self._metrics.write(_json({"step": step, **values}) + "\n")
         self._metrics.flush()
         self._writers.scalars(step, values)
 
     def routing(self, arrays: dict) -> None:
         """Write a line of routing.jsonl: the arrays of `metrics.Routing.arrays`."""
-        self._routing.write(json.dumps(arrays) + "\n")
+        self._routing.write(_json(arrays) + "\n")
         self._routing.flush()
 
     def close(self) -> None:
         self._metrics.close()
         self._routing.close()
         self._writers.close()
+
+
+def _json(content: Any) -> str:
+    """JSON, which has no NaN and no infinity: null stands for them."""
+
+    def known(value):
+        if isinstance(value, dict):
+            return {key: known(one) for key, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [known(one) for one in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    try:
+        return json.dumps(content, allow_nan=False)
+    except ValueError:
+        return json.dumps(known(content), allow_nan=False)

@@ -7,7 +7,6 @@ import math
 import jax
 import numpy as np
 
-from moe.errors import UserError
 from moe.runs.storage.checkpoint import Checkpoints
 from moe.runs.tracking import progress
 from moe.runs.tracking.logs import Logs
@@ -15,12 +14,9 @@ from moe.runs.tracking.throughput import ThroughputMeter
 from moe.training import metrics
 from moe.training.abstract_model import AbstractModel
 from moe.training.evaluate import Evaluation
+from moe.training.finite import TrainingDiverged
 from moe.training.logger import Metric
 from moe.training.train_step import StepMetrics
-
-
-class TrainingDiverged(UserError):
-    """The loss, its gradient or an update is no longer a number."""
 
 
 @dataclasses.dataclass
@@ -132,9 +128,7 @@ def require_finite(step: int, measured: StepMetrics, saves: Checkpoints) -> None
     broken = [name for name, value in values.items() if not math.isfinite(float(value))]
     if not broken:
         return
-    saves.wait()
-    good = saves.steps()
-    layers = []
+    layers, first = [], ""
     if measured.routers:
         routing = metrics.Routing.of(measured.routers)
         layers = [
@@ -143,8 +137,9 @@ def require_finite(step: int, measured: StepMetrics, saves: Checkpoints) -> None
                 zip(routing.load_L, routing.dropped_L, routing.logit_size_L, strict=True)
             )
         ]
-    where = f"{saves.folder} holds step {good[-1]}" if good else "there is no checkpoint yet"
+        at = [i for i, size in enumerate(routing.logit_size_L) if not math.isfinite(size)]
+        first = f", first in layer {at[0]} or before it" if at else ""
     raise TrainingDiverged(
-        f"step {step}: not finite: {', '.join(broken)}; the last good checkpoint: {where}. "
+        f"step {step}: not finite: {', '.join(broken)}{first}; {saves.last_good()}. "
         "Lower the learning rate or clip_norm.\n  " + "\n  ".join(layers)
     )

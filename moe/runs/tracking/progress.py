@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from moe.errors import printable
 from moe.machine import compile_cache
 
 LINE_EVERY_SECONDS = 10
@@ -51,7 +52,7 @@ class Display:
 
     def say(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
-        self.console.print(line, markup=False)
+        self.console.print(printable(line), markup=False)
 
     def update(self, step: int, line: str, at_most: float = math.inf) -> None:
         """Show that `step` is done, with the time left.

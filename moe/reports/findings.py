@@ -1,0 +1,335 @@
+"""What a sweep has found: each cell beside its baseline, and the finding in a sentence."""
+
+from collections.abc import Sequence
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+from moe.reports.read import Sweep, bits_of
+from moe.statistics.comparison import Estimate, Verdict, estimate, further_seeds, verdicts
+from moe.sweeps.record import Row
+from moe.sweeps.tune import edges
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiplier:
+    """How many times a cell's budget the baseline needs for the cell's loss.
+
+    Attributes:
+        value, low, high: the mean over seeds and its 95 % interval; NaN for one seed and bounds.
+        mark: "" where the baseline's own curve holds the loss; "~" where it was extended; "<" and
+            ">" where it is too far and the value is a bound.
+    """
+
+    value: float
+    low: float
+    high: float
+    mark: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One cell.
+
+    Attributes:
+        facts: of the plan.
+        bits: bits per byte over seeds and documents; None with less than two finished runs.
+        values_S: bits per byte of each finished run.
+        verdict: beside the baseline; None for the baseline and where it can't be judged.
+        further: seeds that would decide.
+        failed: reported runs that did not finish.
+        compute, time: multipliers over the baseline.
+        edges: tuned settings whose best value was the lowest or highest tried.
+        leak: by how much the training rule is better, in bits per byte; None where not measured.
+        means: of metrics over finished runs, by name.
+    """
+
+    cell: str
+    facts: dict[str, Any]
+    bits: Estimate | None
+    values_S: list[float]
+    verdict: Verdict | None
+    further: int | None
+    failed: list[Row]
+    compute: Multiplier | None
+    time: Multiplier | None
+    edges: dict[str, str]
+    leak: float | None
+    means: dict[str, float]
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.facts["baseline"] == self.cell
+
+    @property
+    def word(self) -> str:
+        """The verdict in a word."""
+        if self.facts["leaks"]:
+            return "leaks"
+        if self.failed:
+            return "failed" if not self.values_S else "unstable"
+        if self.is_baseline:
+            return "baseline"
+        if not self.values_S:
+            return "not run"
+        return self.verdict.word if self.verdict else "undecided"
+
+
+FARTHEST = math.log(4)  # that a learning curve is extended
+MEANS = (
+    *("train_seconds", "tokens_per_second", "effective_utilisation", "peak_memory_bytes"),
+    *("dropped", "max_over_mean_load"),
+)
+
+
+def find(sweep: Sweep) -> list[Finding]:
+    """All cells: those that may be ranked by their bits per byte, then those that may not."""
+    differences: dict[str, Estimate] = {}
+    for cell in sweep.cells:
+        name, baseline = cell["cell"], cell["baseline"]
+        if name != baseline and not cell["leaks"]:
+            ours, theirs = paired(sweep, name, baseline)
+            if len(ours) >= 2:
+                bits_SM, bytes_M = bits_of([*ours, *theirs])
+                differences[name] = estimate(bits_SM[: len(ours)] - bits_SM[len(ours) :], bytes_M)
+    judged = dict(
+        zip(differences, verdicts(list(differences.values()), sweep.plan["delta"]), strict=True)
+    )
+    found = [one(sweep, cell, judged.get(cell["cell"]), len(judged)) for cell in sweep.cells]
+    return sorted(found, key=rank)
+
+
+def rank(finding: Finding) -> tuple:
+    """The order of the table: ranked cells by bits per byte, then unstable, failed and leaking."""
+    groups = {"unstable": 1, "failed": 2, "not run": 3, "leaks": 4}
+    mean = float(np.mean(finding.values_S)) if finding.values_S else math.inf
+    return groups.get(finding.word, 0), mean
+
+
+def paired(sweep: Sweep, cell: str, baseline: str) -> tuple[list[Row], list[Row]]:
+    """The finished runs of a cell and of its baseline with the same seeds."""
+    ours = {row["seed"]: row for row in sweep.finished(cell)}
+    theirs = {row["seed"]: row for row in sweep.finished(baseline)}
+    both = sorted(ours.keys() & theirs.keys())
+    return [ours[seed] for seed in both], [theirs[seed] for seed in both]
+
+
+def one(sweep: Sweep, cell: dict[str, Any], verdict: Verdict | None, family: int) -> Finding:
+    """The finding of a cell."""
+    name, baseline = cell["cell"], cell["baseline"]
+    rows = sweep.finished(name)
+    bits = estimate(*bits_of(rows)) if len(rows) >= 2 else None
+    further = None
+    if verdict is not None and verdict.word == "undecided":
+        further = further_seeds(verdict.difference, sweep.plan["delta"], family)
+    by = {"compute": "flops", "time": "seconds"}
+    multipliers = {
+        kind: None if name == baseline or cell["leaks"] else multiplier(sweep, name, baseline, axis)
+        for kind, axis in by.items()
+    }
+    leaks = [
+        row["bits_per_byte"] - row["training_rule_bits_per_byte"]
+        for row in rows
+        if row.get("training_rule_bits_per_byte") is not None
+    ]
+    means = {}
+    for key in MEANS:
+        values = [row[key] for row in rows if row.get(key) is not None]
+        if values:
+            means[key] = float(np.mean(values))
+    return Finding(
+        cell=name,
+        facts=cell,
+        bits=bits,
+        values_S=[row["bits_per_byte"] for row in rows],
+        verdict=verdict,
+        further=further,
+        failed=[row for row in sweep.of(name, "report") if row["status"] != "finished"],
+        edges=edges_of(sweep, name),
+        leak=float(np.mean(leaks)) if leaks else None,
+        means=means,
+        **multipliers,
+    )
+
+
+def edges_of(sweep: Sweep, cell: str) -> dict[str, str]:
+    """Tuned settings of a cell whose best value was the lowest or highest that was tried."""
+    rows = sweep.of(cell, "tuning")
+    scored = [r for r in rows if r["status"] == "finished"]
+    if not scored:
+        return {}
+    best = min(scored, key=lambda row: row["validation_bits_per_byte"])
+    return edges(best["tuned"], [row["tuned"] for row in rows])
+
+
+def multiplier(sweep: Sweep, cell: str, baseline: str, axis: str) -> Multiplier | None:
+    """The baseline's budget for the cell's last training loss, over the cell's own budget.
+
+    Both losses are means of the last tenth of the steps, which is smooth enough; the baseline's
+    curve is its own after the first tenth of training, a straight line in the logarithm of the
+    budget between tenths, extended by the slope of its second half up to `FARTHEST`.
+
+    axis: `flops` or `seconds` of the curves.
+    """
+    ours, theirs = paired(sweep, cell, baseline)
+    logs, marks = [], set()
+    for mine, other in zip(ours, theirs, strict=True):
+        curve, base = (logged(sweep, row, axis) for row in (mine, other))
+        if len(curve) < 10 or len(base) < 10:
+            return None
+        tenths, losses = smoothed(base, axis)
+        own = smoothed(curve, axis)
+        needed, mark = inverse(tenths, losses, own[1][-1])
+        marks.add(mark)
+        logs.append(needed - math.log(curve[-1][axis]) + math.log(base[-1][axis]) - tenths[-1])
+    if not logs:
+        return None
+    mark = next((mark for mark in ("<", ">", "~") if mark in marks), "")
+    mean = float(np.mean(logs))
+    half = math.nan
+    if len(logs) > 1 and mark not in ("<", ">"):
+        error = float(np.std(logs, ddof=1)) / math.sqrt(len(logs))
+        half = error * float(student.ppf(0.975, len(logs) - 1))
+    return Multiplier(math.exp(mean), math.exp(mean - half), math.exp(mean + half), mark)
+
+
+def logged(sweep: Sweep, row: Row, axis: str) -> list[Row]:
+    """The rows of a trial's curve that have a loss and a budget."""
+    curve = sweep.curves.get(row["trial"], [])
+    return [r for r in curve if r.get(axis) and r.get("bits_per_byte") is not None]
+
+
+def smoothed(curve: Sequence[Row], axis: str) -> tuple[list[float], list[float]]:
+    """The log of the budget, and the loss, as means over each tenth but the first."""
+    edges_ = np.linspace(len(curve) // 10, len(curve), 10).round().astype(int)
+    budget, loss = [], []
+    for start, end in itertools.pairwise(edges_):
+        part = curve[start : max(end, start + 1)]
+        budget.append(float(np.mean([math.log(row[axis]) for row in part])))
+        loss.append(float(np.mean([row["bits_per_byte"] for row in part])))
+    return budget, loss
+
+
+def inverse(budgets: list[float], losses: list[float], loss: float) -> tuple[float, str]:
+    """The log of the budget at which a falling curve reaches a loss, with a multiplier's mark."""
+    falling = np.minimum.accumulate(losses)
+    if loss > falling[0]:
+        return budgets[0], "<"
+    if loss >= falling[-1]:
+        return float(np.interp(-loss, -falling, budgets)), ""
+    half = len(budgets) // 2
+    slope = (falling[-1] - falling[half]) / (budgets[-1] - budgets[half])
+    if slope == 0:
+        return budgets[-1], ">"
+    far = (loss - falling[-1]) / slope
+    return budgets[-1] + min(far, FARTHEST), "~" if far <= FARTHEST else ">"
+
+
+def sentence(sweep: Sweep, findings: Sequence[Finding]) -> str:
+    """The finding of the whole sweep, in one sentence."""
+    delta, baseline = sweep.plan["delta"], sweep.plan["baseline"]
+    if all(not f.values_S for f in findings if f.is_baseline):
+        return f"Nothing can be said: no run of the baseline {baseline} has finished."
+    ranked = [f for f in findings if f.word in ("better", "worse", "equivalent", "undecided")]
+    parts = []
+    for word, phrase in (
+        ("better", "better"),
+        ("equivalent", f"equivalent within {delta:g}"),
+        ("worse", "worse"),
+        ("undecided", "undecided"),
+    ):
+        those = [f for f in ranked if f.word == word]
+        if those:
+            parts.append(f"{names(those)} {'is' if len(those) == 1 else 'are'} {phrase}")
+    wrong = [f for f in findings if f.word in ("unstable", "failed")]
+    if wrong:
+        parts.append(f"runs of {listed(wrong)} have failed")
+    if absent := [f for f in findings if f.word == "not run"]:
+        parts.append(f"{listed(absent)} {'has' if len(absent) == 1 else 'have'} not run yet")
+    leaking = [f for f in findings if f.word == "leaks"]
+    if leaking:
+        one_ = len(leaking) == 1
+        parts.append(
+            f"{listed(leaking)} {'sees' if one_ else 'see'} the future and "
+            f"{'is' if one_ else 'are'} not ranked"
+        )
+    if not parts:
+        return "There is nothing beside the baseline to compare."
+    equal = f"Beside {baseline}, at equal {sweep.plan['match']}, in bits per byte"
+    return f"{equal}: {'; '.join(parts)}."
+
+
+def listed(findings: Sequence[Finding]) -> str:
+    """The cells' names."""
+    return ", ".join(f.cell for f in findings)
+
+
+def names(findings: Sequence[Finding], most: int = 4) -> str:
+    """Names with differences for a few cells, names or a number for more."""
+    if len(findings) > most:
+        shown = ", ".join(f.cell for f in findings[:most])
+        return f"{shown} and {len(findings) - most} more"
+    unpaired = "fewer than 2 seeds beside the baseline"
+    return ", ".join(
+        f"{f.cell} ({shown_difference(f) if f.verdict else unpaired})" for f in findings
+    )
+
+
+def shown_difference(finding: Finding) -> str:
+    """The difference to the baseline in bits per byte, with its interval."""
+    assert finding.verdict is not None
+    difference = finding.verdict.difference
+    low, high = difference.interval()
+    text = f"{difference.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+    if finding.word == "undecided":
+        more = finding.further
+        seeds = f"{more} further seed{'s' if more != 1 else ''}"
+        text += f", {seeds if more else 'more text'} would decide"
+    return text
+
+
+def control(sweep: Sweep) -> str:
+    """What the negative controls have come to, in a sentence."""
+    rows = []
+    for baseline in dict.fromkeys(cell["baseline"] for cell in sweep.cells):
+        ours, theirs = sweep.finished(baseline, "same"), sweep.finished(baseline)
+        number = min(len(ours), len(theirs))
+        if number >= 2:
+            bits_SM, bytes_M = bits_of([*ours[:number], *theirs[:number]])
+            rows.append((baseline, estimate(bits_SM[:number] - bits_SM[number:], bytes_M)))
+    if not rows:
+        return "The baseline was not run a second time under another name: no negative control."
+    said = []
+    for (name, difference), verdict in zip(
+        rows, verdicts([d for _, d in rows], sweep.plan["delta"]), strict=True
+    ):
+        low, high = difference.interval()
+        ok = verdict.word in ("equivalent", "undecided")
+        said.append(
+            f"{name} against itself with other seeds: {difference.mean:+.4f} "
+            f"[{low:+.4f}, {high:+.4f}], {'no difference, as it must be' if ok else 'A DIFFERENCE'}"
+        )
+    return "; ".join(said) + "."
+
+
+def shuffled(sweep: Sweep) -> str:
+    """What shuffled text has come to, in a sentence."""
+    gains = []
+    for cell in sweep.cells:
+        ours, theirs = (sweep.finished(n, "shuffled") for n in (cell["cell"], cell["baseline"]))
+        if cell["cell"] != cell["baseline"] and len(ours) >= 2 and len(ours) == len(theirs):
+            bits_SM, bytes_M = bits_of([*ours, *theirs])
+            gains.append(
+                (cell["cell"], estimate(bits_SM[: len(ours)] - bits_SM[len(ours) :], bytes_M))
+            )
+    if not gains:
+        return "Text with shuffled tokens was not run (sweep.controls)."
+    judged = verdicts([d for _, d in gains], sweep.plan["delta"])
+    better = [n for (n, _), v in zip(gains, judged, strict=True) if v.word == "better"]
+    if better:
+        return f"On shuffled tokens {', '.join(better)} GAINS, which no router should."
+    return f"On shuffled tokens none of {len(gains)} cells gains, as it must be."
