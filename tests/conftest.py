@@ -28,7 +28,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "accelerator: needs a GPU or TPU; may be skipped in CI")
+    config.addinivalue_line(
+        "markers", "accelerator: needs a GPU or TPU, or its compiler; may be skipped in CI"
+    )
 
 
 # Files that take a minute or more come first, so that no process is left alone with one at the end.

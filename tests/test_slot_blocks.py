@@ -168,6 +168,7 @@ def test_a_mesh_gives_what_the_loop_gives():
 
 
 @pytest.mark.thorough
+@pytest.mark.accelerator  # or the wheels of its compiler
 @pytest.mark.skipif(
     importlib.util.find_spec("jax_plugins.xla_cuda13") is None
     if importlib.util.find_spec("jax_plugins")
