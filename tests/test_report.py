@@ -53,6 +53,8 @@ def test_the_finding_is_one_sentence(folder):
     assert "bad (+0.0" in said and "runs of shaky have failed" in said
     assert said.endswith("seer sees the future and is not ranked.")
     assert "no difference, as it must be" in control(sweep)
+    sweep.plan["match"] = "nothing"
+    assert sentence(sweep, find(sweep)).startswith("Beside base, with nothing matched, in bits")
 
 
 def test_the_multiplier_is_the_budget_at_which_the_baseline_gets_there(folder):

@@ -259,8 +259,9 @@ def sentence(sweep: Sweep, findings: Sequence[Finding]) -> str:
         )
     if not parts:
         return "There is nothing beside the baseline to compare."
-    equal = f"Beside {baseline}, at equal {sweep.plan['match']}, in bits per byte"
-    return f"{equal}: {'; '.join(parts)}."
+    match = sweep.plan["match"]
+    equal = "with nothing matched" if match == "nothing" else f"at equal {match}"
+    return f"Beside {baseline}, {equal}, in bits per byte: {'; '.join(parts)}."
 
 
 def listed(findings: Sequence[Finding]) -> str:
