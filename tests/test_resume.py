@@ -8,6 +8,7 @@ import shutil
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import Runs, arrays, lines, measured
@@ -20,7 +21,7 @@ from moe.training import evaluate
 from moe.training.abstract_model import Vocabulary
 from moe.training.optimizer import Adafactor, AdamW
 from moe.training.run_spec import RunSpec
-from moe.training.train_step import to_devices
+from moe.training.train_step import TrainState, to_devices
 
 STATEFUL = (
     "train.optimizer = @Muon()",
@@ -128,10 +129,13 @@ def test_where_no_checkpoint_can_be_read_it_says_so_and_keeps_them(runs, whole, 
 
 
 def test_the_checkpoint_itself_says_whose_it_is(runs, whole, capsys):
-    """Without config.gin nothing else tells another seed from the run's."""
-    run = copy_of(whole, "without config")
-    for name in ("config.gin", "run.json", "summary.json"):
+    """Where config.gin was changed nothing else tells another seed from the run's."""
+    run = copy_of(whole, "another config")
+    for name in ("run.json", "summary.json"):
         (run / name).unlink()
+    config = (run / "config.gin").read_text()
+    (run / "config.gin").write_text(config.replace("train.seed = 0", "train.seed = 7"))
+    assert "train.seed = 0" in config
     metrics = (run / "metrics.jsonl").read_text()
     assert runs(run.name, *STATEFUL, "train.seed = 7") == 2
     error = capsys.readouterr().err
@@ -260,7 +264,7 @@ def test_fields_of_an_optimizer_in_any_order_come_back_in_their_places(sparse, t
 def test_a_step_that_is_not_there_is_named(whole):
     with checkpoint.opened(whole / "checkpoints", read_only=True) as saves:
         with pytest.raises(UserError, match=r"no checkpoint of step 5; it has \[2, 4, 6, 8\]"):
-            saves.restore(None, step=5)
+            saves.restore(TrainState(jnp.int32(0), {}, {}, ()), step=5)
 
 
 def test_a_run_that_diverges_stops_and_keeps_the_good_checkpoint(runs, capsys):
