@@ -80,7 +80,11 @@ class Router(nnx.Module):
         # Otherwise TPUs would multiply in bfloat16 and GPUs in TF32, in the backward pass too.
         float32 = jax.default_matmul_precision("highest")
         with jax.named_scope(type(self).__name__), float32:
-            routing = mask_padding(self.route(inputs), inputs)
+            found: object = self.route(inputs)
+            if not isinstance(found, Routing):
+                who, kind = type(self).__name__, type(found).__name__
+                raise TypeError(f"{who}.route returned {kind}, expected a Routing")
+            routing = mask_padding(found, inputs)
             check_names(self.losses)
             stats = statistics(routing, inputs, self.num_experts)
             for loss in self.losses:

@@ -72,9 +72,10 @@ def test_pairs_are_told_by_medians_and_by_the_fastest_calls(monkeypatch):
     }
     monkeypatch.setattr(layer, "ROUNDS", 3)
     monkeypatch.setattr(layer, "settle", lambda pair: None)
-    monkeypatch.setattr(layer, "timed", lambda call: next(calls[call]))
+    pair = tuple(lambda name=name: next(calls[name]) for name in counted)
+    monkeypatch.setattr(layer, "timed", lambda call: call())
     # Ratios of 2, 1 and 4; the fastest are 1 and 4 seconds.
-    assert layer.paired([("first", "second")]) == [layer.Timing(4.0, 2.0, 4.0)]
+    assert layer.paired([pair]) == [layer.Timing(4.0, 2.0, 4.0)]
 
 
 @pytest.mark.parametrize("case", ["64,16,16,4", "64,16,x,4,2", "64,16,16,4,5", "64,16,16,0,1"])

@@ -177,7 +177,7 @@ def test_mistakes_are_told_in_a_line(arguments, said, capsys, monkeypatch, tmp_p
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        ("pass", "AttributeError: "),
+        ("pass", "TypeError: Bad.route returned NoneType, expected a Routing"),
         ("return jnp.zeros(3) + jnp.zeros(4)", "bad.py:11: return jnp.zeros(3) + jnp.zeros(4))"),
     ],
 )

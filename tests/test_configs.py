@@ -77,7 +77,8 @@ def test_a_run_builds(path, tmp_path):
 
 
 @pytest.mark.parametrize("path", BY_FOLDER["models"])
-def test_a_model_builds_in_a_run(path, runs, tmp_path):
+def test_a_model_builds_in_a_run(path, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(runs.config.parent)  # a file may include those of the current folder
     model, _ = parts([small(tmp_path, str(runs.config), path)])
     assert model.costs.parameters_total > 0
 
