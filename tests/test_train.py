@@ -207,7 +207,7 @@ def test_the_time_may_be_limited(runs, capsys):
 
 def test_steps_are_fitted_into_the_time_with_the_schedules_end(runs, capsys):
     """And stay when the run goes on, however fast the machine is by then."""
-    bindings = ["train.steps = 100000", "train.max_seconds = 4.0", "train.fit_steps = True"]
+    bindings = ["train.steps = 100000", "train.max_seconds = 10.0", "train.fit_steps = True"]
     assert runs("fitted", *bindings, "train.stop_at = 2") == 0
     folder = runs.folder / "fitted"
     steps = json.loads((folder / "run.json").read_text())["fitted_steps"]["100000"]
