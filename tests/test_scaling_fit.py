@@ -135,7 +135,7 @@ def test_two_expert_counts_leave_coefficients_open():
     fitted = fit(LAWS["routed"], points)
     rows = judge.coefficients(fitted, judge.resampled(fitted, 5, 0, quiet))
     open_ = {key for key, row in rows.items() if not row["identified"]}
-    # Where in the flat valley the fit ends, and so what b and d have to do with it, is the machine's.
+    # Where in the flat valley the fit ends, and so what b and d have to do with it, depends.
     assert {"E_start", "E_max"} <= open_ and "a" not in open_
     assert all(rows[key]["reason"] for key in open_)
     fixed = fit(LAWS["routed"], points, {"E_start": 2.07, "E_max": 238.7})
