@@ -81,16 +81,19 @@ def test_one_setting_is_solved_for_and_the_rest_is_told(base):
     two = build(read_config([base]))
     one = read_config([base, "TopK.k = 1"])
     target = two.amount("active_flops")
+    first = build(one)
     config_, built, solved, off = matched(
-        one, "active_flops", target, ("FeedForward.d_ff", "MoELayer.d_ff"), 0.01
+        one, first, "active_flops", target, ("FeedForward.d_ff", "MoELayer.d_ff"), 0.01
     )
     assert solved == {"MoELayer.d_ff": 32} and config_.settings["MoELayer.d_ff"] == "32"
     assert built.model.costs.flops_per_token == pytest.approx(target, rel=0.01) and abs(off) < 0.01
-    assert matched(one, "data", two.amount("data"), (), 0.01)[2] == {}
-    steps = matched(one, "training_flops", two.amount("training_flops"), ("train.steps",), 0.1)
+    assert matched(one, first, "data", two.amount("data"), (), 0.01)[2] == {}
+    steps = matched(
+        one, first, "training_flops", two.amount("training_flops"), ("train.steps",), 0.1
+    )
     assert steps[2]["train.steps"] > 12
     with pytest.raises(UserError, match=r"can't be matched within 1.0%: nearest is .* may change"):
-        matched(one, "active_flops", 2.001 * target, ("train.log_every",), 0.01)
+        matched(one, first, "active_flops", 2.001 * target, ("train.log_every",), 0.01)
     memory = two.amount("memory")
     assert memory >= 3 * 4 * two.model.costs.parameters_total  # weights and two moments
 

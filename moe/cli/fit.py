@@ -9,6 +9,7 @@ from typing import Any
 
 from moe.cli.check import find
 from moe.errors import UserError, nearest
+from moe.runs.storage.json_files import finite
 from moe.runs.tracking import progress
 from moe.scaling import judge, plot, table
 from moe.scaling.fit import Fit, Points, Say, fit
@@ -193,15 +194,6 @@ def warnings_of(fitted: Fit, found: dict) -> list[str]:
     if open_:
         lines.append(f"the data don't identify {', '.join(open_)}")
     return lines
-
-
-def finite(value: Any) -> Any:
-    """The value with None for numbers that JSON lacks."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def described(fitted: Fit, found: dict) -> str:

@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 import numpy as np
 
-from moe.reports.findings import Finding
+from moe.reports.findings import Finding, paired
 from moe.reports.read import Sweep
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
@@ -88,11 +88,9 @@ def back_to_front(findings: Sequence[Finding], colours: dict[str, str]) -> list[
 
 def differences_by_seed(sweep: Sweep, finding: Finding) -> list[float]:
     """The paired differences of single seeds."""
-    theirs = {row["seed"]: row for row in sweep.finished(finding.facts["baseline"])}
+    both = paired(sweep, finding.cell, finding.facts["baseline"])
     return [
-        row["bits_per_byte"] - theirs[row["seed"]]["bits_per_byte"]
-        for row in sweep.finished(finding.cell)
-        if row["seed"] in theirs
+        ours["bits_per_byte"] - theirs["bits_per_byte"] for ours, theirs in zip(*both, strict=True)
     ]
 
 

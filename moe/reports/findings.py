@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from moe.reports.read import Sweep, bits_of
+from moe.reports.read import Sweep, bits_of, difference
 from moe.statistics.comparison import Estimate, Verdict, estimate, further_seeds, verdicts
 from moe.sweeps.record import Row
 from moe.sweeps.tune import edges
@@ -94,8 +94,7 @@ def find(sweep: Sweep) -> list[Finding]:
         if name != baseline and not cell["leaks"]:
             ours, theirs = paired(sweep, name, baseline)
             if len(ours) >= 2:
-                bits_SM, bytes_M = bits_of([*ours, *theirs])
-                differences[name] = estimate(bits_SM[: len(ours)] - bits_SM[len(ours) :], bytes_M)
+                differences[name] = difference(ours, theirs)
     judged = dict(
         zip(differences, verdicts(list(differences.values()), sweep.plan["delta"]), strict=True)
     )
@@ -283,9 +282,9 @@ def names(findings: Sequence[Finding], most: int = 4) -> str:
 def shown_difference(finding: Finding) -> str:
     """The difference to the baseline in bits per byte, with its interval."""
     assert finding.verdict is not None
-    difference = finding.verdict.difference
-    low, high = difference.interval()
-    text = f"{difference.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+    found = finding.verdict.difference
+    low, high = found.interval()
+    text = f"{found.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
     if finding.word == "undecided":
         more = finding.further
         seeds = f"{more} further seed{'s' if more != 1 else ''}"
@@ -300,18 +299,16 @@ def control(sweep: Sweep) -> str:
         ours, theirs = sweep.finished(baseline, "same"), sweep.finished(baseline)
         number = min(len(ours), len(theirs))
         if number >= 2:
-            bits_SM, bytes_M = bits_of([*ours[:number], *theirs[:number]])
-            rows.append((baseline, estimate(bits_SM[:number] - bits_SM[number:], bytes_M)))
+            rows.append((baseline, difference(ours[:number], theirs[:number])))
     if not rows:
         return "The baseline was not run a second time under another name: no negative control."
     said = []
-    for (name, difference), verdict in zip(
-        rows, verdicts([d for _, d in rows], sweep.plan["delta"]), strict=True
-    ):
-        low, high = difference.interval()
+    judged = verdicts([d for _, d in rows], sweep.plan["delta"])
+    for (name, found), verdict in zip(rows, judged, strict=True):
+        low, high = found.interval()
         ok = verdict.word in ("equivalent", "undecided")
         said.append(
-            f"{name} against itself with other seeds: {difference.mean:+.4f} "
+            f"{name} against itself with other seeds: {found.mean:+.4f} "
             f"[{low:+.4f}, {high:+.4f}], {'no difference, as it must be' if ok else 'A DIFFERENCE'}"
         )
     return "; ".join(said) + "."
@@ -323,10 +320,7 @@ def shuffled(sweep: Sweep) -> str:
     for cell in sweep.cells:
         ours, theirs = (sweep.finished(n, "shuffled") for n in (cell["cell"], cell["baseline"]))
         if cell["cell"] != cell["baseline"] and len(ours) >= 2 and len(ours) == len(theirs):
-            bits_SM, bytes_M = bits_of([*ours, *theirs])
-            gains.append(
-                (cell["cell"], estimate(bits_SM[: len(ours)] - bits_SM[len(ours) :], bytes_M))
-            )
+            gains.append((cell["cell"], difference(ours, theirs)))
     if not gains:
         return "Text with shuffled tokens was not run (sweep.controls)."
     judged = verdicts([d for _, d in gains], sweep.plan["delta"])

@@ -27,7 +27,6 @@ h2 { margin-top: 2.5rem } svg { max-width: 100%; height: auto }
 p.finding { font-size: 1.2rem; border-left: 4px solid #0072B2; padding-left: 1rem }
 table { border-collapse: collapse; font-size: 13px } .wide { overflow-x: auto }
 td, th { padding: 3px 10px; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap }
-p.note { color: #555 }
 """
 HEADER = (
     *("cell", "verdict", "bits per byte [95 %]", "difference [95 %]", "compute", "time"),
@@ -124,10 +123,10 @@ def section(sweep: Sweep) -> str:
         figures.tuning(sweep, findings),
     ]
     first, *others = [figures.as_svg(figure) if figure else "" for figure in drawn]
-    listed = "".join(f"<li>{escaped(note)}</li>" for note in notes(sweep, findings))
+    listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes(sweep, findings))
     return (
-        f"<h1>{escaped(sweep.plan['question'])}</h1>\n"
-        f'<p class="finding">{escaped(sentence(sweep, findings))}</p>\n{first}\n'
+        f"<h1>{html.escape(sweep.plan['question'])}</h1>\n"
+        f'<p class="finding">{html.escape(sentence(sweep, findings))}</p>\n{first}\n'
         f'<h2>The table</h2><div class="wide">{html_table(table(findings))}</div>\n'
         f"<h2>How far this can be trusted</h2><ul>{listed}</ul>\n"
         f"<h2>More figures</h2>{''.join(f'<p>{svg}</p>' for svg in others if svg)}\n"
@@ -156,15 +155,12 @@ def tuned(sweep: Sweep, findings: Sequence[Finding]) -> list[tuple[str, ...]]:
 
 def html_table(rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER) -> str:
     """Rows as an HTML table, escaped."""
-    head = "".join(f"<th>{escaped(cell)}</th>" for cell in header)
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     lines = "".join(
-        "<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>\n" for row in rows
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n"
+        for row in rows
     )
     return f"<table><tr>{head}</tr>\n{lines}</table>"
-
-
-def escaped(text: str) -> str:
-    return html.escape(text)
 
 
 def notes(sweep: Sweep, findings: Sequence[Finding]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from moe.errors import UserError
+from moe.statistics.comparison import Estimate, estimate
 from moe.sweeps.record import VERSION, Row, SweepFolder, read_lines
 
 PLAN = ("name", "question", "baseline", "delta", "match", "tuning", "seeds", "cells")
@@ -41,10 +42,6 @@ class Sweep:
     @property
     def cells(self) -> list[dict[str, Any]]:
         return self.plan["cells"]
-
-    def cell(self, name: str) -> dict[str, Any]:
-        """A cell's facts."""
-        return next(cell for cell in self.cells if cell["cell"] == name)
 
     def of(self, cell: str, phase: str) -> list[Row]:
         """The rows of a cell in a phase, by number."""
@@ -170,3 +167,13 @@ def bits_of(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
                 "runs on one text"
             )
     return np.array([row["document_bits"] for row in rows]), np.array(first)
+
+
+def difference(ours: Sequence[Row], theirs: Sequence[Row]) -> Estimate:
+    """The estimated difference in bits per byte of runs to as many others, pair by pair.
+
+    Raises:
+        UserError: as `bits_of`.
+    """
+    bits_SM, bytes_M = bits_of([*ours, *theirs])
+    return estimate(bits_SM[: len(ours)] - bits_SM[len(ours) :], bytes_M)

@@ -17,6 +17,7 @@ from moe.machine import processes
 from moe.model.functional import Arrays
 from moe.runs.setup import Setup
 from moe.runs.storage.folder import RunFolder
+from moe.runs.storage.json_files import write_json
 from moe.runs.tracking.progress import Display
 from moe.training import evaluate
 from moe.training.train_step import TrainState
@@ -117,7 +118,7 @@ def write(
         seconds = time.monotonic() - started
         complete = summary | {"baselines": baselines, "wall_seconds": seconds}
         if first:
-            folder.write_json(folder.summary, complete)
+            write_json(folder.summary, complete)
         return complete
 
     whole = write_summary({})

@@ -154,9 +154,16 @@ def with_steps(
 
 
 def matched(
-    config: Config, match: str, target: float, knobs: Sequence[str], tolerance: float
+    config: Config,
+    first: Built,
+    match: str,
+    target: float,
+    knobs: Sequence[str],
+    tolerance: float,
 ) -> tuple[Config, Built, dict[str, int], float]:
     """The config with one setting changed so that its amount is the target.
+
+    first: the config's model as it is.
 
     Returns:
         The config and its model; what was solved for, by setting; the relative difference left.
@@ -164,7 +171,6 @@ def matched(
     Raises:
         UserError: no setting of `knobs` brings the amount within the tolerance.
     """
-    first = build(config)
     off = first.amount(match) / target - 1
     if abs(off) <= tolerance:
         return config, first, {}, off

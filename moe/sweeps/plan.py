@@ -313,7 +313,7 @@ def one_cell(cell: str, configs, spec: SweepSpec, built: Mapping[str, Cell]) -> 
                 raise UserError(f"its baseline {baseline} can't be built")
             target = built[baseline].facts["amount"]
             config, model, solved, off = matched(
-                config, spec.match, target, spec.solve, spec.tolerance
+                config, model, spec.match, target, spec.solve, spec.tolerance
             )
     middle = {name: tune.Range(*span).at(0.5) for name, span in spec.tune.items()}
     unused = build(config, middle).unused if middle else frozenset()

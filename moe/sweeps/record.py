@@ -5,7 +5,7 @@ trials.jsonl has a row for each trial that ended, well or not, and curves.jsonl 
 step of the reported runs. Both are made anew of the trials' own files.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import json
 from pathlib import Path
@@ -29,6 +29,11 @@ class TrialFolder:
         return self.path / "trial.gin"
 
     @property
+    def identity(self) -> Path:
+        """What the row says of the trial before it is run."""
+        return self.path / "trial.json"
+
+    @property
     def run(self) -> Path:
         return self.path / "run"
 
@@ -45,6 +50,11 @@ class TrialFolder:
     @property
     def curves(self) -> Path:
         return self.path / "curves.jsonl"
+
+    @property
+    def outcome(self) -> Path:
+        """Why the last attempt has left no result."""
+        return self.path / "outcome.json"
 
     @property
     def attempts(self) -> Path:
@@ -101,12 +111,11 @@ class SweepFolder:
         paths = sorted(self.path.glob("trials/*/*/result.json"))
         return {row["trial"]: row for row in map(read_json, paths)}
 
-    def write_tables(self, order: list[str]) -> list[Row]:
-        """Write trials.jsonl and curves.jsonl of the trials' own files; returns the rows.
+    def write_tables(self, results: Mapping[str, Row], order: Iterable[str]) -> list[Row]:
+        """Write trials.jsonl and curves.jsonl of the trials that have ended; returns the rows.
 
-        order: of the trials' names.
+        results: as of `results`. order: of the trials' names.
         """
-        results = self.results()
         names = [name for name in order if name in results]
         rows = [results[name] for name in names]
         write_atomically(self.trials, as_lines(rows))
@@ -121,11 +130,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: damaged: {error}") from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file; other processes see all of it or nothing."""
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def as_lines(rows: Iterable[Row]) -> bytes:

@@ -9,9 +9,10 @@ import time
 from moe.errors import Problems, UserError
 from moe.machine.signals import catching_signals
 from moe.runs.storage.folder import RunFolder
+from moe.runs.storage.json_files import write_json
 from moe.sweeps import plan as plans
 from moe.sweeps.plan import Plan, Trial
-from moe.sweeps.record import Row, SweepFolder, read_lines, write_json
+from moe.sweeps.record import Row, SweepFolder, read_lines
 from moe.sweeps.worker import Place, Worker
 
 Say = Callable[[str], None]
@@ -79,8 +80,9 @@ def run(plan: Plan, folder: SweepFolder, places: list[Place], say: Say) -> bool:
                     say("stopping: running trials save their state")
                     stop.set()
                 time.sleep(0.1)
-        order = [trial.name for trial in plan.trials_now(folder.results())]
-        rows = folder.write_tables(order)
+        results = folder.results()
+        order = [trial.name for trial in plan.trials_now(results)]
+        rows = folder.write_tables(results, order)
         for future in running:
             future.result()
         return not interrupted and len(rows) == len(order)
@@ -97,8 +99,9 @@ class Progress:
     def ended(self, trial: Trial, row: Row) -> None:
         """Say what a trial came to, and write the tables anew."""
         with self.lock:
-            order = [t.name for t in self.plan.trials_now(self.folder.results())]
-            rows = self.folder.write_tables(order)
+            results = self.folder.results()
+            order = [t.name for t in self.plan.trials_now(results)]
+            rows = self.folder.write_tables(results, order)
             total = max(self.plan.number_of_trials(), len(order))
             self.seconds.append(row.get("wall_seconds") or 0.0)
             left = statistics.mean(self.seconds) * (total - len(rows)) / self.workers

@@ -5,7 +5,6 @@ other end of this process's standard input.
 """
 
 from collections.abc import Callable
-import json
 import math
 import os
 import shutil
@@ -20,9 +19,11 @@ from moe.data.corpora.corpus import hash_position
 from moe.errors import UserError
 from moe.runs.restore import Restored, restore_run
 from moe.runs.storage.folder import RunFolder
+from moe.runs.storage.json_files import finite, write_json
 from moe.runs.train import train
-from moe.sweeps.record import Row, TrialFolder, as_lines, read_json, read_lines, write_json
+from moe.sweeps.record import Row, TrialFolder, as_lines, read_json, read_lines
 from moe.training.evaluate import Evaluation
+from moe.training.finite import TrainingDiverged
 from moe.training.metrics import load_scalars
 from moe.training.run_spec import RunSpec
 
@@ -47,7 +48,7 @@ def run(folder: TrialFolder, spec: RunSpec, score_by_training_rule: Scorer) -> i
     score_by_training_rule: the evaluation of a restored run in which routers decide as in training.
     """
     end_with(sys.stdin.fileno())
-    trial = read_json(folder.path / "trial.json")
+    trial = read_json(folder.identity)
     summary = train(spec, str(folder.run))
     if summary.get("interrupted"):
         return INTERRUPTED
@@ -142,17 +143,6 @@ def curves_of(run: RunFolder, trial: Row, summary: dict[str, Any], tokens_per_st
         )
 
 
-def finite(value: Any) -> Any:
-    """The value with None for numbers that JSON lacks."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    if isinstance(value, np.generic):
-        return finite(value.item())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def end_with(descriptor: int) -> None:
     """Send this process SIGTERM once the other end of a pipe is closed."""
 
@@ -167,7 +157,7 @@ def end_with(descriptor: int) -> None:
 def outcome_of(error: BaseException) -> tuple[str, str]:
     """The status and the reason of a trial that an error has ended."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if type(error).__name__ == "TrainingDiverged":
+    if isinstance(error, TrainingDiverged):
         return "diverged", text
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
         return "out of memory", text
@@ -177,4 +167,4 @@ def outcome_of(error: BaseException) -> tuple[str, str]:
 def write_outcome(folder: TrialFolder, error: BaseException) -> None:
     """Leave the reason of a failed attempt for the worker."""
     status, reason = outcome_of(error)
-    (folder.path / "outcome.json").write_text(json.dumps({"status": status, "reason": reason}))
+    write_json(folder.outcome, {"status": status, "reason": reason})

@@ -17,8 +17,9 @@ import threading
 import time
 
 from moe.errors import UserError
+from moe.runs.storage.json_files import write_json
 from moe.sweeps.plan import Plan, Trial
-from moe.sweeps.record import Row, SweepFolder, TrialFolder, read_json, write_json
+from moe.sweeps.record import VERSION, Row, SweepFolder, TrialFolder, read_json
 from moe.sweeps.trial import INTERRUPTED
 
 ATTEMPTS = 2  # of a trial that crashes
@@ -56,10 +57,6 @@ def places(workers: int) -> list[Place]:
     if number > max(1, len(cores)):
         raise UserError(f"--workers={number}: this machine has {len(cores)} cores")
     return [Place(tuple(cores[i::number])) for i in range(number)]
-
-
-class Stopped(Exception):
-    """The workers were told to stop."""
 
 
 @dataclasses.dataclass
@@ -107,7 +104,7 @@ class Worker:
     def attempts(self, trial: Trial, folder: TrialFolder) -> Row | None:
         """The trial's row once it has ended for good; None where it was told to stop."""
         identity = identity_of(trial, self.plan)
-        write_json(folder.path / "trial.json", identity)
+        write_json(folder.identity, identity)
         folder.config.write_text(trial.text(), encoding="utf-8")
         failed = read_json(folder.attempts) if folder.attempts.exists() else []
         while len(failed) < ATTEMPTS:
@@ -132,7 +129,7 @@ class Worker:
 
     def process(self, trial: Trial, folder: TrialFolder) -> int:
         """Run the trial's process to its end; returns its exit status."""
-        (folder.path / "outcome.json").unlink(missing_ok=True)
+        folder.outcome.unlink(missing_ok=True)
         cores = ",".join(map(str, self.place.cores))
         command = [sys.executable, "-m", "moe.cli.sweep_trial", str(folder.path), cores]
         environment = self.place.environment()
@@ -156,7 +153,7 @@ class Worker:
 def identity_of(trial: Trial, plan: Plan) -> Row:
     """What a row says of its trial before it is run."""
     return {
-        "version": plan.as_json()["version"],
+        "version": VERSION,
         "sweep": plan.name,
         "trial": trial.name,
         "cell": trial.cell.name,
@@ -183,8 +180,7 @@ def outcome_of(folder: TrialFolder, code: int) -> Row:
 
     code: the process's exit status, negative for a signal.
     """
-    path = folder.path / "outcome.json"
-    found = read_json(path) if path.exists() else None
+    found = read_json(folder.outcome) if folder.outcome.exists() else None
     if found is not None:
         busy = " is in use by " in found["reason"]
         return found | ({"status": "busy"} if busy else {})

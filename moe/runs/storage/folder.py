@@ -14,6 +14,7 @@ from moe.data.tokens.cache import write_atomically
 from moe.data.tokens.tokenizer import Tokenizer
 from moe.errors import UserError
 from moe.runs.storage import manifest
+from moe.runs.storage.json_files import write_json
 from moe.settings.read import bindings_of
 
 MOST_BYTES = 2**24  # of a small file, or of a line of a log
@@ -144,7 +145,7 @@ class RunFolder:
             tokenizer: saved with the run.
             step: steps that are trained already.
         """
-        self.write_json(self.run, run)
+        write_json(self.run, run)
         write_atomically(self.config, config.encode())
         write_atomically(self.settings, (settings + "\n").encode())
         tokenizer.save(self.tokenizer)
@@ -174,10 +175,6 @@ class RunFolder:
             if isinstance(value, bool) or not isinstance(value, kind):
                 raise UserError(f"{path} is damaged: {name!r} is missing or no value; {MOVE_AWAY}")
         return found
-
-    def write_json(self, path: Path, content: Any) -> None:
-        """Write a JSON file; other processes see all of it or nothing."""
-        write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
     def _cut_metrics(self, step: int) -> None:
         for path in (self.metrics, self.routing):

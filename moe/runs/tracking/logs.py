@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Sequence
 import json
-import math
 from typing import IO, Any
 
 from moe.runs.storage.folder import RunFolder
+from moe.runs.storage.json_files import finite
 from moe.runs.tracking.loggers import TensorBoard, Writers
 from moe.training.logger import Logger
 
@@ -50,15 +50,7 @@ class Logs:
 
 def _json(content: Any) -> str:
     """JSON, which has no NaN and no infinity: null stands for them."""
-
-    def known(value):
-        if isinstance(value, dict):
-            return {key: known(one) for key, one in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [known(one) for one in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
     try:
         return json.dumps(content, allow_nan=False)
     except ValueError:
-        return json.dumps(known(content), allow_nan=False)
+        return json.dumps(finite(content), allow_nan=False)
