@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 import re
 import sys
+import traceback
 from types import SimpleNamespace
 
 from absl import flags as absl_flags
@@ -15,10 +16,10 @@ from absl import flags as absl_flags
 import moe
 from moe.cli.commands import COMMANDS, Command, Flag
 from moe.errors import Problems, UserError, nearest, printable
-from moe.machine import compile_cache
+from moe.machine import compile_cache, exits, signals
 from moe.machine.allocator import keep_freed_memory
 
-MISTAKE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+MISTAKE, INTERRUPTED, BROKEN_PIPE = exits.MISTAKE, 130, exits.BROKEN_PIPE
 HELP = ("--help", "-h", "-help")
 CONFIGURED = ("train", "eval")  # commands with settings in a config
 DEFINE = {
@@ -40,6 +41,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # letters that the terminal lacks become "?"
         sys.stdout.reconfigure(errors="replace")
+    if argv[:1] == ["train"]:  # whose state is worth saving
+        with signals.of_the_program() as caught:
+            try:
+                return exits.leave(_main(argv))
+            except signals.Stopped:
+                return exits.leave(exits.of_signal(caught.signal or 0))
+            except Exception:
+                if not exits.last_words:
+                    raise
+                traceback.print_exc()
+                return exits.leave(1)
+    return _main(argv)
+
+
+def _main(argv: list[str]) -> int:
     try:
         return _run(argv)
     except KeyboardInterrupt:

@@ -16,6 +16,11 @@ def run(flags) -> int:
 
     config.bind(flags.gin_file, flags.gin_bindings)
     processes.join(flags.processes, flags.coordinator, flags.process)
+    with processes.together():
+        return _train(flags)
+
+
+def _train(flags) -> int:
     from moe.runs.train import train
     from moe.training.run_spec import RunSpec
 

@@ -4,15 +4,24 @@ A collective function (`any_process`, `minimum`, `gathered`) returns only when e
 run has called it.
 """
 
+from collections.abc import Iterator
+import contextlib
 from typing import Any
 
 import jax
 import numpy as np
 
 from moe.errors import UserError
+from moe.machine import exits
+from moe.machine.peers import Peers
+from moe.machine.relay import Relay
 
 # Larger parameters are not gathered in every process's memory.
 MOST_GATHERED_BYTES = 8 * 2**30
+# Peers notice a dead process before JAX does, which would end all by SIGABRT.
+JAX_HEARTBEAT_SECONDS = 600
+
+peers: Peers | None = None  # those of this process; None where it trains alone
 
 
 def join(processes: str | None, coordinator: str | None, process: int | None) -> None:
@@ -27,12 +36,15 @@ def join(processes: str | None, coordinator: str | None, process: int | None) ->
     Raises:
         UserError: flags that don't go together, or processes that can't be reached.
     """
+    global peers
     if processes is None:
         if coordinator is not None or process is not None:
             raise UserError("--coordinator and --process belong to --processes=N")
         return
     # Ignored on other platforms.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # It would take SIGTERM away from us.
+    jax.config.update("jax_enable_preemption_service", False)
     if processes == "auto":
         if coordinator is not None or process is not None:
             raise UserError("--processes=auto finds --coordinator and --process by itself")
@@ -49,20 +61,62 @@ def join(processes: str | None, coordinator: str | None, process: int | None) ->
         if process >= count:
             raise UserError(f"--process={process}: 0 to {count - 1}, as --processes={count}")
         given = {
-            "coordinator_address": coordinator,
+            "coordinator_address": _relayed(coordinator) if process else coordinator,
             "num_processes": count,
             "process_id": process,
         }
     try:
-        jax.distributed.initialize(**given)
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=JAX_HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"the processes of this run could not be joined: {first}") from error
+    # JAX has no public name for it; Orbax takes it likewise.
+    from jax._src.distributed import global_state
+
+    peers = Peers(global_state.client, jax.process_index(), jax.process_count())
+    peers.start()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A run's work in this process: it returns when all have done theirs.
+
+    An error in the block ends the program where it came of another process's end.
+    """
+    try:
+        yield
+    except Exception:
+        if peers is not None:
+            peers.failed()
+        raise
+    if peers is not None:
+        peers.done()
+
+
+def _relayed(coordinator: str) -> str:
+    """The address of a relay to the coordinator, which tells our peers when that is gone."""
+    host, colon, port = coordinator.rpartition(":")
+    if not (host and port.isdecimal()):
+        raise UserError(f"--coordinator={coordinator}: HOST:PORT of the first process")
+
+    def lost() -> None:
+        if peers is not None:
+            peers.first_is_gone()
+        else:
+            line = "moe: the first process of this run was killed or has ended: it hung up"
+            exits.end(line, exits.PEER_LOST)
+
+    return Relay(host.strip("[]"), int(port), lost).address
 
 
 def is_first() -> bool:
     """Whether this is the process that writes and prints."""
     return jax.process_index() == 0
+
+
+def index() -> int:
+    """The index of this process."""
+    return jax.process_index()
 
 
 def rows(where: jax.sharding.Sharding, batch_size: int) -> slice:

@@ -26,17 +26,27 @@ PICTURE_BYTES = 60_000
 
 
 def final_evaluation(
-    score_batch: Callable, state: TrainState, setup: Setup, display: Display
+    score_batch: Callable,
+    state: TrainState,
+    setup: Setup,
+    display: Display,
+    evaluated: Callable[[int, int], None],
 ) -> evaluate.Evaluation:
     """The evaluation of the trained model on the held-out documents, with its progress shown.
 
-    score_batch: a function of `evaluate.batch_scorer`.
+    score_batch: a function of `evaluate.batch_scorer`. evaluated: evaluated(done, of) is called
+        after each batch.
     """
     batches = setup.final_held_out
     size = f"{batches.num_bytes:,} bytes in {batches.num_documents} held-out documents"
     display.say(f"evaluating on {size}")
     with display.counting("evaluating", len(batches)) as count:
-        return evaluate.evaluate(score_batch, state, batches, setup.mesh, count)
+
+        def say(done: int, of: int) -> None:
+            evaluated(done, of)
+            count(done, of)
+
+        return evaluate.evaluate(score_batch, state, batches, setup.mesh, say)
 
 
 def write_documents(result: evaluate.Evaluation, setup: Setup, folder: RunFolder) -> None:

@@ -9,6 +9,7 @@ import jax
 
 from moe.machine import processes
 from moe.machine.signals import Signals
+from moe.machine.watchdog import Watchdog
 from moe.runs.setup import Setup
 from moe.runs.storage.checkpoint import Checkpoints, as_tree
 from moe.runs.tracking.metrics_logger import MetricsLogger
@@ -24,6 +25,7 @@ class Loop:
     Attributes:
         train_step, score_batch: the compiled functions of an optimizer step and of an evaluation.
         interrupted: true once a signal came.
+        watchdog: is told of each step, and of each batch of an evaluation.
         extra: what each checkpoint holds beside the state, as JSON.
         saved: the step of the newest checkpoint; None before the first.
         stopped: a signal came to some process. late: `train.max_seconds` is over.
@@ -35,6 +37,7 @@ class Loop:
     metrics: MetricsLogger
     saves: Checkpoints
     interrupted: Signals
+    watchdog: Watchdog
     extra: dict[str, Any]
     saved: int | None
     stopped: bool = False
@@ -47,6 +50,7 @@ class Loop:
         metrics: MetricsLogger,
         saves: Checkpoints,
         interrupted: Signals,
+        watchdog: Watchdog,
         origin: dict[str, Any],
         saved: int | None,
     ) -> "Loop":
@@ -56,7 +60,9 @@ class Loop:
         score_batch = evaluate.batch_scorer(setup.model, setup.mesh)
         score_batch = compiling(score_batch, "the evaluation")
         extra = setup.identity | origin
-        return cls(setup, train_step, score_batch, metrics, saves, interrupted, extra, saved)
+        return cls(
+            setup, train_step, score_batch, metrics, saves, interrupted, watchdog, extra, saved
+        )
 
     def run(self, state: TrainState) -> tuple[TrainState, int]:
         """The state after the last step that was trained, and the number of that step.
@@ -72,8 +78,10 @@ class Loop:
         batches = self.setup.train_batches.batches(step, self.setup.rows)
         self._ask_processes()
         while step < spec.steps and step != spec.stop_at and not self.stopped and not self.late:
+            self.watchdog.begins("step", step + 1)
             batch = to_devices(next(batches), sharding, spec.batch_size)
             state, measured = self.train_step(state, batch)
+            self.interrupted.at_once = False  # from here on there is something to save
             step += 1
             self.metrics.step(step, measured)
             evaluating = bool(spec.eval_every) and step % spec.eval_every == 0 and step < spec.steps
@@ -83,25 +91,37 @@ class Loop:
             if step % spec.log_every == 0 or jax.process_count() == 1:
                 self._ask_processes()
         self.metrics.read(last=self.late)
+        self.watchdog.pause()
         batches.close()
         return state, step
 
     def save(self, state: TrainState, step: int, val_loss: float | None = None) -> None:
         """Start writing a checkpoint, unless this step has one."""
+        self.interrupted.at_once = False
         if self.saved != step:
             self.saves.save(state, self.extra | {"clock": self.metrics.meter.total}, val_loss)
             self.saved = step
 
     def _evaluate_and_save(self, state: TrainState, step: int, evaluating: bool) -> None:
+        self.watchdog.pause()
         self.metrics.read()  # so that nothing broken is saved
         result = None
         if evaluating:
             setup = self.setup
-            result = evaluate.evaluate(self.score_batch, state, setup.held_out, setup.mesh)
+            result = evaluate.evaluate(
+                self.score_batch, state, setup.held_out, setup.mesh, self.evaluated
+            )
             self.metrics.held_out(step, result)
             require_finite_loss(result, state, step, self.saves)
         self.save(state, step, result and result.loss)
         self.metrics.meter.restart()
+
+    def evaluated(self, done: int, of: int) -> None:
+        """Tell the watchdog that so many batches of an evaluation are done."""
+        if done < of:
+            self.watchdog.begins("evaluation batch", done + 1)
+        else:
+            self.watchdog.pause()
 
     def _ask_processes(self) -> None:
         flags = bool(self.interrupted), self.metrics.meter.over()

@@ -10,8 +10,9 @@ from typing import Any
 from moe import settings
 from moe.machine import hardware, processes
 from moe.machine.allocator import keep_freed_memory
-from moe.machine.signals import catching_signals
+from moe.machine.signals import Stopped, catching_signals
 from moe.runs import artifacts, fit, start
+from moe.runs.guard import guarded
 from moe.runs.loop import Loop, require_finite_loss
 from moe.runs.setup import Setup
 from moe.runs.storage import checkpoint
@@ -93,7 +94,9 @@ def train(
         metrics = MetricsLogger(
             model, meter, display, logs, saves, rate_N, spec.metrics, spec.log_every
         )
-        loop = Loop.of(setup, metrics, saves, interrupted, origin, first if restored else None)
+        watchdog = stack.enter_context(guarded(spec, folder, processes.index()))
+        saved = first if restored else None
+        loop = Loop.of(setup, metrics, saves, interrupted, watchdog, origin, saved)
         state, step = loop.run(state)
         if step < spec.steps and loop.late:
             display.say(fit.late_message(step, spec))
@@ -108,9 +111,19 @@ def train(
             return {"interrupted": True, "signal": number, "step": step}
 
         # The results; then compressors' figures, samples and a picture, which may fail.
-        result = artifacts.final_evaluation(loop.score_batch, state, setup, display)
-        require_finite_loss(result, state, step, saves)
-        if not quiet:
-            artifacts.write_documents(result, setup, folder)
-        summary = {"step": step, **summary_of(result, model, text, peak), **meter.summary()}
-        return artifacts.write(artifacts.Artifacts(folder, setup), state, summary, display, started)
+        try:
+            with interrupted.stopping():
+                result = artifacts.final_evaluation(
+                    loop.score_batch, state, setup, display, loop.evaluated
+                )
+                require_finite_loss(result, state, step, saves)
+                if not quiet:
+                    artifacts.write_documents(result, setup, folder)
+                summary = {"step": step, **summary_of(result, model, text, peak), **meter.summary()}
+                made = artifacts.Artifacts(folder, setup)
+                return artifacts.write(made, state, summary, display, started)
+        except Stopped:
+            if processes.peers is not None:  # which are not at the end
+                raise
+            display.say(start.stopped_message(step, spec))
+            return {"interrupted": True, "signal": interrupted.signal, "step": step}

@@ -61,6 +61,11 @@ class RunSpec:
         max_seconds: end after this much training time, wherever the schedule is.
         fit_steps: with max_seconds: time the first steps of a new run, and set `steps` to as many
             as there is time for. A run that is continued keeps that number.
+        hang_seconds: a step that takes longer ends the run, with every thread's stack in its
+            folder; five times the usual step where None, and at least a minute with several
+            processes, ten minutes with one.
+        heartbeat_seconds: with several processes, how long one may be silent until it is taken for
+            dead and the others end.
         prompts: texts to continue in samples.txt.
         artifacts: whether compressors' figures, samples and the picture are made at the end.
         start_from: the folder of another run, whose parameters and router state a new run starts
@@ -90,6 +95,8 @@ class RunSpec:
     stop_at: Count | None = dataclasses.field(default=None, metadata=MAY_CHANGE)
     max_seconds: Positive | None = dataclasses.field(default=None, metadata=MAY_CHANGE)
     fit_steps: bool = dataclasses.field(default=False, metadata=MAY_CHANGE)
+    hang_seconds: Positive | None = dataclasses.field(default=None, metadata=MAY_CHANGE)
+    heartbeat_seconds: Positive = dataclasses.field(default=30.0, metadata=MAY_CHANGE)
     prompts: tuple[str, ...] = dataclasses.field(default=("",), metadata=MAY_CHANGE)
     artifacts: bool = dataclasses.field(default=True, metadata=MAY_CHANGE)
     start_from: str | None = None
