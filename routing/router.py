@@ -94,7 +94,8 @@ class Router(nnx.Module):
                 loss.name: loss(routing, inputs, stats) for loss in self.losses
             }
             auxiliary_loss = sum(
-                (self.weight_of(loss) * losses[loss.name] for loss in self.losses), jnp.float32(0)
+                (self.given_weight(loss, inputs) * losses[loss.name] for loss in self.losses),
+                jnp.float32(0),
             )
         logits_GTE = routing.logits_GTE if self.reads_previous_logits else None
         return RouterOutput(
@@ -107,6 +108,20 @@ class Router(nnx.Module):
             raise ValueError(f"{type(loss).__name__}.over_layers={loss.over_layers!r}: sum or mean")
         layers = self.sparse_layers if loss.over_layers == "mean" else 1
         return loss.coefficient / layers
+
+    def key_of(self, loss_name: str) -> str:
+        """The key of a loss in `Context.loss_weights`."""
+        return f"{type(self).__name__}/{loss_name}"
+
+    def weights(self) -> dict[str, float]:
+        """The factors of the losses, of policy losses too, by `key_of`."""
+        named = [(loss.name, self.weight_of(loss)) for loss in self.losses]
+        return {self.key_of(name): weight for name, weight in (*named, *self.policy_losses)}
+
+    def given_weight(self, loss: RouterLoss, inputs: RouterInputs) -> AnyArray | float:
+        """The factor of a loss: the one that the inputs give, or else the loss's own."""
+        given = inputs.context.loss_weights or {}
+        return given.get(self.key_of(loss.name), self.weight_of(loss))
 
     @property
     def needs_global_batch(self) -> bool:

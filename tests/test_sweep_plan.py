@@ -3,6 +3,8 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from tiny import BASE
 
@@ -217,15 +219,22 @@ def test_points_are_spread_and_more_of_them_begin_with_the_same():
     assert tune.edges({"a": 2.0}, [{"a": 1.0}, {"a": 2.0}, {"a": 3.0}]) == {}
 
 
-def test_the_compiled_step_is_the_same_for_every_seed_and_learning_rate(base):
+def test_the_compiled_step_is_the_same_for_every_seed_rate_and_loss_weight(base):
+    others = ("train.seed = 3", "AdamW.learning_rate = 0.02")
+    weights = ("BalanceLoss.coefficient = 0.5", "ZLoss.coefficient = 0.25")
     texts = []
-    for bindings in ((), ("train.seed = 3", "AdamW.learning_rate = 0.02")):
+    for bindings in ((), (*others, *weights)):
         spec = config.load([base], ["train.optimizer = @AdamW()", *bindings])
         _, program = spec.build(Vocabulary(257), MeshShape(data=1).build(jax.devices()[:1]))
         batch = batch_of(program, *spec.shape)
         texts.append(program.gradients.lower(program.abstract_state, batch).as_text())
         texts.append(program.step.lower(program.abstract_state, batch).as_text())
     assert texts[:2] == texts[2:]
+    values = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), batch)
+    _, metrics = program.gradients(program.init(0), values)
+    losses = metrics.routers.losses
+    expected = 0.5 * losses["balance"] + 0.25 * losses["z"]
+    np.testing.assert_allclose(metrics.routers.auxiliary_loss, expected, rtol=1e-6)
 
 
 SHIPPED = [name for name in read.shipped_names() if name.startswith("sweeps/")]

@@ -199,6 +199,7 @@ class RunSpec:
             objective=model.objective,
             optimizer=self.in_force.optimizer.build(model.graph.declared),
             rate_N=self.rates(),
+            loss_weights=model.loss_weights,
             num_bytes_2V=model.num_bytes_2V,
             mesh=mesh,
             seed=self.seed,

@@ -1,6 +1,6 @@
 """One optimizer step as a pure function. B batch, T tokens, L sparse layers, E experts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -82,13 +82,15 @@ class Program:
 
 
 class Given(NamedTuple):
-    """What a compiled step is given, so that it is the same for every seed and learning rate.
+    """What a compiled step is given, so that it is the same for all values of these.
 
     rate_N: the learning rate of each of the run's N steps, float32.
+    loss_weights: the factors of the routers' losses, as `routing.inputs.Context`.
     """
 
     seed: np.uint32
     rate_N: np.ndarray
+    loss_weights: dict[str, np.float32]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +122,7 @@ class TrainingFunctions:
             elsewhere.
         mesh: of the devices.
         seed: of initial values and every random draw.
+        loss_weights: the factors of the routers' losses, by `Router.key_of`.
         accumulate: micro-batches per step.
         sequences_per_group: of the routers' groups, which micro-batches don't split.
         global_batch_losses: with several micro-batches, run all of them forward first, so that
@@ -134,6 +137,7 @@ class TrainingFunctions:
     mesh: Mesh
     seed: int
     rate_N: np.ndarray | None = None
+    loss_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     accumulate: int = 1
     sequences_per_group: int = 1
     global_batch_losses: bool = False
@@ -145,9 +149,10 @@ class TrainingFunctions:
 
     @property
     def given(self) -> Given:
-        """The seed and the learning rates, as arrays."""
+        """The seed, the learning rates and the losses' weights, as arrays."""
         rate_N = np.zeros(1) if self.rate_N is None else self.rate_N
-        return Given(np.uint32(self.seed), np.asarray(rate_N, np.float32))
+        weights = {name: np.float32(weight) for name, weight in self.loss_weights.items()}
+        return Given(np.uint32(self.seed), np.asarray(rate_N, np.float32), weights)
 
     def step(self, given: Given, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """One optimizer update with a whole batch: the state after it, and the step's metrics."""
@@ -178,7 +183,7 @@ class TrainingFunctions:
         def one(micro: Batch, global_batch: GlobalBatch | None):
             with sharding_rules(sharding.rule(self.mesh)):
                 (_, measured), grads = grad(
-                    state.params, state, micro, key, global_batch, scored, valid
+                    state.params, given, state, micro, key, global_batch, scored, valid
                 )
             return grads, measured
 
@@ -204,13 +209,14 @@ class TrainingFunctions:
             mod=measured.mod,
         )
 
-    def _loss(self, params, state, batch: Batch, key, global_batch, scored, valid):
+    def _loss(self, params, given, state, batch: Batch, key, global_batch, scored, valid):
         """The micro-batch's term of the training loss, and its losses and statistics."""
         model = self.graph.merge(params, state.router_state)
-        out = model(objectives.tokens_of(batch, key, train=True), global_batch)
+        tokens = objectives.tokens_of(batch, key, train=True)
+        out = model(tokens.with_loss_weights(given.loss_weights), global_batch)
         num_bytes_2V = jnp.asarray(self.num_bytes_2V)
         text_BT, _ = objectives.text_of(self.objective, batch, num_bytes_2V)
-        measured = measure(model, out, batch, text_BT, scored, valid)
+        measured = measure(model, out, batch, text_BT, scored, valid, given.loss_weights)
         return measured.losses.total, measured
 
     def _statistics(self, state: TrainState, micro: Batch, key):
