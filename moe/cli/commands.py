@@ -212,6 +212,7 @@ SWEEP = Command(
         Flag("workers", int, "N", "trials at a time (default: a core or device each)", 0, low=0),
         Flag("list", bool, "BOOL", "list the trials that have ended", False),
         Flag("retry_failed", bool, "BOOL", "with --run: failed trials run again", False),
+        Flag("ray", str, "ADDRESS", "run on a Ray cluster; auto: the one this machine is in"),
         Flag("slurm", str, "PATH", "write a SLURM array script of --workers=N instead"),
         JSON,
     ),
