@@ -6,6 +6,7 @@ nothing, and local workers may help at the same time.
 """
 
 from collections.abc import Callable
+import logging
 from pathlib import Path
 import socket
 import threading
@@ -45,7 +46,9 @@ def connected(address: str) -> Any:
         ) from error
     try:
         reach(address)
-        ray.init(address, log_to_driver=False, logging_level="warning", ignore_reinit_error=True)
+        ray.init(
+            address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
