@@ -10,12 +10,13 @@ from tiny import BASE
 
 from moe.cli import config
 from moe.errors import UserError
+from moe.model.flops import Costs
 from moe.model.sharding import MeshShape
 from moe.planning.plan import batch_of
 from moe.settings import read
 from moe.sweeps import plan as plans
 from moe.sweeps import tune
-from moe.sweeps.cell import build, matched, read_config
+from moe.sweeps.cell import build, matched, parameters_read, read_config
 from moe.sweeps.plan import Cell, Plan
 from moe.sweeps.spec import SweepSpec
 from moe.training.abstract_model import Vocabulary
@@ -207,6 +208,16 @@ def test_a_finished_trial_is_not_changed_by_an_edit():
     assert "c/tuning-1: the sweep has no 'c' any more" in plans.differences(fewer, results)
     more = dataclasses.replace(plan, cells=(*plan.cells, dataclasses.replace(other, name="d")))
     assert plans.differences(more, results) == [], "an arm may be added"
+
+
+def test_tokens_that_are_decoded_at_once_share_what_they_read():
+    dense = Costs(100, 100, 1, 1, 0, 1.0, 1.0)
+    assert parameters_read(dense, 4) == 25
+    # 8 experts of 10 parameters, 2 of them chosen, beside 20: two tokens wake 8 (1 - 0.75^2) = 3.5.
+    mixture = Costs(100, 40, 1, 1, 1, 2.0, 2.0, num_experts=8)
+    assert parameters_read(mixture, 1) == 40
+    assert parameters_read(mixture, 2) == pytest.approx((20 + 35) / 2)
+    assert parameters_read(mixture, 10**4) == pytest.approx(100 / 10**4)
 
 
 def test_points_are_spread_and_more_of_them_begin_with_the_same():
