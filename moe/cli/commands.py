@@ -203,9 +203,9 @@ SWEEP = Command(
     name="sweep",
     summary="Compare arms at matched budgets, tuned alike, with seeds; plans unless told to run.",
     module="moe.cli.sweep",
-    example="moe sweep --gin_file=sweeps/routers.gin --folder=runs/routers --run",
+    example="moe sweep --gin_file=sweeps/routers.gin --run",
     flags=(
-        Flag("folder", str, "FOLDER", "where the sweep is written", required=True),
+        Flag("folder", str, "FOLDER", "where the sweep is (default: runs/NAME, of NAME.gin)"),
         GIN_FILE,
         GIN_BINDINGS,
         Flag("run", bool, "BOOL", "run what is left of it (default: only print the plan)", False),

@@ -22,7 +22,7 @@ from moe.sweeps.worker import Place, places
 
 def run(flags) -> int:
     """Print the plan, or run what is left of it; `--json` also writes the plan."""
-    folder = SweepFolder(Path(flags.folder))
+    folder = SweepFolder(folder_of(flags.folder, flags.gin_file))
     if flags.list:
         print(listed(folder))
         return 0
@@ -49,6 +49,23 @@ def run(flags) -> int:
         return 130
     print(f"\n{listed(folder)}\n\nmoe report {folder.path} draws and judges them")
     return 0
+
+
+def folder_of(given: str | None, gin_files: list[str]) -> Path:
+    """The sweep's folder: the one given, or runs/ with the name of the last config.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if given:
+        return Path(given)
+    if not gin_files:
+        shipped = [n for n in read.shipped_names() if n.startswith("sweeps/")]
+        raise UserError(
+            "moe sweep needs --gin_file=NAME, or the --folder=FOLDER of one that has begun; "
+            f"shipped are {', '.join(shipped)}"
+        )
+    return Path("runs") / Path(gin_files[-1]).stem
 
 
 def drive(plan: Plan, folder: SweepFolder, where: list[Place], ray, workers: int) -> bool:
