@@ -74,6 +74,13 @@ def first_state(
     return state, {}, {"started_from": {"run": source.run, "step": step}}
 
 
+def state_again(
+    saves: checkpoint.Checkpoints, setup: Setup, source: Source, say: Say
+) -> tuple[TrainState, dict[str, Any]]:
+    """The first two results of `first_state`, for a run that goes back to its newest checkpoint."""
+    return first_state(saves, setup, source, say)[:2]
+
+
 def _refuse_another_run(theirs: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
     """UserError where a checkpoint records another identity; config.gin may be lost or altered."""
     there, here = ({**given.get("data", {}), **given} for given in (theirs, ours))

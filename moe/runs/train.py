@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -22,6 +23,7 @@ from moe.runs.tracking.logs import Logs
 from moe.runs.tracking.metrics_logger import MetricsLogger
 from moe.runs.tracking.throughput import ThroughputMeter
 from moe.settings import resolved
+from moe.training.bad_steps import Watch
 from moe.training.run_spec import RunSpec
 
 Say = Callable[[str], None]
@@ -90,10 +92,13 @@ def train(
         stack.callback(logs.close if logs else lambda: None)
         interrupted = stack.enter_context(catching_signals())
         meter = ThroughputMeter(peak, model, math.prod(spec.shape), clock, spec.max_seconds)
+        watch = Watch.of(spec.bad_steps, restored.get("bad_steps"))
         metrics = MetricsLogger(
-            model, meter, display, logs, saves, rate_N, spec.metrics, spec.log_every
+            model, meter, display, logs, saves, rate_N, spec.metrics, spec.log_every, watch
         )
-        loop = Loop.of(setup, metrics, saves, interrupted, origin, first if restored else None)
+        again = functools.partial(start.state_again, saves, setup, source, display.say)
+        saved = first if restored else None
+        loop = Loop.of(setup, metrics, saves, interrupted, origin, saved, again)
         state, step = loop.run(state)
         if step < spec.steps and loop.late:
             display.say(fit.late_message(step, spec))
@@ -113,4 +118,5 @@ def train(
         if not quiet:
             artifacts.write_documents(result, setup, folder)
         summary = {"step": step, **summary_of(result, model, text, peak), **meter.summary()}
+        summary |= watch.summary()
         return artifacts.write(artifacts.Artifacts(folder, setup), state, summary, display, started)

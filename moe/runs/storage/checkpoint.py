@@ -18,7 +18,7 @@ from moe.errors import UserError
 from moe.machine import processes
 from moe.runs.storage import manifest
 from moe.runs.storage.manifest import Damaged
-from moe.training.finite import TrainingDiverged, in_words, not_finite
+from moe.training.finite import TrainingDiverged, in_words, named, not_finite
 from moe.training.train_step import TrainState
 
 Say = Callable[[str], None]
@@ -81,7 +81,8 @@ class Checkpoints:
         if broken := not_finite(tree):
             raise TrainingDiverged(
                 f"step {int(state.step)}: not finite: {in_words(broken)}; no checkpoint is made of "
-                f"it; {self.last_good()}"
+                f"it; {self.last_good()}",
+                int(state.step),
             )
         arrays = ocp.args.StandardSave(tree)
         known = val_loss is not None and math.isfinite(val_loss)
@@ -317,14 +318,7 @@ def _few(names: list[str]) -> str:
 
 def as_tree(state: TrainState) -> dict[str, Any]:
     """The state's arrays by name, in the order of its leaves."""
-    leaves = jax.tree.leaves(state)
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-    return {_name(path): leaf for path, leaf in zip(paths, leaves, strict=True)}
-
-
-def _name(path) -> str:
-    """A unique name of a leaf, such as `params.embedding_VD`."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+    return named(state)
 
 
 @contextlib.contextmanager

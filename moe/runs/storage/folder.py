@@ -10,7 +10,7 @@ import platform
 import socket
 from typing import Any, BinaryIO
 
-from moe.data.tokens.cache import write_atomically
+from moe.data.tokens.sealed import write_atomically
 from moe.data.tokens.tokenizer import Tokenizer
 from moe.errors import UserError
 from moe.runs.storage import manifest
@@ -149,7 +149,7 @@ class RunFolder:
         write_atomically(self.config, config.encode())
         write_atomically(self.settings, (settings + "\n").encode())
         tokenizer.save(self.tokenizer)
-        self._cut_metrics(step)
+        self.cut_logs(step)
         if self.summary.exists():
             ended = self.read_json(self.summary, step=int)["step"]
             self.summary.rename(self.path / f"summary-{ended}.json")
@@ -176,7 +176,8 @@ class RunFolder:
                 raise UserError(f"{path} is damaged: {name!r} is missing or no value; {MOVE_AWAY}")
         return found
 
-    def _cut_metrics(self, step: int) -> None:
+    def cut_logs(self, step: int) -> None:
+        """Delete the lines of metrics.jsonl and routing.jsonl after a step, and damaged ones."""
         for path in (self.metrics, self.routing):
             if path.exists():
                 with open(path, "rb") as file:
