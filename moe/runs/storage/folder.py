@@ -11,7 +11,7 @@ import socket
 from typing import Any, BinaryIO
 
 from moe.data.tokens.sealed import write_atomically
-from moe.data.tokens.tokenizer import Tokenizer
+from moe.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from moe.errors import UserError
 from moe.runs.storage import manifest
 from moe.runs.storage.json_files import write_json
@@ -72,6 +72,18 @@ class RunFolder:
     def config_text(self) -> str:
         """The text of config.gin; UserError where it can't be read."""
         return _text_of(self.config)
+
+    def own_tokenizer(self) -> Tokenizer:
+        """The run's tokenizer; UserError where it isn't the one that run.json records."""
+        tokenizer = load_tokenizer(self.tokenizer)
+        run = self.read_json(self.run) if self.run.exists() else None
+        recorded = run.get("tokenizer") if isinstance(run, dict) else None
+        if recorded not in (None, tokenizer.fingerprint):
+            raise UserError(
+                f"{self.tokenizer} is not the tokenizer that {self.run.name} records: one of them "
+                "was altered, and bits per byte would be wrong; put the run's own back"
+            )
+        return tokenizer
 
     @property
     def steps(self) -> int | None:
