@@ -15,7 +15,7 @@ from moe.machine.signals import catching_signals
 from moe.runs import artifacts, fit, start
 from moe.runs.loop import Loop, require_finite_loss
 from moe.runs.setup import Setup
-from moe.runs.storage import checkpoint
+from moe.runs.storage import checkpoint, space
 from moe.runs.storage.folder import RunFolder
 from moe.runs.summary import describe, describe_run, summary_of
 from moe.runs.tracking import progress
@@ -79,6 +79,9 @@ def train(
         start.report(first, spec, folder, rate_N, say)
         if spec.stop_at is not None and spec.stop_at <= first < spec.steps:
             return {"interrupted": True, "signal": None, "step": first}
+        if first < spec.steps:
+            found = space.room(spec, setup.program.abstract_state, first, folder.checkpoints)
+            space.check(found, folder.path, say)
         run = describe_run(model, text, spec.seed, peak) | origin
         if spec.steps != requested:
             run["fitted_steps"] = {str(requested): spec.steps}
