@@ -60,6 +60,7 @@ def test_a_sound_run_has_a_line_for_each_part(run, capsys):
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
     (run / "checkpoints" / "6.orbax-checkpoint-tmp-1").mkdir()
+    shutil.copytree(run / "checkpoints" / "2" / "state", run / "checkpoints/being-deleted/1/state")
     status, lines = verified(run, capsys)
     assert status == 0
     assert "metrics.jsonl: sound (5 lines, the last one cut off, as a kill may leave it)" in lines

@@ -79,12 +79,15 @@ def named(tree: Any) -> dict[str, Any]:
 def is_finite(tree: Any) -> Bool[Array, ""]:
     """Whether all floats of a tree are finite."""
     floats = [a for a in jax.tree.leaves(tree) if jnp.issubdtype(a.dtype, jnp.floating)]
-    return jnp.array([_sum_of_zeros(a) == 0 for a in floats] or [True]).all()
+    return ~jnp.array([_is_broken(a) for a in floats] or [False]).any()
 
 
-def _sum_of_zeros(a: jax.Array) -> jax.Array:
-    """0, or NaN where a value is not finite: on CPUs 14 times as fast as `isfinite(a).all()`."""
-    return (a - a).sum()
+def _is_broken(a: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Array:
+    """Whether a value along the axes is not finite, on CPUs 14 times as fast as by `jnp.isfinite`.
+
+    a - a is 0, or NaN for NaN and infinity; XLA does not simplify it away for floats.
+    """
+    return (a - a).sum(axis) != 0
 
 
 def broken_layers(ok: Bool[Array, ""], tree: Any) -> dict[str, Array]:
@@ -95,9 +98,7 @@ def broken_layers(ok: Bool[Array, ""], tree: Any) -> dict[str, Array]:
     arrays = {n: a for n, a in named(tree).items() if jnp.issubdtype(a.dtype, jnp.floating)}
 
     def look(arrays):
-        return {
-            n: ~jnp.isfinite(a).all(tuple(range(stacked(n), a.ndim))) for n, a in arrays.items()
-        }
+        return {n: _is_broken(a, axis=tuple(range(stacked(n), a.ndim))) for n, a in arrays.items()}
 
     def nothing(arrays):
         return {n: jnp.zeros(a.shape[: stacked(n)], bool) for n, a in arrays.items()}
@@ -119,7 +120,7 @@ def in_words(lines: list[str], most: int = 3) -> str:
 
 @jax.jit
 def _broken(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: _sum_of_zeros(a) != 0 for name, a in arrays.items()}
+    return {name: _is_broken(a) for name, a in arrays.items()}
 
 
 @jax.jit

@@ -8,6 +8,7 @@ import math
 import os
 from pathlib import Path
 import re
+import shutil
 import sys
 from typing import Any
 import warnings
@@ -62,7 +63,12 @@ class Checkpoints:
             best_fn=lambda m: m["val_loss"],
             best_mode="min",
             temporary_path_class=_temporary_path_class(ocp),
+            todelete_subdir=manifest.DELETED,
         )
+        if not read_only and processes.is_first():
+            shutil.rmtree(
+                self.folder / manifest.DELETED, ignore_errors=True
+            )  # of a start that was killed
         self._ocp = ocp
         self._options = options
         self._manager = _manager_class(ocp)(self.folder, options=options)
@@ -252,6 +258,15 @@ class Checkpoints:
 
 def _manager_class(ocp: Any) -> Any:
     class Manager(ocp.CheckpointManager):
+        def _finalize(self, step: int, steps_to_remove: list[int]) -> None:
+            """As Orbax's, which renames old checkpoints into a folder; then they are deleted.
+
+            Deleted in their place, they would be left in part by a kill, as if damaged.
+            """
+            super()._finalize(step, steps_to_remove)
+            if processes.is_first():
+                shutil.rmtree(Path(self.directory) / manifest.DELETED, ignore_errors=True)
+
         def metrics(self, step: int) -> dict[str, float] | None:
             """As Orbax's, but None for a damaged file, which would keep the folder from opening."""
             try:

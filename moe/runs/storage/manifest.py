@@ -17,6 +17,8 @@ import zlib
 NAME = "manifest.json"
 # Orbax writes it after the manifest, and nobody reads it.
 UNLISTED = {NAME, "commit_success.txt"}
+# Beside the checkpoints: where old ones are moved to be deleted.
+DELETED = "being-deleted"
 CHUNK = 4 * 2**20
 THREADS = 4
 

@@ -50,9 +50,17 @@ def checkpoints(folder: Path) -> list[Part]:
     """The checkpoints of a folder, oldest first, and the saves that did not end."""
     there = list(folder.iterdir()) if folder.is_dir() else []
     steps = sorted((path for path in there if path.name.isdecimal()), key=lambda p: int(p.name))
-    unfinished = sorted(path.name for path in there if UNFINISHED in path.name)
-    note = "a save that did not end: no checkpoint, and no damage"
-    return [*map(checkpoint, steps), *(Part(name, [], note) for name in unfinished)]
+    notes = {
+        UNFINISHED: "a save that did not end: no checkpoint, and no damage",
+        manifest.DELETED: "old checkpoints that a kill has kept from being deleted",
+    }
+    others = [
+        Part(path.name, [], note)
+        for path in sorted(there)
+        for n, note in notes.items()
+        if n in path.name
+    ]
+    return [*map(checkpoint, steps), *others]
 
 
 def checkpoint(folder: Path) -> Part:
