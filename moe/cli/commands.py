@@ -229,6 +229,16 @@ REPORT = Command(
     form="FOLDER [FOLDER ...]",
 )
 
+VERIFY = Command(
+    name="verify",
+    summary="Verify a run's checkpoints and files, without a device; 1 where one is damaged.",
+    module="moe.cli.verify",
+    example="moe verify runs/quickstart",
+    flags=(JSON,),
+    positional="folder",
+    form="FOLDER",
+)
+
 LIST = Command(
     name="list",
     summary="List what can be configured: routers, losses, optimizers, corpora, configs, ...",
@@ -255,4 +265,4 @@ DESCRIBE = Command(
     ),
 )
 
-COMMANDS = (TRAIN, EVAL, GENERATE, CHECK, BENCH, PLAN, SWEEP, REPORT, FIT, LIST, DESCRIBE)
+COMMANDS = (TRAIN, EVAL, GENERATE, CHECK, BENCH, PLAN, SWEEP, REPORT, FIT, VERIFY, LIST, DESCRIBE)

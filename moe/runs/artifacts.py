@@ -10,7 +10,7 @@ from typing import Any
 from moe.analysis.plots import picture
 from moe.analysis.specialisation import token_table
 from moe.data import compressors
-from moe.data.tokens.cache import write_atomically
+from moe.data.tokens.sealed import write_atomically
 from moe.errors import attempted
 from moe.inference.generate import Sampling, generate
 from moe.machine import processes

@@ -1,6 +1,7 @@
 """The optimizer steps of a run, with evaluations and checkpoints between them."""
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -26,6 +27,7 @@ class Loop:
         interrupted: true once a signal came.
         extra: what each checkpoint holds beside the state, as JSON.
         saved: the step of the newest checkpoint; None before the first.
+        first_state: the run's first state and its `extra`, anew, from the newest checkpoint.
         stopped: a signal came to some process. late: `train.max_seconds` is over.
     """
 
@@ -37,6 +39,7 @@ class Loop:
     interrupted: Signals
     extra: dict[str, Any]
     saved: int | None
+    first_state: Callable[[], tuple[TrainState, dict[str, Any]]]
     stopped: bool = False
     late: bool = False
 
@@ -49,6 +52,7 @@ class Loop:
         interrupted: Signals,
         origin: dict[str, Any],
         saved: int | None,
+        first_state: Callable[[], tuple[TrainState, dict[str, Any]]],
     ) -> "Loop":
         """The loop of a run; origin: the entry of run.json that names the run it started from."""
         compiling = metrics.display.compiling
@@ -56,40 +60,84 @@ class Loop:
         score_batch = evaluate.batch_scorer(setup.model, setup.mesh)
         score_batch = compiling(score_batch, "the evaluation")
         extra = setup.identity | origin
-        return cls(setup, train_step, score_batch, metrics, saves, interrupted, extra, saved)
+        return cls(
+            setup, train_step, score_batch, metrics, saves, interrupted, extra, saved, first_state
+        )
 
     def run(self, state: TrainState) -> tuple[TrainState, int]:
         """The state after the last step that was trained, and the number of that step.
 
+        Raises:
+            TrainingDiverged: a bad step that is neither skipped nor gone back from.
+        """
+        while True:
+            try:
+                return self._train(state)
+            except TrainingDiverged as error:
+                diverged = error.with_traceback(None)  # its frames hold a state, too
+            del state
+            state = self._rewound(diverged)
+
+    def _train(self, state: TrainState) -> tuple[TrainState, int]:
+        """As `run`, up to the first bad step that is not skipped.
+
         Step n + 1 is dispatched before the logger reads the metrics of step n, so that the device
         never waits for the host.
-
-        Raises:
-            TrainingDiverged: a loss or gradient that is not finite.
         """
-        spec, sharding = self.setup.spec, self.setup.program.batch_sharding
+        spec, sharding, watch = (
+            self.setup.spec,
+            self.setup.program.batch_sharding,
+            self.metrics.watch,
+        )
         step = int(state.step)
-        batches = self.setup.train_batches.batches(step, self.setup.rows)
+        made = self.setup.train_batches.batches(step + watch.left_out, self.setup.rows)
         self._ask_processes()
-        while step < spec.steps and step != spec.stop_at and not self.stopped and not self.late:
-            batch = to_devices(next(batches), sharding, spec.batch_size)
-            state, measured = self.train_step(state, batch)
-            step += 1
-            self.metrics.step(step, measured)
-            evaluating = bool(spec.eval_every) and step % spec.eval_every == 0 and step < spec.steps
-            if evaluating or (spec.save_every and step % spec.save_every == 0):
-                self._evaluate_and_save(state, step, evaluating)
-            # Several processes exchange flags only at logged steps.
-            if step % spec.log_every == 0 or jax.process_count() == 1:
-                self._ask_processes()
-        self.metrics.read(last=self.late)
-        batches.close()
+        with contextlib.closing(made) as batches:
+            while step < spec.steps and step != spec.stop_at and not self.stopped and not self.late:
+                batch = to_devices(next(batches), sharding, spec.batch_size)
+                limits = {"limits": watch.limits(step + 1)} if watch.skips else {}
+                state, measured = self.train_step(state, batch, **limits)
+                step += 1
+                self.metrics.step(step, measured)
+                evaluating = (
+                    bool(spec.eval_every) and step % spec.eval_every == 0 and step < spec.steps
+                )
+                if evaluating or (spec.save_every and step % spec.save_every == 0):
+                    self._evaluate_and_save(state, step, evaluating)
+                # Several processes exchange flags only at logged steps.
+                if step % spec.log_every == 0 or jax.process_count() == 1:
+                    self._ask_processes()
+            self.metrics.read(last=self.late)
         return state, step
+
+    def _rewound(self, diverged: TrainingDiverged) -> TrainState:
+        """The state of the newest checkpoint, or the run's first one, to go on from.
+
+        Batches up to the bad step's are left out. Raises the error where that is not asked for.
+        """
+        watch = self.metrics.watch
+        if watch.rewinds_left < 1:
+            raise diverged
+        self.saves.wait()
+        state, extra = self.first_state()
+        step = int(state.step)
+        watch.rewound(diverged.step, step, extra.get("bad_steps"))
+        self.saved = step if extra else None
+        self.metrics.rewind(step)
+        reason = str(diverged).split("; ")[0].splitlines()[0]
+        self.metrics.display.say(
+            f"{reason}; going on from step {step} without the batches of the "
+            f"{diverged.step - step} steps after it, rewind {watch.rewinds} of at most "
+            f"{watch.rewinds + watch.rewinds_left}"
+        )
+        return state
 
     def save(self, state: TrainState, step: int, val_loss: float | None = None) -> None:
         """Start writing a checkpoint, unless this step has one."""
         if self.saved != step:
-            self.saves.save(state, self.extra | {"clock": self.metrics.meter.total}, val_loss)
+            clock = {"clock": self.metrics.meter.total}
+            extra = self.extra | clock | self.metrics.watch.record()
+            self.saves.save(state, extra, val_loss)
             self.saved = step
 
     def _evaluate_and_save(self, state: TrainState, step: int, evaluating: bool) -> None:
@@ -118,5 +166,6 @@ def require_finite_loss(
     raise TrainingDiverged(
         f"step {step}: the held-out loss is {result.loss}; not finite: "
         f"{broken or 'no value of the state, so that the text or the model is at fault'}; "
-        f"{saves.last_good()}"
+        f"{saves.last_good()}",
+        step,
     )

@@ -9,7 +9,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 import optax
 
@@ -18,6 +18,7 @@ from moe.data.batch import Batch
 from moe.machine import processes
 from moe.model import sharding
 from moe.model.functional import Arrays, Graph, initial_values, split
+from moe.training import finite
 from moe.training import objective as objectives
 from moe.training.losses import measure
 from moe.training.optimizer import stacked
@@ -54,6 +55,9 @@ class StepMetrics(nnx.Pytree):
         grad_norms: of all parameters, and of the routers' and the experts'.
         update_norm: of all parameters.
         mod: losses, and counts per token, of the Mixture-of-Depths routers (L,), by name.
+        broken: which layers of stacked arrays, or which arrays, are not finite, by name, among
+            the parameters before the step, its gradients, and the state after it.
+        skipped: whether the update was left out; None where none is.
     """
 
     loss: Float[Array, ""] = nnx.data()
@@ -64,6 +68,8 @@ class StepMetrics(nnx.Pytree):
     grad_norms: dict[str, Array] = nnx.data()
     update_norm: Float[Array, ""] | None = nnx.data(default=None)
     mod: dict[str, Array] | None = nnx.data(default=None)
+    broken: dict[str, Array] | None = nnx.data(default=None)
+    skipped: Bool[Array, ""] | None = nnx.data(default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +92,13 @@ class Given(NamedTuple):
 
     rate_N: the learning rate of each of the run's N steps, float32.
     loss_weights: the factors of the routers' losses, as `routing.inputs.Context`.
+    limits: the largest loss and gradient norm of a step that counts; None where none is skipped.
     """
 
     seed: np.uint32
     rate_N: np.ndarray
     loss_weights: dict[str, np.float32]
+    limits: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +108,9 @@ class Jitted:
     function: Any
     given: Given
 
-    def __call__(self, *arguments):
-        return self.function(self.given, *arguments)
+    def __call__(self, *arguments, **given):
+        """given: fields of `Given` that differ."""
+        return self.function(self.given._replace(**given), *arguments)
 
     def lower(self, *arguments):
         """As jax.jit's."""
@@ -127,6 +136,7 @@ class TrainingFunctions:
         sequences_per_group: of the routers' groups, which micro-batches don't split.
         global_batch_losses: with several micro-batches, run all of them forward first, so that
             losses on the statistics of the global batch are exact.
+        skip_bad_steps: leave updates out that are not finite, or beyond the limits of `Given`.
     """
 
     graph: Graph
@@ -141,6 +151,7 @@ class TrainingFunctions:
     accumulate: int = 1
     sequences_per_group: int = 1
     global_batch_losses: bool = False
+    skip_bad_steps: bool = False
 
     def init(self, seed) -> TrainState:
         """The state before the first step."""
@@ -152,11 +163,13 @@ class TrainingFunctions:
         """The seed, the learning rates and the losses' weights, as arrays."""
         rate_N = np.zeros(1) if self.rate_N is None else self.rate_N
         weights = {name: np.float32(weight) for name, weight in self.loss_weights.items()}
-        return Given(np.uint32(self.seed), np.asarray(rate_N, np.float32), weights)
+        limits = np.full(2, np.inf, np.float32) if self.skip_bad_steps else None
+        return Given(np.uint32(self.seed), np.asarray(rate_N, np.float32), weights, limits)
 
     def step(self, given: Given, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """One optimizer update with a whole batch: the state after it, and the step's metrics."""
         grads, metrics = self.gradients(given, state, batch)
+        state, metrics = self._state_looked_at(state, metrics)
         optimizer = optax.with_extra_args_support(self.optimizer)
         rate = given.rate_N[state.step]
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, rate=rate)
@@ -167,7 +180,40 @@ class TrainingFunctions:
             model.update_router_state(metrics.routers.stats)
             router_state = split(model)[2]
         metrics = dataclasses.replace(metrics, update_norm=optax.tree.norm(updates))
-        return TrainState(state.step + 1, params, router_state, opt_state), metrics
+        after = TrainState(state.step + 1, params, router_state, opt_state)
+        return self._checked(given, state, after, grads, metrics)
+
+    def _state_looked_at(self, state: TrainState, metrics) -> tuple[TrainState, StepMetrics]:
+        """The same state, and metrics with its broken parameters where loss or gradients are bad.
+
+        The update has to wait, since it overwrites the parameters.
+        """
+        ok = finite.is_finite((metrics.loss, metrics.grad_norms))
+        broken = finite.broken_layers(ok, {"params": state.params})
+        params, broken = jax.lax.optimization_barrier((state.params, broken))
+        metrics = dataclasses.replace(metrics, broken=broken)
+        return dataclasses.replace(state, params=params), metrics
+
+    def _checked(
+        self, given: Given, before: TrainState, after: TrainState, grads: Arrays, metrics
+    ) -> tuple[TrainState, StepMetrics]:
+        """The state after a step, with a bad update left out if asked for, and where it is bad."""
+        norms = metrics.grad_norms, metrics.update_norm
+        ok = finite.is_finite((metrics.loss, norms, after.router_state, after.opt_state))
+        looked_at = {
+            "gradients": grads,
+            "router_state": after.router_state,
+            "opt_state": after.opt_state,
+        }
+        broken = (metrics.broken or {}) | finite.broken_layers(ok, looked_at)
+        metrics = dataclasses.replace(metrics, broken=broken)
+        if given.limits is None:
+            return after, metrics
+        loss, norm = given.limits
+        skipped = ~ok | (metrics.loss > loss) | (metrics.grad_norms["all"] > norm)
+        kept = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), after, before)
+        kept = dataclasses.replace(kept, step=after.step)
+        return kept, dataclasses.replace(metrics, skipped=skipped)
 
     def gradients(
         self, given: Given, state: TrainState, batch: Batch
@@ -183,7 +229,7 @@ class TrainingFunctions:
         def one(micro: Batch, global_batch: GlobalBatch | None):
             with sharding_rules(sharding.rule(self.mesh)):
                 (_, measured), grads = grad(
-                    state.params, given, state, micro, key, global_batch, scored, valid
+                    state.params, state, micro, key, global_batch, scored, valid, given
                 )
             return grads, measured
 
@@ -209,7 +255,7 @@ class TrainingFunctions:
             mod=measured.mod,
         )
 
-    def _loss(self, params, given, state, batch: Batch, key, global_batch, scored, valid):
+    def _loss(self, params, state, batch: Batch, key, global_batch, scored, valid, given):
         """The micro-batch's term of the training loss, and its losses and statistics."""
         model = self.graph.merge(params, state.router_state)
         tokens = objectives.tokens_of(batch, key, train=True)
