@@ -17,7 +17,8 @@ from moe.cli import config
 from moe.cli import main as cli
 from moe.cli.eval import evaluate_run
 from moe.errors import UserError
-from moe.inference.generate import Sampling, generate, nucleus
+from moe.inference.generate import generate
+from moe.inference.sampling import Sampling, nucleus
 from moe.runs.restore import restore_run
 from moe.runs.storage import checkpoint
 from routing.inputs import Tokens

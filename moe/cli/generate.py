@@ -5,7 +5,8 @@ from pathlib import Path
 
 from moe.cli import config
 from moe.errors import printable
-from moe.inference.generate import Sampling, generate
+from moe.inference.generate import generate
+from moe.inference.sampling import Sampling
 from moe.runs.restore import restore_run
 
 

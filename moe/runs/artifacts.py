@@ -12,7 +12,8 @@ from moe.analysis.specialisation import token_table
 from moe.data import compressors
 from moe.data.tokens.cache import write_atomically
 from moe.errors import attempted
-from moe.inference.generate import Sampling, generate
+from moe.inference.generate import generate
+from moe.inference.sampling import Sampling
 from moe.machine import processes
 from moe.model.functional import Arrays
 from moe.runs.setup import Setup
