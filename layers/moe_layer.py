@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from layers.decoding import Prompt
-from layers.dispatch import Dispatcher, Overflow, SlotGather, Sorted
+from layers.dispatch import Dispatcher, Overflow, SlotGather
+from layers.dispatch.few_rows import for_decoding
 from layers.experts.base import ChosenCompanion, Companion, Experts, LayerSizes, Routed
 from layers.experts.feed_forward import Activation, hidden_width
 from layers.experts.feed_forward_experts import FeedForwardExperts
@@ -165,8 +166,9 @@ class MoELayer(nnx.Module):
         inputs = RouterInputs.of(x_B1D, tokens)
         output, state = self.router.step(inputs, state)
         shows_slots = self.experts.needs_slots(False) or any(c.needs_slots for c in self.companions)
-        dispatcher = self.eval_dispatcher if shows_slots else Sorted()
-        decision, own = self._fit(self._accepted(output.decision), inputs, dispatcher)
+        decision = self._accepted(output.decision)
+        dispatcher = self.eval_dispatcher if shows_slots else for_decoding(decision)
+        decision, own = self._fit(decision, inputs, dispatcher)
         x_G1D = inputs.x_GTD.astype(x_B1D.dtype)
         rows_GND = x_G1D
         if isinstance(decision, SoftSlots) and decision.slot_GESD is not None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from layers.decoding import LayerCache, Prompt
 from layers.stack import after
@@ -76,15 +76,16 @@ class Decoder:
 
     def step(
         self, caches: Caches, token_B: Int[AnyArray, " B"], position_B: Int[AnyArray, " B"]
-    ) -> tuple[Float[Array, "B V"], Caches]:
-        """The logits that follow these tokens at these positions, and the cache with them.
+    ) -> tuple[Float[Array, "B V"], Caches, list[Bool[Array, "B E"]]]:
+        """The logits that follow these tokens at these positions, the cache with them, and which
+        experts each of them used in each sparse layer.
 
         The given cache is used up.
         """
-        return self._step(self.values, caches, token_B, position_B)[:2]
+        return self._step(self.values, caches, token_B, position_B)
 
     def next_logits(self, values: Values, caches: Caches, token_B, position_B):
-        """What `step` returns, to be traced; and which experts each token uses, bool (B, E)."""
+        """What `step` returns, to be traced."""
         tokens = tokens_of(token_B[:, None], position_B[:, None], jnp.ones_like(token_B[:, None]))
         module = self._merged(values.rest)
         x_B1D, tokens = module.embedded(tokens)
