@@ -3,7 +3,7 @@
 B texts, T tokens of context, N tokens of a text, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -88,35 +88,32 @@ class Generator:
             )
 
     def continuations(
-        self, prompts: Sequence[str], *, tokens: int, sampling: Sampling = Sampling(), seed: int = 0
+        self,
+        prompts: Sequence[str],
+        *,
+        tokens: int,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+        say: Callable[[str], None] = lambda piece: None,
     ) -> list[Continuation]:
-        """Each prompt with at most so many tokens more, all of them at once."""
-        drawn = list(self.draws(prompts, tokens=tokens, sampling=sampling, seed=seed))
+        """Each prompt with at most so many tokens more, all of them at once.
+
+        say: is given the first text, in pieces of whole characters, as they are found.
+        """
+        ids = self.tokenizer.encode_batch(list(prompts))
+        pieces, drawn = Pieces(self.tokenizer, ids[0], say), []
+        for step in self.draws(prompts, tokens=tokens, sampling=sampling, seed=seed):
+            drawn.append(step)
+            pieces.add(int(step.token_B[0]))
+        pieces.finish()
         token_BN = np.stack([step.token_B for step in drawn], axis=1)
         log_prob_BN = np.stack([step.log_prob_B for step in drawn], axis=1)
-        found, ids = [], self.tokenizer.encode_batch(list(prompts))
+        found = []
         for prompt, token_N, log_prob_N in zip(ids, token_BN, log_prob_BN, strict=True):
             new = _until(token_N, self.tokenizer.document_id)
             text = self.tokenizer.decode([*prompt, *new])
             found.append(Continuation(text, tuple(new), tuple(log_prob_N[: len(new)].tolist())))
         return found
-
-    def stream(
-        self, prompt: str, *, tokens: int, sampling: Sampling = Sampling(), seed: int = 0
-    ) -> Iterator[str]:
-        """The prompt, then pieces of what follows it as they are found, in whole characters."""
-        ids, shown = list(self.tokenizer.encode_batch([prompt])[0]), 0
-        text = self.tokenizer.decode(ids)
-        for drawn in self.draws([prompt], tokens=tokens, sampling=sampling, seed=seed):
-            whole = text.rstrip("\ufffd")
-            if whole[shown:]:
-                yield whole[shown:]
-                shown = len(whole)
-            if (token := int(drawn.token_B[0])) == self.tokenizer.document_id:
-                break
-            ids.append(token)
-            text = self.tokenizer.decode(ids)
-        yield text[shown:]
 
     def draws(
         self, prompts: Sequence[str], *, tokens: int, sampling: Sampling = Sampling(), seed: int = 0
@@ -171,36 +168,37 @@ class Generator:
         return held_BV
 
 
-def generate(
-    model: AbstractModel,
-    params: Arrays,
-    router_state: Arrays,
-    tokenizer: Tokenizer,
-    *,
-    prompt: str,
-    tokens: int,
-    count: int = 1,
-    context: int,
-    sampling: Sampling = Sampling(),
-    seed: int = 0,
-) -> list[str]:
-    """Texts of the prompt and its continuation, which ends early where the model ends the document.
+class Pieces:
+    """A text on its way out: each token adds the whole characters that it completes.
 
     Args:
-        model, params, router_state, tokenizer: of a restored or trained run.
-        prompt: the text to continue; empty for the start of a document.
-        tokens: how many tokens are generated at most.
-        count: number of texts.
-        context: T, the tokens that the model sees.
-        sampling: how tokens are drawn.
-        seed: of the draws.
-
-    Raises:
-        UserError: the model doesn't predict the next token, or its router sees it.
+        tokenizer: of the text.
+        ids: the tokens that it begins with.
+        say: is given one piece after the other.
     """
-    generator = Generator(model, params, router_state, tokenizer, context)
-    how = {"tokens": tokens, "sampling": sampling, "seed": seed}
-    return [found.text for found in generator.continuations([prompt] * count, **how)]
+
+    def __init__(self, tokenizer: Tokenizer, ids: Sequence[int], say: Callable[[str], None]):
+        self._tokenizer, self._ids, self._say = tokenizer, list(ids), say
+        self._shown, self._ended = "", False
+        self._show(whole=True)
+
+    def add(self, token: int) -> None:
+        """One more token; those behind the end of the document are left out."""
+        self._ended = self._ended or token == self._tokenizer.document_id
+        if not self._ended:
+            self._ids.append(token)
+            self._show(whole=True)
+
+    def finish(self) -> None:
+        """Say what is left: a character that was never completed."""
+        self._show(whole=False)
+
+    def _show(self, whole: bool) -> None:
+        text = self._tokenizer.decode(self._ids)
+        text = text.rstrip("\ufffd") if whole else text
+        if len(text) > len(self._shown):
+            self._say(text[len(self._shown) :])
+            self._shown = text
 
 
 def check(model: AbstractModel, context: int) -> None:
