@@ -147,7 +147,7 @@ CHECK = Command(
 
 BENCH = Command(
     name="bench",
-    summary="Measure what routers cost beside a layer, or layers beside a dense one.",
+    summary="Measure what routers, layers beside a dense one, or a run's decoding cost.",
     module="moe.cli.bench",
     example="moe bench layer --json=layer.json",
     flags=(
@@ -156,10 +156,11 @@ BENCH = Command(
         Flag("experts", int, "N", "routers: experts (default: 64)", 64, low=8),
         Flag("case", list, "T,D,F,E,K", "layer: sizes to measure (repeatable; default: four)"),
         Flag("dtype", str, "TYPE", "layer: float32 or bfloat16 (default: float32)", "float32"),
+        Flag("workdir", str, "FOLDER", "decode: the folder of a run"),
         JSON,
     ),
     positional="suite",
-    form="routers|layer",
+    form="routers|layer|decode",
 )
 
 PLAN = Command(

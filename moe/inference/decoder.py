@@ -17,7 +17,7 @@ from moe.model import functional
 from moe.model.functional import Arrays, Graph
 from moe.model.transformer import Transformer
 from routing.inputs import Tokens
-from routing.records import AnyArray, choices_GE
+from routing.records import AnyArray, Decision, ExpertMerge, choices_GE
 
 Caches = list[LayerCache]
 
@@ -43,7 +43,7 @@ class Decoder:
         self._graph, everything = graph, params | router_state
         self._abstract = {name: v.get_value() for name, v in graph.variables.items()}
         self.module: Transformer = graph.merge(self._abstract, {})
-        self._layers, layer_values, taken = [], [], set()
+        self._layers, self._sparse, layer_values, taken = [], [], [], set()
         for s, stack in enumerate(self.module.stacks):
             blocks = [functional.split(block)[0] for block in stack.unit.blocks]
             programs = [jax.jit(functools.partial(_prefilled, b), static_argnums=4) for b in blocks]
@@ -53,6 +53,7 @@ class Decoder:
                     names = {name: prefix + name for name in block.paths}
                     layer_values.append({n: everything[whole][i] for n, whole in names.items()})
                     self._layers.append((block, programs[j]))
+                    self._sparse.append(stack.unit.blocks[j].is_moe)
                     taken |= set(names.values())
         rest = {name: a for name, a in everything.items() if name not in taken}
         self.values = Values(layer_values, rest)
@@ -97,8 +98,22 @@ class Decoder:
             following.append(cache)
             if output is not None:
                 tokens = after(tokens, output)
-                used.append(choices_GE(output.decision) > 0)
+                used.append(experts_used(output.decision))
         return module.logits(module.final_norm(x_B1D))[:, 0], following, used
+
+    def is_moe(self, number: int) -> bool:
+        """Whether a layer has experts."""
+        return self._sparse[number]
+
+    def expert_arrays(self, number: int) -> list[str]:
+        """The names of a layer's arrays whose leading axis is that of the experts."""
+        return [name for name, role in self._layers[number][0].roles.items() if role == "expert"]
+
+    def looked_up(self, name: str) -> bool:
+        """Whether an array outside of layers is only read by rows, not multiplied."""
+        tied = self.module.head_DV is None
+        role = self._graph.roles.get(name)
+        return role == "position" or (role == "embedding" and not tied)
 
     def _merged(self, rest: Arrays) -> Any:
         return self._graph.merge(self._abstract | rest, {})
@@ -118,6 +133,14 @@ def reason_to_recompute(module: Transformer) -> str | None:
     """Why every token takes a pass over the whole text, which no cache can replace; or None."""
     blocks = [block for stack in module.stacks for block in stack.unit.blocks]
     return next((why for block in blocks if (why := block.recomputes) is not None), None)
+
+
+def experts_used(decision: Decision | None) -> Bool[Array, "G E"]:
+    """Whose weights each group reads; those of all experts where they are merged."""
+    assert decision is not None
+    if isinstance(decision, ExpertMerge):
+        return decision.weight_GSE.any(1)
+    return choices_GE(decision) > 0
 
 
 def tokens_of(token_BT, position_BT, segment_BT) -> Tokens:
