@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from layers.decoding import KeyValues, Prompt, places
 from layers.linear import linear
 from layers.logical_axes import is_cut, logical_constraint
 from layers.norms import RMSNorm
@@ -103,6 +104,50 @@ class Attention(nnx.Module):
         segment_BT: Int[Array, "B T"],
     ):
         """The output (B, T, D). No token attends to another segment (document)."""
+        return self._attended(self._heads(x_BTD, position_BT), position_BT, segment_BT)
+
+    def prefill(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        position_BT: Int[Array, "B T"],
+        segment_BT: Int[Array, "B T"],
+        prompt: Prompt,
+    ) -> tuple[Float[Array, "B T D"], KeyValues]:
+        """The output for prompts, and their keys and values; a window keeps its last ones."""
+        heads = self._heads(x_BTD, position_BT)
+        slots = prompt.slots if self.window is None else min(prompt.slots, self.window)
+        cache = KeyValues.of_prompt(*heads[1:], segment_BT > 0, prompt.length_B, slots)
+        return self._attended(heads, position_BT, segment_BT), cache
+
+    def step(
+        self,
+        x_B1D: Float[Array, "B 1 D"],
+        position_B1: Int[Array, "B 1"],
+        segment_B1: Int[Array, "B 1"],
+        cache: KeyValues,
+    ) -> tuple[Float[Array, "B 1 D"], KeyValues]:
+        """The output for one more token of each sequence, and the cache with it."""
+        query_B1HK, key_B1NK, value_B1NK = self._heads(x_B1D, position_B1)
+        cache = cache.with_token(position_B1[:, 0], key_B1NK, value_B1NK, segment_B1[:, 0] > 0)
+        place_BS = places(position_B1[:, 0], cache.filled_BS.shape[1])
+        seen_BS = cache.filled_BS
+        if self.window is not None:
+            seen_BS &= position_B1 - place_BS < self.window
+        bias_BHQS = None
+        if self.positions == "alibi":
+            heads = query_B1HK.shape[2]
+            bias_BHQS = alibi(position_B1, place_BS, heads).astype(query_B1HK.dtype)
+        mixed_B1HK = jax.nn.dot_product_attention(
+            query_B1HK,
+            cache.key_BSNK,
+            cache.value_BSNK,
+            bias=bias_BHQS,
+            mask=seen_BS[:, None, None],
+        )
+        return linear(mixed_B1HK, self.out_HKD[...], contracted=2), cache
+
+    def _heads(self, x_BTD, position_BT) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries (B, T, H, K), and keys and values (B, T, N, K)."""
         query_BTHK = linear(x_BTD, self.query_DHK[...])
         key_BTNK = linear(x_BTD, self.key_DNK[...])
         value_BTNK = linear(x_BTD, self.value_DNK[...])
@@ -111,11 +156,16 @@ class Attention(nnx.Module):
         if self.positions == "rotary":
             query_BTHK = self.rotary(query_BTHK, position_BT)
             key_BTNK = self.rotary(key_BTNK, position_BT)
+        return query_BTHK, key_BTNK, value_BTNK
+
+    def _attended(self, heads, position_BT, segment_BT) -> jax.Array:
+        """The output (B, T, D) for these queries, keys and values."""
+        query_BTHK, key_BTNK, value_BTNK = heads
         if is_cut("length"):  # keys and values of all tokens are gathered; queries stay sharded
             query_BTHK = logical_constraint(query_BTHK, "batch", "length", "heads", None)
             key_BTNK = logical_constraint(key_BTNK, "batch", None, "kv_heads", None)
             value_BTNK = logical_constraint(value_BTNK, "batch", None, "kv_heads", None)
-        length, chunk = x_BTD.shape[1], self.chunk
+        length, chunk = query_BTHK.shape[1], self.chunk
         if chunk is None or self.implementation == "cudnn" or is_cut("length"):
             chunk = length
         chunks = []

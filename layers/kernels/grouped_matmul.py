@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from layers.kernels.row_by_row import row_by_row
 from layers.kernels.slot_blocks import slot_blocks
 from layers.logical_axes import has_mesh, platform
 
@@ -97,6 +98,8 @@ def grouped_feed_forward(
             what overflows), "ragged_dot" of the compiler (fast on TPU), or "tokamax", the Pallas
             kernels of that package; `choose` makes one of them of "auto".
     """
+    if kernel == "row_by_row":  # in decoding
+        return row_by_row(x_ND, ups, down_EFD, count_E, activate)
     if kernel == "slot_blocks":
         return slot_blocks(x_ND, ups, down_EFD, count_E, activate)
     if kernel != "loop":

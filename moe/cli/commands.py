@@ -115,7 +115,17 @@ GENERATE = Command(
         Flag("temperature", float, "X", "0 takes the likeliest token (default: 1)", 1.0, low=0),
         Flag("top_k", int, "N", "draw from the N likeliest tokens (default: all)", low=1),
         Flag("top_p", float, "X", "draw from this share of probability", low=0, high=1),
-        Flag("seed", int, "N", "same seed, same text (default: 0)", 0, low=0),
+        Flag("min_p", float, "X", "draw from tokens this likely beside the first", low=0, high=1),
+        Flag(
+            "repetition_penalty",
+            float,
+            "X",
+            "above 1: tokens that the text holds become less likely (default: 1)",
+            1.0,
+            low=0.1,
+        ),
+        Flag("context", int, "N", "tokens that the model sees (default: as trained)", low=1),
+        Flag("seed", int, "N", "same seed, same texts (default: 0)", 0, low=0),
         Flag("count", int, "N", "how many texts (default: 1)", 1, low=1),
         JSON,
     ),
@@ -137,7 +147,7 @@ CHECK = Command(
 
 BENCH = Command(
     name="bench",
-    summary="Measure what routers cost beside a layer, or layers beside a dense one.",
+    summary="Measure what routers, layers beside a dense one, or a run's decoding cost.",
     module="moe.cli.bench",
     example="moe bench layer --json=layer.json",
     flags=(
@@ -146,10 +156,11 @@ BENCH = Command(
         Flag("experts", int, "N", "routers: experts (default: 64)", 64, low=8),
         Flag("case", list, "T,D,F,E,K", "layer: sizes to measure (repeatable; default: four)"),
         Flag("dtype", str, "TYPE", "layer: float32 or bfloat16 (default: float32)", "float32"),
+        Flag("workdir", str, "FOLDER", "decode: the folder of a run"),
         JSON,
     ),
     positional="suite",
-    form="routers|layer",
+    form="routers|layer|decode",
 )
 
 PLAN = Command(

@@ -232,14 +232,7 @@ class Transformer(nnx.Module):
             stacked over sparse layers.
         """
         tokens = tokens if isinstance(tokens, Tokens) else Tokens.of(tokens)
-        dtype = DTYPES[self.compute_dtype]
-        x_BTD = self.embedding_VD[...][tokens.token_BT] * (1 / 0.02)
-        if self.learned is not None:
-            x_BTD = x_BTD + self.learned(tokens.position_BT) * (1 / 0.02)
-        elif self.positions == "sinusoidal":
-            x_BTD = x_BTD + sinusoidal(tokens.position_BT, self.d_model)
-        x_BTD = logical_constraint(x_BTD.astype(dtype), "batch", "length", None)
-        tokens = self._with_zero_logits(tokens)
+        x_BTD, tokens = self.embedded(tokens)
         outputs, mod_outputs, done = [], [], 0
         for stack in self.stacks:
             per_unit = sum(b.is_moe for b in stack.unit.blocks)
@@ -251,6 +244,17 @@ class Transformer(nnx.Module):
             mod_outputs += [] if mod_output is None else [mod_output]
         hidden_BTD = self.final_norm(x_BTD)  # pyright: ignore[reportCallIssue]
         return ModelOutput(hidden_BTD, over_layers(outputs), over_layers(mod_outputs))
+
+    def embedded(self, tokens: Tokens) -> tuple[Float[Array, "B T D"], Tokens]:
+        """The first layer's input, and the tokens with the previous logits that routers read."""
+        dtype = DTYPES[self.compute_dtype]
+        x_BTD = self.embedding_VD[...][tokens.token_BT] * (1 / 0.02)
+        if self.learned is not None:
+            x_BTD = x_BTD + self.learned(tokens.position_BT) * (1 / 0.02)
+        elif self.positions == "sinusoidal":
+            x_BTD = x_BTD + sinusoidal(tokens.position_BT, self.d_model)
+        x_BTD = logical_constraint(x_BTD.astype(dtype), "batch", "length", None)
+        return x_BTD, self._with_zero_logits(tokens)
 
     def _with_zero_logits(self, tokens: Tokens) -> Tokens:
         """The tokens with previous logits of zero, where routers read previous logits."""
