@@ -215,6 +215,7 @@ def compiled(topology, kernel, length):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.thorough
 @pytest.mark.accelerator  # or the package of its compiler
 @pytest.mark.skipif(wheels.hint(gpu=True) is not None, reason="needs the extra plan-cuda")
 @pytest.mark.parametrize("topology", ["h100:1", "h100:8", "b200:8"])
@@ -226,6 +227,7 @@ def test_cudnn_compiles_for_its_cards(topology, length):
     assert found["temporaries"] < 0.5 * 2**30 and not found["collectives"], found
 
 
+@pytest.mark.thorough
 @pytest.mark.accelerator
 @pytest.mark.skipif(wheels.hint(gpu=False) is not None, reason="needs the extra plan")
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v5p:2x2x1"])

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
+from layers.logical_axes import sharding_rules
 from moe.data.batch import Batch
 from moe.errors import UserError
 from moe.model.sharding import MESH_AXES
@@ -124,7 +125,8 @@ def build(topology: Topology, vocab_size: int) -> TrainingStep:
     devices, reason = compilers.described(topology)
     mesh = spec.build_mesh(devices)
     tokens = np.arange(2) % vocab_size
-    model, program = spec.build(Vocabulary(vocab_size), mesh, training_tokens=tokens)
+    with compilers.assuming_cudnn(), sharding_rules(None, topology.device):
+        model, program = spec.build(Vocabulary(vocab_size), mesh, training_tokens=tokens)
     batch = batch_of(program, *spec.shape)
     return TrainingStep(
         topology, model, program, mesh, batch, math.prod(spec.shape), spec.accumulate, reason
