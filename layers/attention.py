@@ -1,23 +1,21 @@
 """Multi-head attention with grouped keys and values.
 
-B batch, T tokens, D model width, H query heads, N key-value heads, K width of a head; Q queries
-and S keys of a chunk.
+B batch, T tokens, D model width, H query heads, N key-value heads, K width of a head.
 """
 
-import functools
-from typing import Any, Literal
+from typing import Literal
 
 from flax import nnx
 import gin
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from layers.decoding import KeyValues, Prompt, places
+from layers.kernels.attention import Choice, Pattern, alibi, attend, choose
 from layers.linear import linear
 from layers.logical_axes import is_cut, logical_constraint
 from layers.norms import RMSNorm
-from layers.positions import Rotary, alibi
+from layers.positions import Rotary
 from routing.parameters import parameter, truncated_normal
 from routing.ranges import Count, Positive
 
@@ -37,11 +35,13 @@ class Attention(nnx.Module):
         qk_norm: RMSNorm on queries and keys.
         rotary: `Rotary()` where None.
         out_scale: variance scale of the output weights.
-        implementation: as in `jax.nn.dot_product_attention`; None lets JAX choose.
-        chunk: queries at a time in longer sequences, each chunk against the keys that it may see,
-            so that no T x T scores are held and few masked ones are computed; the backward pass
-            computes a chunk's scores again. None: all at once, as with "cudnn", which never holds
-            the scores, and where a mesh shards sequences.
+        implementation: "auto": on NVIDIA GPUs "cudnn", on TPUs "splash" (kernels that never hold
+            the scores), wherever they can compute the same, else "chunks" of queries in plain JAX.
+            A run's first lines say which and why.
+        chunk: of "chunks", queries at a time in longer sequences, each chunk against the keys that
+            it may see, so that no T x T scores are held and few masked ones are computed; the
+            backward pass computes a chunk's scores again. None: all at once, as where a mesh
+            shards sequences.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Attention(nnx.Module):
         qk_norm: bool = False,
         rotary: Rotary | None = None,
         out_scale: Positive = 1.0,
-        implementation: Literal["xla", "cudnn"] | None = None,
+        implementation: Literal["auto", "chunks", "cudnn", "splash"] = "auto",
         chunk: Count | None = 1024,
     ):
         kv_heads = num_kv_heads or num_heads
@@ -79,7 +79,7 @@ class Attention(nnx.Module):
             raise ValueError(f"rotary positions need an even head width, not {width}")
         self.positions, self.causal, self.window, self.chunk = positions, causal, window, chunk
         self.rotary = Rotary() if rotary is None else rotary
-        self.implementation: Literal["xla", "cudnn"] | None = implementation
+        self.implementation = implementation
         init = truncated_normal()
         self.query_DHK = parameter(
             (d_model, num_heads, width), ("embed", "heads", None), init, role="attention"
@@ -165,48 +165,24 @@ class Attention(nnx.Module):
             query_BTHK = logical_constraint(query_BTHK, "batch", "length", "heads", None)
             key_BTNK = logical_constraint(key_BTNK, "batch", None, "kv_heads", None)
             value_BTNK = logical_constraint(value_BTNK, "batch", None, "kv_heads", None)
-        length, chunk = query_BTHK.shape[1], self.chunk
-        if chunk is None or self.implementation == "cudnn" or is_cut("length"):
-            chunk = length
-        chunks = []
-        for first in range(0, length, chunk):
-            queries = slice(first, min(first + chunk, length))
-            mix = functools.partial(self._mix, queries=queries, keys=self._seen(queries, length))
-            mix = mix if length <= chunk else jax.checkpoint(mix)
-            chunks.append(mix(query_BTHK, key_BTNK, value_BTNK, position_BT, segment_BT))
-        mixed_BTHK = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=1)
+        shape = jax.ShapeDtypeStruct(query_BTHK.shape, query_BTHK.dtype)
+        mixed_BTHK = attend(
+            query_BTHK,
+            key_BTNK,
+            value_BTNK,
+            position_BT,
+            segment_BT,
+            self.pattern,
+            self.chosen_kernel(shape).kernel,
+            None if is_cut("length") else self.chunk,
+        )
         return linear(mixed_BTHK, self.out_HKD[...], contracted=2)
 
-    def _seen(self, queries: slice, length: int) -> slice:
-        """The keys that any of these queries may see."""
-        side = length if self.window is None else self.window - 1
-        after = 0 if self.causal else side
-        return slice(max(0, queries.start - side), min(length, queries.stop + after))
+    @property
+    def pattern(self) -> Pattern:
+        """Which tokens a token sees."""
+        return Pattern(self.causal, self.window, self.positions == "alibi")
 
-    def _mix(self, query_BTHK, key_BTNK, value_BTNK, position_BT, segment_BT, queries, keys):
-        """Attention's weighted sums of values for a chunk of queries, (B, Q, H, K)."""
-        bias_BHQS = None
-        if self.positions == "alibi":
-            heads = query_BTHK.shape[2]
-            bias_BHQS = alibi(position_BT[:, queries], position_BT[:, keys], heads)
-            bias_BHQS = bias_BHQS.astype(query_BTHK.dtype)
-        mask_BQS = segment_BT[:, queries, None] == segment_BT[:, None, keys]
-        side = None if self.window is None else self.window - 1
-        window = None if side is None else (side, 0 if self.causal else side)
-        mask_options: dict[str, Any] = {"is_causal": self.causal, "local_window_size": window}
-        if queries != keys:  # JAX's options assume that queries and keys start at the same token
-            mask_options, key_S = {}, jnp.arange(keys.start, keys.stop)
-            before_QS = jnp.arange(queries.start, queries.stop)[:, None] - key_S[None]
-            if self.causal:
-                mask_BQS &= before_QS[None] >= 0
-            if side is not None:
-                mask_BQS &= jnp.abs(before_QS)[None] <= side
-        return jax.nn.dot_product_attention(
-            query_BTHK[:, queries],
-            key_BTNK[:, keys],
-            value_BTNK[:, keys],
-            bias=bias_BHQS,
-            mask=mask_BQS[:, None],
-            implementation=self.implementation,
-            **mask_options,
-        )
+    def chosen_kernel(self, query: jax.ShapeDtypeStruct) -> Choice:
+        """What computes attention for queries of this shape and type, and why."""
+        return choose(self.implementation, self.pattern, query, self.key_DNK.shape[-2])

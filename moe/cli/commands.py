@@ -165,11 +165,11 @@ BENCH = Command(
 
 PLAN = Command(
     name="plan",
-    summary="Compile a config for a TPU slice: what it needs, and whether it fits.",
+    summary="Compile a config for TPUs or GPUs: what it needs, and whether it fits.",
     module="moe.cli.plan",
     example="moe plan --gin_file=quickstart.gin --topology=v5e:2x2",
     flags=(
-        Flag("topology", str, "KIND:AxB", "such as v5p:4x4x8, v6e:16x16 or v5e-8", required=True),
+        Flag("topology", str, "KIND:AxB", "such as v5p:4x4x8, v5e-8, h100:64", required=True),
         GIN_FILE,
         GIN_BINDINGS,
         Flag("vocab_size", int, "N", "token ids (default: 50304)", 50_304, low=2),

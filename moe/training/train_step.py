@@ -227,7 +227,7 @@ class TrainingFunctions:
         grad = jax.value_and_grad(self._loss, has_aux=True)
 
         def one(micro: Batch, global_batch: GlobalBatch | None):
-            with sharding_rules(sharding.rule(self.mesh)):
+            with sharding_rules(sharding.rule(self.mesh), self.mesh.devices.flat[0]):
                 (_, measured), grads = grad(
                     state.params, state, micro, key, global_batch, scored, valid, given
                 )
@@ -268,7 +268,7 @@ class TrainingFunctions:
     def _statistics(self, state: TrainState, micro: Batch, key):
         """The routers' statistics of a micro-batch."""
         model = self.graph.merge(state.params, state.router_state)
-        with sharding_rules(sharding.rule(self.mesh)):
+        with sharding_rules(sharding.rule(self.mesh), self.mesh.devices.flat[0]):
             return model(objectives.tokens_of(micro, key, train=True)).routers.stats
 
     def program(self) -> Program:
