@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import contextvars
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from einops import rearrange
 import jax
@@ -41,12 +41,17 @@ def logical_constraint(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, rule(axes, x.shape))
 
 
-def platform() -> str:
-    """The platform that the program runs on: that of the mesh's devices, or JAX's default."""
+def device() -> Any:
+    """A device that the program runs on: of the mesh, or JAX's first one."""
     rule = _rule.get()
     if rule is None:
-        return jax.default_backend()
-    return rule((), ()).mesh.devices.flat[0].platform  # pyright: ignore[reportOptionalMemberAccess]
+        return jax.devices()[0]
+    return rule((), ()).mesh.devices.flat[0]  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def platform() -> str:
+    """The platform that the program runs on: "cpu", "gpu" or "tpu"."""
+    return device().platform
 
 
 def mesh_axes(axis: str, size: int) -> dict[str, int]:
