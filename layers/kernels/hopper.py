@@ -46,6 +46,11 @@ def refusal(on: Any, dtype: Any, width: int) -> str | None:
     capability = str(getattr(on, "compute_capability", "none"))
     if capability.split(".")[0] != "9":  # later cards have other instructions than wgmma
         return f"compute capability {capability}, not 9"
+    return _misfit(dtype, width)
+
+
+def _misfit(dtype, width: int) -> str | None:
+    """Why the kernels can't take such rows; None where they can."""
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"{jnp.dtype(dtype)}, not bfloat16"
     if width % WIDTH_MULTIPLE or width == WIDTH_MULTIPLE:
@@ -79,10 +84,8 @@ def _varies_over(x) -> frozenset:
 
 
 @functools.cache
-def by_platform(multiprocessors: int | None) -> Matmuls:
+def _by_platform(multiprocessors: int | None) -> Matmuls:
     """The kernels where a program is compiled for CUDA, loops over blocks elsewhere."""
-    if jax.__version_info__[:2] < JAX_NEEDED:
-        return REFERENCE
     settings = {} if multiprocessors is None else {"multiprocessors": multiprocessors}
 
     def choice(fast, slow):
@@ -121,7 +124,9 @@ def feed_forward(
     do the rows of the output's gradient, which must be zero in an expert's padding.
     """
     if matmuls is None:
-        matmuls = by_platform(getattr(device(), "core_count", None))
+        loops = jax.__version_info__[:2] < JAX_NEEDED or _misfit(x_ND.dtype, x_ND.shape[1])
+        processors = getattr(device(), "core_count", None)
+        matmuls = REFERENCE if loops else _by_platform(processors)
     more = -down_EFD.shape[1] % HIDDEN_MULTIPLE
     if more:
         ups = tuple(jnp.pad(up_EDF, ((0, 0), (0, 0), (0, more))) for up_EDF in ups)
