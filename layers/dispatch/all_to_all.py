@@ -123,8 +123,8 @@ def _packing(exchange: Exchange, rows: int, slots: int) -> tuple[jax.Array, jax.
 def _by_expert(exchange: Exchange, slots: int, kernel: str) -> tuple[jax.Array, jax.Array]:
     """Sort received rows by expert, then by sender, then as they were sent.
 
-    Each expert's begin at a multiple of `row_multiple(kernel)`. Returns source_M, the received row p * S + s that lies in place m, and destination_R, its
-    inverse; -1 for none.
+    Each expert's begin at a multiple of `row_multiple(kernel)`. Returns source_M, the received row
+    p * S + s that lies in place m, and destination_R, its inverse; -1 for none.
     """
     recv_sizes_PX = exchange.recv_sizes_PX
     devices, experts = recv_sizes_PX.shape

@@ -61,7 +61,7 @@ def widest(size: int, most: int = 256) -> int:
 
 
 def fits(summed: int) -> bool:
-    """Whether a matmul may sum over so many numbers: whole steps, of which tiles are released late."""
+    """Whether a matmul may sum over so many numbers: two whole steps or more."""
     return summed % STEP == 0 and summed > STEP
 
 
@@ -127,7 +127,7 @@ def store(results, targets, out_s, warpgroup) -> None:
 
 
 def accumulator(tile: Tile):
-    return plgpu.ACC((tile.rows, tile.columns), jnp.float32)
+    return plgpu.WGMMAAccumulatorRef((tile.rows, tile.columns), jnp.float32)
 
 
 def launch(body, results, cluster: int = 1, multiprocessors: int = MULTIPROCESSORS, interpret=None):

@@ -6,7 +6,6 @@ N rows in blocks of one expert each (`row_blocks`), D width, F columns, E expert
 import functools
 
 import jax
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
