@@ -11,11 +11,11 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from layers.decoding import KeyValues, Prompt, places
-from layers.kernels.attention import Choice, Pattern, alibi, attend, choose
+from layers.kernels.attention import Choice, Pattern, attend, choose
 from layers.linear import linear
 from layers.logical_axes import is_cut, logical_constraint
 from layers.norms import RMSNorm
-from layers.positions import Rotary
+from layers.positions import Rotary, alibi
 from routing.parameters import parameter, truncated_normal
 from routing.ranges import Count, Positive
 

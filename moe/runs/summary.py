@@ -47,7 +47,8 @@ def describe(
         f"{costs.flops_per_token:,} FLOPs per token; router: {router}; router losses: {losses}"
     )
     if layer is not None and isinstance(layer.dispatcher, Sorted):
-        kernel, reason = choose(layer.dispatcher.kernel)
+        width = layer.experts.row_width or model.module.d_model
+        kernel, reason = choose(layer.dispatcher.kernel, model.module.compute_dtype, width)
         say(f"experts' matmuls: {kernel} ({reason})")
     if layer is not None and 1 < layer.num_experts <= costs.experts_per_token:
         say(
