@@ -62,7 +62,8 @@ def read_config(changes: Sequence[str]) -> Config:
             values.pop(setting.key, None)
             values[setting.key] = repr(setting.value)
         imports |= dict.fromkeys(statement.format() for _, statement in reading.imports)
-        folders |= dict.fromkeys(map(str, reading.folders))
+        if reading.imports:  # else a plan would name this machine's folders for nothing
+            folders |= dict.fromkeys(map(str, reading.folders))
     if problems:
         raise Problems(problems)
     return Config(values, tuple(imports), tuple(folders))
