@@ -25,7 +25,7 @@ from moe.model import functional
 from moe.training.abstract_model import Vocabulary
 
 ROUNDS, TURNS, STEPS = 7, 5, 20
-LAYERS = {(128, 256, 8): (1, 2, 8, 32, 64, 128), (1024, 512, 32): (1, 4, 32, 128)}  # D, F, E: rows
+LAYERS = {(128, 256, 8): (2, 8, 32, 128), (1024, 512, 32): (4, 32, 128)}  # D, F, E: rows
 VOCABULARY = 4096
 
 
