@@ -1,10 +1,10 @@
 """Cached decoding is the forward pass, for every router and layer of the framework.
 
-Broken on purpose and seen red: the slot of a key (p mod S one further), a ring without its mask,
-segments that begin one token late, a bigram's previous token, draws by place, Balanced's count,
+Broken on purpose and seen red: the slot of a key (with ALiBi), a window's mask, segments that begin
+one token late (Lory, Soft MoE), a bigram's previous token, draws by place, Balanced's count,
 Mixture-of-Depths' tokens that pass by kept as keys, prefill's last token.
 
-B sequences, T tokens, P tokens of a prompt, V vocabulary.
+B sequences, T tokens, V vocabulary.
 """
 
 import dataclasses

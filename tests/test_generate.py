@@ -222,6 +222,30 @@ def test_the_command_prints_and_writes(runs, learned):
     assert len(log_probs) == 10 and all(-0.5 < value <= 0 for value in log_probs)
 
 
+@pytest.mark.thorough
+def test_decoding_is_measured(runs, learned):
+    target = runs.folder / "decode.json"
+    with quick(), contextlib.redirect_stdout(io.StringIO()):
+        given = [f"--workdir={runs.folder / 'learned'}", f"--json={target}"]
+        assert cli.main(["bench", "decode", *given]) == 0
+    rows = json.loads(target.read_text())
+    assert [row["batch"] for row in rows] == [1, 4, 16, 64]
+    assert rows[0]["distinct_experts_per_layer"] == [2, 2]
+    assert all(2 <= count <= 4 for count in rows[3]["distinct_experts_per_layer"])
+    assert {row["cache_bytes_per_token"] for row in rows} == {
+        2 * 2 * 16 * 4
+    }  # keys, values, layers
+    # 64 texts share the weights of all experts, of which one text reads half.
+    one, many = rows[0]["weight_bytes_per_token"], 64 * rows[3]["weight_bytes_per_token"]
+    assert one < many < 2 * one
+    assert all(row["milliseconds_per_step"] > 0 for row in rows)
+
+
+def test_decoding_is_measured_of_a_run(capsys):
+    assert cli.main(["bench", "decode"]) == 2
+    assert "give --workdir=FOLDER" in capsys.readouterr().err
+
+
 def test_evaluating_the_run_gives_the_summarys_figure(runs, learned):
     run = runs.folder / "learned"
     summary = json.loads((run / "summary.json").read_text())

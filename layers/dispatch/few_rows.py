@@ -12,7 +12,7 @@ from layers.kernels.grouped_matmul import SortedRows
 from layers.logical_axes import has_mesh, platform
 from routing.records import Decision, TokenChoice
 
-ROWS_PER_EXPERT = 4  # up to which rows one by one are faster than blocks of 16 (benchmarks/decode)
+ROWS_PER_EXPERT = 2  # up to which rows one by one are faster than blocks (benchmarks/decode.py)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ def row_by_row(
     """(N, D): down(activate(up(x), ...)) of each row's expert; zero past the counts.
 
     It reads the weights of experts that have rows, once for each row, and has no gradient. With up
-    to four rows per expert it is faster than blocks (benchmarks/decode.py).
+    to two rows per expert it is faster than blocks (benchmarks/decode.py).
     """
     last_E = jnp.cumsum(count_E)
     expert_N = jnp.searchsorted(last_E, jnp.arange(len(x_ND)), side="right")
