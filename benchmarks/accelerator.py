@@ -46,7 +46,7 @@ def run_part(name: str, path: Path, limit: float, *, small: bool) -> dict | None
     started = time.monotonic()
     process = subprocess.Popen(
         words + ["--small"] * small,
-        stdout=sys.stderr,
+        stdout=2,  # rows are in the file
         stderr=subprocess.PIPE,
         text=True,
         env=environment,

@@ -37,8 +37,13 @@ def machine(small: bool) -> Iterator[dict]:
         "kind": kind,
         "jax": jax.__version__,
         "missing": [name for name in PACKAGES if importlib.util.find_spec(name) is None],
-        "matmul_peak_flops": hardware.matmul_peak("bfloat16"),
+        "matmul_peak_flops": hardware.matmul_peak(precision(small)),
     }
+
+
+def precision(small: bool) -> str:
+    """What matmuls are timed in: many CPUs are slow in bfloat16."""
+    return "float32" if small else "bfloat16"
 
 
 def tests(small: bool) -> Iterator[dict]:
@@ -145,7 +150,7 @@ def layers(small: bool, shape: str) -> Iterator[dict]:
     from moe.bench import layer
 
     case = layer.Case.read("256,32,64,4,2" if small else LAYERS[shape])
-    yield from layer.layers((case,), "bfloat16")
+    yield from layer.layers((case,), precision(small))
 
 
 def attention(small: bool) -> Iterator[dict]:
@@ -306,9 +311,9 @@ def torch(small: bool, mode: str) -> Iterator[dict]:
         return
     import torch_step
 
-    for precision in ("float32 parameters, bfloat16 matmuls", "bfloat16"):
-        row = {"what": f"transformers {mode}", "precision": precision}
-        yield attempt(row, functools.partial(torch_step.measure, mode, precision, STEPS, small))
+    for dtypes in ("float32 parameters, bfloat16 matmuls", "bfloat16"):
+        row = {"what": f"transformers {mode}", "precision": dtypes}
+        yield attempt(row, functools.partial(torch_step.measure, mode, dtypes, STEPS, small))
 
 
 def attempt(row: dict, measure: Callable[[], dict]) -> dict:
