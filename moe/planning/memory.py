@@ -11,7 +11,6 @@ from typing import Any
 from flax import nnx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from layers.attention import Attention
 from layers.block import Block
@@ -63,8 +62,8 @@ def step_bytes(
     shards = math.prod(mesh[axis] for axis in sharding.RULES["batch"])
     shape = (sequences // shards, model.sequence_length)
     # Of one device's tokens, so that no rule cuts them further.
-    devices = program.batch_sharding.mesh.devices
-    with sharding_rules(None, on or np.ravel(devices)[0]):
+    devices: Any = program.batch_sharding.mesh.devices
+    with sharding_rules(None, on or devices.flat[0]):
         saved = sum(
             stack.repeats * _saved(stack, shape, module.d_model, dtype) for stack in module.stacks
         )
