@@ -1,8 +1,4 @@
-"""benchmarks/accelerator.py in small: rows as they come, and a part that fails costs only its own.
-
-Broken on purpose, and noticed: an error in one way of multiplying that ended its part; a part
-without a time limit; a summary that took failed rows for results; a trace read without its kernels.
-"""
+"""benchmarks/accelerator.py in small: rows as they come, and a part that fails costs only its own."""
 
 import json
 from pathlib import Path

@@ -1,10 +1,4 @@
-"""Attention's kernels: which one a platform takes, and that each is one slow loop over documents.
-
-Broken on purpose, and noticed: splash without segment ids, without the window, with unscaled
-queries; cuDNN's chunks without their mask of documents, and with keys that begin after the first
-one they may see; a length of 100 handed to cuDNN; a kernel for every device that takes the whole
-array.
-"""
+"""Attention's kernels: which one a platform takes, and that each is one slow loop over documents."""
 
 import functools
 import json
