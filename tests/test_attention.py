@@ -1,10 +1,4 @@
-"""Attention's kernels: which one a platform takes, and that each is one slow loop over documents.
-
-Broken on purpose, and noticed: splash without segment ids, without the window, with unscaled
-queries; cuDNN's chunks without their mask of documents, and with keys that begin after the first
-one they may see; a length of 100 handed to cuDNN; a kernel for every device that takes the whole
-array.
-"""
+"""Attention's kernels: which one a platform takes, and that each is one slow loop over documents."""
 
 import functools
 import json
@@ -17,12 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from layers.attention import Attention
 from layers.kernels import attention
 from layers.kernels.attention import Pattern, attend, choose, in_chunks, splash
 from layers.logical_axes import device, per_device, platform, sharding_rules, splits_fully
 from moe.model import sharding
+from moe.model.transformer import Transformer
 from moe.planning import compilers, wheels
 from moe.planning.chips import DeviceKind
+from moe.runs.summary import attention_of
+from moe.training.abstract_model import Vocabulary
+from moe.training.run_spec import RunSpec
 
 B, T, H, N, K = 2, 256, 2, 1, 8
 GPU, TPU = DeviceKind("gpu", "NVIDIA H100"), DeviceKind("tpu", "TPU")
@@ -179,6 +178,17 @@ def test_on_a_mesh_splash_gets_each_devices_part():
         np.testing.assert_array_equal(y_BTHK, 2 * x_BTHK)
         assert parts == [(2, 4, 1, 1)]
         assert choose("auto", Pattern(), query()).kernel == "chunks"  # the rule's devices are CPUs
+
+
+def test_a_run_says_what_computes_attention():
+    """A reason for each kind of block, once; of the mesh's devices."""
+    windows = functools.partial(Attention, num_heads=2, implementation="chunks")
+    for make, expected in ((Attention, "there is no kernel for a cpu"), (windows, "as set")):
+        model = functools.partial(Transformer, d_model=16, num_layers=2, attention=make)
+        spec = RunSpec(None, model, steps=1, batch_size=8, sequence_length=16)
+        mesh = spec.build_mesh()
+        abstract, _ = spec.build(Vocabulary(32), mesh)
+        assert attention_of(abstract, mesh) == f"chunks ({expected})"
 
 
 @functools.cache

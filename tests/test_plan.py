@@ -431,5 +431,6 @@ def test_counting_is_within_a_tenth_of_the_compiler(path):
     config.bind([f"pod_{name}.gin"], told.get("settings", ()))
     vocab_size = gin.query_parameter("TrainedBPE.vocab_size")
     found = plan.counted(plan.build(Topology.read(told["topology"]), vocab_size))
-    assert found["total"] == pytest.approx(told["compiled"]["total"], rel=0.1)
+    if told["compiled"] is not None:
+        assert found["total"] == pytest.approx(told["compiled"]["total"], rel=0.1)
     assert found == told["bytes_per_chip"]

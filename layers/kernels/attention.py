@@ -5,7 +5,7 @@ chunk.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +163,7 @@ def in_chunks(
     segment_BT,
     pattern: Pattern,
     chunk: int | None,
-    implementation: str,
+    implementation: Literal["xla", "cudnn"],
     align: int = 1,
 ) -> jax.Array:
     """Attention of so many queries at a time, each chunk against the keys that it may see.
@@ -204,7 +204,7 @@ def _mix(
     queries: slice,
     keys: slice,
     pattern: Pattern,
-    implementation: str,
+    implementation: Literal["xla", "cudnn"],
 ):
     """Attention's weighted sums of values for a chunk of queries, (B, Q, H, K)."""
     bias_BHQS = None
@@ -227,7 +227,7 @@ def _mix(
         value_BTNK[:, keys],
         bias=bias_BHQS,
         mask=mask_BQS[:, None],
-        implementation=implementation,  # pyright: ignore[reportArgumentType]
+        implementation=implementation,
         **options,
     )
 
@@ -253,9 +253,16 @@ def splash(
     else:
         mask = masks.CausalMask(shape) if pattern.causal else masks.FullMask(shape)
     block = next(size for size in SPLASH_BLOCKS if length % size == 0)
-    forward = {"block_q": block, "block_kv": block, "block_kv_compute": block}
-    to_keys = {"block_q_dkv": block, "block_kv_dkv": block, "block_kv_dkv_compute": block}
-    sizes = kernels.BlockSizes(**forward, **to_keys, block_q_dq=block, block_kv_dq=block)
+    sizes = kernels.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
     kernel = kernels.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
         block_sizes=sizes,
@@ -270,6 +277,7 @@ def splash(
         )
         scaled_HTK = (query_HTK.astype(jnp.float32) * width**-0.5).astype(query_HTK.dtype)
         segments = kernels.SegmentIds(segment_T, segment_T)
-        return jnp.swapaxes(kernel(scaled_HTK, key_NTK, value_NTK, segments), 0, 1)
+        mixed_HTK: Any = kernel(scaled_HTK, key_NTK, value_NTK, segments)
+        return jnp.swapaxes(mixed_HTK, 0, 1)
 
     return jax.vmap(one)(query_BTHK, key_BTNK, value_BTNK, segment_BT)

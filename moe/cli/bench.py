@@ -54,16 +54,19 @@ def layer(flags) -> Iterator[dict]:
     print("peak memory over the dense layer's with all experts' weights")
     rows = []
     for row in progress.with_status(lambda say: layer.layers(cases, flags.dtype, say)):
+        where = f"{row['case']:34} {row['routing']:9} {row['dispatcher']:36}"
+        rows.append(row)
+        yield row
+        if "error" in row:
+            print(f"  {where} {row['error']}", flush=True)
+            continue
         forward, both = (
             f"{row[f'milliseconds_{what}']:9.1f} ({row[f'ratio_to_dense_{what}']:.2f})"
             for what in ("forward", "step")
         )
-        where = f"{row['case']:34} {row['routing']:9} {row['dispatcher']:36}"
         memory = f"{row['memory_ratio']:5.2f}" if "memory_ratio" in row else ""
         line = f"  {where} {forward} {both} {row['roofline_fraction']:5.2f} {memory}"
         print(line.rstrip(), flush=True)
-        rows.append(row)
-        yield row
     for name, mean in layer.summary(rows).items():
         print(f"  geometric mean, {name}: {mean:.2f}")
 

@@ -35,7 +35,7 @@ def group(axes: str, mesh: Mapping[str, int]) -> tuple[int, int]:
     """Devices of a group over axes such as "fsdp+expert", and those of them in one node."""
     numbers = np.zeros(1, int)
     stride = 1
-    for axis, size in reversed(mesh.items()):
+    for axis, size in reversed(tuple(mesh.items())):
         if axis in axes.split("+"):
             numbers = (numbers[:, None] + stride * np.arange(size)).ravel()
         stride *= size

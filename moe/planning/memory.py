@@ -62,7 +62,8 @@ def step_bytes(
     shards = math.prod(mesh[axis] for axis in sharding.RULES["batch"])
     shape = (sequences // shards, model.sequence_length)
     # Of one device's tokens, so that no rule cuts them further.
-    with sharding_rules(None, on or program.batch_sharding.mesh.devices.flat[0]):
+    devices: Any = program.batch_sharding.mesh.devices
+    with sharding_rules(None, on or devices.flat[0]):
         saved = sum(
             stack.repeats * _saved(stack, shape, module.d_model, dtype) for stack in module.stacks
         )
