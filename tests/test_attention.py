@@ -1,4 +1,4 @@
-"""Attention's kernels: which one a platform takes, and that each is one slow loop over documents."""
+"""Attention's kernels: which one a platform takes, and that each is a slow loop over documents."""
 
 import functools
 import json
