@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from layers.dispatch import Sorted
 from moe.bench import layer, routers
 from moe.cli import main as cli
 from routing import Capacity
@@ -91,9 +92,16 @@ def test_an_unknown_suite_is_told(capsys):
     assert "moe bench has no suite 'router'; did you mean 'routers'?" in capsys.readouterr().err
 
 
+class OutOfMemory(Sorted):
+    """A dispatcher as on a device that has no room for its rows."""
+
+    def dispatch(self, x_GTD, decision):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+
 def test_a_dispatcher_that_fails_costs_its_own_row(monkeypatch):
-    """What is no dispatcher, before one that works; means are of the rows with numbers."""
-    wanted = [("Broken", "no dispatcher", Capacity(None)), *layer.VARIANTS["zipf"]]
+    """One that fails, before one that works; means are of the rows with numbers."""
+    wanted = [("Broken", OutOfMemory(), Capacity(None)), *layer.VARIANTS["zipf"]]
     monkeypatch.setattr(layer, "VARIANTS", {"zipf": tuple(wanted)})
     case = layer.Case(64, 16, 16, 4, 2)
     broken, works = layer._rows(case, 1e12, 1e11, "bfloat16", lambda line: None)

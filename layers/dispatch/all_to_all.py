@@ -133,7 +133,7 @@ def _by_expert(exchange: Exchange, slots: int, kernel: str) -> tuple[jax.Array, 
     pair_sizes = recv_sizes_PX.T.reshape(-1)  # of (expert, sender), experts first
     start_X = aligned_starts(recv_sizes_PX.sum(0), row_multiple(kernel))
     before_PX = jnp.cumsum(recv_sizes_PX, axis=0) - recv_sizes_PX
-    pair_begin = (start_X + before_PX).T.reshape(-1)
+    pair_begin = (start_X[None] + before_PX).T.reshape(-1)
     rows = devices * slots
     place_M = jnp.arange(rows + spare_rows(rows, experts, kernel))
     pair_M = jnp.searchsorted(pair_begin + pair_sizes, place_M, side="right")
