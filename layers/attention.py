@@ -11,7 +11,8 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from layers.decoding import KeyValues, Prompt, places
-from layers.kernels.attention import Choice, Pattern, attend, choose
+from layers.kernels.attention import Pattern, attend, choose
+from layers.kernels.choice import Choice
 from layers.linear import linear
 from layers.logical_axes import is_cut, logical_constraint
 from layers.norms import RMSNorm

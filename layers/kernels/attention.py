@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from layers.kernels.choice import Choice
 from layers.logical_axes import device, is_cut, per_device, splits_fully
 from layers.positions import alibi
 
@@ -24,13 +25,6 @@ CUDNN_QUERIES = 4096
 SPLASH_BLOCKS = (512, 256, BLOCK)
 QUERY_AXES = ("batch", None, "heads", None)
 KEY_AXES = ("batch", None, "kv_heads", None)
-
-
-class Choice(NamedTuple):
-    """A kernel, and why it is the one: words that follow its name in a run's first lines."""
-
-    kernel: str
-    reason: str
 
 
 class Pattern(NamedTuple):

@@ -6,7 +6,7 @@ N rows, D width, F hidden width, E experts, R rows of a block.
 from collections.abc import Callable
 import functools
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import nnx
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from layers.kernels import hopper
+from layers.kernels.choice import Choice
 from layers.kernels.row_blocks import BLOCK_ROWS, aligned_rows
 from layers.kernels.row_by_row import row_by_row
 from layers.kernels.slot_blocks import slot_blocks
@@ -27,13 +28,6 @@ BLOCKS = (*(n * base for base in (4, 8, 16, 32, 64) for n in (4, 5, 6, 7)), 512)
 # In blocks of at most so many rows, the backward pass multiplies weights by rows, not the reverse.
 FEW_ROWS = 64
 KERNELS = ("auto", "loop", "hopper", "slot_blocks", "ragged_dot", "tokamax")
-
-
-class Choice(NamedTuple):
-    """A kernel, and why it is the one: words that follow its name in a run's first lines."""
-
-    kernel: str
-    reason: str
 
 
 def choose(kernel: str, dtype: Any, width: int) -> Choice:
