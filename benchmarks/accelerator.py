@@ -1,108 +1,114 @@
-"""Times layers beside dense ones, and whole training steps, on one device.
+"""What one GPU or TPU does, part by part, within eight minutes.
 
-    python benchmarks/accelerator.py --folder=benchmarks/results
+    python benchmarks/accelerator.py --folder=benchmarks/results [--small] [--part=NAME ...]
 
-Writes DEVICE.json there. Layers are timed as by `moe bench layer` in bfloat16. Training steps have
-OLMoE's shape with few layers, and random tokens; there is one for each dispatcher. --small takes
-sizes for a laptop's CPU.
+Each part runs in a process of its own with a time limit of its own, so that one that fails, or
+takes all memory, costs its own rows. Rows are appended to FOLDER/accelerator.jsonl as they come;
+at the end FOLDER/DEVICE.json has all of them. --small takes sizes for a laptop's CPU.
 """
 
 import argparse
-import functools
 import json
+import os
 from pathlib import Path
 import re
-import statistics
+import subprocess
+import sys
 import time
 
-import jax
-import numpy as np
+HERE = Path(__file__).resolve().parent
+# Seconds of each part, in their order; all together end by DEADLINE.
+LIMITS = {
+    "machine": 25,
+    "tests": 60,
+    "matmuls olmoe": 35,
+    "matmuls mixtral": 35,
+    "layers olmoe": 60,
+    "layers mixtral": 60,
+    "attention": 25,
+    "step Sorted": 40,
+    "step SlotGather": 40,
+    "profile": 30,
+    "torch eager": 25,
+    "torch compiled": 45,
+}
+DEADLINE = 470
 
-from layers.dispatch import Dispatcher, SlotGather, Sorted
-from layers.moe_layer import MoELayer
-from moe.bench import layer
-from moe.data.batches import train_batch
-from moe.machine import hardware
-from moe.model.transformer import Transformer
-from moe.training.abstract_model import Vocabulary
-from moe.training.run_spec import RunSpec
-from moe.training.train_step import to_devices
-from routing import Capacity, TopK
 
-CASES = ("8192,2048,1024,64,8", "8192,4096,14336,8,2")
-SMALL_CASES = ("512,64,128,8,2",)
-STEPS = 10
-
-
-def step_seconds(dispatcher: Dispatcher, capacity: Capacity, *, small: bool) -> dict:
-    """Median seconds of a training step, its FLOPs, and the model's number of parameters."""
-    width, layers, experts, hidden = (64, 2, 8, 64) if small else (2048, 4, 64, 1024)
-    vocab, batch, length = (256, 4, 64) if small else (50304, 8, 2048)
-    moe = functools.partial(
-        MoELayer,
-        router=functools.partial(TopK, k=2 if small else 8),
-        num_experts=experts,
-        d_ff=hidden,
-        capacity=capacity,
-        dispatcher=dispatcher,
+def run_part(name: str, path: Path, limit: float, *, small: bool) -> dict | None:
+    """Run a part, whose process appends its rows to `path`; returns a row where it fails."""
+    words = [sys.executable, str(HERE / "accelerator_parts.py"), name, str(path)]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(
+            [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+    }
+    started = time.monotonic()
+    process = subprocess.Popen(
+        words + ["--small"] * small,
+        stdout=2,  # rows are in the file
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
     )
-    make = functools.partial(
-        Transformer,
-        d_model=width,
-        num_layers=layers,
-        moe=moe,
-        compute_dtype="bfloat16",
-        remat="dots_with_batch",
-        tie_embeddings=False,
-    )
-    spec = RunSpec(None, make, steps=100, batch_size=batch, sequence_length=length)
-    model, program = spec.build(Vocabulary(vocab), spec.build_mesh(jax.devices()[:1]))
-    window_BW = np.random.default_rng(0).integers(0, vocab, (batch, length + 1), np.int32)
-    rows = train_batch(window_BW, np.arange(batch, dtype=np.int32))
-    rows = to_devices(rows, program.batch_sharding, batch)
-    state, seconds = program.init(0), []
-    for _ in range(STEPS + 2):
-        start = time.perf_counter()
-        state, measured = program.step(state, rows)
-        jax.block_until_ready((state.params, measured.loss))
-        seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds[2:])
-    flops = model.costs.flops_per_token * batch * length
-    return {"seconds": median, "flops": flops, "parameters": model.costs.parameters_total}
+    try:
+        errors = process.communicate(timeout=limit)[1]
+        why = f"exit status {process.returncode}: {last_error(errors)}"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)  # its own children too
+        process.communicate()
+        why = f"not done after {limit:.0f} s"
+    if process.returncode:
+        return {"part": name, "error": why, "seconds": round(time.monotonic() - started, 1)}
+    return None
+
+
+def last_error(text: str) -> str:
+    """The last line that names an error, or else the last one."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (named or lines or ["nothing was said"])[-1][:300]
+
+
+def summary(rows: list[dict]) -> dict:
+    """All rows by part, with the machine's on top and a list of what failed."""
+    machine = next((row for row in rows if row["part"] == "machine" and "device" in row), {})
+    found = {key: value for key, value in machine.items() if key != "part"}
+    found["failed"] = [row for row in rows if "error" in row]
+    parts: dict[str, list[dict]] = {}
+    for row in rows:
+        if row is not machine and "error" not in row:
+            rest = {key: value for key, value in row.items() if key != "part"}
+            parts.setdefault(row["part"], []).append(rest)
+    return found | {"parts": parts}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", required=True)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--part", action="append", choices=LIMITS, help="these alone")
     given = parser.parse_args()
-    device = hardware.describe_device()
-    peak = hardware.matmul_peak("bfloat16")
-    record = {"device": device, "jax": jax.__version__, "matmul_peak_flops": peak, "layers": []}
-    name = re.sub(r"[^a-z0-9]+", "_", jax.devices()[0].device_kind.lower()).strip("_")
-    path = Path(given.folder) / f"{name}.json"
-
-    def save():
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-    print(f"{device}: {peak / 1e12:.3g} TFLOP/s in bfloat16 matmuls")
-    cases = tuple(map(layer.Case.read, SMALL_CASES if given.small else CASES))
-    for row in layer.layers(cases, "bfloat16"):
-        print(row, flush=True)
-        record["layers"].append(row)
-        save()
-    record["ratios"] = layer.summary(record["layers"])
-    variants = {
-        "Sorted": (Sorted(), Capacity(None)),
-        "SlotGather": (SlotGather(), Capacity(1.25)),
-    }
-    for name, (dispatcher, capacity) in variants.items():
-        found = step_seconds(dispatcher, capacity, small=given.small)
-        found["utilisation"] = found["flops"] / found["seconds"] / peak
-        print(f"a step with {name}: {found}", flush=True)
-        record.setdefault("steps", {})[name] = found
-        save()
-    print(f"written to {path}")
+    given.folder.mkdir(parents=True, exist_ok=True)
+    path = given.folder / "accelerator.jsonl"
+    path.write_text("", encoding="utf-8")
+    end = time.monotonic() + DEADLINE
+    for name in given.part or LIMITS:
+        limit = max(1.0, min(LIMITS[name], end - time.monotonic()))
+        failed = run_part(name, path, limit, small=given.small)
+        if failed:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(failed) + "\n")
+            print(json.dumps(failed), flush=True)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    found = summary(rows)
+    kind = re.sub(r"[^a-z0-9]+", "_", found.get("kind", "unknown device").lower()).strip("_")
+    whole = given.folder / f"{kind}.json"
+    whole.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(f"{len(rows)} rows, {len(found['failed'])} failed; written to {path} and {whole}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """Multi-head attention with grouped keys and values.
 
-B batch, T tokens, D model width, H query heads, N key-value heads, K width of a head; Q queries
-and S keys of a chunk.
+B batch, T tokens, D model width, H query heads, N key-value heads, K width of a head.
 """
 
-import functools
-from typing import Any, Literal
+from typing import Literal
 
 from flax import nnx
 import gin
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from layers.decoding import KeyValues, Prompt, places
+from layers.kernels.attention import Pattern, attend, choose
+from layers.kernels.choice import Choice
 from layers.linear import linear
 from layers.logical_axes import is_cut, logical_constraint
 from layers.norms import RMSNorm
@@ -36,11 +36,13 @@ class Attention(nnx.Module):
         qk_norm: RMSNorm on queries and keys.
         rotary: `Rotary()` where None.
         out_scale: variance scale of the output weights.
-        implementation: as in `jax.nn.dot_product_attention`; None lets JAX choose.
-        chunk: queries at a time in longer sequences, each chunk against the keys that it may see,
-            so that no T x T scores are held and few masked ones are computed; the backward pass
-            computes a chunk's scores again. None: all at once, as with "cudnn", which never holds
-            the scores, and where a mesh shards sequences.
+        implementation: "auto": on NVIDIA GPUs "cudnn", on TPUs "splash" (kernels that never hold
+            the scores), wherever they can compute the same, else "chunks" of queries in plain JAX.
+            A run's first lines say which and why.
+        chunk: of "chunks", queries at a time in longer sequences, each chunk against the keys that
+            it may see, so that no T x T scores are held and few masked ones are computed; the
+            backward pass computes a chunk's scores again. None: all at once, as where a mesh
+            shards sequences.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Attention(nnx.Module):
         qk_norm: bool = False,
         rotary: Rotary | None = None,
         out_scale: Positive = 1.0,
-        implementation: Literal["xla", "cudnn"] | None = None,
+        implementation: Literal["auto", "chunks", "cudnn", "splash"] = "auto",
         chunk: Count | None = 1024,
     ):
         kv_heads = num_kv_heads or num_heads
@@ -78,7 +80,7 @@ class Attention(nnx.Module):
             raise ValueError(f"rotary positions need an even head width, not {width}")
         self.positions, self.causal, self.window, self.chunk = positions, causal, window, chunk
         self.rotary = Rotary() if rotary is None else rotary
-        self.implementation: Literal["xla", "cudnn"] | None = implementation
+        self.implementation = implementation
         init = truncated_normal()
         self.query_DHK = parameter(
             (d_model, num_heads, width), ("embed", "heads", None), init, role="attention"
@@ -103,6 +105,50 @@ class Attention(nnx.Module):
         segment_BT: Int[Array, "B T"],
     ):
         """The output (B, T, D). No token attends to another segment (document)."""
+        return self._attended(self._heads(x_BTD, position_BT), position_BT, segment_BT)
+
+    def prefill(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        position_BT: Int[Array, "B T"],
+        segment_BT: Int[Array, "B T"],
+        prompt: Prompt,
+    ) -> tuple[Float[Array, "B T D"], KeyValues]:
+        """The output for prompts, and their keys and values; a window keeps its last ones."""
+        heads = self._heads(x_BTD, position_BT)
+        slots = prompt.slots if self.window is None else min(prompt.slots, self.window)
+        cache = KeyValues.of_prompt(*heads[1:], segment_BT > 0, prompt.length_B, slots)
+        return self._attended(heads, position_BT, segment_BT), cache
+
+    def step(
+        self,
+        x_B1D: Float[Array, "B 1 D"],
+        position_B1: Int[Array, "B 1"],
+        segment_B1: Int[Array, "B 1"],
+        cache: KeyValues,
+    ) -> tuple[Float[Array, "B 1 D"], KeyValues]:
+        """The output for one more token of each sequence, and the cache with it."""
+        query_B1HK, key_B1NK, value_B1NK = self._heads(x_B1D, position_B1)
+        cache = cache.with_token(position_B1[:, 0], key_B1NK, value_B1NK, segment_B1[:, 0] > 0)
+        place_BS = places(position_B1[:, 0], cache.filled_BS.shape[1])
+        seen_BS = cache.filled_BS
+        if self.window is not None:
+            seen_BS &= position_B1 - place_BS < self.window
+        bias_BHQS = None
+        if self.positions == "alibi":
+            heads = query_B1HK.shape[2]
+            bias_BHQS = alibi(position_B1, place_BS, heads).astype(query_B1HK.dtype)
+        mixed_B1HK = jax.nn.dot_product_attention(
+            query_B1HK,
+            cache.key_BSNK,
+            cache.value_BSNK,
+            bias=bias_BHQS,
+            mask=seen_BS[:, None, None],
+        )
+        return linear(mixed_B1HK, self.out_HKD[...], contracted=2), cache
+
+    def _heads(self, x_BTD, position_BT) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries (B, T, H, K), and keys and values (B, T, N, K)."""
         query_BTHK = linear(x_BTD, self.query_DHK[...])
         key_BTNK = linear(x_BTD, self.key_DNK[...])
         value_BTNK = linear(x_BTD, self.value_DNK[...])
@@ -111,52 +157,33 @@ class Attention(nnx.Module):
         if self.positions == "rotary":
             query_BTHK = self.rotary(query_BTHK, position_BT)
             key_BTNK = self.rotary(key_BTNK, position_BT)
+        return query_BTHK, key_BTNK, value_BTNK
+
+    def _attended(self, heads, position_BT, segment_BT) -> jax.Array:
+        """The output (B, T, D) for these queries, keys and values."""
+        query_BTHK, key_BTNK, value_BTNK = heads
         if is_cut("length"):  # keys and values of all tokens are gathered; queries stay sharded
             query_BTHK = logical_constraint(query_BTHK, "batch", "length", "heads", None)
             key_BTNK = logical_constraint(key_BTNK, "batch", None, "kv_heads", None)
             value_BTNK = logical_constraint(value_BTNK, "batch", None, "kv_heads", None)
-        length, chunk = x_BTD.shape[1], self.chunk
-        if chunk is None or self.implementation == "cudnn" or is_cut("length"):
-            chunk = length
-        chunks = []
-        for first in range(0, length, chunk):
-            queries = slice(first, min(first + chunk, length))
-            mix = functools.partial(self._mix, queries=queries, keys=self._seen(queries, length))
-            mix = mix if length <= chunk else jax.checkpoint(mix)
-            chunks.append(mix(query_BTHK, key_BTNK, value_BTNK, position_BT, segment_BT))
-        mixed_BTHK = chunks[0] if len(chunks) == 1 else jnp.concatenate(chunks, axis=1)
+        shape = jax.ShapeDtypeStruct(query_BTHK.shape, query_BTHK.dtype)
+        mixed_BTHK = attend(
+            query_BTHK,
+            key_BTNK,
+            value_BTNK,
+            position_BT,
+            segment_BT,
+            self.pattern,
+            self.chosen_kernel(shape).kernel,
+            None if is_cut("length") else self.chunk,
+        )
         return linear(mixed_BTHK, self.out_HKD[...], contracted=2)
 
-    def _seen(self, queries: slice, length: int) -> slice:
-        """The keys that any of these queries may see."""
-        side = length if self.window is None else self.window - 1
-        after = 0 if self.causal else side
-        return slice(max(0, queries.start - side), min(length, queries.stop + after))
+    @property
+    def pattern(self) -> Pattern:
+        """Which tokens a token sees."""
+        return Pattern(self.causal, self.window, self.positions == "alibi")
 
-    def _mix(self, query_BTHK, key_BTNK, value_BTNK, position_BT, segment_BT, queries, keys):
-        """Attention's weighted sums of values for a chunk of queries, (B, Q, H, K)."""
-        bias_BHQS = None
-        if self.positions == "alibi":
-            heads = query_BTHK.shape[2]
-            bias_BHQS = alibi(position_BT[:, queries], position_BT[:, keys], heads)
-            bias_BHQS = bias_BHQS.astype(query_BTHK.dtype)
-        mask_BQS = segment_BT[:, queries, None] == segment_BT[:, None, keys]
-        side = None if self.window is None else self.window - 1
-        window = None if side is None else (side, 0 if self.causal else side)
-        mask_options: dict[str, Any] = {"is_causal": self.causal, "local_window_size": window}
-        if queries != keys:  # JAX's options assume that queries and keys start at the same token
-            mask_options, key_S = {}, jnp.arange(keys.start, keys.stop)
-            before_QS = jnp.arange(queries.start, queries.stop)[:, None] - key_S[None]
-            if self.causal:
-                mask_BQS &= before_QS[None] >= 0
-            if side is not None:
-                mask_BQS &= jnp.abs(before_QS)[None] <= side
-        return jax.nn.dot_product_attention(
-            query_BTHK[:, queries],
-            key_BTNK[:, keys],
-            value_BTNK[:, keys],
-            bias=bias_BHQS,
-            mask=mask_BQS[:, None],
-            implementation=self.implementation,
-            **mask_options,
-        )
+    def chosen_kernel(self, query: jax.ShapeDtypeStruct) -> Choice:
+        """What computes attention for queries of this shape and type, and why."""
+        return choose(self.implementation, self.pattern, query, self.key_DNK.shape[-2])

@@ -8,23 +8,29 @@ from collections.abc import Callable, Iterator
 import contextlib
 import contextvars
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from einops import rearrange
 import jax
 
 Rule = Callable[[tuple[str | None, ...], tuple[int, ...]], jax.sharding.NamedSharding]
 _rule: contextvars.ContextVar[Rule | None] = contextvars.ContextVar("rule", default=None)
+_device: contextvars.ContextVar[Any] = contextvars.ContextVar("device", default=None)
 
 
 @contextlib.contextmanager
-def sharding_rules(rule: Rule | None) -> Iterator[None]:
-    """A context in which `logical_constraint` shards arrays by `rule`."""
-    token = _rule.set(rule)
+def sharding_rules(rule: Rule | None, on: Any = None) -> Iterator[None]:
+    """A context in which `logical_constraint` shards arrays by `rule`.
+
+    on: a device that the program is for, or its platform and kind; needed where there is no rule
+        and the device isn't JAX's default: a program compiled for one chip that is elsewhere.
+    """
+    tokens = _rule.set(rule), _device.set(on)
     try:
         yield
     finally:
-        _rule.reset(token)
+        _rule.reset(tokens[0])
+        _device.reset(tokens[1])
 
 
 def has_mesh() -> bool:
@@ -41,12 +47,17 @@ def logical_constraint(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, rule(axes, x.shape))
 
 
-def platform() -> str:
-    """The platform that the program runs on: that of the mesh's devices, or JAX's default."""
-    rule = _rule.get()
+def device() -> Any:
+    """A device that the program runs on: of the mesh, or JAX's first one."""
+    rule, on = _rule.get(), _device.get()
     if rule is None:
-        return jax.default_backend()
-    return rule((), ()).mesh.devices.flat[0].platform  # pyright: ignore[reportOptionalMemberAccess]
+        return jax.devices()[0] if on is None else on
+    return rule((), ()).mesh.devices.flat[0]  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def platform() -> str:
+    """The platform that the program runs on: "cpu", "gpu" or "tpu"."""
+    return device().platform
 
 
 def mesh_axes(axis: str, size: int) -> dict[str, int]:
@@ -61,6 +72,43 @@ def mesh_axes(axis: str, size: int) -> dict[str, int]:
 def is_cut(axis: str) -> bool:
     """Whether the mesh shards dimensions of this logical axis, where they divide."""
     return bool(mesh_axes(axis, 0))
+
+
+def splits_fully(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> bool:
+    """Whether every device holds its own part of an array with these logical axes."""
+    rule = _rule.get()
+    if rule is None:
+        return True
+    sharding = rule(axes, shape)
+    parts = math.prod(sharding.mesh.shape[n] for entry in sharding.spec for n in _names(entry))
+    return parts == sharding.mesh.size
+
+
+def per_device(
+    function: Callable,
+    arrays: tuple[jax.Array, ...],
+    axes: tuple[tuple[str | None, ...], ...],
+) -> jax.Array:
+    """function(*arrays), which on a mesh every device calls with its part of the arrays.
+
+    For kernels that can't say how their results vary over a mesh. The result has the axes of the
+    first array, of which every device must hold its own part (`splits_fully`): so nothing that
+    the unchecked program calls replicated could differ.
+    """
+    rule = _rule.get()
+    if rule is None:
+        return function(*arrays)
+    assert splits_fully(axes[0], arrays[0].shape), (axes[0], arrays[0].shape)
+    shardings = [rule(named, a.shape) for named, a in zip(axes, arrays, strict=True)]
+    specs = tuple(sharding.spec for sharding in shardings)
+    run = jax.shard_map(
+        function,
+        mesh=shardings[0].mesh,
+        in_specs=specs,
+        out_specs=specs[0],
+        check_vma=False,
+    )
+    return run(*arrays)
 
 
 class Shards(NamedTuple):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from layers.block import Block
+from layers.decoding import LayerCache, Prompt
 from layers.dispatch import SlotGather
 from layers.logical_axes import logical_constraint
 from routing.inputs import RouterInputs, Tokens, named_key
@@ -60,8 +61,7 @@ class DepthBlock(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"], tokens: Tokens):
         """The output (B, T, D), the MoE router's output (or None) and the depth router's output."""
-        depth_tokens = dataclasses.replace(tokens, key=named_key(tokens.key, "depth"))
-        depth = self.depth_router(RouterInputs.of(x_BTD, depth_tokens))
+        depth = self.depth_router(self._depth_inputs(x_BTD, tokens))
         decision = depth.decision
         if isinstance(decision, ExpertChoice):
             y_BTD, output = self._gathered(x_BTD, tokens, decision)
@@ -69,6 +69,35 @@ class DepthBlock(nnx.Module):
             assert isinstance(decision, TokenChoice)
             y_BTD, output = self._masked(x_BTD, tokens, decision)
         return logical_constraint(y_BTD, "batch", "length", None), output, depth
+
+    @property
+    def recomputes(self) -> str | None:
+        """Why decoding has to compute the whole text again for every token; or None."""
+        return self.depth_router.recomputes or self.block.recomputes
+
+    def prefill(self, x_BTD: Float[Array, "B T D"], tokens: Tokens, prompt: Prompt):
+        """The output for prompts, the MoE router's output (or None), and what the layer keeps."""
+        inputs = self._depth_inputs(x_BTD, tokens)
+        state = self.depth_router.started(inputs, prompt.length_B, prompt.slots)
+        decision = self.depth_router(inputs).decision
+        assert isinstance(decision, TokenChoice)
+        masked = self._only_through(tokens, decision)
+        added_BTD, output, cache = self.block.prefill(x_BTD, masked, prompt, added=True)
+        cache = dataclasses.replace(cache, depth=state)
+        return self._with_added(x_BTD, added_BTD, decision), output, cache
+
+    def step(self, x_B1D: Float[Array, "B 1 D"], tokens: Tokens, cache: LayerCache):
+        """The output for one more token of each sequence, and the cache with it."""
+        depth, state = self.depth_router.step(self._depth_inputs(x_B1D, tokens), cache.depth)
+        assert isinstance(depth.decision, TokenChoice)
+        masked = self._only_through(tokens, depth.decision)
+        added_B1D, output, cache = self.block.step(x_B1D, masked, cache, added=True)
+        cache = dataclasses.replace(cache, depth=state)
+        return self._with_added(x_B1D, added_B1D, depth.decision), output, cache
+
+    def _depth_inputs(self, x_BTD, tokens: Tokens) -> RouterInputs:
+        depth_tokens = dataclasses.replace(tokens, key=named_key(tokens.key, "depth"))
+        return RouterInputs.of(x_BTD, depth_tokens)
 
     def _gathered(self, x_BTD, tokens: Tokens, decision: ExpertChoice):
         """The output (B, T, D) and the MoE router's output, with the block on C gathered tokens."""
@@ -93,12 +122,19 @@ class DepthBlock(nnx.Module):
 
     def _masked(self, x_BTD, tokens: Tokens, decision: TokenChoice):
         """The same with the block on all T tokens, where those not chosen count as padding."""
-        through_BT = decision.keep_GTK[..., 0]
-        segment_BT = jnp.where(through_BT, tokens.segment_BT, 0)
-        masked = dataclasses.replace(tokens, segment_BT=segment_BT)
-        added_BTD, output = self.block.added(x_BTD, masked)
-        gate_BT1 = jnp.where(through_BT[..., None], decision.gate_GTK, 0).astype(x_BTD.dtype)
-        return x_BTD + jnp.where(through_BT[..., None], gate_BT1 * added_BTD, 0), output
+        added_BTD, output = self.block.added(x_BTD, self._only_through(tokens, decision))
+        return self._with_added(x_BTD, added_BTD, decision), output
+
+    def _only_through(self, tokens: Tokens, decision: TokenChoice) -> Tokens:
+        """The tokens, of which those that don't go through count as padding."""
+        segment_BT = jnp.where(decision.keep_GTK[..., 0], tokens.segment_BT, 0)
+        return dataclasses.replace(tokens, segment_BT=segment_BT)
+
+    def _with_added(self, x_BTD, added_BTD, decision: TokenChoice) -> jax.Array:
+        """x, with what the block adds to the tokens that go through."""
+        through_BT1 = decision.keep_GTK
+        gate_BT1 = jnp.where(through_BT1, decision.gate_GTK, 0).astype(x_BTD.dtype)
+        return x_BTD + jnp.where(through_BT1, gate_BT1 * added_BTD, 0)
 
 
 def spread(inner: Decision | None, outer: ExpertChoice) -> TokenChoice:

@@ -13,7 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from layers.decoding import Prompt
 from layers.dispatch import Dispatcher, Overflow, SlotGather
+from layers.dispatch.few_rows import for_decoding
 from layers.experts.base import ChosenCompanion, Companion, Experts, LayerSizes, Routed
 from layers.experts.feed_forward import Activation, hidden_width
 from layers.experts.feed_forward_experts import FeedForwardExperts
@@ -22,7 +24,16 @@ from routing.balancers import StepState
 from routing.capacity import Capacity
 from routing.inputs import RouterInputs, Tokens
 from routing.ranges import Count, Positive
-from routing.records import AnyArray, Decision, RouterOutput, Sizes, TokenChoice, choices_GE
+from routing.records import (
+    AnyArray,
+    Decision,
+    DecodingState,
+    RouterOutput,
+    Sizes,
+    SoftSlots,
+    TokenChoice,
+    choices_GE,
+)
 from routing.router import Router
 from routing.training_text import TrainingText
 
@@ -128,7 +139,49 @@ class MoELayer(nnx.Module):
             ValueError: the experts or a companion don't take the router's kind of decision.
         """
         inputs = RouterInputs.of(x_BTD, tokens, self.sequences_per_group)
-        output = self.router(inputs)
+        return self._computed(x_BTD, inputs, self.router(inputs))
+
+    @property
+    def recomputes(self) -> str | None:
+        """Why decoding has to compute the whole text again for every token; or None."""
+        if self.experts.has_capacity and not self.capacity.keeps_all(train=False):
+            return f"Capacity.eval_factor={self.capacity.eval_factor} drops by all earlier tokens"
+        return self.router.recomputes
+
+    def prefill(
+        self, x_BTD: Float[AnyArray, "B T D"], tokens: Tokens, prompt: Prompt
+    ) -> tuple[Float[Array, "B T D"], RouterOutput, DecodingState]:
+        """The output for prompts, the router's output, and what the router keeps of them."""
+        inputs = RouterInputs.of(x_BTD, tokens)
+        state = self.router.started(inputs, prompt.length_B, prompt.slots)
+        return *self._computed(x_BTD, inputs, self.router(inputs)), state
+
+    def step(
+        self, x_B1D: Float[AnyArray, "B 1 D"], tokens: Tokens, state: DecodingState
+    ) -> tuple[Float[Array, "B 1 D"], RouterOutput, DecodingState]:
+        """The output for one more token of each sequence, without drops, and the router's state.
+
+        Only experts that were chosen are computed, wherever they can do without slots.
+        """
+        inputs = RouterInputs.of(x_B1D, tokens)
+        output, state = self.router.step(inputs, state)
+        shows_slots = self.experts.needs_slots(False) or any(c.needs_slots for c in self.companions)
+        decision = self._accepted(output.decision)
+        dispatcher = self.eval_dispatcher if shows_slots else for_decoding(decision)
+        decision, own = self._fit(decision, inputs, dispatcher)
+        x_G1D = inputs.x_GTD.astype(x_B1D.dtype)
+        rows_GND = x_G1D
+        if isinstance(decision, SoftSlots) and decision.slot_GESD is not None:
+            decision, rows_GND = decision.with_earlier(x_G1D)
+        y_GND, y_EGCD = self._experts(rows_GND, decision, inputs, dispatcher)
+        y_B1D = y_GND[:, -1:]
+        routed = Routed(x_G1D, inputs, decision, own, y_EGCD)
+        for companion in self.companions:
+            y_B1D = y_B1D + companion(routed).reshape(x_B1D.shape)
+        return y_B1D, dataclasses.replace(output, decision=decision), state
+
+    def _computed(self, x_BTD, inputs: RouterInputs, output: RouterOutput):
+        """The layer's output (B, T, D), and the router's output after drops."""
         dispatcher = self.dispatcher if inputs.train else self.eval_dispatcher
         decision, own = self._fit(self._accepted(output.decision), inputs, dispatcher)
         within, overflow = dispatcher.split_overflow(decision)

@@ -30,10 +30,13 @@ class Context(nnx.Pytree):
         previous_logits: the router's logits in the previous sparse layer, zero in the first, for
             routers that `reads_previous_logits`; (B, T, E) in `Tokens`, (G, T, E) in
             `RouterInputs`.
+        loss_weights: the factors of the routers' losses in the training loss, by `Router.key_of`;
+            a compiled step is then the same for all of them. Those of the losses where None.
     """
 
     global_batch: GlobalBatch | None = nnx.data(default=None)
     previous_logits: Float[Array, "rows tokens E"] | None = nnx.data(default=None)
+    loss_weights: dict[str, Array] | None = nnx.data(default=None)
 
 
 @nnx.dataclass
@@ -85,6 +88,11 @@ class Tokens(nnx.Pytree):
         """The same tokens, with the layer's key and its statistics of the global batch."""
         context = dataclasses.replace(self.context, global_batch=global_batch)
         return dataclasses.replace(self, key=jax.random.fold_in(self.key, layer), context=context)
+
+    def with_loss_weights(self, weights: dict[str, Array]) -> "Tokens":
+        """The same tokens, with the factors of the routers' losses."""
+        context = dataclasses.replace(self.context, loss_weights=weights)
+        return dataclasses.replace(self, context=context)
 
     def with_previous_logits(self, logits_BTE: Float[Array, "B T E"] | None) -> "Tokens":
         """The same tokens, with the router's logits in the previous sparse layer."""

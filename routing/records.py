@@ -20,6 +20,8 @@ import numpy as np
 from routing.training_text import TrainingText
 
 AnyArray = jax.Array | np.ndarray  # on a device, or read from it
+# What a router carries from token to token when text is generated, by name; groups lead.
+DecodingState = dict[str, jax.Array]
 
 
 class Causality(enum.Enum):
@@ -115,10 +117,28 @@ class ExpertChoice(nnx.Pytree):
 
 @nnx.dataclass
 class SoftSlots(nnx.Pytree):
-    """Slots read weighted means of tokens (dispatch), tokens weighted sums of slots (combine)."""
+    """Slots read weighted means of tokens (dispatch), tokens weighted sums of slots (combine).
+
+    slot_GESD: in decoding, what slots have read of earlier tokens.
+    """
 
     dispatch_GTES: Float[Array, "G T E S"] = nnx.data()
     combine_GTES: Float[Array, "G T E S"] = nnx.data()
+    slot_GESD: Float[Array, "G E S D"] | None = nnx.data(default=None)
+
+    def with_earlier(
+        self, x_GTD: Float[Array, "G T D"]
+    ) -> tuple["SoftSlots", Float[Array, "G N D"]]:
+        """The same decision on E * S tokens that the slots read one each, followed by x_GTD."""
+        assert self.slot_GESD is not None
+        groups, experts, slots, width = self.slot_GESD.shape
+        rows = experts * slots
+        earlier_GRD = self.slot_GESD.reshape(groups, rows, width).astype(x_GTD.dtype)
+        one_each_RES = jnp.eye(rows, dtype=self.dispatch_GTES.dtype).reshape(rows, experts, slots)
+        read_GRES = jnp.broadcast_to(one_each_RES, (groups, *one_each_RES.shape))
+        dispatch_GNES = jnp.concatenate([read_GRES, self.dispatch_GTES], axis=1)
+        combine_GNES = jnp.concatenate([jnp.zeros_like(read_GRES), self.combine_GTES], axis=1)
+        return SoftSlots(dispatch_GNES, combine_GNES), jnp.concatenate([earlier_GRD, x_GTD], axis=1)
 
 
 @nnx.dataclass

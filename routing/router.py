@@ -14,12 +14,14 @@ import dataclasses
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.records import (
     AnyArray,
     Causality,
+    DecodingState,
     ExpertChoice,
     RouterOutput,
     RouterStats,
@@ -44,6 +46,8 @@ class Router(nnx.Module):
         repeats_experts: whether a token may choose one expert several times.
         unit_gates: whether every gate is 1, so that experts need not apply them.
         decoding: how it decides when text is generated one token at a time, in a few words.
+        steps: whether it decides for one further token though `order_matters`: by its position, or
+            by what `start` and `route_next` carry from token to token.
         reads_global_batch: whether `route` reads the statistics of the global batch.
         reads_previous_logits: whether `route` reads `inputs.context.previous_logits`.
         experts_per_token: the mean number of experts per token, where a decision has more choices.
@@ -58,6 +62,7 @@ class Router(nnx.Module):
     repeats_experts: bool = False
     unit_gates: bool = False
     decoding: str
+    steps: bool = False
 
     num_experts: int
     losses: tuple[RouterLoss, ...]
@@ -75,6 +80,51 @@ class Router(nnx.Module):
         `x @ w` or `jnp.einsum` has it.
         """
 
+    @property
+    def recomputes(self) -> str | None:
+        """Why decoding has to route the whole text again for every token; None where it hasn't.
+
+        A causal router that doesn't care about the order of tokens decides for each of them alone,
+        since any token could be the first.
+        """
+        if self.causality is Causality.NEVER:
+            return f"{type(self).__name__} is not causal at evaluation"
+        if (self.order_matters or self.whole_sequences) and not self.steps:
+            return f"{type(self).__name__} depends on earlier tokens and has no rule for one more"
+        return None
+
+    def start(self, inputs: RouterInputs, length_G: Int[Array, " G"], slots: int) -> DecodingState:
+        """What later tokens' decisions need of these tokens; the group is the leading axis.
+
+        length_G: tokens of each sequence; those behind them are padding.
+        slots: the most tokens that a sequence will have.
+        """
+        return {}
+
+    def route_next(
+        self, inputs: RouterInputs, state: DecodingState
+    ) -> tuple[Routing, DecodingState]:
+        """The routing of one further token of each sequence, T = 1, and the state after it.
+
+        It decides as `route` would at evaluation, given all the tokens.
+        """
+        return self.route(inputs), state
+
+    def started(
+        self, inputs: RouterInputs, length_G: Int[Array, " G"], slots: int
+    ) -> DecodingState:
+        """`start`, in float32."""
+        with jax.default_matmul_precision("highest"):
+            return self.start(inputs, length_G, slots)
+
+    def step(
+        self, inputs: RouterInputs, state: DecodingState
+    ) -> tuple[RouterOutput, DecodingState]:
+        """The output for one further token of each sequence, and the state after it."""
+        with jax.named_scope(type(self).__name__), jax.default_matmul_precision("highest"):
+            routing, state = self.route_next(inputs, state)
+            return self._output(routing, inputs), state
+
     def __call__(self, inputs: RouterInputs) -> RouterOutput:
         """The decision without assignments of padding, its losses and its statistics."""
         # Otherwise TPUs would multiply in bfloat16 and GPUs in TF32, in the backward pass too.
@@ -84,18 +134,22 @@ class Router(nnx.Module):
             if not isinstance(found, Routing):
                 who, kind = type(self).__name__, type(found).__name__
                 raise TypeError(f"{who}.route returned {kind}, expected a Routing")
-            routing = mask_padding(found, inputs)
-            check_names(self.losses)
-            stats = statistics(routing, inputs, self.num_experts)
-            for loss in self.losses:
-                if sums := loss.batch_sums(routing, inputs):
-                    stats.batch_sums[loss.owner] = sums
-            losses: dict[str, AnyArray] = {
-                loss.name: loss(routing, inputs, stats) for loss in self.losses
-            }
-            auxiliary_loss = sum(
-                (self.weight_of(loss) * losses[loss.name] for loss in self.losses), jnp.float32(0)
-            )
+            return self._output(found, inputs)
+
+    def _output(self, found: Routing, inputs: RouterInputs) -> RouterOutput:
+        routing = mask_padding(found, inputs)
+        check_names(self.losses)
+        stats = statistics(routing, inputs, self.num_experts)
+        for loss in self.losses:
+            if sums := loss.batch_sums(routing, inputs):
+                stats.batch_sums[loss.owner] = sums
+        losses: dict[str, AnyArray] = {
+            loss.name: loss(routing, inputs, stats) for loss in self.losses
+        }
+        auxiliary_loss = sum(
+            (self.given_weight(loss, inputs) * losses[loss.name] for loss in self.losses),
+            jnp.float32(0),
+        )
         logits_GTE = routing.logits_GTE if self.reads_previous_logits else None
         return RouterOutput(
             routing.decision, losses, auxiliary_loss, stats, routing.policy, logits_GTE
@@ -107,6 +161,20 @@ class Router(nnx.Module):
             raise ValueError(f"{type(loss).__name__}.over_layers={loss.over_layers!r}: sum or mean")
         layers = self.sparse_layers if loss.over_layers == "mean" else 1
         return loss.coefficient / layers
+
+    def key_of(self, loss_name: str) -> str:
+        """The key of a loss in `Context.loss_weights`."""
+        return f"{type(self).__name__}/{loss_name}"
+
+    def weights(self) -> dict[str, float]:
+        """The factors of the losses, of policy losses too, by `key_of`."""
+        named = [(loss.name, self.weight_of(loss)) for loss in self.losses]
+        return {self.key_of(name): weight for name, weight in (*named, *self.policy_losses)}
+
+    def given_weight(self, loss: RouterLoss, inputs: RouterInputs) -> AnyArray | float:
+        """The factor of a loss: the one that the inputs give, or else the loss's own."""
+        given = inputs.context.loss_weights or {}
+        return given.get(self.key_of(loss.name), self.weight_of(loss))
 
     @property
     def needs_global_batch(self) -> bool:
@@ -139,7 +207,9 @@ def mask_padding(routing: Routing, inputs: RouterInputs) -> Routing:
         valid_GT11 = inputs.valid_GT[..., None, None]
         dispatch_GTES = jnp.where(valid_GT11, decision.dispatch_GTES, 0)
         combine_GTES = jnp.where(valid_GT11, decision.combine_GTES, 0)
-        decision = SoftSlots(dispatch_GTES, combine_GTES)
+        decision = dataclasses.replace(
+            decision, dispatch_GTES=dispatch_GTES, combine_GTES=combine_GTES
+        )
     if isinstance(decision, TokenChoice):
         valid_GT1 = inputs.valid_GT[..., None]
         decision = dataclasses.replace(decision, keep_GTK=decision.keep_GTK & valid_GT1)

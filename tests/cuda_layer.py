@@ -1,24 +1,31 @@
 """Compile one layer's step for an H100, which need not be here; print what the compiler says.
 
 python tests/cuda_layer.py KERNEL ROWS EXPERTS WIDTH HIDDEN, with the wheels jax-cuda13-pjrt and
-nvidia-cuda-nvcc (its bin/ on PATH). Prints JSON: bytes of temporaries, and
-numbers in the largest array.
+nvidia-cuda-nvcc (its bin/ on PATH), and for our kernels jax-cuda13-plugin. Prints JSON: bytes of
+temporaries, numbers in the largest array, how many of our kernels were compiled for sm_90a, and
+the bytes of registers that they spill.
 """
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import re
 import sys
+import tempfile
 
-os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "MOSAIC_GPU_DUMP_PTXAS": "1",  # to standard output
+}
 
 import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
 
-from layers.kernels.grouped_matmul import grouped_feed_forward
+from layers.kernels.grouped_matmul import grouped_feed_forward, spare_rows
 
 
 def main(kernel, rows, experts, width, hidden):
@@ -36,17 +43,38 @@ def main(kernel, rows, experts, width, hidden):
         y_ND, pull = jax.vjp(feed_forward, x_ND, ups, down_EFD)
         return y_ND, pull(dy_ND)
 
+    rows += spare_rows(rows, experts, kernel) if kernel == "hopper" else 0
     x_ND, up_EDF = array(rows, width), array(experts, width, hidden)
     args = (x_ND, (up_EDF, up_EDF), array(experts, hidden, width), array(experts, dtype=jnp.int32))
-    program = jax.jit(step).lower(*args, x_ND).compile()
+    with captured_output() as said:
+        program = jax.jit(step).lower(*args, x_ND).compile()
     shapes = re.findall(r"\b(?:bf16|f32|s32|pred)\[([\d,]+)\]", program.as_text() or "")
     memory = program.memory_analysis()
     assert memory is not None
     figures = {
         "temporaries": memory.temp_size_in_bytes,
         "largest": max(math.prod(map(int, dims.split(","))) for dims in shapes),
+        "kernels": len(re.findall(r"Compiling entry function .* for 'sm_90a'", said[0])),
+        "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", said[0]))),
     }
     print(json.dumps(figures))
+
+
+@contextlib.contextmanager
+def captured_output():
+    """A list that then holds what was written to standard output and error, by C++ too."""
+    said, streams = [], (1, 2)
+    with tempfile.TemporaryFile() as file:
+        kept = [os.dup(stream) for stream in streams]
+        for stream in streams:
+            os.dup2(file.fileno(), stream)
+        try:
+            yield said
+        finally:
+            for stream, old in zip(streams, kept, strict=True):
+                os.dup2(old, stream)
+            file.seek(0)
+            said.append(file.read().decode())
 
 
 def gated(up, gate):

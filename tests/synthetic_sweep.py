@@ -97,6 +97,7 @@ def cell_of(name: str, baseline: str, leaks: bool) -> dict:
         "router": "TopK",
         "parameters_total": 1_000_000,
         "parameters_active": 300_000,
+        "decode_parameters": 60_000.0,
         "flops_per_token": 2_000_000,
         "steps": STEPS,
         "tokens": STEPS * 100,
@@ -142,7 +143,8 @@ def routing_of(steps: int):
         uneven = round(100 * (1 - step / steps))
         count = [100 + 3 * uneven, *[100 - uneven] * 3]
         kept = [count, [n * 0.9 for n in count]]
-        yield json.dumps({"step": step, "count": [count, count], "kept": kept}) + "\n"
+        row = {"step": step, "count": [count, count], "kept": kept, "entropy": [0.7, 0.7]}
+        yield json.dumps(row) + "\n"
 
 
 def curve_of(row: dict, true: float):

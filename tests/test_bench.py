@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from layers.dispatch import Sorted
 from moe.bench import layer, routers
 from moe.cli import main as cli
+from routing import Capacity
 
 
 def test_every_router_has_a_row(tmp_path, capsys):
@@ -88,3 +90,22 @@ def test_a_case_that_cannot_be_is_told(case, capsys):
 def test_an_unknown_suite_is_told(capsys):
     assert cli.main(["bench", "router"]) == 2
     assert "moe bench has no suite 'router'; did you mean 'routers'?" in capsys.readouterr().err
+
+
+class OutOfMemory(Sorted):
+    """A dispatcher as on a device that has no room for its rows."""
+
+    def dispatch(self, x_GTD, decision):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+
+def test_a_dispatcher_that_fails_costs_its_own_row(monkeypatch):
+    """One that fails, before one that works; means are of the rows with numbers."""
+    wanted = [("Broken", OutOfMemory(), Capacity(None)), *layer.VARIANTS["zipf"]]
+    monkeypatch.setattr(layer, "VARIANTS", {"zipf": tuple(wanted)})
+    case = layer.Case(64, 16, 16, 4, 2)
+    broken, works = layer._rows(case, 1e12, 1e11, "bfloat16", lambda line: None)
+    assert broken["dispatcher"] == "Broken" and "Error" in broken["error"]
+    assert works["milliseconds_step"] > 0 and "error" not in works
+    assert layer.summary([broken, works]) == layer.summary([works])
+    assert layer.summary([broken]) == {}

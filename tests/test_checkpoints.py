@@ -249,3 +249,21 @@ def test_a_kill_at_any_moment_leaves_the_checkpoints_whole(tmp_path):
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["killed"] >= 10 and result["lost"] == 0
     assert set(result["points"]) == {"before manifest", "before rename", "after rename"}
+
+
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_damage(tmp_path, monkeypatch):
+    """Moved away first, and then deleted; what a kill left is deleted by the next start."""
+    folder, removed = tmp_path / "checkpoints", []
+    rmtree = shutil.rmtree
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", lambda path, **_: removed.append(path))
+        with checkpoint.opened(folder, keep=1) as saves:
+            for step in (1, 2):
+                saves.save(state_of(step), {"seed": 0})
+                saves.wait()
+    trash = folder / manifest.DELETED
+    assert removed[-1] == trash and (trash / "1" / manifest.NAME).exists()
+    assert sorted(path.name for path in folder.iterdir()) == ["2", manifest.DELETED]
+    rmtree(trash / "1" / "state")  # half done
+    assert restored(folder) == (2, "")
+    assert [path.name for path in folder.iterdir()] == ["2"]

@@ -1,6 +1,7 @@
 """Sampling, continuing a text, and evaluating a run afterwards."""
 
 import contextlib
+import functools
 import io
 import json
 import subprocess
@@ -16,10 +17,15 @@ from tiny import Runs, environment, quick
 from moe.cli import config
 from moe.cli import main as cli
 from moe.cli.eval import evaluate_run
+from moe.data.tokens.tokenizer import ByteTokenizer
 from moe.errors import UserError
-from moe.inference.generate import Sampling, generate, nucleus
+from moe.inference.generate import Generator, Pieces, check
+from moe.inference.sampling import Sampling, nucleus, penalised
+from moe.model.transformer import Transformer
 from moe.runs.restore import restore_run
 from moe.runs.storage import checkpoint
+from moe.training.abstract_model import Vocabulary, abstract_model
+from moe.training.objective import NextToken
 from routing.inputs import Tokens
 
 TEXT = "the quick brown fox jumps over the lazy dog. "
@@ -65,6 +71,15 @@ def test_the_nucleus_keeps_the_fewest_that_reach_top_p():
     assert kept.tolist() == [[False, True, False, True, True], [True, False, False, True, False]]
 
 
+def test_unlikely_and_repeated_tokens():
+    assert picks(Sampling(min_p=0.7))[0] == {1, 3}  # 0.3 of 0.4
+    assert picks(Sampling(min_p=0.76))[0] == {1}
+    assert picks(Sampling(min_p=0.0))[0] == {0, 1, 2, 3, 4}
+    held_BV = jnp.asarray([[False, True, False, False, False], [True] * 5])
+    lower_BV = penalised(jnp.asarray([[1.0, 2.0, 3.0, -1.0, 0.0], [1.0, 2, 3, -1, 0]]), held_BV, 2)
+    assert lower_BV.tolist() == [[1, 1, 3, -1, 0], [0.5, 1, 1.5, -2, 0]]
+
+
 def test_sampling_follows_the_temperature():
     keys = jax.random.split(jax.random.key(1), 4000)
     for temperature in (0.5, 1.0, 2.0):
@@ -94,32 +109,29 @@ def learned(runs):
     return found
 
 
-def continued(run, prompt, **settings):
+@pytest.fixture(scope="module")
+def generator(learned):
+    return Generator(learned.model, learned.params, learned.router_state, learned.tokenizer)
+
+
+def continued(generator, prompt, count=1, **settings):
     settings = {"tokens": 60, "sampling": Sampling(temperature=0)} | settings
-    return generate(
-        run.model,
-        run.params,
-        run.router_state,
-        run.tokenizer,
-        prompt=prompt,
-        context=32,
-        **settings,
-    )
+    return [text.text for text in generator.continuations([prompt] * count, **settings)]
 
 
-def test_a_text_that_was_learned_by_heart_is_continued(learned):
-    (text,) = continued(learned, TEXT[:20])
+def test_a_text_that_was_learned_by_heart_is_continued(generator):
+    (text,) = continued(generator, TEXT[:20])
     assert text == (TEXT * 2)[:80]
 
 
-def test_a_prompt_longer_than_the_context(learned):
-    (text,) = continued(learned, TEXT * 3)
+def test_a_prompt_longer_than_the_context(generator):
+    (text,) = continued(generator, TEXT * 3)
     assert text == (TEXT * 6)[: len(TEXT) * 3 + 60]
 
 
-def test_temperature_0_is_the_argmax_by_hand(learned):
+def test_temperature_0_is_the_argmax_by_hand(learned, generator):
     prompt = "fox dog "
-    (text,) = continued(learned, prompt, tokens=5)
+    (text,) = continued(generator, prompt, tokens=5)
     ids = [learned.tokenizer.document_id, *prompt.encode()]
     for _ in range(5):
         padded = np.zeros((1, 32), np.int32)
@@ -139,12 +151,57 @@ def test_temperature_0_is_the_argmax_by_hand(learned):
     assert text == learned.tokenizer.decode(ids[1:])
 
 
-def test_a_seed_repeats_and_samples_differ(learned):
+def test_a_seed_repeats_and_samples_differ(generator):
     hot = {"sampling": Sampling(temperature=3.0), "count": 3, "tokens": 12}
-    first = continued(learned, "the", seed=4, **hot)
-    assert continued(learned, "the", seed=4, **hot) == first
-    assert continued(learned, "the", seed=5, **hot) != first
+    first = continued(generator, "the", seed=4, **hot)
+    assert continued(generator, "the", seed=4, **hot) == first
+    assert continued(generator, "the", seed=5, **hot) != first
     assert len(set(first)) == 3 and all(text.startswith("the") for text in first)
+
+
+def test_a_text_does_not_depend_on_those_beside_it(generator):
+    """Prompts of several lengths, drawn until some are past the context: others, the same text."""
+    assert generator.recomputes is None and generator.context == 32
+    sampling = Sampling(2.0, min_p=0.01, repetition_penalty=1.3)
+    how = {"tokens": 14, "sampling": sampling, "seed": 3}
+    prompts, others = ["the quick", "", TEXT[:23]], ["dog", "x" * 20, "ab"]
+    together = generator.continuations(prompts, **how)
+    for place, one in enumerate(together):
+        beside = [*others[:place], prompts[place], *others[place + 1 :]]
+        again = generator.continuations(beside, **how)[place]
+        assert again.tokens == one.tokens and len(one.tokens) > 3
+        np.testing.assert_allclose(again.log_probs, one.log_probs, rtol=1e-4, atol=1e-5)
+
+
+def test_log_probabilities_are_those_of_the_model_whatever_was_drawn_from(learned, generator):
+    sampling = Sampling(3.0, repetition_penalty=2.0)
+    (found,) = generator.continuations(["the quick"], tokens=6, sampling=sampling)
+    ids = [learned.tokenizer.document_id, *b"the quick", *found.tokens]
+    model = learned.model.graph.merge(learned.params, learned.router_state)
+    logits_TV = model.logits(model(ids).hidden_BTD)[0]
+    told_T = jax.nn.log_softmax(logits_TV)[np.arange(len(ids) - 1), np.asarray(ids[1:])]
+    told_T = told_T[-len(found.tokens) :]
+    np.testing.assert_allclose(found.log_probs, told_T, rtol=1e-4, atol=1e-5)
+
+
+def test_the_pieces_of_a_text_are_whole_characters():
+    said = []
+    pieces = Pieces(ByteTokenizer(), list("aé".encode()), said.append)
+    for token in (*"ß€".encode(), 0xE2, 256, 65):
+        pieces.add(token)
+    pieces.finish()
+    assert said == ["aé", "ß", "€", "\ufffd"]
+
+
+def test_a_context_beyond_the_learned_positions_is_refused():
+    make = functools.partial(
+        Transformer, d_model=8, num_layers=1, num_heads=1, positions="learned", max_length=40
+    )
+    sizes = {"batch_size": 1, "sequence_length": 32}
+    model = abstract_model(make, NextToken(), Vocabulary(9), **sizes)
+    check(model, 40)
+    with pytest.raises(UserError, match="a context of 41 tokens, but this model learned 40 posit"):
+        check(model, 41)
 
 
 def command(name: str, run, *flags: str) -> tuple[int, str]:
@@ -160,7 +217,33 @@ def test_the_command_prints_and_writes(runs, learned):
     status, out = command("generate", runs.folder / "learned", *flags)
     assert status == 0 and out == "the quick brown fox\n"
     written = json.loads(target.read_text())
+    (log_probs,) = written.pop("log_probs")
     assert written == {"step": 120, "prompt": "the quick", "texts": ["the quick brown fox"]}
+    assert len(log_probs) == 10 and all(-0.5 < value <= 0 for value in log_probs)
+
+
+@pytest.mark.thorough
+def test_decoding_is_measured(runs, learned):
+    target = runs.folder / "decode.json"
+    with quick(), contextlib.redirect_stdout(io.StringIO()):
+        given = [f"--workdir={runs.folder / 'learned'}", f"--json={target}"]
+        assert cli.main(["bench", "decode", *given]) == 0
+    rows = json.loads(target.read_text())
+    assert [row["batch"] for row in rows] == [1, 4, 16, 64]
+    assert rows[0]["distinct_experts_per_layer"] == [2, 2]
+    assert all(2 <= count <= 4 for count in rows[3]["distinct_experts_per_layer"])
+    assert {row["cache_bytes_per_token"] for row in rows} == {
+        2 * 2 * 16 * 4
+    }  # keys, values, layers
+    # 64 texts share the weights of all experts, of which one text reads half.
+    one, many = rows[0]["weight_bytes_per_token"], 64 * rows[3]["weight_bytes_per_token"]
+    assert one < many < 2 * one
+    assert all(row["milliseconds_per_step"] > 0 for row in rows)
+
+
+def test_decoding_is_measured_of_a_run(capsys):
+    assert cli.main(["bench", "decode"]) == 2
+    assert "give --workdir=FOLDER" in capsys.readouterr().err
 
 
 def test_evaluating_the_run_gives_the_summarys_figure(runs, learned):

@@ -184,7 +184,7 @@ def test_a_log_keeps_its_good_lines(tmp_path):
     good = [json.dumps({"step": n}) + "\n" for n in (1, 2, 3)]
     bad = ["[]\n", '{"step": null}\n', "\x00\n", "[" * 10**5 + "\n", "x" * 2**25 + "\n"]
     folder.metrics.write_text("".join([*bad, *good, '{"step": 1']))
-    folder._cut_metrics(2)
+    folder.cut_logs(2)
     assert folder.metrics.read_text() == "".join(good[:2])
 
 

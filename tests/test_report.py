@@ -119,10 +119,13 @@ def test_routing_by_layer_is_at_equal_shares_of_training(folder):
     sweep = read(str(folder))
     [row, *_] = sweep.finished("good")
     lines = routing_lines(sweep, row)
-    load_LQ, dropped_LQ = by_layer(lines)
+    load_LQ, dropped_LQ, entropy_LQ = by_layer(lines)
     # The last tenth before three quarters, of 40 steps: 27 to 30, uneven by 32.5, 30, 27.5, 25 %.
     assert load_LQ[0, 2] == pytest.approx(1 + 3 * np.mean([0.32, 0.3, 0.28, 0.25]))
     assert dropped_LQ == pytest.approx(np.array([[0.0] * 4, [0.1] * 4]))
+    assert entropy_LQ == pytest.approx(np.full((2, 4), 0.7))
+    older = [{name: row[name] for name in ("count", "kept")} for row in lines]
+    assert np.isnan(by_layer(older)[2]).all(), "runs of before have no entropy by layer"
     assert by_layer(lines[:1])[0][:, 0] == pytest.approx([1 + 3 * 0.98] * 2), "one line is enough"
     figure = layers(sweep, find(sweep))
     assert figure is not None

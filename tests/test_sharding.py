@@ -208,7 +208,9 @@ def test_what_a_buffer_has_no_room_for_is_dropped_or_goes_a_second_way():
         with sharding_rules(sharding.rule(mesh)):
             fits, overflow = mover.split_overflow(decision)
             sent = mover.dispatch(x_GTD, fits)
-            assert sent.rows_PND.shape[1] - spare_rows(4 * mover.most_rows(24, 4)) == 4 * 12
+            assert (
+                sent.rows_PND.shape[1] - spare_rows(4 * mover.most_rows(24, 4), 1, "loop") == 4 * 12
+            )
             found = mover.combine(sent.rows_PND, fits)
             rest = None if overflow is None else overflow.decision
             return found, fits, rest

@@ -157,6 +157,10 @@ def test_every_cell_that_cannot_be_is_told_before_anything_runs(place, capsys):
     assert not (place / "wrong").exists()
     assert cli.main(["sweep", f"--folder={place / 'wrong'}"]) == 2
     assert "shipped are sweeps/balance.gin" in capsys.readouterr().err
+    assert cli.main(["sweep"]) == 2
+    assert "needs --gin_file=NAME, or the --folder" in capsys.readouterr().err
+    assert cli.main(["sweep", "--list", "--gin_file=sweeps/x.gin"]) == 0
+    assert "runs/x: no trial has ended yet" in capsys.readouterr().out
 
 
 def test_a_slurm_array_of_workers_finishes_a_sweep(swept, place, capsys):

@@ -3,17 +3,20 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from tiny import BASE
 
 from moe.cli import config
 from moe.errors import UserError
+from moe.model.flops import Costs
 from moe.model.sharding import MeshShape
 from moe.planning.plan import batch_of
 from moe.settings import read
 from moe.sweeps import plan as plans
 from moe.sweeps import tune
-from moe.sweeps.cell import build, matched, read_config
+from moe.sweeps.cell import build, matched, parameters_read, read_config
 from moe.sweeps.plan import Cell, Plan
 from moe.sweeps.spec import SweepSpec
 from moe.training.abstract_model import Vocabulary
@@ -207,6 +210,16 @@ def test_a_finished_trial_is_not_changed_by_an_edit():
     assert plans.differences(more, results) == [], "an arm may be added"
 
 
+def test_tokens_that_are_decoded_at_once_share_what_they_read():
+    dense = Costs(100, 100, 1, 1, 0, 1.0, 1.0)
+    assert parameters_read(dense, 4) == 25
+    # 8 experts of 10 parameters, 2 of them chosen, beside 20: two tokens wake 8 (1 - 0.75^2) = 3.5.
+    mixture = Costs(100, 40, 1, 1, 1, 2.0, 2.0, num_experts=8)
+    assert parameters_read(mixture, 1) == 40
+    assert parameters_read(mixture, 2) == pytest.approx((20 + 35) / 2)
+    assert parameters_read(mixture, 10**4) == pytest.approx(100 / 10**4)
+
+
 def test_points_are_spread_and_more_of_them_begin_with_the_same():
     ranges = {"a": tune.Range(1e-4, 1e-2, "log"), "b": tune.Range(0.0, 1.0, "linear")}
     points = tune.points(ranges, 64, seed=1)
@@ -217,15 +230,22 @@ def test_points_are_spread_and_more_of_them_begin_with_the_same():
     assert tune.edges({"a": 2.0}, [{"a": 1.0}, {"a": 2.0}, {"a": 3.0}]) == {}
 
 
-def test_the_compiled_step_is_the_same_for_every_seed_and_learning_rate(base):
+def test_the_compiled_step_is_the_same_for_every_seed_rate_and_loss_weight(base):
+    others = ("train.seed = 3", "AdamW.learning_rate = 0.02")
+    weights = ("BalanceLoss.coefficient = 0.5", "ZLoss.coefficient = 0.25")
     texts = []
-    for bindings in ((), ("train.seed = 3", "AdamW.learning_rate = 0.02")):
+    for bindings in ((), (*others, *weights)):
         spec = config.load([base], ["train.optimizer = @AdamW()", *bindings])
         _, program = spec.build(Vocabulary(257), MeshShape(data=1).build(jax.devices()[:1]))
         batch = batch_of(program, *spec.shape)
         texts.append(program.gradients.lower(program.abstract_state, batch).as_text())
         texts.append(program.step.lower(program.abstract_state, batch).as_text())
     assert texts[:2] == texts[2:]
+    values = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), batch)
+    _, metrics = program.gradients(program.init(0), values)
+    losses = metrics.routers.losses
+    expected = 0.5 * losses["balance"] + 0.25 * losses["z"]
+    np.testing.assert_allclose(metrics.routers.auxiliary_loss, expected, rtol=1e-6)
 
 
 SHIPPED = [name for name in read.shipped_names() if name.startswith("sweeps/")]

@@ -1,5 +1,6 @@
 """Tokenizers give back what they are given, keep their document token apart, save and load."""
 
+import json
 import random
 import time
 
@@ -105,12 +106,29 @@ def test_training_is_deterministic_and_cached(library, tmp_path):
     assert other.fingerprint != first.fingerprint
 
 
-def test_a_cut_cached_tokenizer_is_trained_again(library, tmp_path):
-    spec, small = TrainedBPE(vocab_size=400), library[:5]
-    first = spec.fit(lambda: iter(small), tmp_path, "x")
-    [file] = tmp_path.rglob("tokenizer.json")
-    file.write_bytes(file.read_bytes()[:1000])
-    assert spec.fit(lambda: iter(small), tmp_path, "x").fingerprint == first.fingerprint
+def flipped(content):
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+def without_a_merge(content):
+    """What an editor would save: a sound tokenizer, that encodes otherwise."""
+    head, _, text = content.partition(b"\n")
+    record = json.loads(text)
+    record["model"]["merges"].pop()
+    return head + b"\n" + json.dumps(record).encode()
+
+
+@pytest.mark.parametrize("damage", [flipped, without_a_merge, lambda c: c[:1000], lambda c: b""])
+def test_an_altered_cached_tokenizer_is_trained_again(damage, library, tmp_path):
+    spec, small, said = TrainedBPE(vocab_size=400), library[:5], []
+    first = spec.fit(lambda: iter(small), tmp_path, "x", said.append)
+    assert said == []
+    [file] = (tmp_path / "tokenizers").iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    again = spec.fit(lambda: iter(small), tmp_path, "x", said.append)
+    assert again.fingerprint == first.fingerprint
+    assert said == [f"the cached file {file} was altered or cut; it is made anew"]
+    assert spec.fit(lambda: pytest.fail("again"), tmp_path, "x").fingerprint == first.fingerprint
 
 
 def test_a_file_without_a_document_token_gets_one(tmp_path, library):

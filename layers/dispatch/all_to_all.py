@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from layers.dispatch.gather_rows import permute
-from layers.kernels.grouped_matmul import spare_rows
+from layers.kernels.grouped_matmul import row_multiple, spare_rows
+from layers.kernels.row_blocks import aligned_starts
 
 EXCHANGES = ("auto", "padded", "ragged")
 ExchangeKind = Literal["auto", "padded", "ragged"]
@@ -49,7 +50,12 @@ def exchange_sizes(count_E: Int[Array, " E"], axis: str) -> Exchange:
 
 
 def to_experts(
-    rows_ND: Float[Array, "N D"], count_E: Int[Array, " E"], axis: str, slots: int, ragged: bool
+    rows_ND: Float[Array, "N D"],
+    count_E: Int[Array, " E"],
+    axis: str,
+    slots: int,
+    ragged: bool,
+    kernel: str = "loop",
 ) -> tuple[jax.Array, jax.Array]:
     """Send rows (N, D), sorted by expert, to the devices that hold their experts.
 
@@ -59,6 +65,7 @@ def to_experts(
         axis: the mesh axis that experts are spread over.
         slots: S, the most rows that one device sends to another.
         ragged: by `lax.ragged_all_to_all`; otherwise each device sends S rows, some of them zero.
+        kernel: that reads the received rows; each expert's begin where it wants them.
 
     Returns:
         The received rows (M, D), in the order of this device's X experts, and how many each has
@@ -73,7 +80,7 @@ def to_experts(
             len(exchange.send_sizes_P), slots, -1
         )
         received_RD = lax.all_to_all(sent_PSD, axis, 0, 0).reshape(-1, rows_ND.shape[1])
-    source_M, destination_R = _by_expert(exchange, slots)
+    source_M, destination_R = _by_expert(exchange, slots, kernel)
     return permute(received_RD, source_M, destination_R), exchange.recv_sizes_PX.sum(0)
 
 
@@ -84,10 +91,11 @@ def to_tokens(
     slots: int,
     rows: int,
     ragged: bool,
+    kernel: str = "loop",
 ) -> jax.Array:
     """(N, D): the experts' outputs (M, D) where `to_experts` took their rows from; N = rows."""
     exchange = exchange_sizes(count_E, axis)
-    source_M, destination_R = _by_expert(exchange, slots)
+    source_M, destination_R = _by_expert(exchange, slots, kernel)
     received_RD = permute(y_MD, destination_R, source_M)
     if ragged:
         return _ragged_to_tokens(received_RD, exchange, axis, slots, rows)
@@ -112,23 +120,26 @@ def _packing(exchange: Exchange, rows: int, slots: int) -> tuple[jax.Array, jax.
     return source_PS.reshape(-1), jnp.where(to_N < len(exchange.send_sizes_P), destination_N, -1)
 
 
-def _by_expert(exchange: Exchange, slots: int) -> tuple[jax.Array, jax.Array]:
+def _by_expert(exchange: Exchange, slots: int, kernel: str) -> tuple[jax.Array, jax.Array]:
     """Sort received rows by expert, then by sender, then as they were sent.
 
-    Returns source_M, the received row p * S + s that lies in place m, and destination_R, its
-    inverse; -1 for none.
+    Each expert's begin at a multiple of `row_multiple(kernel)`. Returns source_M, the received row
+    p * S + s that lies in place m, and destination_R, its inverse; -1 for none.
     """
     recv_sizes_PX = exchange.recv_sizes_PX
     devices, experts = recv_sizes_PX.shape
     # Where an expert's rows begin among those of one sender.
     first_PX = jnp.cumsum(recv_sizes_PX, axis=1) - recv_sizes_PX
     pair_sizes = recv_sizes_PX.T.reshape(-1)  # of (expert, sender), experts first
-    pair_begin = jnp.cumsum(pair_sizes) - pair_sizes
+    start_X = aligned_starts(recv_sizes_PX.sum(0), row_multiple(kernel))
+    before_PX = jnp.cumsum(recv_sizes_PX, axis=0) - recv_sizes_PX
+    pair_begin = (start_X[None] + before_PX).T.reshape(-1)
     rows = devices * slots
-    place_M = jnp.arange(rows + spare_rows(rows))
+    place_M = jnp.arange(rows + spare_rows(rows, experts, kernel))
     pair_M = jnp.searchsorted(pair_begin + pair_sizes, place_M, side="right")
     real_M = pair_M < devices * experts
     pair_M = jnp.minimum(pair_M, devices * experts - 1)
+    real_M &= place_M >= pair_begin[pair_M]
     expert_M, sender_M = jnp.divmod(pair_M, devices)
     source_M = sender_M * slots + first_PX[sender_M, expert_M] + place_M - pair_begin[pair_M]
     place_S = jnp.arange(slots)

@@ -19,7 +19,8 @@ from layers.dispatch.all_to_all import EXCHANGES, ExchangeKind, to_experts, to_t
 from layers.dispatch.base import Dispatcher, Overflow
 from layers.dispatch.gather_rows import combine_rows, dispatch_rows
 from layers.dispatch.slot_gather import SlotGather
-from layers.kernels.grouped_matmul import KERNELS, SortedRows, choose, spare_rows
+from layers.kernels.grouped_matmul import KERNELS, SortedRows, choose, row_multiple, spare_rows
+from layers.kernels.row_blocks import aligned_starts
 from layers.logical_axes import (
     Shards,
     logical_constraint,
@@ -43,9 +44,10 @@ class Sorted(Dispatcher):
 
     Attributes:
         kernel: what multiplies the rows with their experts' weights: "loop" over blocks (CPU),
-            "slot_blocks" (batched over equal slots, then blocks of what overflows: GPU),
-            "ragged_dot" (one operation of the compiler: TPU), "tokamax" (that package's kernels,
-            on one TPU or GPU), "auto" for the platform's.
+            "hopper" (our kernels for NVIDIA's Hopper cards, in bfloat16), "slot_blocks" (batched
+            over equal slots, then blocks of what overflows: other GPUs), "ragged_dot" (one
+            operation of the compiler: TPU), "tokamax" (that package's kernels, on one TPU or GPU),
+            "auto" for the platform's.
         exchange: the all-to-all: "padded" to the same size for every pair of devices, "ragged"
             (moves full rows alone; TPU, GPU), "auto" for the platform's.
         buffer: the size of a device's receive buffer, as a multiple of the rows that it receives
@@ -57,7 +59,7 @@ class Sorted(Dispatcher):
             only where something overflows.
     """
 
-    kernel: Literal["auto", "loop", "slot_blocks", "ragged_dot", "tokamax"] = "auto"
+    kernel: Literal["auto", "loop", "hopper", "slot_blocks", "ragged_dot", "tokamax"] = "auto"
     exchange: ExchangeKind = "auto"
     buffer: Positive | None = None
     overflow: Literal["drop", "exact"] = "exact"
@@ -78,12 +80,10 @@ class Sorted(Dispatcher):
 
     def __str__(self) -> str:
         more = "" if self.buffer is None else f", buffer {self.buffer:g}, {self.overflow}"
-        return f"Sorted ({self.chosen_kernel}{more})"
-
-    @property
-    def chosen_kernel(self) -> str:
-        """What "auto" stands for here."""
-        return choose(self.kernel).kernel
+        # On a GPU "auto" depends on the rows' type and width.
+        known = self.kernel != "auto" or platform() == "gpu"
+        kernel = self.kernel if known else choose("auto", jnp.float32, 0).kernel
+        return f"Sorted ({kernel}{more})"
 
     def most_rows(self, rows: int, devices: int) -> int:
         """The most of its rows that a device sends to each of the devices that hold experts."""
@@ -119,45 +119,51 @@ class Sorted(Dispatcher):
         if not isinstance(decision, TokenChoice):
             return SlotGather().dispatch(x_GTD, decision)
         shards = shards_of(*x_GTD.shape[:2])
+        kernel = choose(self.kernel, x_GTD.dtype, x_GTD.shape[-1]).kernel
         source_PN, destination_PTK, count_PE = _sorted_addresses(decision, shards)
         x_PTD = shards.split(x_GTD)
         expert_axis = _expert_axis(decision)
         if expert_axis is None:
-            source_PN = _with_spare_rows(source_PN)
+            source_PN, destination_PTK = _for_kernel(
+                kernel, source_PN, destination_PTK, count_PE, decision
+            )
         token_PN = jnp.where(source_PN < 0, -1, source_PN // destination_PTK.shape[2])
         x_1PND = dispatch_rows(x_PTD, token_PN[:, None], destination_PTK)
         x_PND = logical_constraint(x_1PND[0], shards.axis, None, None)
         if expert_axis is None:
-            return SortedRows(x_PND, count_PE, self.chosen_kernel, shard_axis=shards.axis)
+            return SortedRows(x_PND, count_PE, kernel, shard_axis=shards.axis)
 
         slots = self.most_rows(x_PND.shape[1], expert_axis.devices)
 
         def send(x_1ND, count_1E):
             axis, ragged = expert_axis.name, self._ragged
-            x_MD, count_X = to_experts(x_1ND[0], count_1E[0], axis, slots, ragged)
+            x_MD, count_X = to_experts(x_1ND[0], count_1E[0], axis, slots, ragged, kernel)
             return x_MD[None], count_X[None]
 
         rows_PMD, count_PX = per_shard(send, (x_PND, count_PE), shard_axis=shards.axis)
         rows_PMD = checkpoint_name(rows_PMD, "exchanged")
-        return SortedRows(rows_PMD, count_PX, self.chosen_kernel, True, shards.axis)
+        return SortedRows(rows_PMD, count_PX, kernel, True, shards.axis)
 
     def combine(self, expert_rows, decision) -> jax.Array:
         if not isinstance(decision, TokenChoice):
             return SlotGather().combine(expert_rows, decision)
         groups, tokens, k = decision.expert_GTK.shape
         shards = shards_of(groups, tokens)
+        kernel = choose(self.kernel, expert_rows.dtype, expert_rows.shape[-1]).kernel
         source_PN, destination_PTK, count_PE = _sorted_addresses(decision, shards)
         y_PND = logical_constraint(expert_rows, shards.axis, None, None)
         expert_axis = _expert_axis(decision)
         if expert_axis is None:
-            source_PN = _with_spare_rows(source_PN)
+            source_PN, destination_PTK = _for_kernel(
+                kernel, source_PN, destination_PTK, count_PE, decision
+            )
         else:
             rows = source_PN.shape[1]
             slots = self.most_rows(rows, expert_axis.devices)
 
             def bring_back(y_1MD, count_1E):
                 axis, ragged = expert_axis.name, self._ragged
-                return to_tokens(y_1MD[0], count_1E[0], axis, slots, rows, ragged)[None]
+                return to_tokens(y_1MD[0], count_1E[0], axis, slots, rows, ragged, kernel)[None]
 
             y_PND = per_shard(bring_back, (y_PND, count_PE), shard_axis=shards.axis)
             y_PND = checkpoint_name(y_PND, "exchanged")
@@ -205,10 +211,33 @@ def _sorted_addresses(
     return source_PN, jnp.where(kept_PTK < experts, destination_PTK, -1), count_PE
 
 
-def _with_spare_rows(source_PN):
-    """With `spare_rows` empty rows behind, which kernels may read."""
-    more = ((0, 0), (0, spare_rows(source_PN.shape[1])))
-    return jnp.pad(source_PN, more, constant_values=-1)
+def _for_kernel(kernel: str, source_PN, destination_PTK, count_PE, decision: TokenChoice):
+    """The addresses with the rows that the kernel needs: each expert's where it wants them begin.
+
+    Returns source_PM and destination_PTK, of rows M of which `spare_rows` are empty.
+    """
+    experts = decision.num_experts
+    spare = spare_rows(source_PN.shape[1], experts, kernel)
+    multiple = row_multiple(kernel)
+    if multiple == 1:
+        return jnp.pad(source_PN, ((0, 0), (0, spare)), constant_values=-1), destination_PTK
+    begin_PE = jnp.cumsum(count_PE, axis=1) - count_PE
+    start_PE = aligned_starts(count_PE, multiple)
+    row_M = jnp.arange(source_PN.shape[1] + spare)
+
+    def place(source_N, destination_TK, count_E, begin_E, start_E):
+        end_E = start_E + count_E
+        expert_M = jnp.searchsorted(start_E, row_M, side="right", method="sort") - 1
+        old_M = row_M - (start_E - begin_E)[expert_M]
+        source_M = source_N.at[old_M].get(mode="clip")
+        source_M = jnp.where(row_M < end_E[expert_M], source_M, -1)
+        old_E = begin_E + count_E
+        expert_TK = jnp.searchsorted(old_E, destination_TK, side="right", method="compare_all")
+        return source_M, destination_TK + (start_E - begin_E)[jnp.minimum(expert_TK, experts - 1)]
+
+    source_PM, moved_PTK = jax.vmap(place)(source_PN, destination_PTK, count_PE, begin_PE, start_PE)
+    moved_PTK = jnp.where(destination_PTK < 0, -1, moved_PTK)
+    return checkpoint_name(source_PM, "routing"), checkpoint_name(moved_PTK, "routing")
 
 
 def _sorted_into(

@@ -6,7 +6,7 @@ N rows, D width, F hidden width, E experts, R rows of a block.
 from collections.abc import Callable
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any
 
 from flax import nnx
 import jax
@@ -15,38 +15,52 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from layers.kernels import hopper
+from layers.kernels.choice import Choice
+from layers.kernels.row_blocks import BLOCK_ROWS, aligned_rows
+from layers.kernels.row_by_row import row_by_row
 from layers.kernels.slot_blocks import slot_blocks
-from layers.logical_axes import has_mesh, platform
+from layers.logical_axes import device, has_mesh, platform
 
 # An expert's rows are computed in blocks of 512, and the rest in the smallest block that holds it,
 # of which a tenth is empty on average. Every block size is one more loop to compile.
 BLOCKS = (*(n * base for base in (4, 8, 16, 32, 64) for n in (4, 5, 6, 7)), 512)
 # In blocks of at most so many rows, the backward pass multiplies weights by rows, not the reverse.
 FEW_ROWS = 64
-KERNELS = ("auto", "loop", "slot_blocks", "ragged_dot", "tokamax")
+KERNELS = ("auto", "loop", "hopper", "slot_blocks", "ragged_dot", "tokamax")
 
 
-class Choice(NamedTuple):
-    """A kernel, and why it is the one: words that follow its name in a run's first lines."""
-
-    kernel: str
-    reason: str
-
-
-def choose(kernel: str) -> Choice:
-    """What multiplies rows by their experts' weights on the platform of this program.
+def choose(kernel: str, dtype: Any, width: int) -> Choice:
+    """What multiplies rows by their experts' weights on the device of this program.
 
     Args:
         kernel: one of `KERNELS`; "auto" never takes `ragged_dot` on a GPU.
+        dtype: of rows and weights.
+        width: D.
+
+    Raises:
+        ValueError: the kernel is set, and can't serve on this GPU.
     """
+    on = platform()
+    refused = hopper.refusal(device(), dtype, width) if on == "gpu" else None
+    if kernel == "hopper" and refused:
+        raise ValueError(f"Sorted.kernel='hopper' can't serve here: {refused}; take 'auto'")
     if kernel != "auto":
         return Choice(kernel, "as set")
-    on = platform()
     if on == "cpu":
         return Choice("loop", "blocks that fit a CPU's cache")
     if on == "tpu":
         return Choice("ragged_dot", "a kernel of the TPU's compiler")
-    return Choice("slot_blocks", f"the {on} compiler makes ragged_dot a masked matmul per expert")
+    if refused:
+        why = f"no Hopper kernels: {refused}; ragged_dot would be a masked matmul per expert"
+        return Choice("slot_blocks", why)
+    card = getattr(device(), "device_kind", on)
+    return Choice("hopper", f"{card}, {jnp.dtype(dtype)}, width {width}, JAX {jax.__version__}")
+
+
+def row_multiple(kernel: str) -> int:
+    """Each expert's rows begin at a multiple of it."""
+    return BLOCK_ROWS if kernel == "hopper" else 1
 
 
 @nnx.dataclass
@@ -54,9 +68,10 @@ class SortedRows(nnx.Pytree):
     """Rows sorted by expert, in P shards, one for each device of a mesh (one off a mesh).
 
     Attributes:
-        rows_PND: in every shard count_PE[p, 0] rows of expert 0, then those of expert 1, and so on.
-            Rows past `count_PE.sum(1)`, at least `spare_rows` of them, are padding. Kernels may
-            read them; their outputs are discarded.
+        rows_PND: in every shard count_PE[p, 0] rows of expert 0, then those of expert 1, and so on,
+            each expert's from a multiple of `row_multiple(kernel)` on, with zeros between. There
+            are at least `spare_rows` more than `count_PE.sum(1)`. Kernels may read those behind;
+            their outputs are discarded.
         count_PE: rows of each expert.
         kernel: as in `grouped_feed_forward`.
         local_experts: E counts only the experts that a shard's device holds; rows have been sent
@@ -71,8 +86,14 @@ class SortedRows(nnx.Pytree):
     shard_axis: str = nnx.static(default="batch")
 
 
-def spare_rows(rows: int) -> int:
-    """The most rows that the last expert's last block may reach beyond `rows` rows."""
+def spare_rows(rows: int, experts: int, kernel: str) -> int:
+    """The rows that a kernel needs beyond `rows` rows.
+
+    The most that the last expert's last block may reach beyond them; or that experts leave empty
+    which begin at multiples.
+    """
+    if kernel == "hopper":
+        return aligned_rows(rows, experts, BLOCK_ROWS) - rows
     used = (0, *(size for size, before in zip(BLOCKS, (0, *BLOCKS), strict=False) if before < rows))
     return max(b - a for a, b in itertools.pairwise(used))
 
@@ -88,15 +109,21 @@ def grouped_feed_forward(
     """(N, D): down(activate(up(x), ...)) of each row's expert; past the counts undefined.
 
     Args:
-        x_ND: rows sorted by expert, followed by `spare_rows` rows of padding.
+        x_ND: rows sorted by expert, each expert's from a multiple of `row_multiple` on; with
+            `spare_rows` rows of padding.
         ups: one or two arrays (E, D, F); `activate` takes their matmuls in this order.
         down_EFD: the output weights.
         count_E: rows of each expert.
         activate: hidden units from one or two arrays (N, F).
-        kernel: "loop" over blocks, "slot_blocks" (batched matmuls over equal slots, then blocks of
-            what overflows), "ragged_dot" of the compiler (fast on TPU), or "tokamax", the Pallas
-            kernels of that package; `choose` makes one of them of "auto".
+        kernel: "loop" over blocks, "hopper" (our kernels for that card; loops over blocks where the
+            program is not compiled for CUDA), "slot_blocks" (batched matmuls over equal slots,
+            then blocks of what overflows), "ragged_dot" of the compiler (fast on TPU), or
+            "tokamax", the Pallas kernels of that package; `choose` makes one of them of "auto".
     """
+    if kernel == "row_by_row":  # in decoding
+        return row_by_row(x_ND, ups, down_EFD, count_E, activate)
+    if kernel == "hopper":
+        return hopper.feed_forward(x_ND, ups, down_EFD, count_E, activate)
     if kernel == "slot_blocks":
         return slot_blocks(x_ND, ups, down_EFD, count_E, activate)
     if kernel != "loop":

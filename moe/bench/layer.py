@@ -137,7 +137,7 @@ def copy_bandwidth() -> float:
 def layers(
     cases: tuple[Case, ...], dtype: str = "float32", say: Say = lambda line: None
 ) -> Iterator[dict]:
-    """A row of results for each case, routing and dispatcher.
+    """A row of results for each case, routing and dispatcher; one with "error" where it fails.
 
     Each variant takes turns with the dense layer on K*T tokens. memory_ratio in a row: peak bytes
     of forward and backward, by the compiler, over those of the dense layer with E times its
@@ -170,38 +170,57 @@ def _rows(case: Case, peak: float, bandwidth: float, dtype: str, say: Say) -> It
     room = (dense.bytes or 0) + (case.experts - 1) * weights
     least = case.least_seconds(peak, bandwidth, x_TD.dtype.itemsize)
     with ExitStack() as stack:
-        programs = [(*names, stack.enter_context(calls)) for *names, calls in _programs(case, x_TD)]
-        pairs = [pair for *_, calls in programs for pair in zip(dense[:2], calls[:2], strict=True)]
-        timings = iter(paired(pairs, say))
-    for routing, name, calls in programs:
+        programs = []
+        for routing, name, make in _programs(case, x_TD):
+            row = {"case": str(case), "routing": routing, "dispatcher": name}
+            try:
+                calls = stack.enter_context(make())
+                settle(calls[:2])
+            except Exception as error:  # the others are measured all the same
+                first = (str(error).strip().splitlines() or [""])[0]
+                yield row | {"error": f"{type(error).__name__}: {first}"[:300]}
+            else:
+                programs.append((row, calls))
+        pairs = [pair for _, calls in programs for pair in zip(dense[:2], calls[:2], strict=True)]
+        timings = iter(paired(pairs, say) if pairs else ())
+    for row, calls in programs:
         forward, both = next(timings), next(timings)
-        yield {
-            "case": str(case),
-            "routing": routing,
-            "dispatcher": name,
-            "milliseconds_forward": round(1e3 * forward.seconds, 3),
-            "milliseconds_step": round(1e3 * both.seconds, 3),
-            "ratio_to_dense_forward": round(forward.ratio, 4),
-            "ratio_to_dense_step": round(both.ratio, 4),
-            "fastest_to_dense_forward": round(forward.fastest, 4),
-            "fastest_to_dense_step": round(both.fastest, 4),
-            "roofline_fraction": round(least / both.seconds, 4),
-        } | ({} if calls.bytes is None else {"memory_ratio": round(calls.bytes / room, 4)})
+        yield (
+            row
+            | {
+                "milliseconds_forward": round(1e3 * forward.seconds, 3),
+                "milliseconds_step": round(1e3 * both.seconds, 3),
+                "ratio_to_dense_forward": round(forward.ratio, 4),
+                "ratio_to_dense_step": round(both.ratio, 4),
+                "fastest_to_dense_forward": round(forward.fastest, 4),
+                "fastest_to_dense_step": round(both.fastest, 4),
+                "roofline_fraction": round(least / both.seconds, 4),
+            }
+            | ({} if calls.bytes is None else {"memory_ratio": round(calls.bytes / room, 4)})
+        )
 
 
-def _programs(case: Case, x_TD: np.ndarray) -> Iterator[tuple[str, str, AbstractContextManager]]:
-    """Routing and name of each variant, with a context manager of its `Calls`."""
+def _programs(
+    case: Case, x_TD: np.ndarray
+) -> Iterator[tuple[str, str, Callable[[], AbstractContextManager]]]:
+    """Routing and name of each variant, with what makes a context manager of its `Calls`."""
     for routing in VARIANTS:
         make = functools.partial(ROUTERS[routing], k=case.k)
         for name, dispatcher, capacity in variants(routing):
-            yield routing, name, nullcontext(_sparse(case, x_TD, make, dispatcher, capacity))
+            arguments = (case, x_TD, make, dispatcher, capacity)
+            yield routing, name, functools.partial(_as_context, *arguments)
     has_torch = importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")
     on_cpu = x_TD.dtype == np.float32 and jax.default_backend() == "cpu"
     if has_torch and on_cpu and case.experts <= 64:  # with more experts it takes 16 s
         from moe.bench import torch_block
 
         for name in torch_block.VARIANTS:
-            yield "balanced", name, torch_block.mixtral(case, x_TD, name)
+            yield "balanced", name, functools.partial(torch_block.mixtral, case, x_TD, name)
+
+
+def _as_context(*arguments) -> AbstractContextManager:
+    """A context manager of `_sparse(*arguments)`, which needs no closing."""
+    return nullcontext(_sparse(*arguments))
 
 
 def paired(pairs: list[tuple[Callable, Callable]], say: Say = lambda line: None) -> list[Timing]:
@@ -277,6 +296,7 @@ def summary(rows: list[dict]) -> dict[str, float]:
     One kind is the time of our fastest dispatcher over the dense layer's. The other, where
     transformers' block was timed, is the time of its fastest variant over that of ours.
     """
+    rows = [row for row in rows if "error" not in row]
     theirs = [row for row in rows if row["dispatcher"].startswith("transformers")]
     kept = [row for row in theirs if row["dispatcher"].endswith("kept")]
     others = {
@@ -296,8 +316,9 @@ def summary(rows: list[dict]) -> dict[str, float]:
                 mean = statistics.geometric_mean(cases.values())
                 found[f"best dispatcher, {routing}, {what}, times dense{note}"] = mean
             for who, other in others.items():
-                if other:
-                    times = [v / best["balanced"][case] for case, v in _best(other, name).items()]
+                own = best.get("balanced", {})
+                times = [v / own[case] for case, v in _best(other, name).items() if case in own]
+                if times:
                     mean = statistics.geometric_mean(times)
                     found[f"{who}, {what}, times ours{note}"] = mean
     return found

@@ -1,4 +1,4 @@
-"""`moe bench`: times of routers and layers on this machine."""
+"""`moe bench`: times of routers, layers and decoding on this machine."""
 
 from collections.abc import Iterator
 import json
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moe.errors import UserError, nearest
 
-SUITES = ("routers", "layer")
+SUITES = ("routers", "layer", "decode")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -15,7 +15,7 @@ def run(flags) -> int:
     if flags.suite not in SUITES:
         hint = nearest(flags.suite, SUITES) or f"; there is {', '.join(SUITES)}"
         raise UserError(f"moe bench has no suite {flags.suite!r}{hint}")
-    rows = list(routers(flags) if flags.suite == "routers" else layer(flags))
+    rows = list({"routers": routers, "layer": layer, "decode": decode}[flags.suite](flags))
     if flags.json:
         Path(flags.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return 0
@@ -54,15 +54,53 @@ def layer(flags) -> Iterator[dict]:
     print("peak memory over the dense layer's with all experts' weights")
     rows = []
     for row in progress.with_status(lambda say: layer.layers(cases, flags.dtype, say)):
+        where = f"{row['case']:34} {row['routing']:9} {row['dispatcher']:36}"
+        rows.append(row)
+        yield row
+        if "error" in row:
+            print(f"  {where} {row['error']}", flush=True)
+            continue
         forward, both = (
             f"{row[f'milliseconds_{what}']:9.1f} ({row[f'ratio_to_dense_{what}']:.2f})"
             for what in ("forward", "step")
         )
-        where = f"{row['case']:34} {row['routing']:9} {row['dispatcher']:36}"
         memory = f"{row['memory_ratio']:5.2f}" if "memory_ratio" in row else ""
         line = f"  {where} {forward} {both} {row['roofline_fraction']:5.2f} {memory}"
         print(line.rstrip(), flush=True)
-        rows.append(row)
-        yield row
     for name, mean in layer.summary(rows).items():
         print(f"  geometric mean, {name}: {mean:.2f}")
+
+
+def decode(flags) -> Iterator[dict]:
+    """Print a line for each batch size, and yield it as a row."""
+    from moe.bench import decode, layer
+    from moe.cli import config
+    from moe.inference.decoder import Decoder, reason_to_recompute
+    from moe.inference.generate import check
+    from moe.machine import hardware
+    from moe.runs.restore import restore_run
+    from moe.runs.tracking import progress
+
+    if flags.workdir is None:
+        raise UserError("moe bench decode measures a run's model: give --workdir=FOLDER")
+    run = restore_run(flags.workdir, config.of_folder(flags.workdir))
+    length = run.spec.sequence_length
+    check(run.model, length)
+    if why := reason_to_recompute(run.model.module):
+        raise UserError(f"nothing to measure, since every token takes a whole pass: {why}")
+    decoder = Decoder(run.model.graph, run.params, run.router_state)
+    print(f"{hardware.describe_device()}; texts of {length} tokens, drawn by the model; medians")
+    print(
+        "batch, ms of a prefill of half a text, ms of a step, tokens/s, experts read per layer,\n"
+        "bytes per token of weights and of cache, share of the roofline by a copy's bandwidth"
+    )
+    bandwidth = max(layer.copy_bandwidth() for _ in range(3))
+    given = decoder, run.tokenizer.document_id, length, bandwidth
+    for row in progress.with_status(lambda say: decode.decode(*given, say)):
+        experts = " ".join(f"{count:.1f}" for count in row["distinct_experts_per_layer"])
+        times = f"{row['prefill_milliseconds']:9.1f} {row['milliseconds_per_step']:8.2f}"
+        size = f"{row['weight_bytes_per_token']:12,} {row['cache_bytes_per_token']:8,}"
+        share = f"{row['bandwidth_roofline_fraction']:5.2f}"
+        rate = f"{row['tokens_per_second']:9,.0f}"
+        print(f"  {row['batch']:3} {times} {rate}  [{experts}] {size} {share}", flush=True)
+        yield row

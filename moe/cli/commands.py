@@ -115,7 +115,17 @@ GENERATE = Command(
         Flag("temperature", float, "X", "0 takes the likeliest token (default: 1)", 1.0, low=0),
         Flag("top_k", int, "N", "draw from the N likeliest tokens (default: all)", low=1),
         Flag("top_p", float, "X", "draw from this share of probability", low=0, high=1),
-        Flag("seed", int, "N", "same seed, same text (default: 0)", 0, low=0),
+        Flag("min_p", float, "X", "draw from tokens this likely beside the first", low=0, high=1),
+        Flag(
+            "repetition_penalty",
+            float,
+            "X",
+            "above 1: tokens that the text holds become less likely (default: 1)",
+            1.0,
+            low=0.1,
+        ),
+        Flag("context", int, "N", "tokens that the model sees (default: as trained)", low=1),
+        Flag("seed", int, "N", "same seed, same texts (default: 0)", 0, low=0),
         Flag("count", int, "N", "how many texts (default: 1)", 1, low=1),
         JSON,
     ),
@@ -137,7 +147,7 @@ CHECK = Command(
 
 BENCH = Command(
     name="bench",
-    summary="Measure what routers cost beside a layer, or layers beside a dense one.",
+    summary="Measure what routers, layers beside a dense one, or a run's decoding cost.",
     module="moe.cli.bench",
     example="moe bench layer --json=layer.json",
     flags=(
@@ -146,19 +156,20 @@ BENCH = Command(
         Flag("experts", int, "N", "routers: experts (default: 64)", 64, low=8),
         Flag("case", list, "T,D,F,E,K", "layer: sizes to measure (repeatable; default: four)"),
         Flag("dtype", str, "TYPE", "layer: float32 or bfloat16 (default: float32)", "float32"),
+        Flag("workdir", str, "FOLDER", "decode: the folder of a run"),
         JSON,
     ),
     positional="suite",
-    form="routers|layer",
+    form="routers|layer|decode",
 )
 
 PLAN = Command(
     name="plan",
-    summary="Compile a config for a TPU slice: what it needs, and whether it fits.",
+    summary="Compile a config for TPUs or GPUs: what it needs, and whether it fits.",
     module="moe.cli.plan",
     example="moe plan --gin_file=quickstart.gin --topology=v5e:2x2",
     flags=(
-        Flag("topology", str, "KIND:AxB", "such as v5p:4x4x8, v6e:16x16 or v5e-8", required=True),
+        Flag("topology", str, "KIND:AxB", "such as v5p:4x4x8, v5e-8, h100:64", required=True),
         GIN_FILE,
         GIN_BINDINGS,
         Flag("vocab_size", int, "N", "token ids (default: 50304)", 50_304, low=2),
@@ -203,15 +214,16 @@ SWEEP = Command(
     name="sweep",
     summary="Compare arms at matched budgets, tuned alike, with seeds; plans unless told to run.",
     module="moe.cli.sweep",
-    example="moe sweep --gin_file=sweeps/routers.gin --folder=runs/routers --run",
+    example="moe sweep --gin_file=sweeps/routers.gin --run",
     flags=(
-        Flag("folder", str, "FOLDER", "where the sweep is written", required=True),
+        Flag("folder", str, "FOLDER", "where the sweep is (default: runs/NAME, of NAME.gin)"),
         GIN_FILE,
         GIN_BINDINGS,
         Flag("run", bool, "BOOL", "run what is left of it (default: only print the plan)", False),
         Flag("workers", int, "N", "trials at a time (default: a core or device each)", 0, low=0),
         Flag("list", bool, "BOOL", "list the trials that have ended", False),
         Flag("retry_failed", bool, "BOOL", "with --run: failed trials run again", False),
+        Flag("ray", str, "ADDRESS", "run on a Ray cluster; auto: the one this machine is in"),
         Flag("slurm", str, "PATH", "write a SLURM array script of --workers=N instead"),
         JSON,
     ),
@@ -226,6 +238,16 @@ REPORT = Command(
     positional="folders",
     many=True,
     form="FOLDER [FOLDER ...]",
+)
+
+VERIFY = Command(
+    name="verify",
+    summary="Verify a run's checkpoints and files, without a device; 1 where one is damaged.",
+    module="moe.cli.verify",
+    example="moe verify runs/quickstart",
+    flags=(JSON,),
+    positional="folder",
+    form="FOLDER",
 )
 
 LIST = Command(
@@ -254,4 +276,4 @@ DESCRIBE = Command(
     ),
 )
 
-COMMANDS = (TRAIN, EVAL, GENERATE, CHECK, BENCH, PLAN, SWEEP, REPORT, FIT, LIST, DESCRIBE)
+COMMANDS = (TRAIN, EVAL, GENERATE, CHECK, BENCH, PLAN, SWEEP, REPORT, FIT, VERIFY, LIST, DESCRIBE)

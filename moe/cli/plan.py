@@ -1,4 +1,4 @@
-"""`moe plan`: memory and time of a config on a TPU slice, by the TPU's compiler, without a TPU."""
+"""`moe plan`: memory and time of a config on TPUs or GPUs, by their compilers, without any."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import tempfile
 from moe.errors import UserError
 from moe.planning.chips import Topology
 from moe.planning.report import compiled_report
+from moe.planning.wheels import environment
 
 
 def run(flags) -> int:
@@ -21,15 +22,12 @@ def run(flags) -> int:
         raise UserError(str(error)) from error
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.json"
-        # In a process of its own, since the compiler may end it; its environment keeps JAX from
-        # looking for a TPU.
+        # In a process of its own, since the compiler may end it.
         words = [str(path), topology.name, str(flags.vocab_size), str(flags.tries)]
         words += [*flags.gin_file, "--", *flags.gin_bindings]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-        environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several plans at a time
         done = subprocess.run(
             [sys.executable, "-m", "moe.cli.plan_worker", *words],
-            env=environment,
+            env=os.environ | environment(),
             stderr=subprocess.PIPE,
             text=True,
         )

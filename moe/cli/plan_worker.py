@@ -29,6 +29,7 @@ def main(path: str, topology: str, vocab_size: str, tries: str, *words: str) -> 
         for number, found in enumerate(findings):
             if number == 0:
                 say(counted_report(found))
+            found = {"gin_files": list(words[:cut]), "settings": list(words[cut + 1 :])} | found
             Path(path).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     except UserError as error:
         Path(path).write_text(json.dumps({"error": str(error)}) + "\n", encoding="utf-8")

@@ -11,24 +11,26 @@ from moe.machine import hardware
 from moe.runs.tracking import progress
 from moe.settings import read
 from moe.sweeps import plan as plans
+from moe.sweeps import ray_workers, slurm
 from moe.sweeps import run as runs
-from moe.sweeps import slurm
 from moe.sweeps.plan import Plan
 from moe.sweeps.record import SweepFolder
 from moe.sweeps.report import listed, planned
 from moe.sweeps.spec import SweepSpec
-from moe.sweeps.worker import places
+from moe.sweeps.worker import Place, places
 
 
 def run(flags) -> int:
     """Print the plan, or run what is left of it; `--json` also writes the plan."""
-    folder = SweepFolder(Path(flags.folder))
+    folder = SweepFolder(folder_of(flags.folder, flags.gin_file))
     if flags.list:
         print(listed(folder))
         return 0
-    where = places(flags.workers)
+    ray = ray_workers.connected(flags.ray) if flags.ray else None
+    workers, _ = ray_workers.size(ray, flags.workers) if ray else (0, None)
+    where = [] if ray else places(flags.workers)
     plan = read_plan(flags.gin_file, flags.gin_bindings)
-    print(planned(plan, folder, hardware.matmul_peak("float32"), len(where)))
+    print(planned(plan, folder, hardware.matmul_peak("float32"), workers or len(where)))
     if flags.json:
         Path(flags.json).write_text(json.dumps(plan.as_json(), indent=2) + "\n", encoding="utf-8")
     if not (flags.run or flags.slurm):
@@ -41,12 +43,40 @@ def run(flags) -> int:
     if flags.slurm:
         print(slurm.write(folder, Path(flags.slurm), flags.workers or 8))
         return 0
-    done = runs.run(plan, folder, where, lambda line: print(line, flush=True))
+    done = drive(plan, folder, where, ray, flags.workers)
     if not done:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
     print(f"\n{listed(folder)}\n\nmoe report {folder.path} draws and judges them")
     return 0
+
+
+def folder_of(given: str | None, gin_files: list[str]) -> Path:
+    """The sweep's folder: the one given, or runs/ with the name of the last config.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if given:
+        return Path(given)
+    if not gin_files:
+        shipped = [n for n in read.shipped_names() if n.startswith("sweeps/")]
+        raise UserError(
+            "moe sweep needs --gin_file=NAME, or the --folder=FOLDER of one that has begun; "
+            f"shipped are {', '.join(shipped)}"
+        )
+    return Path("runs") / Path(gin_files[-1]).stem
+
+
+def drive(plan: Plan, folder: SweepFolder, where: list[Place], ray, workers: int) -> bool:
+    """Run what is left, at these places or on a Ray cluster; whether all has ended."""
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    if ray:
+        return ray_workers.run(plan, folder, ray, workers, say)
+    return runs.run(plan, folder, where, say)
 
 
 def read_plan(gin_files: list[str], gin_bindings: list[str]) -> Plan:

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import lzma
-from pathlib import Path
 import time
 from typing import TYPE_CHECKING
 import zlib
@@ -22,7 +21,7 @@ import numpy as np
 from moe.data.corpora.corpus import Split
 from moe.data.shards import ShardSplit
 from moe.data.text import PreparedData
-from moe.data.tokens.cache import write_atomically
+from moe.data.tokens.sealed import read_sealed, write_sealed
 from moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,15 +49,17 @@ def baselines(data: PreparedData, say: Say = lambda line: None) -> dict[str, flo
     )
     key = [VERSION, data.train_split.sha256, data.validation_split.sha256]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    path = data.cache_dir / "baselines" / f"{name}.json"
-    if (known := _read(path)) is None:
+    path = data.cache_dir / "baselines" / f"{name}.json.sealed"
+    if cached := read_sealed(path, say):
+        known = json.loads(cached)
+    else:
         split = data.train_split
         make = split.sample if isinstance(split, ShardSplit) else functools.partial(sample, split)
         train = make(MOST_TRAINING)
         validation = sample(data.validation_split, MOST_VALIDATION)
         say(f"compressing {(len(train) + len(validation)) / 1e6:,.1f} MB for comparison")
         known = compressor_baselines(train, validation, say)
-        write_atomically(path, json.dumps(known).encode())
+        write_sealed(path, json.dumps(known).encode())
     return {"unigram": unigram} | known
 
 
@@ -147,10 +148,3 @@ def _xz_size(text: bytes, span: int) -> int:
     size = min(max(4096, 1 << (span - 1).bit_length()), MAX_DICTIONARY)
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": size}]
     return len(lzma.compress(text, lzma.FORMAT_RAW, filters=filters))
-
-
-def _read(path: Path) -> dict[str, float] | None:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None

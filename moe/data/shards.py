@@ -12,8 +12,8 @@ import gin
 import numpy as np
 
 from moe.data.corpora.corpus import Corpus, Document, Split, hashed_hold_out, left_out_of, whole
-from moe.data.text import DataInfo, PreparedData, Say, seldom
-from moe.data.tokens.cache import token_stream
+from moe.data.text import DataInfo, PreparedData, Say
+from moe.data.tokens.cache import seldom, token_stream
 from moe.data.tokens.files import Paths, ShardedTokens, files_of, mapped, name_of
 from moe.data.tokens.tokenizer import DOCUMENT_TOKEN, Tokenizer, load_tokenizer
 from moe.errors import UserError
@@ -123,7 +123,7 @@ class TokenShards:
         say(f"tokenising {validation.num_bytes:,} bytes")
         key = validation.sha256, tokenizer.fingerprint
         held_out = token_stream(
-            validation.documents, tokenizer, key=key, cache_dir=self.cache_dir, say=seldom(say)
+            validation.documents, tokenizer, key=key, cache_dir=self.cache_dir, say=say
         )
         return PreparedData(
             info=_info(name_of(files), train, validation, held_out.num_text_tokens),

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 from pathlib import Path
-import time
 from typing import TYPE_CHECKING, Any
 
 import gin
@@ -174,19 +173,6 @@ class PreparedData:
         )
 
 
-def seldom(say: Say, seconds: float = 10.0) -> Say:
-    """A `say` that drops lines within `seconds` of the last one it has printed."""
-    last = time.monotonic()
-
-    def now_and_then(line: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= seconds:
-            last = time.monotonic()
-            say(line)
-
-    return now_and_then
-
-
 def shuffled(stream: TokenStream, tokenizer: Tokenizer, seed: int = 0) -> TokenStream:
     """The stream with the text tokens of each document in a random order, in memory.
 
@@ -259,12 +245,11 @@ class TextData:
         say(f"reading the corpus {self.corpus.name}")
         train, validation = self._splits()
         self._report(train, validation, say)
-        now_and_then = seldom(say)
         say(f"fitting the tokenizer to {train.num_bytes:,} bytes")
-        tokenizer = self.tokenizer.fit(train.texts, self.cache_dir, train.sha256, now_and_then)
+        tokenizer = self.tokenizer.fit(train.texts, self.cache_dir, train.sha256, say)
         say(f"tokenising {train.num_bytes + validation.num_bytes:,} bytes")
-        train_stream = self._stream(train, tokenizer, now_and_then)
-        validation_stream = self._stream(validation, tokenizer, now_and_then)
+        train_stream = self._stream(train, tokenizer, say)
+        validation_stream = self._stream(validation, tokenizer, say)
         if self.shuffle_tokens:
             train_stream = shuffled(train_stream, tokenizer)
             validation_stream = shuffled(validation_stream, tokenizer)

@@ -1,10 +1,12 @@
-"""Generates text: each token by a forward pass over the last T tokens, without a cache.
+"""Generates text: with a cache where the model allows it, else by passes over the last T tokens.
 
-B samples, T tokens of context, V vocabulary.
+B texts, T tokens of context, N tokens of a text, V vocabulary.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,78 +14,195 @@ import numpy as np
 
 from moe.data.tokens.tokenizer import Tokenizer
 from moe.errors import UserError
+from moe.inference.decoder import Decoder, reason_to_recompute, tokens_of
+from moe.inference.sampling import Sampling
 from moe.model.functional import Arrays
 from moe.training.abstract_model import AbstractModel
-from routing.inputs import Tokens
+
+SHORTEST = 16  # tokens of the smallest bucket of lengths
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn from the model's logits.
+class Continuation:
+    """A text that goes on from a prompt.
 
     Attributes:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: draw from this many likeliest tokens; from all where None.
-        top_p: draw from the fewest likeliest tokens with this much probability; all where None.
+        text: the prompt and what follows it.
+        tokens: those that were generated, without the end of the document.
+        log_probs: of these tokens in the model's own distribution, in nats.
     """
 
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def draw(self, logits_BV: jax.Array, key: jax.Array) -> jax.Array:
-        """A token for each row, int32 (B,)."""
-        if self.temperature == 0:
-            return jnp.argmax(logits_BV, axis=-1)
-        logits_BV = logits_BV / self.temperature
-        if self.top_k is not None:
-            kth_B1 = jax.lax.top_k(logits_BV, min(self.top_k, logits_BV.shape[-1]))[0][:, -1:]
-            logits_BV = jnp.where(logits_BV >= kth_B1, logits_BV, -jnp.inf)
-        if self.top_p is not None:
-            logits_BV = nucleus(logits_BV, self.top_p)
-        return jax.random.categorical(key, logits_BV)
+    text: str
+    tokens: tuple[int, ...]
+    log_probs: tuple[float, ...]
 
 
-def nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
-    """The logits (B, V), with -inf for all but the fewest likeliest tokens that reach top_p.
+class Drawn(NamedTuple):
+    """A token for each text, int32 (B,), and its log-probability."""
 
-    Nucleus sampling (Holtzman et al. 2020).
-    """
-    order_BV = jnp.argsort(-logits_BV, axis=-1)
-    prob_BV = jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, -1))
-    # A token is kept while those before it don't reach top_p; so the first is always kept.
-    keep_BV = jnp.cumsum(prob_BV, axis=-1) - prob_BV < max(top_p, 1e-9)
-    keep_BV = jnp.take_along_axis(keep_BV, jnp.argsort(order_BV, axis=-1), -1)
-    return jnp.where(keep_BV, logits_BV, -jnp.inf)
+    token_B: np.ndarray
+    log_prob_B: np.ndarray
 
 
-def generate(
-    model: AbstractModel,
-    params: Arrays,
-    router_state: Arrays,
-    tokenizer: Tokenizer,
-    *,
-    prompt: str,
-    tokens: int,
-    count: int = 1,
-    context: int,
-    sampling: Sampling = Sampling(),
-    seed: int = 0,
-) -> list[str]:
-    """Texts of the prompt and its continuation, which ends early where the model ends the document.
+class Generator:
+    """Continues texts with a model.
+
+    Its text ends where the model ends the document, or after so many tokens. A text doesn't depend
+    on the others beside it: its draws are those of the seed and of its place among the prompts.
 
     Args:
         model, params, router_state, tokenizer: of a restored or trained run.
-        prompt: the text to continue; empty for the start of a document.
-        tokens: how many tokens are generated at most.
-        count: number of texts.
-        context: T, the tokens that the model sees.
-        sampling: how tokens are drawn.
-        seed: of the draws.
+        context: T, the most tokens that the model sees; those of the run where None. Of a longer
+            text it sees the last T, as at positions 0 to T - 1, by a pass over all of them.
+
+    Attributes:
+        recomputes: why every token takes a pass over the whole text; None where a cache serves.
 
     Raises:
-        UserError: the model doesn't predict the next token, or its router sees it.
+        UserError: the model doesn't predict the next token, its router sees it, or it has fewer
+            positions than the context.
     """
+
+    def __init__(
+        self,
+        model: AbstractModel,
+        params: Arrays,
+        router_state: Arrays,
+        tokenizer: Tokenizer,
+        context: int | None = None,
+    ):
+        self.context = model.sequence_length if context is None else context
+        check(model, self.context)
+        self.tokenizer, self._values = tokenizer, (params, router_state)
+        self._vocab_size = model.module.vocab_size
+        self.recomputes = reason_to_recompute(model.module)
+        cached = self.recomputes is None
+        self._decoder = Decoder(model.graph, params, router_state) if cached else None
+        self._draw = jax.jit(_draw, static_argnums=0)
+        self._pass_and_draw = jax.jit(
+            functools.partial(_pass_and_draw, model.graph), static_argnums=0
+        )
+        if self._decoder is not None:
+            self._step_and_draw = jax.jit(
+                functools.partial(_step_and_draw, self._decoder), static_argnums=0, donate_argnums=2
+            )
+
+    def continuations(
+        self,
+        prompts: Sequence[str],
+        *,
+        tokens: int,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+        say: Callable[[str], None] = lambda piece: None,
+    ) -> list[Continuation]:
+        """Each prompt with at most so many tokens more, all of them at once.
+
+        say: is given the first text, in pieces of whole characters, as they are found.
+        """
+        ids = self.tokenizer.encode_batch(list(prompts))
+        pieces, drawn = Pieces(self.tokenizer, ids[0], say), []
+        for step in self.draws(prompts, tokens=tokens, sampling=sampling, seed=seed):
+            drawn.append(step)
+            pieces.add(int(step.token_B[0]))
+        pieces.finish()
+        token_BN = np.stack([step.token_B for step in drawn], axis=1)
+        log_prob_BN = np.stack([step.log_prob_B for step in drawn], axis=1)
+        found = []
+        for prompt, token_N, log_prob_N in zip(ids, token_BN, log_prob_BN, strict=True):
+            new = _until(token_N, self.tokenizer.document_id)
+            text = self.tokenizer.decode([*prompt, *new])
+            found.append(Continuation(text, tuple(new), tuple(log_prob_N[: len(new)].tolist())))
+        return found
+
+    def draws(
+        self, prompts: Sequence[str], *, tokens: int, sampling: Sampling = Sampling(), seed: int = 0
+    ) -> Iterator[Drawn]:
+        """A token for each prompt, then the next ones, until all documents have ended."""
+        document = self.tokenizer.document_id
+        texts = [[document, *ids] for ids in self.tokenizer.encode_batch(list(prompts))]
+        start_B = np.asarray([len(text) for text in texts], np.int32)
+        key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(texts)))
+        held_BV = self._held(texts) if sampling.counts_tokens else None
+        caches, ended_B = None, np.zeros(len(texts), bool)
+        for i in range(tokens):
+            longest = int(start_B.max()) + i
+            chosen = sampling, key_B, np.int32(i), held_BV
+            if self._decoder is None or longest > self.context:
+                window_BT, length_B = self._windows(texts)
+                found = self._pass_and_draw(*chosen, *self._values, window_BT, length_B)
+                token_B, log_prob_B, held_BV = found
+            elif caches is None:
+                slots = min(_bucket(longest + tokens), self.context)
+                window_BT, length_B = self._windows(texts)
+                logits_BV, caches = self._decoder.prefill(window_BT, length_B, slots)
+                token_B, log_prob_B, held_BV = self._draw(*chosen, logits_BV)
+            else:
+                last_B = np.asarray([text[-1] for text in texts], np.int32)
+                given = self._decoder.values, last_B, start_B + np.int32(i - 1)
+                token_B, log_prob_B, held_BV, caches = self._step_and_draw(
+                    sampling, given, caches, *chosen[1:]
+                )
+            drawn = Drawn(np.asarray(token_B), np.asarray(log_prob_B))
+            for text, token in zip(texts, drawn.token_B.tolist(), strict=True):
+                text.append(token)
+            yield drawn
+            ended_B |= drawn.token_B == document
+            if ended_B.all():
+                return
+
+    def _windows(self, texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """The last T tokens (B, T) of each text, filled up with zeros, and their number (B,)."""
+        windows = [text[-self.context :] for text in texts]
+        length = min(_bucket(max(map(len, windows))), self.context)
+        window_BT = np.zeros((len(texts), length), np.int32)
+        for row_T, window in zip(window_BT, windows, strict=True):
+            row_T[: len(window)] = window
+        return window_BT, np.asarray([len(window) for window in windows], np.int32)
+
+    def _held(self, texts: list[list[int]]) -> np.ndarray:
+        """The tokens that each text holds: bool (B, V)."""
+        held_BV = np.zeros((len(texts), self._vocab_size), bool)
+        for row_V, text in zip(held_BV, texts, strict=True):
+            row_V[text] = True
+        return held_BV
+
+
+class Pieces:
+    """A text on its way out: each token adds the whole characters that it completes.
+
+    Args:
+        tokenizer: of the text.
+        ids: the tokens that it begins with.
+        say: is given one piece after the other.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, ids: Sequence[int], say: Callable[[str], None]):
+        self._tokenizer, self._ids, self._say = tokenizer, list(ids), say
+        self._shown, self._ended = "", False
+        self._show(whole=True)
+
+    def add(self, token: int) -> None:
+        """One more token; those behind the end of the document are left out."""
+        self._ended = self._ended or token == self._tokenizer.document_id
+        if not self._ended:
+            self._ids.append(token)
+            self._show(whole=True)
+
+    def finish(self) -> None:
+        """Say what is left: a character that was never completed."""
+        self._show(whole=False)
+
+    def _show(self, whole: bool) -> None:
+        text = self._tokenizer.decode(self._ids)
+        text = text.rstrip("\ufffd") if whole else text
+        if len(text) > len(self._shown):
+            self._say(text[len(self._shown) :])
+            self._shown = text
+
+
+def check(model: AbstractModel, context: int) -> None:
+    """Raise UserError where a model can't continue a text, or not with so many positions."""
     if not model.objective.causal:
         raise UserError(
             "this model fills in masked tokens and can't continue a text; "
@@ -91,46 +210,47 @@ def generate(
         )
     if model.module.leak:
         raise UserError(f"this model can't continue a text: {model.module.leak}")
-    start = [tokenizer.document_id, *tokenizer.encode_batch([prompt])[0]]
-    text_BN = np.tile(np.asarray(start, np.int32), (count, 1))
-    prompt_length = len(start)
-    next_token = jax.jit(functools.partial(_next_token, model, sampling))
-    key = jax.random.key(seed)
-    for i in range(tokens):
-        window_BN = text_BN[:, -context:]
-        length = window_BN.shape[1]
-        window_BT = np.zeros((count, context), np.int32)
-        window_BT[:, :length] = window_BN
-        args = (window_BT, jnp.int32(length), jax.random.fold_in(key, i))
-        chosen_B = np.asarray(next_token(params, router_state, *args))
-        text_BN = np.concatenate([text_BN, chosen_B[:, None].astype(np.int32)], axis=1)
-        ended_B = (text_BN[:, prompt_length:] == tokenizer.document_id).any(1)
-        if ended_B.all():
-            break
-    return [tokenizer.decode(_until_end(row_N[1:], tokenizer.document_id)) for row_N in text_BN]
-
-
-def _next_token(
-    model: AbstractModel, sampling: Sampling, params, router_state, window_BT, length, key
-):
-    """A token, int32 (B,), to follow the first `length` tokens of each window (B, T)."""
-    module = model.graph.merge(params, router_state)
-    count, context = window_BT.shape
-    place_BT = jnp.broadcast_to(jnp.arange(context, dtype=jnp.int32)[None], window_BT.shape)
-    out = module(
-        Tokens(
-            token_BT=window_BT,
-            segment_BT=(place_BT < length).astype(jnp.int32),
-            position_BT=place_BT,
-            index_B=jnp.arange(count, dtype=jnp.int32),
-            key=jax.random.key(0),
-            train=False,
+    learned = model.module.learned
+    if learned is not None and context > learned.length:
+        raise UserError(
+            f"a context of {context} tokens, but this model learned {learned.length} positions "
+            f"(Transformer.max_length); {learned.length} is the most"
         )
-    )
-    last_B1D = jax.lax.dynamic_slice_in_dim(out.hidden_BTD, length - 1, 1, axis=1)
-    return sampling.draw(module.logits(last_B1D)[:, 0], key)
 
 
-def _until_end(row_N: np.ndarray, document_id: int) -> list[int]:
-    ends = np.flatnonzero(row_N == document_id)
-    return row_N[: ends[0]].tolist() if len(ends) else row_N.tolist()
+def _bucket(length: int) -> int:
+    """The smallest power of two that is at least `length`, from `SHORTEST`."""
+    return max(SHORTEST, 1 << (length - 1).bit_length())
+
+
+def _until(token_N: np.ndarray, end: int) -> list[int]:
+    ends = np.flatnonzero(token_N == end)
+    return token_N[: ends[0]].tolist() if len(ends) else token_N.tolist()
+
+
+def _draw(sampling: Sampling, key_B, number, held_BV, logits_BV):
+    """A token for each text, its log-probability, and the tokens that texts hold then."""
+    key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, number)
+    token_B, log_prob_B = sampling.draw_each(logits_BV, key_B, held_BV)
+    if held_BV is not None:
+        held_BV = jnp.asarray(held_BV).at[jnp.arange(len(token_B)), token_B].set(True)
+    return token_B, log_prob_B, held_BV
+
+
+def _step_and_draw(decoder: Decoder, sampling: Sampling, given, caches, key_B, number, held_BV):
+    """The same after one more token of each text, and the cache with it."""
+    values, token_B, position_B = given
+    logits_BV, caches, _ = decoder.next_logits(values, caches, token_B, position_B)
+    return *_draw(sampling, key_B, number, held_BV, logits_BV), caches
+
+
+def _pass_and_draw(
+    graph, sampling: Sampling, key_B, number, held_BV, params, state, window_BT, length_B
+):
+    """The same by a pass over the first length_B tokens of each window (B, T)."""
+    module = graph.merge(params, state)
+    place_BT = jnp.broadcast_to(jnp.arange(window_BT.shape[1])[None], window_BT.shape)
+    segment_BT = (place_BT < length_B[:, None]).astype(jnp.int32)
+    hidden_BTD = module(tokens_of(window_BT, place_BT, segment_BT)).hidden_BTD
+    last_B1D = jnp.take_along_axis(hidden_BTD, (length_B - 1)[:, None, None], axis=1)
+    return _draw(sampling, key_B, number, held_BV, module.logits(last_B1D)[:, 0])

@@ -14,10 +14,14 @@ Axes = tuple[str | None, ...]
 
 
 class Declared(NamedTuple):
-    """The logical axes and the role of a parameter, as its module declares them."""
+    """The logical axes and the role of a parameter, as its module declares them.
+
+    rate: its share of the learning rate (`Transformer.base_width`).
+    """
 
     axes: Axes
     role: Role
+    rate: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Graph:
     @property
     def declared(self) -> dict[str, Declared]:
         """The parameters by name, as optimizers read them."""
-        return {name: Declared(self.axes[name], role) for name, role in self.roles.items()}
+        rates = {n: self.variables[n].get_metadata().get("rate", 1.0) for n in self.roles}
+        return {n: Declared(self.axes[n], role, rates[n]) for n, role in self.roles.items()}
 
     def merge(self, params: Arrays, state: Arrays) -> Any:
         """The module with these values. Costs nothing inside jit."""

@@ -23,6 +23,7 @@ from layers.moe_layer import MoELayer
 from layers.norms import RMSNorm
 from layers.positions import POSITIONS, LearnedPositions, Positions, sinusoidal
 from layers.stack import REMAT, Remat, Stack, moe_layers
+from moe.model import maximal_update
 from routing import (
     Causality,
     DepthRouter,
@@ -118,6 +119,9 @@ class Transformer(nnx.Module):
             saved.
         compute_dtype: of matmuls and activations; parameters, routers and losses are float32.
         scan: loop over equal layers (compiles once) or unroll them.
+        base_width: the d_model at which the learning rate was tuned: it stays the best one at other
+            widths (µP, moe/model/maximal_update.py), if d_ff and num_heads grow alike; None for
+            the standard parametrization, which is the same at d_model = base_width.
         allow_leaks: allow a decoder whose router sees later tokens, to measure how far that
             flatters its loss; it can't generate text.
 
@@ -148,6 +152,7 @@ class Transformer(nnx.Module):
         remat: Remat = "none",
         compute_dtype: str = "float32",
         scan: bool = True,
+        base_width: Count | None = None,
         allow_leaks: bool = False,
     ):
         check_choice("positions", positions, POSITIONS)
@@ -180,6 +185,9 @@ class Transformer(nnx.Module):
         self.final_norm = norm(d_model)
         head = (d_model, vocab_size), ("embed", "vocab"), truncated_normal()
         self.head_DV = None if tie_embeddings else parameter(*head, role="head")
+        self.width_ratio = d_model / (base_width or d_model)
+        if base_width:
+            maximal_update.parametrize(self, self.width_ratio)
         self.leak = self._leak() if causal else None
         if self.leak and not allow_leaks:
             raise ValueError(self.leak)
@@ -224,14 +232,7 @@ class Transformer(nnx.Module):
             stacked over sparse layers.
         """
         tokens = tokens if isinstance(tokens, Tokens) else Tokens.of(tokens)
-        dtype = DTYPES[self.compute_dtype]
-        x_BTD = self.embedding_VD[...][tokens.token_BT] * (1 / 0.02)
-        if self.learned is not None:
-            x_BTD = x_BTD + self.learned(tokens.position_BT) * (1 / 0.02)
-        elif self.positions == "sinusoidal":
-            x_BTD = x_BTD + sinusoidal(tokens.position_BT, self.d_model)
-        x_BTD = logical_constraint(x_BTD.astype(dtype), "batch", "length", None)
-        tokens = self._with_zero_logits(tokens)
+        x_BTD, tokens = self.embedded(tokens)
         outputs, mod_outputs, done = [], [], 0
         for stack in self.stacks:
             per_unit = sum(b.is_moe for b in stack.unit.blocks)
@@ -243,6 +244,17 @@ class Transformer(nnx.Module):
             mod_outputs += [] if mod_output is None else [mod_output]
         hidden_BTD = self.final_norm(x_BTD)  # pyright: ignore[reportCallIssue]
         return ModelOutput(hidden_BTD, over_layers(outputs), over_layers(mod_outputs))
+
+    def embedded(self, tokens: Tokens) -> tuple[Float[Array, "B T D"], Tokens]:
+        """The first layer's input, and the tokens with the previous logits that routers read."""
+        dtype = DTYPES[self.compute_dtype]
+        x_BTD = self.embedding_VD[...][tokens.token_BT] * (1 / 0.02)
+        if self.learned is not None:
+            x_BTD = x_BTD + self.learned(tokens.position_BT) * (1 / 0.02)
+        elif self.positions == "sinusoidal":
+            x_BTD = x_BTD + sinusoidal(tokens.position_BT, self.d_model)
+        x_BTD = logical_constraint(x_BTD.astype(dtype), "batch", "length", None)
+        return x_BTD, self._with_zero_logits(tokens)
 
     def _with_zero_logits(self, tokens: Tokens) -> Tokens:
         """The tokens with previous logits of zero, where routers read previous logits."""
@@ -257,7 +269,8 @@ class Transformer(nnx.Module):
         """The output weights (D, V), float32."""
         if self.head_DV is not None:
             return self.head_DV[...]
-        return self.embedding_VD[...].T / (0.02 * self.d_model**0.5)
+        scale = 0.02 * (self.d_model * self.width_ratio) ** 0.5
+        return self.embedding_VD[...].T / scale
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> jax.Array:
         """The logits (B, T, V) of hidden states, float32."""

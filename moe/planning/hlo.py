@@ -18,6 +18,7 @@ BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, 
 _LINE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\((.*)")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _EXCHANGE = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (.*?) (?:ragged-)?all-to-all(-start)?\(")
 _DONE = re.compile(r" (?:ragged-)?all-to-all-done\(%?([\w.-]+)\)")
 _FLOATS = re.compile(r"(?:bf16|f16|f32)\[")
@@ -141,7 +142,9 @@ def runs(bodies: dict[str, list[str]]) -> dict[str, int]:
     for name, lines in bodies.items():
         for line in lines:
             if match := _WHILE.search(line):
-                calls[name].append((match[2], trips(bodies.get(match[1], []))))
+                known = _TRIPS.search(line)
+                often = int(known[1]) if known else trips(bodies.get(match[1], []))
+                calls[name].append((match[2], often))
             elif match := _CALLED.search(line):
                 calls[name] += [(called.strip(" %"), 1) for called in match[1].split(",")]
     times: dict[str, int] = {}

@@ -12,10 +12,13 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from layers.attention import Attention
 from layers.block import Block
 from layers.dispatch import Sorted
 from layers.experts.feed_forward import GATED
+from layers.kernels.attention import CUDNN_QUERIES
 from layers.kernels.cross_entropy import ACCELERATOR_BLOCK_LOGITS
+from layers.logical_axes import sharding_rules
 from layers.mixture_of_depths import blocks_of
 from layers.moe_layer import MoELayer
 from layers.stack import Stack, moe_layers, rematerialised
@@ -28,7 +31,7 @@ SCORE_BYTES = 10  # of an attention score: float32 twice, and once in the comput
 
 
 def step_bytes(
-    model: AbstractModel, program: Program, sequences: int, accumulate: int
+    model: AbstractModel, program: Program, sequences: int, accumulate: int, on: Any = None
 ) -> dict[str, int]:
     """Peak bytes of a training step on one device, by kind.
 
@@ -43,6 +46,7 @@ def step_bytes(
         model, program: of the run.
         sequences: in a micro-batch, over all devices.
         accumulate: micro-batches per step.
+        on: the device to choose attention's kernel for; one of the mesh's where None.
     """
     module, state = model.module, program.abstract_state
     mesh, dtype = program.batch_sharding.mesh.shape, DTYPES[module.compute_dtype]
@@ -57,14 +61,17 @@ def step_bytes(
     small = jnp.dtype(dtype).itemsize
     shards = math.prod(mesh[axis] for axis in sharding.RULES["batch"])
     shape = (sequences // shards, model.sequence_length)
-    saved = sum(
-        stack.repeats * _saved(stack, shape, module.d_model, dtype) for stack in module.stacks
-    )
-    layer = max(
-        _gathered(state.params, f"stacks.{i}.", mesh, small) // stack.repeats
-        + max(_working(block, model, mesh, shape, small) for block in blocks_of(stack.unit.blocks))
-        for i, stack in enumerate(module.stacks)
-    )
+    # Of one device's tokens, so that no rule cuts them further.
+    devices: Any = program.batch_sharding.mesh.devices
+    with sharding_rules(None, on or devices.flat[0]):
+        saved = sum(
+            stack.repeats * _saved(stack, shape, module.d_model, dtype) for stack in module.stacks
+        )
+        layer = max(
+            _gathered(state.params, f"stacks.{i}.", mesh, small) // stack.repeats
+            + max(_working(b, model, mesh, shape, dtype) for b in blocks_of(stack.unit.blocks))
+            for i, stack in enumerate(module.stacks)
+        )
     logits = min(ACCELERATOR_BLOCK_LOGITS, math.prod(shape) * module.vocab_size)
     moments = (
         {"gradients": parameters * (1 if accumulate == 1 else 2), "one_layer": layer},
@@ -128,12 +135,22 @@ def _gathered(params, prefix: str, mesh: Mapping[str, int], small: int) -> int:
     return count * small
 
 
-def _working(block: Block, model: AbstractModel, mesh, shape: tuple[int, int], small: int) -> int:
+def _working(block: Block, model: AbstractModel, mesh, shape: tuple[int, int], dtype) -> int:
     """Bytes of a block's backward workspace: the larger one of attention and feed-forward."""
-    attention, sequences = block.attention, shape[0]
-    queries = min(shape[1], attention.chunk or shape[1])
-    scores = SCORE_BYTES * sequences * attention.query_DHK.shape[-2] * queries * shape[1]
-    return max(scores, small * sum(_rows(block.feed_forward, model, mesh, math.prod(shape))))
+    rows = sum(_rows(block.feed_forward, model, mesh, math.prod(shape)))
+    return max(_attention(block.attention, shape, dtype), jnp.dtype(dtype).itemsize * rows)
+
+
+def _attention(attention: Attention, shape: tuple[int, int], dtype) -> int:
+    """Bytes of attention's backward workspace: scores, or a kernel's eight arrays and its mask."""
+    sequences, length = shape
+    query = jax.ShapeDtypeStruct((*shape, *attention.query_DHK.shape[-2:]), dtype)
+    kernel = attention.chosen_kernel(query).kernel
+    if kernel == "chunks":
+        queries = min(length, attention.chunk or length)
+        return SCORE_BYTES * sequences * query.shape[2] * queries * length
+    mask = sequences * min(length, CUDNN_QUERIES) * length if kernel == "cudnn" else 0
+    return query.dtype.itemsize * (8 * query.size + mask)
 
 
 def _rows(layer, model: AbstractModel, mesh, tokens: int) -> Iterator[int]:

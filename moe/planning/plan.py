@@ -1,4 +1,4 @@
-"""The memory and time that a config needs on a TPU slice: counted, and by the TPU's compiler."""
+"""The memory and time that a config needs on TPUs or GPUs: counted, and by their compilers."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
+from layers.logical_axes import sharding_rules
 from moe.data.batch import Batch
 from moe.errors import UserError
 from moe.model.sharding import MESH_AXES
-from moe.planning import hlo, memory
+from moe.planning import compilers, hlo, links, memory
 from moe.planning.chips import Topology
 from moe.planning.report import of_state
 from moe.training.abstract_model import AbstractModel, Vocabulary
@@ -25,14 +26,16 @@ from moe.training.train_step import Program
 
 @dataclasses.dataclass(frozen=True)
 class TrainingStep:
-    """A config's training step for a slice, not compiled yet.
+    """A config's training step for a topology, not compiled yet.
 
     Attributes:
+        topology: that it is for.
         batch: shapes of the global batch; tokens: how many it has.
         accumulate: micro-batches of the step.
         reason: why it can't be compiled here; None where it can.
     """
 
+    topology: Topology
     model: AbstractModel
     program: Program
     mesh: Mesh
@@ -49,13 +52,13 @@ def plan(topology: Topology, vocab_size: int, tries: int, say) -> Iterator[dict[
     `changes` that may fit by counting are compiled; `change` is the first that does.
 
     Args:
-        topology: the slice.
+        topology: TPUs or GPUs.
         vocab_size: of the tokenizer.
         tries: how many changes are compiled at most.
         say: prints what is under way.
 
     Raises:
-        UserError: a config that can't be built for this slice.
+        UserError: a config that can't be built for it.
     """
     step = build(topology, vocab_size)
     costs = step.model.costs
@@ -77,7 +80,7 @@ def plan(topology: Topology, vocab_size: int, tries: int, say) -> Iterator[dict[
     yield found
     if step.reason is not None:
         return
-    say("compiling the training step for this slice")
+    say("compiling the training step")
     found["compiled"] = compiled(step)
     if found["compiled"]["fits"]:
         yield found | {"roofline": roofline(found, topology)}
@@ -117,20 +120,26 @@ def _with_changes(
 
 
 def build(topology: Topology, vocab_size: int) -> TrainingStep:
-    """The training step of gin's `train` for a slice; UserError where it can't be built."""
+    """The training step of gin's `train` for a topology; UserError where it can't be built."""
     spec = RunSpec(data=None)
-    devices, reason = tpu_devices(topology)
+    devices, reason = compilers.described(topology)
     mesh = spec.build_mesh(devices)
     tokens = np.arange(2) % vocab_size
-    model, program = spec.build(Vocabulary(vocab_size), mesh, training_tokens=tokens)
+    with compilers.assuming_cudnn(), sharding_rules(None, topology.device):
+        model, program = spec.build(Vocabulary(vocab_size), mesh, training_tokens=tokens)
     batch = batch_of(program, *spec.shape)
-    return TrainingStep(model, program, mesh, batch, math.prod(spec.shape), spec.accumulate, reason)
+    return TrainingStep(
+        topology, model, program, mesh, batch, math.prod(spec.shape), spec.accumulate, reason
+    )
 
 
 def counted(step: TrainingStep) -> dict[str, int]:
     """Peak bytes of a step on one device, by kind, as `memory.step_bytes` counts them."""
     sequences = len(step.batch.index_B) // step.accumulate
-    return memory.step_bytes(step.model, step.program, sequences, step.accumulate)
+    with compilers.assuming_cudnn():
+        return memory.step_bytes(
+            step.model, step.program, sequences, step.accumulate, step.topology.device
+        )
 
 
 def changes() -> Iterator[tuple[str, ...]]:
@@ -151,38 +160,20 @@ def roofline(found: dict[str, Any], topology: Topology) -> dict[str, float]:
     Returns:
         products: seconds of the model's matmuls at the chip's peak, without recomputation.
         memory: a lower bound: arguments and temporaries are each written and read once.
-        interconnect: with all links of a chip busy at once.
+        interconnect: with all links of a chip busy at once, by `links.seconds`.
         utilisation_if_all_overlaps, utilisation_if_nothing_overlaps: shares of the chip's peak.
     """
     chip, compiled = topology.chip, found["compiled"]
     matmuls = found["seconds_of_products_at_peak"]
     touched = 2 * (compiled["arguments"] + compiled["temporaries"])
     memory = touched / topology.share(chip.memory_bandwidth)
-    sent = sum(row["moved"] for row in compiled["collectives"])
-    interconnect = sent / topology.share(chip.interconnect)
+    rows = compiled["collectives"]
+    interconnect = sum(links.seconds(row, found["mesh"], topology) for row in rows)
     seconds = {"products": matmuls, "memory": memory, "interconnect": interconnect}
     return seconds | {
         "utilisation_if_all_overlaps": matmuls / max(seconds.values()),
         "utilisation_if_nothing_overlaps": matmuls / sum(seconds.values()),
     }
-
-
-def tpu_devices(topology: Topology) -> tuple[list, str | None]:
-    """The slice's devices as the TPU's compiler describes them, and None.
-
-    Without the compiler: as many stand-ins, and the reason.
-    """
-    from jax.experimental import topologies
-
-    try:
-        more = {} if topology.slices == 1 else {"num_slices": topology.slices}
-        described = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.slice_name, **more
-        )
-    except Exception as error:  # a missing or failing libtpu raises errors of any kind
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return [jax.devices()[0]] * topology.devices, first
-    return list(described.devices), None
 
 
 def batch_of(program: Program, batch_size: int, length: int) -> Batch:
@@ -207,7 +198,9 @@ def compiled(step: TrainingStep) -> dict[str, Any]:
     started = time.monotonic()
     program, sizes = step.program, tuple(step.mesh.devices.shape)
     try:
-        executable = program.step.lower(program.abstract_state, step.batch).compile()
+        with compilers.assuming_cudnn():
+            lowered = program.step.lower(program.abstract_state, step.batch)
+        executable = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -1,10 +1,10 @@
 """The findings of `moe plan` as text."""
 
 from collections.abc import Collection
-import importlib.util
 from typing import Any
 
-from moe.planning.chips import GIB
+from moe.planning import wheels
+from moe.planning.chips import GIB, GPUS
 
 STATE = ("parameters", "optimizer", "router_state")
 
@@ -58,13 +58,9 @@ def counted_report(found: dict[str, Any]) -> str:
 def compiled_report(found: dict[str, Any]) -> str:
     """The compiler's findings, or why nothing was compiled."""
     compiled, room = found["compiled"], found["memory_per_chip"]
-    if compiled is None and importlib.util.find_spec("libtpu"):
-        return f"not compiled: {found['reason']}"
     if compiled is None:
-        return (
-            f"not compiled: {found['reason']}\n"
-            "  pip install 'moe-routing[plan]' gives the compiler (libtpu)"
-        )
+        how = wheels.hint(gpu=found["topology"].partition(":")[0] in GPUS)
+        return f"not compiled: {found['reason']}" + (f"\n  {how}" if how else "")
     if not compiled["fits"]:
         return f"does not fit: {compiled['refused']}\n  {way_out(found)}"
     line = found["roofline"]

@@ -15,6 +15,7 @@ import numpy as np
 
 from moe.reports.findings import Finding, paired
 from moe.reports.read import Sweep
+from moe.sweeps.cell import DECODED_AT_ONCE
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 BASELINE, GREY, BAND = "#000000", "#999999", "#DDDDDD"
@@ -195,16 +196,19 @@ def with_shares(sweep: Sweep, finding: Finding) -> Sweep:
 
 
 def pareto(findings: Sequence[Finding]) -> Figure:
-    """Loss against what it costs: FLOPs of a token, parameters, time and memory."""
+    """Loss against what it costs: FLOPs, parameters, time and memory; what decoding reads."""
     costs: dict[str, Callable[[Finding], float | None]] = {
         "active FLOPs per token": lambda f: f.facts["flops_per_token"],
         "total parameters": lambda f: f.facts["parameters_total"],
         "seconds of training": lambda f: f.means.get("train_seconds"),
         "peak memory in MiB": lambda f: scaled(f.means.get("peak_memory_bytes"), 2**-20),
+        f"parameters read per token,\ndecoding {DECODED_AT_ONCE} at once": lambda f: f.facts.get(
+            "decode_parameters"
+        ),
     }
     colours = colours_of(findings)
-    figure = Figure(figsize=(12, 3.4))
-    panels = figure.subplots(1, 4, sharey=True)
+    figure = Figure(figsize=(14, 3.4))
+    panels = figure.subplots(1, len(costs), sharey=True)
     for axes, (label, cost) in zip(panels, costs.items(), strict=True):
         points = [(cost(f), float(np.mean(f.values_S)), f) for f in findings if f.values_S]
         points = [(x, y, f) for x, y, f in points if x is not None and math.isfinite(x)]
@@ -226,7 +230,7 @@ def pareto(findings: Sequence[Finding]) -> Figure:
         axes.margins(0.15)
         tidy(axes)
     panels[0].set_ylabel("held-out bits per byte")
-    legend(panels[3], findings, colours)
+    legend(panels[-1], findings, colours)
     figure.suptitle("Loss against cost; the line joins cells that no cheaper one beats")
     return figure
 

@@ -10,9 +10,10 @@ from typing import Any
 from moe.analysis.plots import picture
 from moe.analysis.specialisation import token_table
 from moe.data import compressors
-from moe.data.tokens.cache import write_atomically
+from moe.data.tokens.sealed import write_atomically
 from moe.errors import attempted
-from moe.inference.generate import Sampling, generate
+from moe.inference.generate import Generator
+from moe.inference.sampling import Sampling
 from moe.machine import processes
 from moe.model.functional import Arrays
 from moe.runs.setup import Setup
@@ -74,20 +75,12 @@ class Artifacts:
         Empty for a model that can't continue a text. values: parameters and router state.
         """
         spec, model = self.setup.spec, self.setup.model
-        if not model.objective.causal or model.module.leak:
+        if not model.objective.causal or model.module.leak or not spec.prompts:
             return []
-        texts = []
-        for prompt in spec.prompts:
-            texts += generate(
-                model,
-                *values,
-                self.setup.text.tokenizer,
-                prompt=prompt,
-                tokens=160,
-                context=spec.sequence_length,
-                sampling=Sampling(temperature=0.7, top_p=0.95),
-                seed=spec.seed,
-            )
+        generator = Generator(model, *values, self.setup.text.tokenizer)
+        sampling = Sampling(temperature=0.7, top_p=0.95)
+        found = generator.continuations(spec.prompts, tokens=160, sampling=sampling, seed=spec.seed)
+        texts = [text.text for text in found]
         separator = "\n" + "-" * 80 + "\n"
         self.folder.samples.write_text(separator.join(texts) + "\n", encoding="utf-8")
         return texts

@@ -1,6 +1,7 @@
 """The optimizer steps of a run, with evaluations and checkpoints between them."""
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -28,6 +29,7 @@ class Loop:
         watchdog: is told of each step, and of each batch of an evaluation.
         extra: what each checkpoint holds beside the state, as JSON.
         saved: the step of the newest checkpoint; None before the first.
+        first_state: the run's first state and its `extra`, anew, from the newest checkpoint.
         stopped: a signal came to some process. late: `train.max_seconds` is over.
     """
 
@@ -40,6 +42,7 @@ class Loop:
     watchdog: Watchdog
     extra: dict[str, Any]
     saved: int | None
+    first_state: Callable[[], tuple[TrainState, dict[str, Any]]]
     stopped: bool = False
     late: bool = False
 
@@ -53,6 +56,7 @@ class Loop:
         watchdog: Watchdog,
         origin: dict[str, Any],
         saved: int | None,
+        first_state: Callable[[], tuple[TrainState, dict[str, Any]]],
     ) -> "Loop":
         """The loop of a run; origin: the entry of run.json that names the run it started from."""
         compiling = metrics.display.compiling
@@ -61,45 +65,97 @@ class Loop:
         score_batch = compiling(score_batch, "the evaluation")
         extra = setup.identity | origin
         return cls(
-            setup, train_step, score_batch, metrics, saves, interrupted, watchdog, extra, saved
+            setup,
+            train_step,
+            score_batch,
+            metrics,
+            saves,
+            interrupted,
+            watchdog,
+            extra,
+            saved,
+            first_state,
         )
 
     def run(self, state: TrainState) -> tuple[TrainState, int]:
         """The state after the last step that was trained, and the number of that step.
 
+        Raises:
+            TrainingDiverged: a bad step that is neither skipped nor gone back from.
+        """
+        while True:
+            try:
+                return self._train(state)
+            except TrainingDiverged as error:
+                diverged = error.with_traceback(None)  # its frames hold a state, too
+            del state
+            state = self._rewound(diverged)
+
+    def _train(self, state: TrainState) -> tuple[TrainState, int]:
+        """As `run`, up to the first bad step that is not skipped.
+
         Step n + 1 is dispatched before the logger reads the metrics of step n, so that the device
         never waits for the host.
-
-        Raises:
-            TrainingDiverged: a loss or gradient that is not finite.
         """
-        spec, sharding = self.setup.spec, self.setup.program.batch_sharding
+        spec, sharding, watch = (
+            self.setup.spec,
+            self.setup.program.batch_sharding,
+            self.metrics.watch,
+        )
         step = int(state.step)
-        batches = self.setup.train_batches.batches(step, self.setup.rows)
+        made = self.setup.train_batches.batches(step + watch.left_out, self.setup.rows)
         self._ask_processes()
-        while step < spec.steps and step != spec.stop_at and not self.stopped and not self.late:
-            self.watchdog.begins("step", step + 1)
-            batch = to_devices(next(batches), sharding, spec.batch_size)
-            state, measured = self.train_step(state, batch)
-            self.interrupted.at_once = False  # from here on there is something to save
-            step += 1
-            self.metrics.step(step, measured)
-            evaluating = bool(spec.eval_every) and step % spec.eval_every == 0 and step < spec.steps
-            if evaluating or (spec.save_every and step % spec.save_every == 0):
-                self._evaluate_and_save(state, step, evaluating)
-            # Several processes exchange flags only at logged steps.
-            if step % spec.log_every == 0 or jax.process_count() == 1:
-                self._ask_processes()
-        self.metrics.read(last=self.late)
-        self.watchdog.pause()
-        batches.close()
+        with contextlib.closing(made) as batches:
+            while step < spec.steps and step != spec.stop_at and not self.stopped and not self.late:
+                self.watchdog.begins("step", step + 1)
+                batch = to_devices(next(batches), sharding, spec.batch_size)
+                limits = {"limits": watch.limits(step + 1)} if watch.skips else {}
+                state, measured = self.train_step(state, batch, **limits)
+                self.interrupted.at_once = False  # from here on there is something to save
+                step += 1
+                self.metrics.step(step, measured)
+                evaluating = (
+                    bool(spec.eval_every) and step % spec.eval_every == 0 and step < spec.steps
+                )
+                if evaluating or (spec.save_every and step % spec.save_every == 0):
+                    self._evaluate_and_save(state, step, evaluating)
+                # Several processes exchange flags only at logged steps.
+                if step % spec.log_every == 0 or jax.process_count() == 1:
+                    self._ask_processes()
+            self.metrics.read(last=self.late)
+            self.watchdog.pause()
         return state, step
+
+    def _rewound(self, diverged: TrainingDiverged) -> TrainState:
+        """The state of the newest checkpoint, or the run's first one, to go on from.
+
+        Batches up to the bad step's are left out. Raises the error where that is not asked for.
+        """
+        self.watchdog.pause()
+        watch = self.metrics.watch
+        if watch.rewinds_left < 1:
+            raise diverged
+        self.saves.wait()
+        state, extra = self.first_state()
+        step = int(state.step)
+        watch.rewound(diverged.step, step, extra.get("bad_steps"))
+        self.saved = step if extra else None
+        self.metrics.rewind(step)
+        reason = str(diverged).split("; ")[0].splitlines()[0]
+        self.metrics.display.say(
+            f"{reason}; going on from step {step} without the batches of the "
+            f"{diverged.step - step} steps after it, rewind {watch.rewinds} of at most "
+            f"{watch.rewinds + watch.rewinds_left}"
+        )
+        return state
 
     def save(self, state: TrainState, step: int, val_loss: float | None = None) -> None:
         """Start writing a checkpoint, unless this step has one."""
         self.interrupted.at_once = False
         if self.saved != step:
-            self.saves.save(state, self.extra | {"clock": self.metrics.meter.total}, val_loss)
+            clock = {"clock": self.metrics.meter.total}
+            extra = self.extra | clock | self.metrics.watch.record()
+            self.saves.save(state, extra, val_loss)
             self.saved = step
 
     def _evaluate_and_save(self, state: TrainState, step: int, evaluating: bool) -> None:
@@ -138,5 +194,6 @@ def require_finite_loss(
     raise TrainingDiverged(
         f"step {step}: the held-out loss is {result.loss}; not finite: "
         f"{broken or 'no value of the state, so that the text or the model is at fault'}; "
-        f"{saves.last_good()}"
+        f"{saves.last_good()}",
+        step,
     )

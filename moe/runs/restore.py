@@ -6,7 +6,7 @@ import dataclasses
 import jax
 from jax.sharding import Mesh
 
-from moe.data.tokens.tokenizer import Tokenizer, load_tokenizer
+from moe.data.tokens.tokenizer import Tokenizer
 from moe.errors import UserError
 from moe.machine.allocator import keep_freed_memory
 from moe.model import sharding
@@ -45,11 +45,11 @@ def restore_run(workdir: str, spec: RunSpec, step: int | None = None, say: Say =
         step: of the checkpoint; the newest where None.
 
     Raises:
-        UserError: no checkpoint, or none that can be read.
+        UserError: no checkpoint, or none that can be read; another tokenizer than was recorded.
     """
     keep_freed_memory()
     folder = RunFolder(workdir)
-    tokenizer = load_tokenizer(folder.tokenizer)
+    tokenizer = folder.own_tokenizer()
     mesh = mesh_at_hand(spec.in_force.mesh, say)
     model = spec.build_model(Vocabulary.of(tokenizer))
     params, router_state, step = read_values(folder, model, mesh, step, say)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from moe.data.tokens.tokenizer import Tokenizer, load_tokenizer
+from moe.data.tokens.tokenizer import Tokenizer
 from moe.errors import UserError
 from moe.runs.setup import Setup
 from moe.runs.storage import checkpoint
@@ -74,6 +74,13 @@ def first_state(
     return state, {}, {"started_from": {"run": source.run, "step": step}}
 
 
+def state_again(
+    saves: checkpoint.Checkpoints, setup: Setup, source: Source, say: Say
+) -> tuple[TrainState, dict[str, Any]]:
+    """The first two results of `first_state`, for a run that goes back to its newest checkpoint."""
+    return first_state(saves, setup, source, say)[:2]
+
+
 def _refuse_another_run(theirs: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
     """UserError where a checkpoint records another identity; config.gin may be lost or altered."""
     there, here = ({**given.get("data", {}), **given} for given in (theirs, ours))
@@ -104,7 +111,7 @@ def from_run(
     folder, step = source.folder_and_step()
     if not (folder.checkpoints.is_dir() and folder.tokenizer.is_dir()):
         raise UserError(f"{where}: no run with checkpoints there")
-    if load_tokenizer(folder.tokenizer).fingerprint != tokenizer.fingerprint:
+    if folder.own_tokenizer().fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"{where}: that run has another tokenizer; take its own: TextData.tokenizer = "
             f"@TokenizerFile() and TokenizerFile.path = {str(folder.tokenizer)!r}"

@@ -4,10 +4,17 @@ from collections.abc import Callable
 import dataclasses
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
 from layers.dispatch import Sorted
 from layers.kernels.grouped_matmul import choose
+from layers.logical_axes import sharding_rules
+from layers.mixture_of_depths import blocks_of
 from moe.data.text import PreparedData
 from moe.machine import hardware
+from moe.model import sharding
+from moe.model.transformer import DTYPES
 from moe.runs.storage.folder import RunFolder, versions
 from moe.settings import resolved
 from moe.training.abstract_model import AbstractModel
@@ -47,7 +54,8 @@ def describe(
         f"{costs.flops_per_token:,} FLOPs per token; router: {router}; router losses: {losses}"
     )
     if layer is not None and isinstance(layer.dispatcher, Sorted):
-        kernel, reason = choose(layer.dispatcher.kernel)
+        width = layer.experts.row_width or model.module.d_model
+        kernel, reason = choose(layer.dispatcher.kernel, model.module.compute_dtype, width)
         say(f"experts' matmuls: {kernel} ({reason})")
     if layer is not None and 1 < layer.num_experts <= costs.experts_per_token:
         say(
@@ -58,6 +66,21 @@ def describe(
         f"machine: {hardware.describe_device()}, {peak / 1e9:,.0f} GFLOP/s measured in "
         f"{model.module.compute_dtype} matmuls; run folder: {folder.path}"
     )
+
+
+def attention_of(model: AbstractModel, mesh: Mesh) -> str:
+    """The kernels that compute attention on the mesh, and why."""
+    found = {}
+    sequences = sharding.batch_shards(mesh)  # one on each device
+    with sharding_rules(sharding.rule(mesh), mesh.devices.flat[0]):
+        for stack in model.module.stacks:
+            for block in blocks_of(stack.unit.blocks):
+                heads, width = block.attention.query_DHK.shape[-2:]
+                shape = (sequences, model.sequence_length, heads, width)
+                query = jax.ShapeDtypeStruct(shape, DTYPES[model.module.compute_dtype])
+                kernel, reason = block.attention.chosen_kernel(query)
+                found[f"{kernel} ({reason})"] = None
+    return "; ".join(found)
 
 
 def costs_of(model: AbstractModel) -> dict[str, Any]:

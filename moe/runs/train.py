@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import contextlib
+import functools
 import math
 import signal
 import time
@@ -15,14 +16,15 @@ from moe.runs import artifacts, fit, start
 from moe.runs.guard import guarded
 from moe.runs.loop import Loop, require_finite_loss
 from moe.runs.setup import Setup
-from moe.runs.storage import checkpoint
+from moe.runs.storage import checkpoint, space
 from moe.runs.storage.folder import RunFolder
-from moe.runs.summary import describe, describe_run, summary_of
+from moe.runs.summary import attention_of, describe, describe_run, summary_of
 from moe.runs.tracking import progress
 from moe.runs.tracking.logs import Logs
 from moe.runs.tracking.metrics_logger import MetricsLogger
 from moe.runs.tracking.throughput import ThroughputMeter
 from moe.settings import resolved
+from moe.training.bad_steps import Watch
 from moe.training.run_spec import RunSpec
 
 Say = Callable[[str], None]
@@ -65,6 +67,7 @@ def train(
         peak = hardware.matmul_peak(setup.model.module.compute_dtype)
         table = setup.settings
         describe(say, table, setup.model, text, peak, folder)
+        say(f"attention: {attention_of(setup.model, setup.mesh)}")
 
         # The state: from the last checkpoint, from another run, or from the seed.
         saves = stack.enter_context(checkpoint.opened(folder.checkpoints, spec.keep))
@@ -78,6 +81,9 @@ def train(
         start.report(first, spec, folder, rate_N, say)
         if spec.stop_at is not None and spec.stop_at <= first < spec.steps:
             return {"interrupted": True, "signal": None, "step": first}
+        if first < spec.steps:
+            found = space.room(spec, setup.program.abstract_state, first, folder.checkpoints)
+            space.check(found, folder.path, say)
         run = describe_run(model, text, spec.seed, peak) | origin
         if spec.steps != requested:
             run["fitted_steps"] = {str(requested): spec.steps}
@@ -91,12 +97,14 @@ def train(
         stack.callback(logs.close if logs else lambda: None)
         interrupted = stack.enter_context(catching_signals())
         meter = ThroughputMeter(peak, model, math.prod(spec.shape), clock, spec.max_seconds)
+        watch = Watch.of(spec.bad_steps, restored.get("bad_steps"))
         metrics = MetricsLogger(
-            model, meter, display, logs, saves, rate_N, spec.metrics, spec.log_every
+            model, meter, display, logs, saves, rate_N, spec.metrics, spec.log_every, watch
         )
         watchdog = stack.enter_context(guarded(spec, folder, processes.index()))
+        again = functools.partial(start.state_again, saves, setup, source, display.say)
         saved = first if restored else None
-        loop = Loop.of(setup, metrics, saves, interrupted, watchdog, origin, saved)
+        loop = Loop.of(setup, metrics, saves, interrupted, watchdog, origin, saved, again)
         state, step = loop.run(state)
         if step < spec.steps and loop.late:
             display.say(fit.late_message(step, spec))
@@ -120,6 +128,7 @@ def train(
                 if not quiet:
                     artifacts.write_documents(result, setup, folder)
                 summary = {"step": step, **summary_of(result, model, text, peak), **meter.summary()}
+                summary |= watch.summary()
                 made = artifacts.Artifacts(folder, setup)
                 return artifacts.write(made, state, summary, display, started)
         except Stopped:

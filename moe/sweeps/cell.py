@@ -13,12 +13,14 @@ import jax
 
 from moe import settings
 from moe.errors import Problems, UserError
+from moe.model.flops import Costs
 from moe.settings import read
 from moe.sweeps.spec import MATCHED
 from moe.training.abstract_model import AbstractModel, Vocabulary
 from moe.training.run_spec import RunSpec
 from routing.records import Causality
 
+DECODED_AT_ONCE = 16  # sequences, for the facts
 Settings = dict[str, str]  # value by name, both as a config writes them
 
 
@@ -60,7 +62,8 @@ def read_config(changes: Sequence[str]) -> Config:
             values.pop(setting.key, None)
             values[setting.key] = repr(setting.value)
         imports |= dict.fromkeys(statement.format() for _, statement in reading.imports)
-        folders |= dict.fromkeys(map(str, reading.folders))
+        if reading.imports:  # else a plan would name this machine's folders for nothing
+            folders |= dict.fromkeys(map(str, reading.folders))
     if problems:
         raise Problems(problems)
     return Config(values, tuple(imports), tuple(folders))
@@ -109,6 +112,7 @@ class Built:
             "tokens": self.tokens,
             "training_flops": float(costs.flops_per_token * self.tokens),
             "state_bytes": self.state_bytes(),
+            "decode_parameters": parameters_read(costs, DECODED_AT_ONCE),
             "router": None,
             "causality": Causality.CAUSAL.value,
             "decoding": "dense: no token is routed",
@@ -119,6 +123,20 @@ class Built:
             found["causality"] = layer.router.causality.value
             found["decoding"] = layer.router.decoding
         return found
+
+
+def parameters_read(costs: Costs, tokens: int) -> float:
+    """The parameters that decoding reads for each of so many tokens at once.
+
+    Tokens share what all of them use. Of E experts, K a token, they wake E (1 - (1 - K/E)^tokens)
+    when each token chooses evenly and on its own.
+    """
+    experts, chosen = costs.num_experts, min(costs.experts_per_token, costs.num_experts)
+    if experts <= chosen:
+        return costs.parameters_active / tokens
+    each = (costs.parameters_total - costs.parameters_active) / (experts - chosen)
+    woken = experts * (1 - (1 - chosen / experts) ** tokens)
+    return (costs.parameters_active + each * (woken - chosen)) / tokens
 
 
 def build(config: Config, more: Mapping[str, object] | None = None) -> Built:

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moe.data.tokens.cache import write_atomically
+from moe.data.tokens.sealed import write_atomically
 from moe.errors import UserError
 
 VERSION = 1

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import concurrent.futures
+import contextlib
 import statistics
 import threading
 import time
@@ -68,7 +69,7 @@ def run(plan: Plan, folder: SweepFolder, places: list[Place], say: Say) -> bool:
     Raises:
         UserError: another process runs this sweep, or the disk is full.
     """
-    with RunFolder(folder.path).locked(), catching_signals() as interrupted:
+    with one_driver(folder), catching_signals() as interrupted:
         progress = Progress(plan, folder, say, len(places))
         stop = threading.Event()
         with concurrent.futures.ThreadPoolExecutor(len(places)) as pool:
@@ -80,12 +81,22 @@ def run(plan: Plan, folder: SweepFolder, places: list[Place], say: Say) -> bool:
                     say("stopping: running trials save their state")
                     stop.set()
                 time.sleep(0.1)
-        results = folder.results()
-        order = [trial.name for trial in plan.trials_now(results)]
-        rows = folder.write_tables(results, order)
+        ended = finish(plan, folder)
         for future in running:
             future.result()
-        return not interrupted and len(rows) == len(order)
+        return ended and not interrupted
+
+
+def one_driver(folder: SweepFolder) -> contextlib.AbstractContextManager:
+    """Holds the sweep meanwhile. UserError where another process does."""
+    return RunFolder(folder.path).locked()
+
+
+def finish(plan: Plan, folder: SweepFolder) -> bool:
+    """Write the tables; whether all trials have ended."""
+    results = folder.results()
+    order = [trial.name for trial in plan.trials_now(results)]
+    return len(folder.write_tables(results, order)) == len(order)
 
 
 class Progress:
@@ -106,6 +117,14 @@ class Progress:
             self.seconds.append(row.get("wall_seconds") or 0.0)
             left = statistics.mean(self.seconds) * (total - len(rows)) / self.workers
             self.say(f"{len(rows)}/{total} {trial.name}: {described(row)}; {minutes(left)} left")
+
+    def tell_new(self, told: set[str]) -> None:
+        """Say what trials came to that have ended since; `told` has their names from then on."""
+        results = self.folder.results()
+        trials = {trial.name: trial for trial in self.plan.trials_now(results)}
+        for name in sorted(results.keys() - told, key=list(trials).index):
+            told.add(name)
+            self.ended(trials[name], results[name])
 
 
 def described(row: Row) -> str:

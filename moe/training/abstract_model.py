@@ -55,6 +55,14 @@ class AbstractModel:
         return self.moe_layer.sequences_per_group if self.moe_layer else 1
 
     @property
+    def loss_weights(self) -> dict[str, float]:
+        """The factors of all routers' losses, by `Router.key_of`."""
+        routers = [layer.router for layer in self.module.moe_layers_of_units()[:1]]
+        if self.module.depth_router is not None:
+            routers.append(self.module.depth_router)
+        return {key: weight for router in routers for key, weight in router.weights().items()}
+
+    @property
     def loss_coefficients(self) -> dict[str, float]:
         """The coefficients of the router losses, by name."""
         coefficients = {}

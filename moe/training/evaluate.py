@@ -73,7 +73,7 @@ def batch_scorer(model: AbstractModel, mesh: Mesh, *, training_rule: bool = Fals
         num_bytes_2V = jnp.asarray(model.num_bytes_2V)
         batch = objectives.prepared(objective, batch, key, num_bytes_2V)
         text_BT, bytes_BT = objectives.text_of(objective, batch, num_bytes_2V)
-        with sharding_rules(sharding.rule(mesh)):
+        with sharding_rules(sharding.rule(mesh), mesh.devices.flat[0]):
             out = module(objectives.tokens_of(batch, key, train=training_rule))
             nats_BT = cross_entropy_of_each(module.head(), out.hidden_BTD, batch.target_BT)
         routers = out.routers and dataclasses.replace(out.routers, decision=None, policy=None)

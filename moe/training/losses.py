@@ -53,7 +53,13 @@ class Measured(nnx.Pytree):
 
 
 def measure(
-    model: Transformer, out: ModelOutput, batch: Batch, text_BT: Bool[Array, "B T"], scored, valid
+    model: Transformer,
+    out: ModelOutput,
+    batch: Batch,
+    text_BT: Bool[Array, "B T"],
+    scored,
+    valid,
+    loss_weights: dict[str, Array] | None = None,
 ) -> Measured:
     """The losses and statistics of a micro-batch.
 
@@ -64,6 +70,7 @@ def measure(
         text_BT: which of its scored tokens are text.
         scored: the scored tokens of the whole batch.
         valid: the tokens of the whole batch that are not padding.
+        loss_weights: as `Context.loss_weights`.
     """
     nats, text_nats = cross_entropy_sums(
         model.head(), out.hidden_BTD, batch.target_BT, batch.scored_BT, text_BT
@@ -82,10 +89,10 @@ def measure(
         auxiliary += auxiliary_L.sum()
         if routers.policy is not None:
             policy_values = rewarded_by_likelihood(model, out, batch, scored)
-            weights = dict(model.moe_layers_of_units()[0].router.policy_losses)
-            policy = sum(
-                (weights[n] * value_L.sum() for n, value_L in policy_values.items()), policy
-            )
+            router = model.moe_layers_of_units()[0].router
+            weights = router.weights() | (loss_weights or {})
+            for name, value_L in policy_values.items():
+                policy += weights[router.key_of(name)] * value_L.sum()
             losses |= policy_values
         routers = RouterOutput(None, losses, auxiliary_L, routers.stats)
     return Measured(Losses(nats / scored, auxiliary, policy), text_nats, routers, mod)

@@ -75,13 +75,14 @@ class Routing:
         return float(self.kept_LE[:, :experts].sum() / (self.tokens * len(self.kept_LE)))
 
     def arrays(self, step: int) -> dict:
-        """The step's arrays (L, E) as lists, for reports and notebooks."""
+        """The step's arrays (L, E) and (L,) as lists, for reports and notebooks."""
         return {
             "step": step,
             "tokens": self.tokens,
             "count": self.count_LE.tolist(),
             "kept": self.kept_LE.tolist(),
             "score": np.round(self.score_LE, 6).tolist(),
+            "entropy": np.round(self.entropy_L, 6).tolist(),
         }
 
 

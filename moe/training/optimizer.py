@@ -8,7 +8,7 @@ no parameter and is not updated here.
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import gin
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from moe.errors import UserError
 from moe.model.functional import Axes, Declared
 from moe.training.schedules import Cosine, Schedule
 from routing.ranges import Count, LessThanOne, NonNegative, Positive
@@ -34,6 +35,8 @@ class Optimizer(abc.ABC):
         weight_decay: p -= rate * weight_decay * p, for matrices.
         clip_norm: gradients with a larger norm, over all parameters, are scaled to it; None for no
             clipping.
+        direction_has_one_size: whether a direction's entries have the same size in every weight,
+            as with Adam's, which `Transformer.base_width` relies on.
         b1, b2: decay of the running means of gradients and of their squares.
     """
 
@@ -41,6 +44,7 @@ class Optimizer(abc.ABC):
     schedule: Schedule | None
     weight_decay: float
     clip_norm: float | None
+    direction_has_one_size: ClassVar[bool] = True
 
     @abc.abstractmethod
     def direction(self, parameters: Parameters) -> optax.GradientTransformation:
@@ -58,16 +62,36 @@ class Optimizer(abc.ABC):
 
         steps: of the schedule; where None, each update is given its rate: `update(..., rate=rate)`.
             A compiled update is then the same for every learning rate and schedule.
+
+        Raises:
+            UserError: the model has a base width, and the optimizer's directions are of another
+                size than Adam's.
         """
+        by_width = {name: p.rate for name, p in parameters.items() if p.rate != 1}
+        if by_width and not self.direction_has_one_size:
+            raise UserError(
+                f"Transformer.base_width: its rates are those of Adam, not of {type(self).__name__}"
+                "; choose AdamW, Lion or Adafactor, or leave it out"
+            )
         clip = optax.identity()
         if self.clip_norm is not None:
             clip = optax.clip_by_global_norm(self.clip_norm)
         return optax.chain(
             clip,
             self.direction(parameters),
+            *([of_width(by_width)] if by_width else []),
             optax.add_decayed_weights(self.weight_decay, decayed(parameters)),
             given_rate() if steps is None else optax.scale_by_learning_rate(self.rate(steps)),
         )
+
+
+def of_width(rates: dict[str, float]) -> optax.GradientTransformation:
+    """Multiply the directions of these parameters; decay, which follows, stays as it is."""
+
+    def update(updates, params):
+        return {name: rates.get(name, 1.0) * update for name, update in updates.items()}
+
+    return optax.stateless(update)
 
 
 def given_rate() -> optax.GradientTransformationExtraArgs:
@@ -209,6 +233,7 @@ class Muon(Optimizer):
     b2: LessThanOne = 0.95
     weight_decay: NonNegative = 0.1
     clip_norm: Positive | None = 1.0
+    direction_has_one_size = False
 
     def direction(self, parameters):
 
@@ -232,7 +257,7 @@ def matrix_axes(declared: Declared):
     Weights whose first axis is the model width ("embed") are width by the rest, e.g. (D, H * K);
     others are the rest by the last axis, e.g. (H * K, D).
     """
-    axes, role = declared
+    axes, role, _ = declared
     if not is_matrix(axes) or role in ("embedding", "head", "router"):
         return None
     first = len(axes) - len(own_axes(axes))

@@ -20,6 +20,7 @@ from moe.model.sharding import MeshShape
 from moe.model.transformer import Transformer
 from moe.training import train_step
 from moe.training.abstract_model import AbstractModel, Vocabulary, abstract_model
+from moe.training.bad_steps import BadSteps, RewindBadSteps, SkipBadSteps
 from moe.training.logger import Logger, Metric
 from moe.training.objective import NextToken, Objective
 from moe.training.optimizer import AdamW, Optimizer
@@ -73,6 +74,8 @@ class RunSpec:
         start_from_optimizer: with `start_from`: start with its optimizer's state, too.
         loggers: where metrics go beside the run's logs, such as `WandB()`.
         metrics: functions from a step's routing and metrics to further metrics.
+        bad_steps: what is done where a loss, a gradient or the state is not finite, or spikes:
+            `SkipBadSteps()` or `RewindBadSteps()`; None ends the run at the last good checkpoint.
     """
 
     data: TextData | TokenShards | None = gin.REQUIRED  # pyright: ignore[reportAssignmentType]
@@ -103,6 +106,7 @@ class RunSpec:
     start_from_optimizer: bool = False
     loggers: Sequence[Logger] = dataclasses.field(default=(), metadata=MAY_CHANGE)
     metrics: Sequence[Metric] = dataclasses.field(default=(), metadata=MAY_CHANGE)
+    bad_steps: BadSteps | None = dataclasses.field(default=None, metadata=MAY_CHANGE)
 
     def __post_init__(self):
         for name in ("steps", "log_every", "keep", "batch_size", "accumulate"):
@@ -112,15 +116,23 @@ class RunSpec:
             raise UserError(
                 "train.start_from_optimizer=True needs train.start_from: a run's folder"
             )
+        if isinstance(self.bad_steps, RewindBadSteps) and not (self.save_every or self.eval_every):
+            raise UserError(
+                "train.bad_steps=@RewindBadSteps() goes back to a checkpoint, and none is made "
+                "before the end; set train.save_every or train.eval_every"
+            )
 
     @classmethod
     def may_change(cls) -> tuple[str, ...]:
         """The settings, as written in a config, that may change when a run is continued.
 
-        The mesh is one: a checkpoint is restored bit for bit on any.
+        The mesh is one: a checkpoint is restored bit for bit on any. What is done at bad steps is
+        another: whoever has met one may choose how to go on.
         """
         own = [f"train.{f.name}" for f in dataclasses.fields(cls) if f.metadata == MAY_CHANGE]
-        return (*own, *(f"MeshShape.{f.name}" for f in dataclasses.fields(MeshShape)))
+        others = MeshShape, SkipBadSteps, RewindBadSteps
+        named = [f"{kind.__name__}.{f.name}" for kind in others for f in dataclasses.fields(kind)]
+        return (*own, *named)
 
     @property
     def in_force(self) -> "InForce":
@@ -206,12 +218,14 @@ class RunSpec:
             objective=model.objective,
             optimizer=self.in_force.optimizer.build(model.graph.declared),
             rate_N=self.rates(),
+            loss_weights=model.loss_weights,
             num_bytes_2V=model.num_bytes_2V,
             mesh=mesh,
             seed=self.seed,
             accumulate=accumulate,
             sequences_per_group=per_group,
             global_batch_losses=router is not None and router.needs_global_batch,
+            skip_bad_steps=isinstance(self.bad_steps, SkipBadSteps),
         ).program()
 
 

@@ -1,6 +1,6 @@
 """One optimizer step as a pure function. B batch, T tokens, L sparse layers, E experts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 import optax
 
@@ -18,6 +18,7 @@ from moe.data.batch import Batch
 from moe.machine import processes
 from moe.model import sharding
 from moe.model.functional import Arrays, Graph, initial_values, split
+from moe.training import finite
 from moe.training import objective as objectives
 from moe.training.losses import measure
 from moe.training.optimizer import stacked
@@ -54,6 +55,9 @@ class StepMetrics(nnx.Pytree):
         grad_norms: of all parameters, and of the routers' and the experts'.
         update_norm: of all parameters.
         mod: losses, and counts per token, of the Mixture-of-Depths routers (L,), by name.
+        broken: which layers of stacked arrays, or which arrays, are not finite, by name, among
+            the parameters before the step, its gradients, and the state after it.
+        skipped: whether the update was left out; None where none is.
     """
 
     loss: Float[Array, ""] = nnx.data()
@@ -64,6 +68,8 @@ class StepMetrics(nnx.Pytree):
     grad_norms: dict[str, Array] = nnx.data()
     update_norm: Float[Array, ""] | None = nnx.data(default=None)
     mod: dict[str, Array] | None = nnx.data(default=None)
+    broken: dict[str, Array] | None = nnx.data(default=None)
+    skipped: Bool[Array, ""] | None = nnx.data(default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +88,17 @@ class Program:
 
 
 class Given(NamedTuple):
-    """What a compiled step is given, so that it is the same for every seed and learning rate.
+    """What a compiled step is given, so that it is the same for all values of these.
 
     rate_N: the learning rate of each of the run's N steps, float32.
+    loss_weights: the factors of the routers' losses, as `routing.inputs.Context`.
+    limits: the largest loss and gradient norm of a step that counts; None where none is skipped.
     """
 
     seed: np.uint32
     rate_N: np.ndarray
+    loss_weights: dict[str, np.float32]
+    limits: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +108,9 @@ class Jitted:
     function: Any
     given: Given
 
-    def __call__(self, *arguments):
-        return self.function(self.given, *arguments)
+    def __call__(self, *arguments, **given):
+        """given: fields of `Given` that differ."""
+        return self.function(self.given._replace(**given), *arguments)
 
     def lower(self, *arguments):
         """As jax.jit's."""
@@ -120,10 +131,12 @@ class TrainingFunctions:
             elsewhere.
         mesh: of the devices.
         seed: of initial values and every random draw.
+        loss_weights: the factors of the routers' losses, by `Router.key_of`.
         accumulate: micro-batches per step.
         sequences_per_group: of the routers' groups, which micro-batches don't split.
         global_batch_losses: with several micro-batches, run all of them forward first, so that
             losses on the statistics of the global batch are exact.
+        skip_bad_steps: leave updates out that are not finite, or beyond the limits of `Given`.
     """
 
     graph: Graph
@@ -134,9 +147,11 @@ class TrainingFunctions:
     mesh: Mesh
     seed: int
     rate_N: np.ndarray | None = None
+    loss_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     accumulate: int = 1
     sequences_per_group: int = 1
     global_batch_losses: bool = False
+    skip_bad_steps: bool = False
 
     def init(self, seed) -> TrainState:
         """The state before the first step."""
@@ -145,13 +160,16 @@ class TrainingFunctions:
 
     @property
     def given(self) -> Given:
-        """The seed and the learning rates, as arrays."""
+        """The seed, the learning rates and the losses' weights, as arrays."""
         rate_N = np.zeros(1) if self.rate_N is None else self.rate_N
-        return Given(np.uint32(self.seed), np.asarray(rate_N, np.float32))
+        weights = {name: np.float32(weight) for name, weight in self.loss_weights.items()}
+        limits = np.full(2, np.inf, np.float32) if self.skip_bad_steps else None
+        return Given(np.uint32(self.seed), np.asarray(rate_N, np.float32), weights, limits)
 
     def step(self, given: Given, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """One optimizer update with a whole batch: the state after it, and the step's metrics."""
         grads, metrics = self.gradients(given, state, batch)
+        state, metrics = self._state_looked_at(state, metrics)
         optimizer = optax.with_extra_args_support(self.optimizer)
         rate = given.rate_N[state.step]
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, rate=rate)
@@ -162,7 +180,40 @@ class TrainingFunctions:
             model.update_router_state(metrics.routers.stats)
             router_state = split(model)[2]
         metrics = dataclasses.replace(metrics, update_norm=optax.tree.norm(updates))
-        return TrainState(state.step + 1, params, router_state, opt_state), metrics
+        after = TrainState(state.step + 1, params, router_state, opt_state)
+        return self._checked(given, state, after, grads, metrics)
+
+    def _state_looked_at(self, state: TrainState, metrics) -> tuple[TrainState, StepMetrics]:
+        """The same state, and metrics with its broken parameters where loss or gradients are bad.
+
+        The update has to wait, since it overwrites the parameters.
+        """
+        ok = finite.is_finite((metrics.loss, metrics.grad_norms))
+        broken = finite.broken_layers(ok, {"params": state.params})
+        params, broken = jax.lax.optimization_barrier((state.params, broken))
+        metrics = dataclasses.replace(metrics, broken=broken)
+        return dataclasses.replace(state, params=params), metrics
+
+    def _checked(
+        self, given: Given, before: TrainState, after: TrainState, grads: Arrays, metrics
+    ) -> tuple[TrainState, StepMetrics]:
+        """The state after a step, with a bad update left out if asked for, and where it is bad."""
+        norms = metrics.grad_norms, metrics.update_norm
+        ok = finite.is_finite((metrics.loss, norms, after.router_state, after.opt_state))
+        looked_at = {
+            "gradients": grads,
+            "router_state": after.router_state,
+            "opt_state": after.opt_state,
+        }
+        broken = (metrics.broken or {}) | finite.broken_layers(ok, looked_at)
+        metrics = dataclasses.replace(metrics, broken=broken)
+        if given.limits is None:
+            return after, metrics
+        loss, norm = given.limits
+        skipped = ~ok | (metrics.loss > loss) | (metrics.grad_norms["all"] > norm)
+        kept = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), after, before)
+        kept = dataclasses.replace(kept, step=after.step)
+        return kept, dataclasses.replace(metrics, skipped=skipped)
 
     def gradients(
         self, given: Given, state: TrainState, batch: Batch
@@ -176,9 +227,9 @@ class TrainingFunctions:
         grad = jax.value_and_grad(self._loss, has_aux=True)
 
         def one(micro: Batch, global_batch: GlobalBatch | None):
-            with sharding_rules(sharding.rule(self.mesh)):
+            with sharding_rules(sharding.rule(self.mesh), self.mesh.devices.flat[0]):
                 (_, measured), grads = grad(
-                    state.params, state, micro, key, global_batch, scored, valid
+                    state.params, state, micro, key, global_batch, scored, valid, given
                 )
             return grads, measured
 
@@ -204,19 +255,20 @@ class TrainingFunctions:
             mod=measured.mod,
         )
 
-    def _loss(self, params, state, batch: Batch, key, global_batch, scored, valid):
+    def _loss(self, params, state, batch: Batch, key, global_batch, scored, valid, given):
         """The micro-batch's term of the training loss, and its losses and statistics."""
         model = self.graph.merge(params, state.router_state)
-        out = model(objectives.tokens_of(batch, key, train=True), global_batch)
+        tokens = objectives.tokens_of(batch, key, train=True)
+        out = model(tokens.with_loss_weights(given.loss_weights), global_batch)
         num_bytes_2V = jnp.asarray(self.num_bytes_2V)
         text_BT, _ = objectives.text_of(self.objective, batch, num_bytes_2V)
-        measured = measure(model, out, batch, text_BT, scored, valid)
+        measured = measure(model, out, batch, text_BT, scored, valid, given.loss_weights)
         return measured.losses.total, measured
 
     def _statistics(self, state: TrainState, micro: Batch, key):
         """The routers' statistics of a micro-batch."""
         model = self.graph.merge(state.params, state.router_state)
-        with sharding_rules(sharding.rule(self.mesh)):
+        with sharding_rules(sharding.rule(self.mesh), self.mesh.devices.flat[0]):
             return model(objectives.tokens_of(micro, key, train=True)).routers.stats
 
     def program(self) -> Program:

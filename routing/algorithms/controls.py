@@ -13,7 +13,7 @@ from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.parameters import parameter, router_state, truncated_normal
 from routing.ranges import Count, NonNegative
-from routing.records import Causality, Routing, Sizes, TokenChoice
+from routing.records import Causality, DecodingState, Routing, Sizes, TokenChoice
 from routing.router import Router, check_k
 from routing.selection import top_k, top_k_indices
 
@@ -30,6 +30,7 @@ class UniformRandom(Router):
 
     causality = Causality.CAUSAL
     order_matters = True
+    steps = True
     decoding = "a fixed draw for each position"
 
     def __init__(self, sizes: Sizes, k: Count = 2):
@@ -37,7 +38,17 @@ class UniformRandom(Router):
         self.num_experts, self.k, self.losses = sizes.num_experts, k, ()
 
     def route(self, inputs: RouterInputs) -> Routing:
-        expert_GTK = top_k_indices(_uniform_draws(inputs, self.num_experts), self.k)
+        return self._routing(_uniform_draws(inputs, self.num_experts))
+
+    def start(self, inputs, length_G, slots) -> DecodingState:
+        return _draws_ahead(length_G, slots, self.num_experts)
+
+    def route_next(self, inputs, state):
+        draw_G1E, state = _next_draw(state)
+        return self._routing(draw_G1E), state
+
+    def _routing(self, draw_GTE) -> Routing:
+        expert_GTK = top_k_indices(draw_GTE, self.k)
         return Routing(_equal_gates(expert_GTK, self.num_experts))
 
 
@@ -54,6 +65,7 @@ class Balanced(Router):
     causality = Causality.CAUSAL
     order_matters = True
     balanced = True
+    steps = True
     decoding = "by the token's place in its group"
 
     def __init__(self, sizes: Sizes, k: Count = 2):
@@ -61,7 +73,16 @@ class Balanced(Router):
         self.num_experts, self.k, self.losses = sizes.num_experts, k, ()
 
     def route(self, inputs: RouterInputs) -> Routing:
-        place_GT = jnp.cumsum(inputs.valid_GT, axis=1, dtype=jnp.int32) - 1
+        return self._routing(jnp.cumsum(inputs.valid_GT, axis=1, dtype=jnp.int32) - 1)
+
+    def start(self, inputs, length_G, slots) -> DecodingState:
+        return {"tokens_G1": inputs.valid_GT.sum(1, keepdims=True, dtype=jnp.int32)}
+
+    def route_next(self, inputs, state):
+        tokens_G1 = state["tokens_G1"] + inputs.valid_GT
+        return self._routing(tokens_G1 - 1), {"tokens_G1": tokens_G1}
+
+    def _routing(self, place_GT) -> Routing:
         number_GTK = place_GT[..., None] * self.k + jnp.arange(self.k)[None, None]
         return Routing(_equal_gates(number_GTK % self.num_experts, self.num_experts))
 
@@ -80,6 +101,7 @@ class Zipf(Router):
 
     causality = Causality.CAUSAL
     order_matters = True
+    steps = True
     decoding = "a fixed draw for each position"
 
     def __init__(self, sizes: Sizes, k: Count = 2, exponent: NonNegative = 1.0):
@@ -90,8 +112,17 @@ class Zipf(Router):
         self.exponent = exponent
 
     def route(self, inputs: RouterInputs) -> Routing:
+        return self._routing(_uniform_draws(inputs, self.num_experts))
+
+    def start(self, inputs, length_G, slots) -> DecodingState:
+        return _draws_ahead(length_G, slots, self.num_experts)
+
+    def route_next(self, inputs, state):
+        draw_G1E, state = _next_draw(state)
+        return self._routing(draw_G1E), state
+
+    def _routing(self, draw_GTE) -> Routing:
         # Gumbel noise on log weights, then the K largest: draws without replacement.
-        draw_GTE = _uniform_draws(inputs, self.num_experts)
         noise_GTE = -jnp.log(-jnp.log(jnp.clip(draw_GTE, 1e-12, 1 - 1e-7)))
         weight_E = -self.exponent * jnp.log(jnp.arange(1, self.num_experts + 1))
         expert_GTK = top_k_indices(noise_GTE + weight_E[None, None], self.k)
@@ -159,6 +190,20 @@ def _uniform_draws(inputs: RouterInputs, num_experts: int) -> jax.Array:
     keys_G = inputs.keys_G("uniform") if inputs.train else jax.random.key(0)[None]
     draw_GTE = jax.vmap(lambda key: jax.random.uniform(key, (tokens, num_experts)))(keys_G)
     return jnp.broadcast_to(draw_GTE, (groups, tokens, num_experts))
+
+
+def _draws_ahead(length_G, slots: int, num_experts: int) -> DecodingState:
+    """The draws of evaluation for every place, and the place of the next token."""
+    draw_TE = jax.random.uniform(jax.random.key(0), (slots, num_experts))
+    draw_GTE = jnp.broadcast_to(draw_TE, (len(length_G), *draw_TE.shape))
+    return {"draw_GTE": draw_GTE, "place_G": length_G}
+
+
+def _next_draw(state: DecodingState) -> tuple[jax.Array, DecodingState]:
+    """The draws (G, 1, E) for the next token, and the state after it."""
+    place_G = state["place_G"]
+    draw_G1E = jnp.take_along_axis(state["draw_GTE"], place_G[:, None, None], axis=1)
+    return draw_G1E, state | {"place_G": place_G + 1}
 
 
 def _equal_gates(expert_GTK, num_experts: int) -> TokenChoice:

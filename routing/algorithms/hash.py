@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from routing.inputs import RouterInputs
 from routing.parameters import router_state
-from routing.records import AnyArray, Causality, Routing, Sizes, TokenChoice
+from routing.records import AnyArray, Causality, DecodingState, Routing, Sizes, TokenChoice
 from routing.router import Router
 from routing.solvers.hash_tables import RandomTable, Table, hash_bits
 
@@ -35,6 +35,7 @@ class Hash(Router):
     causality = Causality.CAUSAL
     needs_token_ids = True
     unit_gates = True
+    steps = True
     decoding = "as in training"
 
     def __init__(
@@ -73,21 +74,32 @@ class Hash(Router):
         self.salt = router_state((), jnp.int32, (), salt) if key == "bigram" else None
 
     def route(self, inputs: RouterInputs) -> Routing:
-        expert_GT1 = self._experts_GT(inputs)[..., None]
+        return self._routing(inputs, previous_token(inputs))
+
+    def start(self, inputs, length_G, slots) -> DecodingState:
+        last_G1 = jnp.maximum(length_G - 1, 0)[:, None]
+        return {"previous_G1": jnp.take_along_axis(inputs.token_id_GT, last_G1, axis=1)}
+
+    def route_next(self, inputs, state):
+        routing = self._routing(inputs, state["previous_G1"])
+        return routing, {"previous_G1": inputs.token_id_GT}
+
+    def _routing(self, inputs: RouterInputs, previous_GT) -> Routing:
+        expert_GT1 = self._experts_GT(inputs, previous_GT)[..., None]
         gate_GT1 = jnp.ones(expert_GT1.shape, jnp.float32)
         keep_GT1 = jnp.ones_like(expert_GT1, bool)
         return Routing(TokenChoice(expert_GT1, gate_GT1, keep_GT1, self.num_experts))
 
-    def _experts_GT(self, inputs: RouterInputs) -> jax.Array:
+    def _experts_GT(self, inputs: RouterInputs, previous_GT) -> jax.Array:
         token_GT = inputs.token_id_GT
         if self.key == "position":
             return inputs.position_GT % self.num_experts
         if self.salt is not None:
-            pair_GT = bigram_key(previous_token(inputs), token_GT, self.vocab_size)
+            pair_GT = bigram_key(previous_GT, token_GT, self.vocab_size)
             hash_GT = hash_bits(pair_GT ^ self.salt[...].astype(jnp.uint32))
             return (hash_GT % self.num_experts).astype(jnp.int32)
         if self.key == "previous":
-            token_GT = previous_token(inputs)
+            token_GT = previous_GT
         elif self.key == "future":
             token_GT = jnp.maximum(next_token(inputs), 0)
         elif self.next_V is not None:

@@ -15,7 +15,7 @@ from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.parameters import parameter, truncated_normal
 from routing.ranges import Count
-from routing.records import Causality, ExpertMerge, Routing, Sizes
+from routing.records import Causality, DecodingState, ExpertMerge, Routing, Sizes
 from routing.router import Router
 
 
@@ -62,6 +62,7 @@ class Lory(Router):
     causality = Causality.CAUSAL
     whole_sequences = True
     order_matters = True
+    steps = True
     decoding = "the mixture changes only where a segment begins"
 
     def __init__(
@@ -91,6 +92,36 @@ class Lory(Router):
         mean_GSD = jnp.concatenate([first_G1D, mean_GSD[:, :-1]], axis=1)
         logits_GSE = jnp.einsum("gsd,de->gse", mean_GSD, self.weight_DE[...])
         return merged(logits_GSE, inputs, self.segment)
+
+    def start(self, inputs, length_G, slots) -> DecodingState:
+        """The sum of the last token's segment, and the mean of the segment before it."""
+        groups, tokens = inputs.valid_GT.shape
+        now_G1 = (jnp.maximum(length_G - 1, 0) // self.segment)[:, None]
+        own_GT = jnp.arange(tokens)[None] // self.segment == now_G1
+        own_GT1 = (own_GT & inputs.valid_GT)[..., None]
+        before_G11 = jnp.maximum(now_G1 - 1, 0)[..., None]
+        mean_G1D = jnp.take_along_axis(segment_means(inputs, self.segment), before_G11, axis=1)
+        return {
+            "place_G": length_G,
+            "sum_GD": jnp.where(own_GT1, inputs.x_GTD, 0).sum(1),
+            "count_G": own_GT1.sum((1, 2), dtype=jnp.int32),
+            "mean_GD": jnp.where(now_G1 > 0, mean_G1D[:, 0], 0),
+        }
+
+    def route_next(self, inputs, state):
+        place_G, sum_GD, count_G = state["place_G"], state["sum_GD"], state["count_G"]
+        begins_G = place_G % self.segment == 0
+        begins_G1 = begins_G[:, None]
+        mean_GD = sum_GD / jnp.maximum(count_G, 1)[:, None]
+        mean_GD = jnp.where(begins_G1, mean_GD, state["mean_GD"])
+        logits_G1E = jnp.einsum("gd,de->ge", mean_GD, self.weight_DE[...])[:, None]
+        state = {
+            "place_G": place_G + 1,
+            "sum_GD": jnp.where(begins_G1, 0, sum_GD) + inputs.x_GTD[:, 0],
+            "count_G": jnp.where(begins_G, 0, count_G) + inputs.valid_GT[:, 0],
+            "mean_GD": mean_GD,
+        }
+        return merged(logits_G1E, inputs, 1), state
 
 
 def segment_means(inputs: RouterInputs, segment: int) -> jax.Array:

@@ -9,15 +9,21 @@ G groups, T tokens per group, D model width, E experts, S slots per expert.
 from collections.abc import Sequence
 
 import gin
+import jax
 import jax.numpy as jnp
 
-from routing.algorithms.soft_moe import slot_logits, soft_routing
+from routing.algorithms.soft_moe import (
+    next_in_segment,
+    slot_logits,
+    slots_after,
+    soft_routing,
+)
 from routing.balancers import StepState
 from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.parameters import ones, parameter, router_state, truncated_normal
 from routing.ranges import Count, Natural, Positive
-from routing.records import Causality, RouterStats, Routing, Sizes
+from routing.records import Causality, DecodingState, RouterStats, Routing, Sizes
 from routing.router import Router
 
 
@@ -64,7 +70,7 @@ class SoftChoice(Router):
                 raise ValueError(f"SoftChoice.{name}={value} must be above 0")
         if segment is not None:
             self.causality, self.order_matters = Causality.CAUSAL, True
-            self.decoding = "slots change only where a segment begins"
+            self.steps, self.decoding = True, "slots change only where a segment begins"
         self.num_experts, self.losses, self.segment = sizes.num_experts, tuple(losses), segment
         shape = (sizes.d_model, sizes.num_experts, slots_per_expert)
         self.phi_DES = parameter(shape, ("embed", None, None), truncated_normal(), role="router")
@@ -72,9 +78,21 @@ class SoftChoice(Router):
         self.cooling = Cooling((read, write), cooling_steps)
 
     def route(self, inputs: RouterInputs) -> Routing:
+        return soft_routing(*self._logits(inputs), inputs.valid_GT, self.segment)
+
+    def start(self, inputs, length_G, slots) -> DecodingState:
+        assert self.segment is not None
+        return slots_after(self._logits(inputs)[0], inputs, length_G, self.segment)
+
+    def route_next(self, inputs, state):
+        assert self.segment is not None
+        return next_in_segment(*self._logits(inputs), inputs, state, self.segment)
+
+    def _logits(self, inputs: RouterInputs) -> tuple[jax.Array, jax.Array]:
+        """The logits (G, T, E, S) with which slots read tokens, and tokens slots."""
         logits_GTES = slot_logits(inputs.x_GTD, self.phi_DES[...], self.scale[...])
         read, write = self.cooling.heat_2[...]
-        return soft_routing(logits_GTES / read, logits_GTES / write, inputs.valid_GT, self.segment)
+        return logits_GTES / read, logits_GTES / write
 
 
 class Cooling(StepState):

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import gin
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from routing.inputs import RouterInputs
 from routing.losses import RouterLoss
 from routing.parameters import ones, parameter, truncated_normal
 from routing.ranges import Count
-from routing.records import Causality, Routing, Sizes, SoftSlots
+from routing.records import Causality, DecodingState, Routing, Sizes, SoftSlots
 from routing.router import Router
 
 
@@ -49,7 +49,7 @@ class SoftMoE(Router):
             raise ValueError(f"SoftMoE.segment={segment} must be at least 1, or None")
         if segment is not None:
             self.causality, self.order_matters = Causality.CAUSAL, True
-            self.decoding = "slots change only where a segment begins"
+            self.steps, self.decoding = True, "slots change only where a segment begins"
         self.segment = segment
         if slots_per_expert < 1:
             raise ValueError(f"SoftMoE.slots_per_expert={slots_per_expert} must be at least 1")
@@ -60,9 +60,21 @@ class SoftMoE(Router):
         self.scale = parameter((), (), ones, role="router") if normalise else None
 
     def route(self, inputs: RouterInputs) -> Routing:
-        scale = None if self.scale is None else self.scale[...]
-        logits_GTES = slot_logits(inputs.x_GTD, self.phi_DES[...], scale)
+        logits_GTES = self._logits(inputs)
         return soft_routing(logits_GTES, logits_GTES, inputs.valid_GT, self.segment)
+
+    def start(self, inputs, length_G, slots) -> DecodingState:
+        assert self.segment is not None
+        return slots_after(self._logits(inputs), inputs, length_G, self.segment)
+
+    def route_next(self, inputs, state):
+        assert self.segment is not None
+        logits_G1ES = self._logits(inputs)
+        return next_in_segment(logits_G1ES, logits_G1ES, inputs, state, self.segment)
+
+    def _logits(self, inputs: RouterInputs) -> jax.Array:
+        scale = None if self.scale is None else self.scale[...]
+        return slot_logits(inputs.x_GTD, self.phi_DES[...], scale)
 
 
 def slot_logits(x_GTD: Float[Array, "G T D"], phi_DES: Float[Array, "D E S"], scale) -> jax.Array:
@@ -112,6 +124,65 @@ def in_segments(
     combine_GTENS = jnp.where(reader_GTN[:, :, None, :, None], share_GTES[:, :, :, None], 0)
     shape = (groups, tokens, experts, segments * slots)
     return SoftSlots(dispatch_GTENS.reshape(shape), combine_GTENS.reshape(shape))
+
+
+def slots_after(
+    read_GTES: Float[Array, "G T E S"],
+    inputs: RouterInputs,
+    length_G: Int[Array, " G"],
+    segment: int,
+) -> DecodingState:
+    """What slots have read of a text: as sums that go on, and for the next token's segment."""
+    begins_G1 = (length_G // segment * segment)[:, None]
+    earlier_GT = inputs.valid_GT & (jnp.arange(read_GTES.shape[1])[None] < begins_G1)
+    largest_GES, weight_GES, sum_GESD = weighted_sums(read_GTES, inputs.x_GTD, inputs.valid_GT)
+    _, *earlier = weighted_sums(read_GTES, inputs.x_GTD, earlier_GT)
+    return {
+        "place_G": length_G,
+        "largest_GES": largest_GES,
+        "weight_GES": weight_GES,
+        "sum_GESD": sum_GESD,
+        "slot_GESD": mean_of(*earlier),
+    }
+
+
+def weighted_sums(read_GTES, x_GTD, valid_GT):
+    """For each slot its largest logit m, and the sums of exp(logit - m) and exp(logit - m) x."""
+    valid_GT11 = valid_GT[..., None, None]
+    largest_GES = jnp.where(valid_GT11, read_GTES, -1e30).max(1)
+    weight_GTES = jnp.where(valid_GT11, jnp.exp(read_GTES - largest_GES[:, None]), 0)
+    return largest_GES, weight_GTES.sum(1), jnp.einsum("gtes,gtd->gesd", weight_GTES, x_GTD)
+
+
+def mean_of(weight_GES, sum_GESD) -> jax.Array:
+    """The weighted mean (G, E, S, D); zero where nothing was read."""
+    return sum_GESD / jnp.where(weight_GES > 0, weight_GES, 1)[..., None]
+
+
+def next_in_segment(
+    read_G1ES: Float[Array, "G 1 E S"],
+    write_G1ES: Float[Array, "G 1 E S"],
+    inputs: RouterInputs,
+    state: DecodingState,
+    segment: int,
+) -> tuple[Routing, DecodingState]:
+    """The routing of one more token, whose slots change where a segment begins."""
+    sums = state["weight_GES"], state["sum_GESD"]
+    begins_G111 = (state["place_G"] % segment == 0)[:, None, None, None]
+    slot_GESD = jnp.where(begins_G111, mean_of(*sums), state["slot_GESD"])
+    new = weighted_sums(read_G1ES, inputs.x_GTD, inputs.valid_GT)
+    largest_GES = jnp.maximum(state["largest_GES"], new[0])
+    old, more = jnp.exp(state["largest_GES"] - largest_GES), jnp.exp(new[0] - largest_GES)
+    share_G1ES = jax.nn.softmax(write_G1ES, axis=(2, 3))
+    decision = SoftSlots(jnp.zeros_like(share_G1ES), share_G1ES, slot_GESD)
+    after = {
+        "place_G": state["place_G"] + 1,
+        "largest_GES": largest_GES,
+        "weight_GES": old * sums[0] + more * new[1],
+        "sum_GESD": old[..., None] * sums[1] + more[..., None] * new[2],
+        "slot_GESD": slot_GESD,
+    }
+    return Routing(decision, write_G1ES.mean(-1), share_G1ES.sum(-1)), after
 
 
 def unit(x, axis: int):

@@ -16,10 +16,12 @@ import os
 from pathlib import Path
 import sys
 import tempfile
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe.data.tokens.sealed import read_sealed, told_altered, write_atomically, write_sealed
 from moe.errors import UserError
 
 if TYPE_CHECKING:  # tokenizer.py imports this module
@@ -30,28 +32,20 @@ Say = Callable[[str], None]
 
 CHUNK_CHARACTERS = 1 << 21  # in one call of the tokenizer, which uses all cores
 LONG = 1 << 20  # characters: longer documents are encoded in passages of at most this length
-LAYOUT = 3  # raise when the files' meaning changes
+LAYOUT = 4  # raise when the files' meaning changes
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file; other processes see all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp lets nobody else read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+def seldom(say: Say, seconds: float = 10.0) -> Say:
+    """A `say` that drops lines within `seconds` of the last one it has printed."""
+    last = time.monotonic()
 
+    def now_and_then(line: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            say(line)
 
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+    return now_and_then
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +97,9 @@ def token_stream(
     content = json.dumps([LAYOUT, tokenizer.document_id, tokenizer.vocab_size, *key])
     name = hashlib.sha256(content.encode()).hexdigest()[:32]
     folder = cache_dir / "tokens"
-    if (cached := _load(folder, name)) is not None:
+    if (cached := _load(folder, name, say)) is not None:
         return cached
+    now_and_then = seldom(say)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     with StreamWriter(folder, name, dtype) as stream:
         longest = LONG if is_concatenative(tokenizer) else sys.maxsize
@@ -117,8 +112,8 @@ def token_stream(
                     stream.extend(tokens, num_bytes)
                 else:
                     stream.add([tokenizer.document_id, *tokens], num_bytes)
-            say(f"tokenised {stream.num_bytes / 1e6:,.0f} MB")
-    written = _load(folder, name)
+            now_and_then(f"tokenised {stream.num_bytes / 1e6:,.0f} MB")
+    written = _load(folder, name, say)
     assert written is not None, f"{folder / name} cannot be read back"
     return written
 
@@ -175,7 +170,7 @@ class StreamWriter:
             write_atomically(self._folder / f"{self._name}.{field}.npy", data)
             record[field] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         content = json.dumps(record, indent=1).encode()
-        write_atomically(self._folder / f"{self._name}.json", content)
+        write_sealed(self._folder / f"{self._name}.record", content)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,25 +265,30 @@ def chunks(documents: Iterable["Document"], longest: int) -> Iterator[list[Passa
         yield chunk
 
 
-def _load(folder: Path, name: str) -> TokenStream | None:
-    """The cached stream; None where a file is missing, cut off or changed."""
-    try:
-        record = json.loads((folder / f"{name}.json").read_bytes())
-        tokens = folder / f"{name}.token_N.bin"
-        _check(tokens, record["token_N"])
-        token_N = np.memmap(tokens, np.dtype(record["token_N"]["dtype"]), "r")
-        arrays = {}
-        for field in ("start_M", "num_bytes_M"):
-            _check(path := folder / f"{name}.{field}.npy", record[field])
-            arrays[field] = np.load(path, mmap_mode="r")
-        return TokenStream(token_N, **arrays)
-    except (OSError, ValueError, TypeError, KeyError):
+def _load(folder: Path, name: str, say: Say) -> TokenStream | None:
+    """The cached stream; None where there is none, or, with a line told, where it was altered."""
+    content = read_sealed(folder / f"{name}.record", say)
+    if content is None:
         return None
+    record = json.loads(content)
+    paths = {field: folder / f"{name}.{field}.npy" for field in ("start_M", "num_bytes_M")}
+    paths["token_N"] = folder / f"{name}.token_N.bin"
+    for field, path in paths.items():
+        if not _is_intact(path, record[field]):
+            told_altered(path, say)
+            return None
+    token_N = np.memmap(paths.pop("token_N"), np.dtype(record["token_N"]["dtype"]), "r")
+    arrays = {field: np.load(path, mmap_mode="r") for field, path in paths.items()}
+    return TokenStream(token_N, **arrays)
 
 
-def _check(path: Path, expected: dict) -> None:
-    if path.stat().st_size != expected["bytes"]:
-        raise ValueError(f"{path} was cut")
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-            raise ValueError(f"{path} was changed")
+def _is_intact(path: Path, expected: dict[str, Any]) -> bool:
+    """Whether a file has the size and checksum of its record."""
+    try:
+        with path.open("rb") as file:
+            same_size = os.fstat(file.fileno()).st_size == expected["bytes"]
+            return (
+                same_size and hashlib.file_digest(file, "sha256").hexdigest() == expected["sha256"]
+            )
+    except OSError:
+        return False

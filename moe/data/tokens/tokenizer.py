@@ -19,7 +19,8 @@ import gin
 import numpy as np
 
 from moe.data.corpora.walk import nearest_path
-from moe.data.tokens.cache import passages, write_atomically
+from moe.data.tokens.cache import passages, seldom
+from moe.data.tokens.sealed import read_sealed, write_atomically, write_sealed
 from moe.errors import UserError, nearest
 from routing.ranges import Count
 
@@ -188,8 +189,13 @@ class SubwordTokenizer:
         kept = [int(i) for i in ids if i != self.document_id]
         return self._inner.decode(kept, skip_special_tokens=False)
 
+    @property
+    def content(self) -> bytes:
+        """Of its tokenizer.json."""
+        return self._inner.to_str().encode("utf-8")
+
     def save(self, folder: Path) -> None:
-        write_atomically(Path(folder, FILE_NAME), self._inner.to_str().encode("utf-8"))
+        write_atomically(Path(folder, FILE_NAME), self.content)
 
 
 @gin.configurable
@@ -233,13 +239,13 @@ class TrainedBPE:
 
         settings = [tokenizers.__version__, PIECES, self.vocab_size, fingerprint]
         name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
-        folder = cache_dir / "tokenizers" / name
-        try:
-            return _load_subwords(folder / FILE_NAME)
-        except UserError:  # not there yet, or cut off
-            trained = SubwordTokenizer(_train(_counted(texts(), say), self.vocab_size))
-            trained.save(folder)
-            return trained
+        path = cache_dir / "tokenizers" / f"{name}.json.sealed"
+        if (cached := read_sealed(path, say)) is not None:
+            return SubwordTokenizer(tokenizers.Tokenizer.from_str(cached.decode("utf-8")))
+        counted = _counted(texts(), seldom(say))
+        trained = SubwordTokenizer(_train(counted, self.vocab_size))
+        write_sealed(path, trained.content)
+        return trained
 
 
 @gin.configurable

@@ -8,6 +8,7 @@ import math
 import os
 from pathlib import Path
 import re
+import shutil
 import sys
 from typing import Any
 import warnings
@@ -18,7 +19,7 @@ from moe.errors import UserError
 from moe.machine import processes
 from moe.runs.storage import manifest
 from moe.runs.storage.manifest import Damaged
-from moe.training.finite import TrainingDiverged, in_words, not_finite
+from moe.training.finite import TrainingDiverged, in_words, named, not_finite
 from moe.training.train_step import TrainState
 
 Say = Callable[[str], None]
@@ -62,7 +63,12 @@ class Checkpoints:
             best_fn=lambda m: m["val_loss"],
             best_mode="min",
             temporary_path_class=_temporary_path_class(ocp),
+            todelete_subdir=manifest.DELETED,
         )
+        if not read_only and processes.is_first():
+            shutil.rmtree(
+                self.folder / manifest.DELETED, ignore_errors=True
+            )  # of a start that was killed
         self._ocp = ocp
         self._options = options
         self._manager = _manager_class(ocp)(self.folder, options=options)
@@ -81,7 +87,8 @@ class Checkpoints:
         if broken := not_finite(tree):
             raise TrainingDiverged(
                 f"step {int(state.step)}: not finite: {in_words(broken)}; no checkpoint is made of "
-                f"it; {self.last_good()}"
+                f"it; {self.last_good()}",
+                int(state.step),
             )
         arrays = ocp.args.StandardSave(tree)
         known = val_loss is not None and math.isfinite(val_loss)
@@ -251,6 +258,15 @@ class Checkpoints:
 
 def _manager_class(ocp: Any) -> Any:
     class Manager(ocp.CheckpointManager):
+        def _finalize(self, step: int, steps_to_remove: list[int]) -> None:
+            """As Orbax's, which renames old checkpoints into a folder; then they are deleted.
+
+            Deleted in their place, they would be left in part by a kill, as if damaged.
+            """
+            super()._finalize(step, steps_to_remove)
+            if processes.is_first():
+                shutil.rmtree(Path(self.directory) / manifest.DELETED, ignore_errors=True)
+
         def metrics(self, step: int) -> dict[str, float] | None:
             """As Orbax's, but None for a damaged file, which would keep the folder from opening."""
             try:
@@ -317,14 +333,7 @@ def _few(names: list[str]) -> str:
 
 def as_tree(state: TrainState) -> dict[str, Any]:
     """The state's arrays by name, in the order of its leaves."""
-    leaves = jax.tree.leaves(state)
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(state)]
-    return {_name(path): leaf for path, leaf in zip(paths, leaves, strict=True)}
-
-
-def _name(path) -> str:
-    """A unique name of a leaf, such as `params.embedding_VD`."""
-    return jax.tree_util.keystr(path, simple=True, separator=".")
+    return named(state)
 
 
 @contextlib.contextmanager

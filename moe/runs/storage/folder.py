@@ -10,8 +10,8 @@ import platform
 import socket
 from typing import Any, BinaryIO
 
-from moe.data.tokens.cache import write_atomically
-from moe.data.tokens.tokenizer import Tokenizer
+from moe.data.tokens.sealed import write_atomically
+from moe.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from moe.errors import UserError
 from moe.runs.storage import manifest
 from moe.runs.storage.json_files import write_json
@@ -72,6 +72,18 @@ class RunFolder:
     def config_text(self) -> str:
         """The text of config.gin; UserError where it can't be read."""
         return _text_of(self.config)
+
+    def own_tokenizer(self) -> Tokenizer:
+        """The run's tokenizer; UserError where it isn't the one that run.json records."""
+        tokenizer = load_tokenizer(self.tokenizer)
+        run = self.read_json(self.run) if self.run.exists() else None
+        recorded = run.get("tokenizer") if isinstance(run, dict) else None
+        if recorded not in (None, tokenizer.fingerprint):
+            raise UserError(
+                f"{self.tokenizer} is not the tokenizer that {self.run.name} records: one of them "
+                "was altered, and bits per byte would be wrong; put the run's own back"
+            )
+        return tokenizer
 
     @property
     def steps(self) -> int | None:
@@ -149,7 +161,7 @@ class RunFolder:
         write_atomically(self.config, config.encode())
         write_atomically(self.settings, (settings + "\n").encode())
         tokenizer.save(self.tokenizer)
-        self._cut_metrics(step)
+        self.cut_logs(step)
         if self.summary.exists():
             ended = self.read_json(self.summary, step=int)["step"]
             self.summary.rename(self.path / f"summary-{ended}.json")
@@ -176,7 +188,8 @@ class RunFolder:
                 raise UserError(f"{path} is damaged: {name!r} is missing or no value; {MOVE_AWAY}")
         return found
 
-    def _cut_metrics(self, step: int) -> None:
+    def cut_logs(self, step: int) -> None:
+        """Delete the lines of metrics.jsonl and routing.jsonl after a step, and damaged ones."""
         for path in (self.metrics, self.routing):
             if path.exists():
                 with open(path, "rb") as file:

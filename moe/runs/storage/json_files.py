@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moe.data.tokens.cache import write_atomically
+from moe.data.tokens.sealed import write_atomically
 
 
 def write_json(path: Path, content: Any) -> None:

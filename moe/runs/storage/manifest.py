@@ -17,6 +17,8 @@ import zlib
 NAME = "manifest.json"
 # Orbax writes it after the manifest, and nobody reads it.
 UNLISTED = {NAME, "commit_success.txt"}
+# Beside the checkpoints: where old ones are moved to be deleted.
+DELETED = "being-deleted"
 CHUNK = 4 * 2**20
 THREADS = 4
 
@@ -41,23 +43,44 @@ def write(folder: Path, step: int) -> None:
 
 def verify(folder: Path) -> None:
     """Raise Damaged unless a checkpoint's files are those of its manifest, which names its step."""
-    listed = _read(folder / NAME)
+    for fault in faults(folder):
+        raise Damaged(fault)
+
+
+def faults(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint, a line for each file at fault; empty where it is sound."""
+    try:
+        listed = _read(folder / NAME)
+    except Damaged as damaged:
+        return [str(damaged)]
     paths = {_name(path, folder): path for path in _files(folder)}
-    for name in listed["files"]:
-        if name not in paths:
-            raise Damaged(f"{name} is missing")
-    for name in paths:
-        if name not in listed["files"]:
-            raise Damaged(f"{name} is no file of it")
+    found = [f"{name} is missing" for name in listed["files"] if name not in paths]
+    found += [f"{name} is no file of it" for name in paths if name not in listed["files"]]
+    both = {name: path for name, path in paths.items() if name in listed["files"]}
     with ThreadPoolExecutor(THREADS) as pool:
-        for name, found in zip(paths, pool.map(_checksum, paths.values()), strict=True):
-            size, checksum = listed["files"][name]
-            if found[0] != size:
-                raise Damaged(f"{name} has {found[0]:,} bytes instead of {size:,}")
-            if found[1] != checksum:
-                raise Damaged(f"{name} was altered: its checksum is another")
+        each = pool.map(_fault, both.items(), [listed["files"][name] for name in both])
+        found += [fault for fault in each if fault]
     if folder.name != str(listed["step"]):
-        raise Damaged(f"it holds step {listed['step']}: the folder was renamed")
+        found.append(f"it holds step {listed['step']}: the folder was renamed")
+    return found
+
+
+def _fault(file: tuple[str, Path], expected: list[int]) -> str | None:
+    """How a file (name, path) differs from its size and checksum; None where it doesn't."""
+    name, path = file
+    try:
+        size, checksum = _checksum(path)
+    except Damaged as damaged:
+        return str(damaged)
+    if size != expected[0]:
+        return f"{name} has {size:,} bytes instead of {expected[0]:,}"
+    return None if checksum == expected[1] else f"{name} was altered: its checksum is another"
+
+
+def size(folder: Path) -> tuple[int, int]:
+    """The number of a checkpoint's files, and their bytes, by its manifest; Damaged without one."""
+    files = _read(folder / NAME)["files"]
+    return len(files), sum(size for size, _ in files.values())
 
 
 def verify_file(folder: Path, name: str) -> None:
@@ -115,6 +138,8 @@ def _name(path: Path, folder: Path) -> str:
 def _checksum(path: Path, durable: bool = False) -> list[int]:
     """A file's size and CRC-32."""
     size = checksum = 0
+    if not path.is_file():  # a pipe would wait for ever
+        raise Damaged(f"{path.name} is no file")
     try:
         with path.open("rb") as file:
             while chunk := file.read(CHUNK):

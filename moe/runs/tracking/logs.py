@@ -28,8 +28,19 @@ class Logs:
     ):
         every = [TensorBoard(), *loggers]
         self._writers = Writers({str(one): one.open(folder.path, run or {}) for one in every}, say)
-        self._metrics: IO[str] = open(folder.metrics, "a", encoding="utf-8")
-        self._routing: IO[str] = open(folder.routing, "a", encoding="utf-8")
+        self._folder = folder
+        self._open()
+
+    def _open(self) -> None:
+        self._metrics: IO[str] = open(self._folder.metrics, "a", encoding="utf-8")
+        self._routing: IO[str] = open(self._folder.routing, "a", encoding="utf-8")
+
+    def cut(self, step: int) -> None:
+        """Delete the lines after a step, from which the run goes on."""
+        self._metrics.close()
+        self._routing.close()
+        self._folder.cut_logs(step)
+        self._open()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Write a line of metrics.jsonl, and the same numbers to every logger."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import dataclasses
-import math
 
 import jax
 import numpy as np
@@ -13,6 +12,7 @@ from moe.runs.tracking.logs import Logs
 from moe.runs.tracking.throughput import ThroughputMeter
 from moe.training import metrics
 from moe.training.abstract_model import AbstractModel
+from moe.training.bad_steps import Watch
 from moe.training.evaluate import Evaluation
 from moe.training.finite import TrainingDiverged
 from moe.training.logger import Metric
@@ -30,6 +30,7 @@ class MetricsLogger:
         rate_N: the learning rate of each of the run's N steps. As an array: a JAX schedule would
             be queued behind the running step, and the log would wait for it.
         own_metrics: the user's functions, of `train.metrics`.
+        watch: judges each step.
     """
 
     model: AbstractModel
@@ -40,6 +41,7 @@ class MetricsLogger:
     rate_N: np.ndarray
     own_metrics: Sequence[Metric]
     log_every: int
+    watch: Watch
     _waiting: tuple[int, StepMetrics] | None = dataclasses.field(default=None, init=False)
 
     def step(self, step: int, measured: StepMetrics) -> None:
@@ -53,7 +55,8 @@ class MetricsLogger:
         last: no step follows, so that they are due.
 
         Raises:
-            TrainingDiverged: something is not finite; names the last good checkpoint.
+            TrainingDiverged: the step is bad and was not skipped, or one too many was; names the
+                last good checkpoint.
         """
         if self._waiting is None:
             return
@@ -61,12 +64,34 @@ class MetricsLogger:
         measured = jax.device_get(measured)
         seconds = self.meter.tick()
         with self.meter.logging():
-            require_finite(step, measured, self.saves)
+            self._judge(step, measured)
             slow = None if seconds is None else self.meter.pace.slow(seconds)
             if slow:
                 self.display.say(f"step {step} {slow}")
             if step % self.log_every == 0 or step == len(self.rate_N) or last:
                 self._log(step, measured)
+
+    def _judge(self, step: int, measured: StepMetrics) -> None:
+        """Raise TrainingDiverged for a bad step, unless it was skipped and more may be."""
+        watch = self.watch
+        if (fault := watch.fault(step, measured)) is None:
+            return
+        if not watch.skips:
+            raise diverged(step, measured, fault, self.saves)
+        assert watch.policy is not None
+        watch.skipped += 1
+        most = watch.policy.most
+        if watch.skipped > most:
+            fault = f"{fault}; {most} bad steps were skipped, as many as SkipBadSteps.most allows"
+            raise diverged(step, measured, fault, self.saves)
+        self.display.say(f"step {step} is skipped, {watch.skipped} of at most {most}: {fault}")
+
+    def rewind(self, step: int) -> None:
+        """Forget what was measured after a step, from whose checkpoint the run goes on."""
+        self._waiting = None
+        if self.logs is not None:
+            self.logs.cut(step)
+        self.meter.restart()
 
     def _log(self, step: int, measured: StepMetrics) -> None:
         routing = metrics.Routing.of(measured.routers) if measured.routers else None
@@ -94,6 +119,8 @@ class MetricsLogger:
             scalars |= metrics.routing_scalars(
                 routing, self.model.loss_coefficients, self.model.kind
             )
+        if self.watch.policy is not None:
+            scalars["bad_steps"] = self.watch.skipped + self.watch.rewinds
         if measured.mod is not None:
             scalars |= {f"depth/{name}": float(v.mean()) for name, v in measured.mod.items()}
         assert len(scalars) <= metrics.MOST_SCALARS, sorted(scalars)
@@ -118,17 +145,9 @@ class MetricsLogger:
             self.logs.scalars(step, {"val/loss": result.loss, "val/bpb": result.bits_per_byte})
 
 
-def require_finite(step: int, measured: StepMetrics, saves: Checkpoints) -> None:
-    """Raise TrainingDiverged where the loss, a gradient or the update is not finite.
-
-    The error has the layers' statistics and the last good checkpoint.
-    """
-    norms = {f"gradient norm ({name})": value for name, value in measured.grad_norms.items()}
-    values = {"loss": measured.loss, **norms, "update norm": measured.update_norm}
-    broken = [name for name, value in values.items() if not math.isfinite(float(value))]
-    if not broken:
-        return
-    layers, first = [], ""
+def diverged(step: int, measured: StepMetrics, fault: str, saves: Checkpoints) -> TrainingDiverged:
+    """The error of a bad step: with the layers' statistics and the last good checkpoint."""
+    layers = []
     if measured.routers:
         routing = metrics.Routing.of(measured.routers)
         layers = [
@@ -137,9 +156,8 @@ def require_finite(step: int, measured: StepMetrics, saves: Checkpoints) -> None
                 zip(routing.load_L, routing.dropped_L, routing.logit_size_L, strict=True)
             )
         ]
-        at = [i for i, size in enumerate(routing.logit_size_L) if not math.isfinite(size)]
-        first = f", first in layer {at[0]} or before it" if at else ""
-    raise TrainingDiverged(
-        f"step {step}: not finite: {', '.join(broken)}{first}; {saves.last_good()}. "
-        "Lower the learning rate or clip_norm.\n  " + "\n  ".join(layers)
+    return TrainingDiverged(
+        f"step {step}: {fault}; {saves.last_good()}. Lower the learning rate or clip_norm, or set "
+        "train.bad_steps.\n  " + "\n  ".join(layers),
+        step,
     )

@@ -80,14 +80,14 @@ class Display:
         """
         compiled = False
 
-        def timed(*given) -> T:
+        def timed(*given, **named) -> T:
             nonlocal compiled
             if compiled:
-                return call(*given)
+                return call(*given, **named)
             compiled = True
             self.say(f"compiling {what}")
             start, before = time.perf_counter(), compile_cache.counts()
-            result = call(*given)  # returns once compiled, before the result is there
+            result = call(*given, **named)  # returns once compiled, before the result is there
             seconds, cached = time.perf_counter() - start, compile_cache.counts().since(before)
             self.say(f"compiled {what} in {seconds:.1f} s{cached}")
             return result
