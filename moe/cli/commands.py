@@ -88,6 +88,20 @@ TRAIN = Command(
     ),
 )
 
+LAUNCH = Command(
+    name="launch",
+    summary="Train in several processes of this machine, started again when one of them dies.",
+    module="moe.cli.launch",
+    example="moe launch --processes=4 -- train --gin_file=quickstart.gin --workdir=runs/quick",
+    flags=(
+        Flag("processes", int, "N", "how many processes train together", required=True, low=1),
+        Flag("restarts", int, "N", "at most, without a save between (default: 3)", 3, low=0),
+    ),
+    positional="command",
+    many=True,
+    form="-- train ...",
+)
+
 EVAL = Command(
     name="eval",
     summary="Measure a trained model on a corpus.",
@@ -276,4 +290,7 @@ DESCRIBE = Command(
     ),
 )
 
-COMMANDS = (TRAIN, EVAL, GENERATE, CHECK, BENCH, PLAN, SWEEP, REPORT, FIT, VERIFY, LIST, DESCRIBE)
+COMMANDS = (
+    *(TRAIN, LAUNCH, EVAL, GENERATE, CHECK, BENCH, PLAN, SWEEP, REPORT, FIT, VERIFY),
+    *(LIST, DESCRIBE),
+)

@@ -138,7 +138,10 @@ def usage(command: Command) -> str:
     ]
     named = [command.form] if command.positional else []
     more = ["[--FLAG=VALUE ...]"] if forms else []
-    usage_line = " ".join(["usage: moe", command.name, *named, *required, *more])
+    words = [*named, *required, *more]
+    if command.form.startswith("--"):  # after this command's own flags
+        words = [*required, *more, *named]
+    usage_line = " ".join(["usage: moe", command.name, *words])
     lines = [usage_line, "", command.summary, *(["", "flags:", *rows] if rows else [])]
     return "\n".join([*lines, "", "example:", f"  {command.example}"])
 

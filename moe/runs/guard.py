@@ -27,7 +27,7 @@ def guarded(spec: RunSpec, folder: RunFolder, process: int) -> Iterator[Watchdog
         stacks = exits.briefly(lambda: write_stacks(folder.path / f"stacks-{process}.txt"))
         line = f"{line}; stacks in {stacks}" if stacks else line
         if peers is None:
-            exits.end(f"moe: {line}; {exits.briefly(lambda: saved(folder))}", exits.HUNG)
+            exits.end(f"moe: {line}; {exits.briefly(lambda: way_on(folder))}", exits.HUNG)
         else:
             peers.hung(line)
 
@@ -36,7 +36,7 @@ def guarded(spec: RunSpec, folder: RunFolder, process: int) -> Iterator[Watchdog
     if peers is not None:
         peers.patience = spec.heartbeat_seconds
         peers.at = lambda: watchdog.at
-        peers.saved = lambda: saved(folder)
+        peers.saved = lambda: way_on(folder)
     with watchdog:
         yield watchdog
 
@@ -49,10 +49,14 @@ def newest_step(folder: RunFolder) -> int | None:
 
 
 def saved(folder: RunFolder) -> str:
-    """What the run can go on from, and how."""
+    """What the run can go on from."""
     step = newest_step(folder)
-    what = "nothing is saved yet" if step is None else f"step {step} is saved"
-    return f"{what}; the same command goes on"
+    return "nothing is saved yet" if step is None else f"step {step} is saved"
+
+
+def way_on(folder: RunFolder) -> str:
+    """What the run can go on from, and how."""
+    return f"{saved(folder)}; the same command goes on"
 
 
 def write_stacks(path: Path) -> Path:
