@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import ctypes
-import dataclasses
 import os
 import queue
 import signal
@@ -12,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import IO
+from typing import Any
 
 from moe.machine import exits
 from moe.runs.guard import newest_step, saved
@@ -28,22 +27,21 @@ NOISE = "[Gloo]"
 Commands = Callable[[str, int], list[str]]
 
 
-@dataclasses.dataclass
 class Output:
     """Prints what process 0 says, and what the others say beside that, with their index."""
 
-    lines: "queue.SimpleQueue[tuple[int, str, IO[str]]]" = dataclasses.field(
-        default_factory=queue.SimpleQueue
-    )
-    _held: list[tuple[float, int, str, IO[str]]] = dataclasses.field(default_factory=list)
-    _said: set[str] = dataclasses.field(default_factory=set)
+    def __init__(self):
+        self._lines = queue.SimpleQueue()
+        self._held: list[tuple[float, int, str, Any]] = []
+        self._said: set[str] = set()
 
-    def read(self, process: int, source: IO[str], target: IO[str]) -> threading.Thread:
+    def read(self, process: int, source: Any, target: Any) -> threading.Thread:
         """Take lines from a pipe until its end, in a thread."""
 
         def work() -> None:
-            for line in source:
-                self.lines.put((process, line.rstrip("\n"), target))
+            with source:
+                for line in source:
+                    self._lines.put((process, line.rstrip("\n"), target))
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
@@ -54,7 +52,7 @@ class Output:
         now = time.monotonic()
         with contextlib.suppress(queue.Empty):
             while True:
-                process, line, target = self.lines.get_nowait()
+                process, line, target = self._lines.get_nowait()
                 if line.startswith(NOISE):
                     continue
                 if process == 0:
