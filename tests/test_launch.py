@@ -185,8 +185,8 @@ def test_no_process_outlives_a_launcher_that_is_killed(tmp_path_factory):
     there = children(child, "--process=")
     assert len(there) == 2
     child.kill()
-    child.wait()
-    end = time.monotonic() + 30
+    child.communicate()
+    end = time.monotonic() + 60
     while time.monotonic() < end and any(Path(f"/proc/{pid}").exists() for pid in there):
         time.sleep(0.2)
     assert not any(Path(f"/proc/{pid}").exists() for pid in there)

@@ -78,7 +78,10 @@ def trained(runs, name, count, victim, number, *bindings):
     ],
 )
 def test_a_killed_process_ends_the_others(runs, count, victim):
-    codes, said, seconds = trained(runs, f"killed {count} {victim}", count, victim, signal.SIGKILL)
+    name = f"killed {count} {victim}"
+    codes, said, seconds = trained(
+        runs, name, count, victim, signal.SIGKILL, "train.heartbeat_seconds = 10"
+    )
     assert codes == [exits.PEER_LOST] * (count - 1), said
     assert seconds < 20
     for lines in said:
@@ -106,8 +109,41 @@ def test_a_hung_process_ends_the_others_and_is_named(runs, victim):
     codes, said, seconds = trained(runs, name, 2, victim, signal.SIGUSR1, "train.hang_seconds = 4")
     assert codes == [exits.HUNG] and seconds < 14
     assert len(said[0].splitlines()) == 1
-    assert f"process {victim} of 2 keeps the others waiting" in said[0]
+    # Where it sleeps after its own part of a step, the other waits in the same one.
+    named = f"process {victim} of 2 keeps the others waiting"
+    assert named in said[0] or "no other is behind it" in said[0]
     assert "time.sleep" not in said[0] and (runs.folder / name / f"stacks-{victim}.txt").exists()
+
+
+ABORTS = """
+import ctypes, os, sys, threading
+from moe.machine import aborts
+
+def failed():
+    print("asked", flush=True)
+    if sys.argv[1] == "lost":
+        os._exit(80)
+
+aborts.ask_first(failed)
+threading.Thread(target=NAME).start()
+threading.Event().wait(20)
+"""
+
+
+@pytest.mark.parametrize("name", ["abort", "terminate"])
+@pytest.mark.parametrize(("how", "code"), [("lost", 80), ("own", -signal.SIGABRT)])
+def test_peers_are_asked_before_cpp_gives_up(how, code, name):
+    """In another thread than Python's main one, as gloo's."""
+    call = {"abort": "CDLL(None).abort", "terminate": "CDLL('libstdc++.so.6')._ZSt9terminatev"}
+    program = ABORTS.replace("NAME", f"ctypes.{call[name]}")
+    done = subprocess.run(
+        [sys.executable, "-c", program, how],
+        capture_output=True,
+        text=True,
+        env=tiny.environment(),
+        timeout=30,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (code, "asked\n", "")
 
 
 # The judgement.

@@ -11,7 +11,7 @@ import threading
 import time
 from typing import Any
 
-from moe.machine import exits, verdict
+from moe.machine import aborts, exits, verdict
 from moe.machine.verdict import State, Verdict
 
 BEAT_SECONDS = 1.0
@@ -46,6 +46,7 @@ class Peers:
     def start(self) -> None:
         """Begin to publish and to watch; from now on this process may end at any moment."""
         exits.last_words.append(self._says_its_end)
+        aborts.ask_first(self.failed)
         for work in (self._publishes, self._watches):
             threading.Thread(target=work, daemon=True).start()
 

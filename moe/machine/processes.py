@@ -85,8 +85,8 @@ def together() -> Iterator[None]:
     """
     try:
         yield
-    except Exception:
-        if peers is not None:
+    except Exception as error:
+        if peers is not None and not isinstance(error, BrokenPipeError):
             peers.failed()
         raise
     if peers is not None:

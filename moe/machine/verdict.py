@@ -91,4 +91,4 @@ def _of_hung(alive: dict[int, State], first: int) -> str:
         which = ", ".join(map(str, behind))
         word = "process" if len(behind) == 1 else "processes"
         return f"{line}; {word} {which} of {len(alive)} keeps the others waiting"
-    return f"{line}, in process {first} of {len(alive)}"
+    return f"{line}, in process {first} of {len(alive)}, and no other is behind it"

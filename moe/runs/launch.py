@@ -154,7 +154,8 @@ def launch(
             what = f"process {process} of {count} {_how(code)}; {saved(folder)}"
             if failures == restarts:
                 say(
-                    f"{what}; {restarts} restarts have saved nothing new: mend the cause, and the same command goes on"
+                    f"{what}; {restarts} restarts have saved nothing new: mend the cause, and the "
+                    "same command goes on"
                 )
                 return exits.NO_PROGRESS
             failures += 1
