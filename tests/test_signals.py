@@ -1,7 +1,8 @@
 """A signal in every phase: saved where there is something to save, and gone with one status.
 
-Seen red: without `of_the_program` a SIGINT while JAX is imported is a traceback; without `stopping`
-a signal in the final evaluation is swallowed; without `watch` a second one waits for the step.
+Seen red: without `of_the_program` an early signal is an exception somewhere; without `stopping`
+a signal in the final evaluation is swallowed; without `watch` a second one waits for the step; with
+the wall clock Ctrl-Z is a hang.
 """
 
 import json
@@ -193,7 +194,7 @@ def test_a_step_that_hangs_ends_the_run_and_tells_where(runs):
 WATCHED = """
 import sys, time
 from moe.machine.watchdog import Watchdog
-with Watchdog(lambda line: print(line, flush=True), seconds=1.5, least=0) as dog:
+with Watchdog(lambda line: print(line, flush=True), seconds=3, least=0) as dog:
     for i in range(3):
         dog.begins("step", i)
         time.sleep(0.05)
@@ -202,13 +203,13 @@ with Watchdog(lambda line: print(line, flush=True), seconds=1.5, least=0) as dog
 """
 
 
-@pytest.mark.parametrize(("works", "barks"), [(0.3, False), (6, True)])
+@pytest.mark.parametrize(("works", "barks"), [(5, False), (8, True)])
 def test_only_the_time_counts_in_which_a_process_runs(works, barks):
-    """Ctrl-Z for three seconds, and `fg`."""
+    """Ctrl-Z for four seconds, and `fg`."""
     command = [sys.executable, "-c", WATCHED, str(works)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=tiny.environment())
     until(child, "ready")
     child.send_signal(signal.SIGSTOP)
-    time.sleep(3)
+    time.sleep(4)
     child.send_signal(signal.SIGCONT)
     assert ("it hangs" in ended(child)) == barks
