@@ -294,11 +294,14 @@ def by_kernel(folder: str) -> tuple[float, Counter]:
         devices = [plane for plane in planes if plane.name.startswith("/device:")]
         for plane in devices or planes:
             for line in plane.lines:
-                # A device has lines of whole steps and modules, too.
-                if devices and not ("Stream" in line.name or line.name == "XLA Ops"):
-                    continue
-                for event in line.events:
-                    if devices or "hlo_op" in dict(event.stats):
+                # A device has lines of whole steps and modules, too; a CPU's are those of threads.
+                wanted = (
+                    ("Stream" in line.name or line.name == "XLA Ops")
+                    if devices
+                    else (line.name.startswith("tf_XLA"))
+                )
+                for event in line.events if wanted else ():
+                    if devices or ":" not in event.name:  # not of the thread pool
                         found[event.name[:80]] += event.duration_ns
     return sum(found.values()), found
 
