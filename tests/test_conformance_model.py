@@ -179,16 +179,18 @@ def test_eight_devices_are_one(name, mesh, dispatcher):
 FURTHER = {(2, 2, 2, 1), (4, 1, 2, 1), (4, 1, 1, 2), (1, 1, 4, 2)}
 SHAPES = sorted({mesh for _, mesh, _ in MESHES} | FURTHER)
 ON_EVERY_MESH = ("sigmoid_bias", "switch", "expert_choice", "base", "soft_moe", "hash")
+# Two routers on each mesh, so that each of them is on a third of the meshes.
 THOROUGH = [
     (name, mesh, DISPATCHERS[(i + j) % len(DISPATCHERS)])
     for i, name in enumerate(ON_EVERY_MESH)
     for j, mesh in enumerate(SHAPES)
+    if (i + j) % 3 == 0
 ]
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(("name", "mesh", "dispatcher"), THOROUGH, ids=str)
-def test_every_kind_of_router_on_every_mesh(name, mesh, dispatcher):
+def test_on_every_mesh_there_are_two_kinds_of_routers(name, mesh, dispatcher):
     """As `test_eight_devices_are_one`, which takes one router for each mesh."""
     same_tree(steps_of(name, mesh=mesh, dispatcher=dispatcher), one_device(name))
 

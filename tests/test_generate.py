@@ -358,6 +358,7 @@ def test_a_run_of_eight_devices_is_used_on_one(spread):
     assert done.stdout.count("-" * 80) == 5
 
 
+@pytest.mark.thorough
 def test_a_run_of_one_device_is_used_on_eight(masked, spread):
     """Whatever batch it is asked for: rows that fill up the mesh are padding."""
     with quick():

@@ -79,6 +79,7 @@ def test_muon_is_refused():
         Muon().build(split(module)[0].declared)
 
 
+@pytest.mark.thorough
 def test_moves_do_not_grow_with_the_width(monkeypatch):
     """The coordinate check: the same steps at eight times the width."""
     monkeypatch.syspath_prepend(BENCHMARKS)

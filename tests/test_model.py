@@ -123,6 +123,7 @@ def test_the_dense_model_is_the_same_model_without_routers():
     assert shared == {name for name in names(moe=moe()) if "feed_forward." not in name}
 
 
+@pytest.mark.thorough
 def test_one_expert_of_top_1_is_the_dense_layer():
     """A softmax over one expert is 1: with its weights, the sparse model is the dense one."""
     single = functools.partial(

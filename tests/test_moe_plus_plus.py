@@ -35,7 +35,7 @@ def test_logits_are_of_the_token_and_of_the_layer_before():
     np.testing.assert_allclose(router.route(inputs).logits_GTE[0], own_TE, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("sparse", mainly([(0, 2, 3)], [(0, 1, 2), (1, 3), (0, 2, 3)]), ids=str)
+@pytest.mark.parametrize("sparse", mainly([], [(0, 1, 2), (1, 3), (0, 2, 3)]), ids=str)
 def test_logits_pass_through_all_layers_of_a_model(sparse):
     """Through the scans, from one to the next, and past dense layers: as by a plain loop."""
     moe = functools.partial(
@@ -89,6 +89,7 @@ def test_capacity_is_divided_by_shares():
         assert (np.asarray(y_BTD) != 0).any(-1).sum() == (0 if expert == 2 else 16)
 
 
+@pytest.mark.thorough
 def test_beside_neurons_nothing_is_dropped():
     """Their layer has no capacity, and so its zero-computation experts have none."""
     router = functools.partial(TopK, k=1, losses=())

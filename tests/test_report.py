@@ -87,6 +87,7 @@ def test_few_seeds_leave_a_small_effect_undecided_and_say_how_many_would_decide(
     assert re.search(r": near \(.*, \d+ further seeds? would decide\) is undecided\.", said), said
 
 
+@pytest.mark.thorough
 def test_over_many_sweeps_ties_are_seldom_called_differences(tmp_path):
     """The whole way from files to words; the rates in detail are in test_comparison.py."""
     wrong = 0
@@ -155,6 +156,7 @@ def test_several_sweeps_in_one_report(folder, tmp_path, capsys):
     assert capsys.readouterr().out.count("Which arm is best?") == 2
 
 
+@pytest.mark.thorough
 def test_forty_arms_fit_in_every_figure(tmp_path):
     draw = np.random.default_rng(0)
     arms = {"base": 0.0} | {f"router_{i:02}": float(draw.normal(0, 0.05)) for i in range(40)}

@@ -97,6 +97,7 @@ def test_gumbel_noise_draws_from_the_softmax():
     np.testing.assert_allclose(shares_E, jax.nn.softmax(logits_E), atol=0.005)
 
 
+@pytest.mark.thorough
 def test_the_objective_completes_the_loss_of_reinforce():
     """In a whole model the choice learns by the tokens' likelihood, and the value with it."""
     prog = program(bench_of("reinforce"), Setting())

@@ -9,6 +9,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+from marks import mainly
 import numpy as np
 import optax
 import pytest
@@ -162,7 +163,7 @@ def collectives(text):
 PARALLEL = [OneHotEinsum(), SlotGather(), Sorted(), Sorted("slot_blocks")]
 
 
-@pytest.mark.parametrize("dispatcher", PARALLEL, ids=str)
+@pytest.mark.parametrize("dispatcher", mainly([Sorted()], PARALLEL), ids=str)
 @pytest.mark.parametrize(
     ("sizes", "gradient"),
     [({"data": 1, "expert": 8}, False), ({"data": 2, "expert": 4}, True)],

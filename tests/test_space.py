@@ -35,6 +35,7 @@ def test_nothing_is_trained_where_no_checkpoint_fits(runs, monkeypatch, capsys):
     assert not (runs.folder / "full" / "metrics.jsonl").exists()
 
 
+@pytest.mark.thorough
 def test_a_run_whose_disk_may_get_full_says_so_and_ends(runs, monkeypatch, capsys):
     """Three checkpoints at a time: two are kept, and one is written before the oldest goes."""
     settings = ("train.save_every = 1", "train.artifacts = False", "train.steps = 4")

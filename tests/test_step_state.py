@@ -33,6 +33,7 @@ def inputs(seed=0, train=True):
     return inputs_of(tilted(seed), "float32", train=train)
 
 
+@pytest.mark.thorough
 def test_a_quantile_step_balances_the_batch_that_it_saw():
     options = {"k": 2, "gates": "sigmoid", "losses": (), "balancer": QuantileBalancer}
     router = initialize(TopK(Sizes(D, E, 9), **options), 0)
@@ -64,6 +65,7 @@ def test_thresholds_make_evaluation_take_as_many_tokens_as_training():
     np.testing.assert_allclose(taken_E, T * 2 / E, atol=1)
 
 
+@pytest.mark.thorough
 def test_a_cap_holds_at_evaluation_too():
     router = initialize(ExpertChoiceRouter(Sizes(D, 8, 9), most_experts=3, decay=0.0), 0)
     router.weight_DE.set_value(3 * router.weight_DE[...])
@@ -73,6 +75,7 @@ def test_a_cap_holds_at_evaluation_too():
     assert per_token_T.max() <= 3 and 1.0 < per_token_T.mean() <= 2.0
 
 
+@pytest.mark.thorough
 def test_one_expert_takes_every_token():
     router = initialize(ExpertChoiceRouter(Sizes(D, 1, 9), capacity_factor=1.0), 0)
     assert int(router(inputs(train=False)).stats.count_E[0]) == T
@@ -80,6 +83,7 @@ def test_one_expert_takes_every_token():
     assert int(router(inputs(train=False)).stats.count_E[0]) == T
 
 
+@pytest.mark.thorough
 def test_the_selectors_entropy_counts_more_and_more():
     constant = initialize(DSelectK(Sizes(D, E, 9)), 0)(inputs()).losses["selector_entropy"]
     router = initialize(DSelectK(Sizes(D, E, 9), ramp_steps=4), 0)
@@ -93,6 +97,7 @@ def test_the_selectors_entropy_counts_more_and_more():
     assert float(constant) > 1
 
 
+@pytest.mark.thorough
 def test_selectors_that_have_decided_have_two_experts_computed():
     """Of four, which all had a weight at the start: the rows of the others are not there."""
     router = initialize(DSelectK(Sizes(D, E, 9), k=2), 0)
@@ -140,6 +145,7 @@ def test_a_step_of_padding_leaves_thresholds_alone():
     np.testing.assert_array_equal(router.thresholds.threshold_E[...], before_E)
 
 
+@pytest.mark.thorough
 def test_soft_choice_starts_as_soft_moe_and_ends_hard():
     soft = initialize(SoftMoE(Sizes(D, E, 9), slots_per_expert=3), 0)
     router = initialize(SoftChoice(Sizes(D, E, 9), 3, read=1e-3, write=1e-3, cooling_steps=5), 0)

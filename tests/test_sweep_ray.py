@@ -23,6 +23,10 @@ sweep.controls = ()
 """
 
 
+# Ray forks to start its nodes, and the forked process is another program at once.
+pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
+
+
 @pytest.fixture
 def cluster(monkeypatch):
     for name, value in environment().items():  # nodes inherit it, and trials theirs

@@ -205,6 +205,7 @@ def test_the_time_may_be_limited(runs, capsys):
     )
 
 
+@pytest.mark.thorough
 def test_steps_are_fitted_into_the_time_with_the_schedules_end(runs, capsys):
     """And stay when the run goes on, however fast the machine is by then."""
     bindings = ["train.steps = 100000", "train.max_seconds = 10.0", "train.fit_steps = True"]
