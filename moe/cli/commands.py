@@ -192,6 +192,25 @@ PLAN = Command(
     ),
 )
 
+COST = Command(
+    name="cost",
+    summary="Count what a model costs to serve: FLOPs, weights, caches, time of a step on a chip.",
+    module="moe.cli.cost",
+    example="moe cost --gin_file=pod_mixtral_8x7b.gin --chip=h100 --chips=8 --context=4096",
+    flags=(
+        GIN_FILE,
+        GIN_BINDINGS,
+        Flag("workdir", str, "FOLDER", "the folder of a run, in place of --gin_file"),
+        IMPORT,
+        Flag("chip", str, "KIND", "such as h100 or v5e (default: h100)", "h100"),
+        Flag("chips", int, "N", "how many share the work evenly (default: 1)", 1, low=1),
+        Flag("context", int, "N", "tokens that a text holds (default: as trained)", low=1),
+        Flag("dtype", str, "TYPE", "of weights and caches (default: bfloat16)", "bfloat16"),
+        Flag("vocab_size", int, "N", "token ids (default: the tokenizer's)", low=2),
+        JSON,
+    ),
+)
+
 FIT = Command(
     name="fit",
     summary="Fit a scaling law to a table of runs: coefficients, predictions, the best sizes.",
@@ -291,6 +310,6 @@ DESCRIBE = Command(
 )
 
 COMMANDS = (
-    *(TRAIN, LAUNCH, EVAL, GENERATE, CHECK, BENCH, PLAN, SWEEP, REPORT, FIT, VERIFY),
+    *(TRAIN, LAUNCH, EVAL, GENERATE, CHECK, BENCH, PLAN, COST, SWEEP, REPORT, FIT, VERIFY),
     *(LIST, DESCRIBE),
 )

@@ -1,0 +1,195 @@
+"""What a model costs to serve, counted from shapes: FLOPs and bytes of a decoded token.
+
+B texts side by side, S tokens of each that its cache holds, E experts, K of them per token.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import math
+
+from flax import nnx
+
+from layers.attention import Attention
+from layers.mixture_of_depths import blocks_of
+from moe.model.flops import parameters_of, size_of, through
+from moe.model.transformer import Transformer
+from moe.planning.chips import Chip
+from moe.training.abstract_model import AbstractModel
+
+MOST_TEXTS = 2**24
+BESIDE = "feed_forward", "latent", "companion"  # roles of what every token passes
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionLayer:
+    """One attention layer. share: of the tokens that go through it (Mixture-of-Depths)."""
+
+    heads: int
+    key_heads: int
+    width: int
+    window: int | None
+    share: float
+
+    def seen(self, length: int) -> float:
+        """The keys that the next token of a text of S tokens sees."""
+        kept = length if self.window is None else min(length, self.window)
+        return self.share * kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """A model's costs in one precision.
+
+    Attributes:
+        projections, router, experts, feed_forward, head: forward FLOPs of a token; `experts` are
+            those chosen, `feed_forward` whatever every token passes beside attention.
+        attention: every layer's.
+        sparse_layers, num_experts, experts_per_token: of the mixture; 0, 1 and 0 without one.
+        expert_parameters, other_parameters: scalars, the latter without tables that are looked up.
+        table_parameters: of embeddings that are no head, of which a token reads one row.
+        value_bytes: of a weight, and of a value in the cache.
+    """
+
+    projections: float
+    router: float
+    experts: float
+    feed_forward: float
+    head: float
+    attention: tuple[AttentionLayer, ...]
+    sparse_layers: int
+    num_experts: int
+    experts_per_token: float
+    expert_parameters: int
+    other_parameters: int
+    table_parameters: int
+    value_bytes: int
+
+    @classmethod
+    def of(cls, model: AbstractModel, value_bytes: int = 2) -> "Serving":
+        """The costs of a model, with weights and caches of so many bytes a value."""
+        module, costs = model.module, model.costs
+        sizes: dict[str, float] = dict.fromkeys(("attention", "router", *BESIDE), 0.0)
+        for stack in module.stacks:
+            for layer in stack.unit.blocks:
+                (block,) = blocks_of([layer])  # a depth router beside it reads every token
+                for role in sizes:
+                    left = (1 - through(layer)) * _matmul_size(block, role)
+                    sizes[role] += _matmul_size(layer, role) - left
+        table = _matmul_size(module, "embedding")
+        head = _matmul_size(module, "head") or table
+        looked_up = size_of(module, ("position",)) + (table if module.head_DV is not None else 0)
+        experts = size_of(module, ("expert",))
+        chosen = costs.sparse_layers * costs.flops_per_assignment * costs.experts_per_token / 3
+        return cls(
+            projections=2 * sizes["attention"],
+            router=2 * sizes["router"],
+            experts=chosen,
+            feed_forward=2 * sum(sizes[role] for role in BESIDE),
+            head=2 * head,
+            attention=tuple(_attention(module)),
+            sparse_layers=costs.sparse_layers,
+            num_experts=costs.num_experts,
+            experts_per_token=costs.experts_per_token,
+            expert_parameters=experts,
+            other_parameters=costs.parameters_total - experts - looked_up,
+            table_parameters=looked_up,
+            value_bytes=value_bytes,
+        )
+
+    def flops(self, length: int) -> dict[str, float]:
+        """Forward FLOPs of the token after `length` others, by part."""
+        scores = sum(
+            4 * layer.seen(length) * layer.share * _size(layer) for layer in self.attention
+        )
+        return {
+            "projections": self.projections,
+            "scores": scores,
+            "router": self.router,
+            "experts": self.experts,
+            "feed_forward": self.feed_forward,
+            "head": self.head,
+        }
+
+    def cache_bytes(self, length: int) -> float:
+        """Bytes of one text's keys and values."""
+        values = sum(2 * a.key_heads * a.width * a.seen(length) for a in self.attention)
+        return values * self.value_bytes
+
+    def experts_read(self, texts: int) -> float:
+        """Distinct experts that a step of B texts reads in a layer: E (1 - (1 - K/E)^B).
+
+        As though each text chose by itself, and each expert were as likely: texts that are alike
+        read fewer, and a skewed load does, too.
+        """
+        if not self.sparse_layers:
+            return 0.0
+        left = max(0.0, 1 - self.experts_per_token / self.num_experts)
+        return self.num_experts * (1 - left**texts)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights."""
+        whole = self.expert_parameters + self.other_parameters + self.table_parameters
+        return whole * self.value_bytes
+
+    def weights_read(self, texts: int) -> float:
+        """Bytes of weights that a step of B texts reads."""
+        share = self.experts_read(texts) / self.num_experts
+        return (self.other_parameters + share * self.expert_parameters) * self.value_bytes
+
+    def step(self, chip: Chip, texts: int, length: int) -> dict[str, float]:
+        """Seconds of one step of B texts on one chip, if nothing but its peaks held it up.
+
+        The longer of the two counts: FLOPs at the peak of matmuls, or bytes at the memory's rate.
+        """
+        flops = texts * sum(self.flops(length).values()) / chip.flops
+        moved = self.weights_read(texts) + texts * self.cache_bytes(length)
+        reading = moved / chip.memory_bandwidth
+        return {"seconds": max(flops, reading), "computing": flops, "reading": reading}
+
+    def break_even(self, chip: Chip, length: int) -> int | None:
+        """The fewest texts whose step is held up by FLOPs; None where caches always take longer."""
+        low, high = 0, 1
+        while not _computes(self.step(chip, high, length)):
+            low, high = high, 2 * high
+            if high > MOST_TEXTS:
+                return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (
+                (low, middle) if _computes(self.step(chip, middle, length)) else (middle, high)
+            )
+        return high
+
+    def most_texts(self, memory: float, length: int) -> int:
+        """How many texts of this length have room for their caches beside the weights."""
+        left = memory - self.weight_bytes
+        cache = self.cache_bytes(length)
+        return max(0, math.floor(left / cache)) if cache else MOST_TEXTS
+
+
+def _computes(step: dict[str, float]) -> bool:
+    return step["computing"] >= step["reading"]
+
+
+def _size(layer: AttentionLayer) -> int:
+    return layer.heads * layer.width
+
+
+def _attention(module: Transformer) -> Iterator[AttentionLayer]:
+    for stack in module.stacks:
+        for layer in stack.unit.blocks:
+            (block,) = blocks_of([layer])
+            attention: Attention = block.attention
+            heads, width = attention.query_DHK.shape[-2:]
+            key_heads = attention.key_DNK.shape[-2]
+            found = AttentionLayer(heads, key_heads, width, attention.window, through(layer))
+            yield from [found] * stack.repeats
+
+
+def _matmul_size(module: nnx.Module, role: str) -> int:
+    return sum(
+        math.prod(shape)
+        for found, shape in parameters_of(module)
+        if found == role and len(shape) > 1
+    )
