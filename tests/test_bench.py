@@ -10,6 +10,7 @@ from moe.cli import main as cli
 from routing import Capacity
 
 
+@pytest.mark.thorough
 def test_every_router_has_a_row(tmp_path, capsys):
     path = tmp_path / "routers.json"
     flags = ["--tokens=64", "--width=16", "--experts=16", f"--json={path}"]

@@ -74,12 +74,13 @@ def test_which_layers_are_sparse(options, sparse):
 
 
 MIXES = [
-    pytest.param({"num_layers": 4, "moe_every": 2}, marks=pytest.mark.thorough),
-    pytest.param({"num_layers": 4, "moe_layers": (1, 2, 3)}, marks=pytest.mark.thorough),
+    {"num_layers": 4, "moe_every": 2},
+    {"num_layers": 4, "moe_layers": (1, 2, 3)},
     {"num_layers": 3, "moe_layers": (0, 2)},
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("options", MIXES, ids=str)
 def test_a_stack_is_its_blocks_one_after_another(options):
     """Every layer's own slice of the stacked parameters, run by hand without stack or scan."""
@@ -194,8 +195,8 @@ def test_bfloat16_compute_keeps_parameters_and_logits_in_float32():
 @pytest.mark.parametrize(
     ("router", "options"),
     [
-        (Switch, {}),
-        (functools.partial(TopK, k=2), {}),
+        pytest.param(Switch, {}, marks=pytest.mark.thorough),
+        pytest.param(functools.partial(TopK, k=2), {}, marks=pytest.mark.thorough),
         (Switch, {"depth_router": functools.partial(MixtureOfDepths, capacity=0.7)}),
     ],
     ids=["switch", "mixtral", "depths"],

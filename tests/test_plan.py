@@ -106,7 +106,11 @@ def test_a_slice_that_cannot_be_is_told(name, expected, capsys):
 
 
 @pytest.mark.parametrize(
-    ("topology", "extra"), [("v5e:2x4", "moe-routing[plan]"), ("h100:8", "moe-routing[plan-cuda]")]
+    ("topology", "extra"),
+    [
+        pytest.param("v5e:2x4", "moe-routing[plan]", marks=pytest.mark.thorough),
+        ("h100:8", "moe-routing[plan-cuda]"),
+    ],
 )
 def test_without_the_compiler_it_says_what_it_knows(
     topology, extra, runs, tmp_path, capfd, monkeypatch
@@ -377,8 +381,8 @@ def test_bytes_of_a_step_are_counted():
 @pytest.mark.parametrize(
     ("dispatcher", "rows"),
     [
-        (Sorted(), 4 * 32),
-        (Sorted(buffer=2.0, overflow="drop"), 2 * 32),
+        pytest.param(Sorted(), 4 * 32, marks=pytest.mark.thorough),
+        pytest.param(Sorted(buffer=2.0, overflow="drop"), 2 * 32, marks=pytest.mark.thorough),
         (Sorted(buffer=2.0), (2 + 4) * 32),
     ],
     ids=str,

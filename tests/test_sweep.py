@@ -163,6 +163,7 @@ def test_every_cell_that_cannot_be_is_told_before_anything_runs(place, capsys):
     assert "runs/x: no trial has ended yet" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_a_slurm_array_of_workers_finishes_a_sweep(swept, place, capsys):
     """The line of the script that each task runs, on a sweep with a trial left."""
     folder, *_ = swept
