@@ -116,36 +116,50 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValues]:
         """The output for prompts, and their keys and values; a window keeps its last ones."""
         heads = self._heads(x_BTD, position_BT)
-        slots = prompt.slots if self.window is None else min(prompt.slots, self.window)
+        slots = prompt.slots
+        if self.window is not None:
+            slots = min(slots, self.window + prompt.spare)
         cache = KeyValues.of_prompt(*heads[1:], segment_BT > 0, prompt.length_B, slots)
         return self._attended(heads, position_BT, segment_BT), cache
 
     def step(
         self,
-        x_B1D: Float[Array, "B 1 D"],
-        position_B1: Int[Array, "B 1"],
-        segment_B1: Int[Array, "B 1"],
+        x_R1D: Float[Array, "R 1 D"],
+        position_R1: Int[Array, "R 1"],
+        segment_R1: Int[Array, "R 1"],
         cache: KeyValues,
-    ) -> tuple[Float[Array, "B 1 D"], KeyValues]:
-        """The output for one more token of each sequence, and the cache with it."""
-        query_B1HK, key_B1NK, value_B1NK = self._heads(x_B1D, position_B1)
-        cache = cache.with_token(position_B1[:, 0], key_B1NK, value_B1NK, segment_B1[:, 0] > 0)
-        place_BS = places(position_B1[:, 0], cache.filled_BS.shape[1])
-        seen_BS = cache.filled_BS
+    ) -> tuple[Float[Array, "R 1 D"], KeyValues]:
+        """The output for further tokens of each sequence, and the cache with them.
+
+        R = B T rows: those of a sequence stand one after the other. What the cache holds of places
+        from the first of them on, as of tokens that were taken back, is not seen.
+        """
+        rows = len(cache.filled_BS), -1
+
+        def by_sequence(a_R1):
+            return a_R1.reshape(*rows, *a_R1.shape[2:])
+
+        query_BTHK, *new = map(by_sequence, self._heads(x_R1D, position_R1))
+        position_BT = by_sequence(position_R1)
+        cache = cache.with_tokens(position_BT, *new, by_sequence(segment_R1) > 0)
+        place_BS = places(position_BT[:, -1], cache.filled_BS.shape[1])
+        distance_BTS = position_BT[..., None] - place_BS[:, None]
+        seen_BTS = (cache.filled_BS & (place_BS >= 0))[:, None] & (distance_BTS >= 0)
         if self.window is not None:
-            seen_BS &= position_B1 - place_BS < self.window
-        bias_BHQS = None
+            seen_BTS &= distance_BTS < self.window
+        bias_BHTS = None
         if self.positions == "alibi":
-            heads = query_B1HK.shape[2]
-            bias_BHQS = alibi(position_B1, place_BS, heads).astype(query_B1HK.dtype)
-        mixed_B1HK = jax.nn.dot_product_attention(
-            query_B1HK,
+            heads = query_BTHK.shape[2]
+            bias_BHTS = alibi(position_BT, place_BS, heads).astype(query_BTHK.dtype)
+        mixed_BTHK = jax.nn.dot_product_attention(
+            query_BTHK,
             cache.key_BSNK,
             cache.value_BSNK,
-            bias=bias_BHQS,
-            mask=seen_BS[:, None, None],
+            bias=bias_BHTS,
+            mask=seen_BTS[:, None],
         )
-        return linear(mixed_B1HK, self.out_HKD[...], contracted=2), cache
+        mixed_R1HK = mixed_BTHK.reshape(-1, 1, *mixed_BTHK.shape[2:])
+        return linear(mixed_R1HK, self.out_HKD[...], contracted=2), cache
 
     def _heads(self, x_BTD, position_BT) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries (B, T, H, K), and keys and values (B, T, N, K)."""

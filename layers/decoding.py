@@ -48,23 +48,24 @@ class KeyValues(nnx.Pytree):
         filled_BS = (place_BS >= 0) & jnp.take_along_axis(real_BT, token_BS, axis=1)
         return cls(gathered(key_BTNK), gathered(value_BTNK), filled_BS)
 
-    def with_token(
+    def with_tokens(
         self,
-        position_B: Int[Array, " B"],
-        key_B1NK: Float[Array, "B 1 N K"],
-        value_B1NK: Float[Array, "B 1 N K"],
-        real_B: Bool[Array, " B"],
+        position_BT: Int[Array, "B T"],
+        key_BTNK: Float[Array, "B T N K"],
+        value_BTNK: Float[Array, "B T N K"],
+        real_BT: Bool[Array, "B T"],
     ) -> "KeyValues":
-        """The cache after one more token of each sequence."""
-        row_B, slot_B = jnp.arange(len(position_B)), position_B % self.filled_BS.shape[1]
+        """The cache after T more tokens of each sequence."""
+        row_B1 = jnp.arange(len(position_BT))[:, None]
+        slot_BT = position_BT % self.filled_BS.shape[1]
 
         def written(a, new):
-            return a.at[row_B, slot_B].set(new.astype(a.dtype), unique_indices=True)
+            return a.at[row_B1, slot_BT].set(new.astype(a.dtype), unique_indices=True)
 
         return KeyValues(
-            written(self.key_BSNK, key_B1NK[:, 0]),
-            written(self.value_BSNK, value_B1NK[:, 0]),
-            written(self.filled_BS, real_B),
+            written(self.key_BSNK, key_BTNK),
+            written(self.value_BSNK, value_BTNK),
+            written(self.filled_BS, real_BT),
         )
 
 
@@ -96,7 +97,9 @@ class Prompt:
     Attributes:
         length_B: tokens of each sequence; those behind them are padding.
         slots: the most tokens that a sequence will have.
+        spare: slots of a window beyond its width: as many as tokens may be added at once, less one.
     """
 
     length_B: jax.Array
     slots: int
+    spare: int = 0

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from layers.decoding import LayerCache, Prompt
+from layers.mixture_of_depths import DepthBlock
 from layers.stack import after
 from moe.model import functional
 from moe.model.functional import Arrays, Graph
@@ -59,19 +60,25 @@ class Decoder:
         self.values = Values(layer_values, rest)
         self._embed, self._head = jax.jit(self._embedded), jax.jit(self._last_logits)
         self._step: Callable = jax.jit(self.next_logits, donate_argnums=1)
+        self._extend: Callable = jax.jit(self._logits_of_each, donate_argnums=1)
 
     def prefill(
-        self, token_BT: Int[AnyArray, "B T"], length_B: Int[AnyArray, " B"], slots: int
+        self,
+        token_BT: Int[AnyArray, "B T"],
+        length_B: Int[AnyArray, " B"],
+        slots: int,
+        spare: int = 0,
     ) -> tuple[Float[Array, "B V"], Caches]:
         """The logits that follow the first length_B tokens of each sequence, and the cache.
 
         slots: the most tokens that a sequence will have.
+        spare: one less than the most tokens that `extend` will be given at once.
         """
         x_BTD, tokens = self._embed(self.values.rest, token_BT, length_B)
         caches = []
         for number, (_, program) in enumerate(self._layers):
             given = self.values.layers[number], x_BTD, tokens, length_B
-            x_BTD, tokens, cache = program(*given, slots, number)
+            x_BTD, tokens, cache = program(*given, (slots, spare), number)
             caches.append(cache)
         return self._head(self.values.rest, x_BTD, length_B), caches
 
@@ -84,6 +91,24 @@ class Decoder:
         The given cache is used up.
         """
         return self._step(self.values, caches, token_B, position_B)
+
+    def extend(
+        self, caches: Caches, token_BT: Int[AnyArray, "B T"], position_B: Int[AnyArray, " B"]
+    ) -> tuple[Float[Array, "B T V"], Caches, list[Bool[Array, "B T E"]]]:
+        """As `step`, for T tokens in turn of each sequence, the first one at position_B.
+
+        Tokens are taken back by going on from an earlier position. `reason_to_go_one_by_one` says
+        for which models T has to be 1. The given cache is used up.
+        """
+        return self._extend(self.values, caches, token_BT, position_B)
+
+    def _logits_of_each(self, values: Values, caches: Caches, token_BT, position_B):
+        position_BT = position_B[:, None] + jnp.arange(token_BT.shape[1])[None]
+        logits_RV, caches, used = self.next_logits(
+            values, caches, token_BT.reshape(-1), position_BT.reshape(-1)
+        )
+        by_text = [used_RE.reshape(*token_BT.shape, -1) for used_RE in used]
+        return logits_RV.reshape(*token_BT.shape, -1), caches, by_text
 
     def next_logits(self, values: Values, caches: Caches, token_B, position_B):
         """What `step` returns, to be traced."""
@@ -135,6 +160,16 @@ def reason_to_recompute(module: Transformer) -> str | None:
     return next((why for block in blocks if (why := block.recomputes) is not None), None)
 
 
+def reason_to_go_one_by_one(module: Transformer) -> str | None:
+    """Why `Decoder.extend` can't take several tokens of a text at once; None where it can."""
+    blocks = [block for stack in module.stacks for block in stack.unit.blocks]
+    depths = [block.depth_router for block in blocks if isinstance(block, DepthBlock)]
+    for router in [*depths, *(block.router for block in blocks)]:
+        if router is not None and (router.order_matters or router.whole_sequences):
+            return f"{type(router).__name__} carries what it needs from one token to the next"
+    return reason_to_recompute(module)
+
+
 def experts_used(decision: Decision | None) -> Bool[Array, "G E"]:
     """Whose weights each group reads; those of all experts where they are merged."""
     assert decision is not None
@@ -155,8 +190,8 @@ def tokens_of(token_BT, position_BT, segment_BT) -> Tokens:
     )
 
 
-def _prefilled(block: Graph, values: Arrays, x_BTD, tokens: Tokens, length_B, slots: int, number):
+def _prefilled(block: Graph, values: Arrays, x_BTD, tokens: Tokens, length_B, room, number):
     """x after a layer, the tokens with what the next layer reads of them, and the layer's cache."""
     layer, here = block.merge(values, {}), tokens.for_layer(number, None)
-    x_BTD, output, cache = layer.prefill(x_BTD, here, Prompt(length_B, slots))
+    x_BTD, output, cache = layer.prefill(x_BTD, here, Prompt(length_B, *room))
     return x_BTD, tokens if output is None else after(tokens, output), cache

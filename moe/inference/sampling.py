@@ -39,6 +39,16 @@ class Sampling:
         """A token for each row, int32 (B,)."""
         if self.temperature == 0:
             return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return jax.random.categorical(key, self._kept(logits_BV)).astype(jnp.int32)
+
+    def probabilities(self, logits_BV: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        """Those by which `draw` draws; all of it on the likeliest token at temperature 0."""
+        if self.temperature == 0:
+            return jax.nn.one_hot(jnp.argmax(logits_BV, axis=-1), logits_BV.shape[-1])
+        return jax.nn.softmax(self._kept(logits_BV))
+
+    def _kept(self, logits_BV: jax.Array) -> jax.Array:
+        """The logits (B, V) that are drawn from; -inf where a token is left out."""
         logits_BV = logits_BV / self.temperature
         if self.top_k is not None:
             kth_B1 = jax.lax.top_k(logits_BV, min(self.top_k, logits_BV.shape[-1]))[0][:, -1:]
@@ -48,7 +58,7 @@ class Sampling:
         if self.min_p is not None:
             least_B1 = logits_BV.max(-1, keepdims=True) + jnp.log(self.min_p)
             logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
-        return jax.random.categorical(key, logits_BV).astype(jnp.int32)
+        return logits_BV
 
     def draw_each(
         self,
