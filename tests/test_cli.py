@@ -116,6 +116,8 @@ def test_flags_become_attributes():
         "min_p": None,
         "repetition_penalty": 1.0,
         "context": None,
+        "draft": None,
+        "ahead": 4,
         "seed": 0,
         "count": 1,
         "import": [],

@@ -222,6 +222,33 @@ def test_the_command_prints_and_writes(runs, learned):
     assert len(log_probs) == 10 and all(-0.5 < value <= 0 for value in log_probs)
 
 
+@pytest.mark.parametrize("draft", ["itself", "jacobi"])
+def test_a_draft_writes_the_same_text_in_fewer_steps(draft, runs, learned, capsys):
+    run, target = runs.folder / "learned", runs.folder / f"{draft}.json"
+    flags = ("--prompt=the quick", "--temperature=0", "--tokens=10", f"--json={target}")
+    name = str(run) if draft == "itself" else draft
+    status, out = command("generate", run, *flags, f"--draft={name}", "--ahead=3")
+    assert status == 0 and out == "the quick brown fox\n"
+    written = json.loads(target.read_text())
+    assert written["texts"] == ["the quick brown fox"]
+    if draft == "itself":
+        assert written["steps"] == 3 and written["held"] == 3
+    assert "guesses held; a step read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--draft=lookups"], "--draft=lookups: the folder of a run, or lookup or jacobi"),
+        (["--draft=lookup", "--tokens=99"], "at most 31 more are within it"),
+        (["--draft=lookup", "--repetition_penalty=2"], "don't go together; leave one out"),
+    ],
+)
+def test_drafts_that_can_not_be_are_one_line(flags, expected, runs, learned, capsys):
+    status, _ = command("generate", runs.folder / "learned", *flags)
+    assert status == 2 and expected in capsys.readouterr().err
+
+
 @pytest.mark.thorough
 def test_decoding_is_measured(runs, learned):
     target = runs.folder / "decode.json"

@@ -139,6 +139,8 @@ GENERATE = Command(
             low=0.1,
         ),
         Flag("context", int, "N", "tokens that the model sees (default: as trained)", low=1),
+        Flag("draft", str, "FOLDER", "a smaller run that guesses ahead; or lookup, or jacobi"),
+        Flag("ahead", int, "N", "with --draft: tokens that it guesses (default: 4)", 4, low=1),
         Flag("seed", int, "N", "same seed, same texts (default: 0)", 0, low=0),
         Flag("count", int, "N", "how many texts (default: 1)", 1, low=1),
         JSON,

@@ -3,12 +3,18 @@
 import json
 from pathlib import Path
 import sys
+from typing import Any
 
 from moe.cli import config
-from moe.errors import printable
-from moe.inference.generate import Generator
+from moe.errors import UserError, printable
+from moe.inference.decoder import Decoder
+from moe.inference.drafts import Draft, Jacobi, Lookup, ModelDraft
+from moe.inference.generate import Generator, check
 from moe.inference.sampling import Sampling
-from moe.runs.restore import restore_run
+from moe.inference.speculative import Speculator
+from moe.runs.restore import Restored, restore_run
+
+DRAFTS = {"lookup": Lookup, "jacobi": Jacobi}
 
 
 def run(flags) -> int:
@@ -19,28 +25,80 @@ def run(flags) -> int:
     restored = restore_run(
         flags.workdir, config.of_folder(flags.workdir, imports=vars(flags)["import"])
     )
+    sampling = Sampling(
+        flags.temperature, flags.top_k, flags.top_p, flags.min_p, flags.repetition_penalty
+    )
+    prompts = [flags.prompt] * flags.count
+    found = (_drafted if flags.draft else _plain)(restored, prompts, sampling, flags)
+    others = found.pop("more")
+    print(printable("".join("\n" + "-" * 80 + "\n" + text for text in others)))
+    if "held" in found:
+        _report(found, flags.ahead)
+    if flags.json:
+        content = {"step": restored.step, "prompt": flags.prompt} | found
+        Path(flags.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _plain(restored: Restored, prompts: list[str], sampling: Sampling, flags):
     values = restored.params, restored.router_state
     generator = Generator(restored.model, *values, restored.tokenizer, flags.context)
     if generator.recomputes:
         why = f"each token takes a pass over the whole text: {generator.recomputes}"
         print(f"moe generate: {why}", file=sys.stderr)
-    found = generator.continuations(
-        [flags.prompt] * flags.count,
-        tokens=flags.tokens,
-        sampling=Sampling(
-            flags.temperature, flags.top_k, flags.top_p, flags.min_p, flags.repetition_penalty
-        ),
-        seed=flags.seed,
-        say=lambda piece: print(printable(piece), end="", flush=True),
+    given = {"tokens": flags.tokens, "sampling": sampling, "seed": flags.seed}
+    found = generator.continuations(prompts, **given, say=_say)
+    return {
+        "texts": [text.text for text in found],
+        "log_probs": [list(text.log_probs) for text in found],
+        "more": [text.text for text in found[1:]],
+    }
+
+
+def _drafted(restored: Restored, prompts: list[str], sampling: Sampling, flags):
+    context = flags.context or restored.model.sequence_length
+    check(restored.model, context)
+    speculator = Speculator(
+        Decoder(restored.model.graph, restored.params, restored.router_state),
+        restored.tokenizer,
+        context,
+        _draft(restored, sampling, context, flags),
+        ahead=flags.ahead,
+        sampling=sampling,
     )
-    others = [text.text for text in found[1:]]
-    print(printable("".join("\n" + "-" * 80 + "\n" + text for text in others)))
-    if flags.json:
-        content = {
-            "step": restored.step,
-            "prompt": flags.prompt,
-            "texts": [text.text for text in found],
-            "log_probs": [list(text.log_probs) for text in found],
-        }
-        Path(flags.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return 0
+    found = speculator.continuations(prompts, tokens=flags.tokens, seed=flags.seed, say=_say)
+    return {
+        "texts": found.texts,
+        "steps": found.steps,
+        "held": found.held,
+        "experts": found.experts,
+        "more": found.texts[1:],
+    }
+
+
+def _draft(restored: Restored, sampling: Sampling, context: int, flags) -> Draft:
+    """What `--draft` names."""
+    if flags.draft in DRAFTS:
+        return DRAFTS[flags.draft]()
+    if not Path(flags.draft).is_dir():
+        raise UserError(f"--draft={flags.draft}: the folder of a run, or {' or '.join(DRAFTS)}")
+    spec = config.of_folder(flags.draft, imports=vars(flags)["import"])
+    small = restore_run(flags.draft, spec, say=lambda line: print(line, file=sys.stderr))
+    ours, theirs = restored.tokenizer.fingerprint, small.tokenizer.fingerprint
+    if ours != theirs:
+        raise UserError(f"--draft={flags.draft} has another tokenizer than {flags.workdir}")
+    check(small.model, context)
+    return ModelDraft(Decoder(small.model.graph, small.params, small.router_state), sampling)
+
+
+def _report(found: dict[str, Any], ahead: int) -> None:
+    """Say what speculation has brought, on stderr."""
+    line = f"{found['steps']} steps, in which {found['held']:.2f} of {ahead} guesses held"
+    if found["experts"]:
+        read = sum(found["experts"]) / len(found["experts"])
+        line += f"; a step read {read:.1f} experts in each layer"
+    print(f"moe generate: {line}", file=sys.stderr)
+
+
+def _say(piece: str) -> None:
+    print(printable(piece), end="", flush=True)

@@ -5,7 +5,7 @@ B texts, A tokens ahead, V vocabulary.
 
 from collections.abc import Sequence
 import functools
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from moe.inference.sampling import Sampling
 Texts = Sequence[Sequence[int]]
 
 
+@runtime_checkable
 class Draft(Protocol):
     """Guesses tokens."""
 

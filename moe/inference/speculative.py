@@ -99,7 +99,8 @@ class Speculator:
         if max(starts) + tokens > self._context:
             raise UserError(
                 f"a prompt of {max(starts)} tokens and {tokens} more are beyond the context of "
-                f"{self._context}, where no cache serves; a draft needs them within it"
+                f"{self._context}, where a draft does not serve; at most "
+                f"{max(0, self._context - max(starts))} more are within it"
             )
         pieces = Pieces(self._tokenizer, ids[0], say)
         prompt_BT = np.zeros((len(texts), max(starts)), np.int32)
