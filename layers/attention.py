@@ -139,9 +139,9 @@ class Attention(nnx.Module):
         def by_sequence(a_R1):
             return a_R1.reshape(*rows, *a_R1.shape[2:])
 
-        query_BTHK, *new = map(by_sequence, self._heads(x_R1D, position_R1))
-        position_BT = by_sequence(position_R1)
-        cache = cache.with_tokens(position_BT, *new, by_sequence(segment_R1) > 0)
+        query_BTHK, key_BTNK, value_BTNK = map(by_sequence, self._heads(x_R1D, position_R1))
+        position_BT, real_BT = by_sequence(position_R1), by_sequence(segment_R1) > 0
+        cache = cache.with_tokens(position_BT, key_BTNK, value_BTNK, real_BT)
         place_BS = places(position_BT[:, -1], cache.filled_BS.shape[1])
         distance_BTS = position_BT[..., None] - place_BS[:, None]
         seen_BTS = (cache.filled_BS & (place_BS >= 0))[:, None] & (distance_BTS >= 0)
