@@ -68,6 +68,8 @@ def train(
         table = setup.settings
         describe(say, table, setup.model, text, peak, folder)
         say(f"attention: {attention_of(setup.model, setup.mesh)}")
+        if spec.checks is not None:
+            say(f"checks: {spec.checks.told(setup.program.abstract_state)}")
 
         # The state: from the last checkpoint, from another run, or from the seed.
         saves = stack.enter_context(checkpoint.opened(folder.checkpoints, spec.keep))
