@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 from tiny import ROOT, Runs, arrays, environment, measured
 
+from moe.data.batches import train_batch
 from moe.machine import exits
 from moe.model.sharding import MeshShape
 from moe.runs.loop import Loop
 from moe.training import evaluate
 from moe.training.corruption import Checker, Corrupted, CorruptionChecks, checksums, coverage
 from moe.training.run_spec import RunSpec
-from moe.training.train_step import TrainingFunctions, TrainState
+from moe.training.train_step import Jitted, StepMetrics, TrainState
 
 EVERY = CorruptionChecks(1, 1)
 
@@ -216,34 +217,53 @@ def test_a_corrupted_copy_ends_the_run_and_is_not_saved(
     assert ("holds step 2" if steps else "there is no checkpoint yet") in line
 
 
-def impure(calls: list):
-    """A loss that is a thousandth larger at the fourth call."""
-    loss = TrainingFunctions._loss
+def test_a_step_that_is_impure_is_found(mesh):
+    """Of the second call the loss is a thousandth larger."""
+    calls = []
 
     def count(step):
         calls.append(int(step))
-        return np.float32(1e-3 * (len(calls) == 4))
+        return np.float32(1 + 1e-3 * (len(calls) == 2))
 
-    def broken(self, params, state, *rest):
-        total, measured = loss(self, params, state, *rest)
-        more = jax.pure_callback(count, jax.ShapeDtypeStruct((), np.float32), state.step)
-        losses = dataclasses.replace(measured.losses, task=measured.losses.task * (1 + more))
-        return total * (1 + more), dataclasses.replace(measured, losses=losses)
+    @jax.jit
+    def step(state, batch):
+        factor = jax.pure_callback(count, jax.ShapeDtypeStruct((), np.float32), state.step)
+        norms = {"all": jnp.float32(1)}
+        loss = batch.token_BT.sum() * factor
+        metrics = StepMetrics(loss, state.step, factor, state.step, None, norms)
+        return dataclasses.replace(state, params={"a": state.params["a"] + 1}), metrics
 
-    return broken
+    one = MeshShape(data=1).build(jax.devices()[:1])
+    state = state_on(one, a=(jnp.arange(4.0), ()))
+    batch = train_batch(np.arange(18, dtype=np.int32).reshape(2, 9), np.arange(2, dtype=np.int32))
+    checker = Checker(EVERY, one, lambda: "none is saved")
+    trial = checker.trial(step, state, batch)
+    again = "step 8: computed again from the same state and batch, loss has other bits on device 0"
+    with pytest.raises(Corrupted, match=rf"{again} \(2 of 7 arrays do\); .*; none is saved"):
+        checker.compare(trial, *step(state, batch), 8)
+    trial = checker.trial(step, state, batch)
+    checker.compare(trial, *step(state, batch), 8)
 
 
-def test_a_step_that_computes_something_else_the_second_time_is_found(runs, capsys, monkeypatch):
-    """Step 3 is computed by the third and the fourth call."""
-    calls = []
-    monkeypatch.setattr(TrainingFunctions, "_loss", impure(calls))
-    assert runs("impure", *SHORT, *CHECKED, "train.save_every = 2") == exits.CORRUPTED
+def test_a_device_that_computes_something_else_the_second_time_is_named(
+    runs, one_program, capsys, monkeypatch
+):
+    """Steps 3 and 6 are computed twice; the seventh call is the first one of step 6."""
+    call, calls = Jitted.__call__, []
+
+    def broken(self, state, batch, **given):
+        state, measured = call(self, state, batch, **given)
+        calls.append(int(state.step))
+        if len(calls) == 7:
+            state = with_param(state, "embedding_VD", flipped(state.params["embedding_VD"], 6))
+        return state, measured
+
+    monkeypatch.setattr(Jitted, "__call__", broken)
+    assert runs("twice", *SPREAD, *SHORT, *CHECKED, "train.save_every = 2") == exits.CORRUPTED
     (line,) = capsys.readouterr().err.splitlines()
-    assert (
-        "step 3: computed again from the same state and batch, loss has other bits on device"
-        in line
-    )
-    assert "holds step 2" in line and calls == [0, 1, 2, 2]
+    found = "step 6: computed again from the same state and batch, params.embedding_VD has other"
+    assert f"{found} bits on device 6 (1 of " in line and "holds step 4" in line
+    assert calls == [1, 2, 3, 3, 4, 5, 6, 6]
 
 
 PROCESS = """
@@ -266,6 +286,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.thorough
 def test_copies_of_several_processes_are_compared():
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
