@@ -12,7 +12,7 @@ from moe import settings
 from moe.machine import hardware, processes
 from moe.machine.allocator import keep_freed_memory
 from moe.machine.signals import Stopped, catching_signals
-from moe.runs import artifacts, fit, start
+from moe.runs import artifacts, determinism, fit, start
 from moe.runs.guard import guarded
 from moe.runs.loop import Loop, require_finite_loss
 from moe.runs.setup import Setup
@@ -59,6 +59,7 @@ def train(
 
         # Text, model, mesh and program. Nothing is compiled before all are checked.
         setup = Setup.of(spec, say)
+        determinism.check(setup)
         text, config_text = setup.text, config(say)
         folder.refuse_another_run(config_text, text.fingerprint(), spec.steps, spec.may_change())
         if found := folder.complete(spec.steps, spec.max_seconds):

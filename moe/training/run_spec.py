@@ -79,6 +79,7 @@ class RunSpec:
             `SkipBadSteps()` or `RewindBadSteps()`; None ends the run at the last good checkpoint.
         checks: comparisons that find devices which compute or remember wrongly:
             `CorruptionChecks()`.
+        deterministic: refuse what keeps a run from giving equal bits each time on this backend.
     """
 
     data: TextData | TokenShards | None = gin.REQUIRED  # pyright: ignore[reportAssignmentType]
@@ -111,6 +112,7 @@ class RunSpec:
     metrics: Sequence[Metric] = dataclasses.field(default=(), metadata=MAY_CHANGE)
     bad_steps: BadSteps | None = dataclasses.field(default=None, metadata=MAY_CHANGE)
     checks: CorruptionChecks | None = dataclasses.field(default=None, metadata=MAY_CHANGE)
+    deterministic: bool = dataclasses.field(default=False, metadata=MAY_CHANGE)
 
     def __post_init__(self):
         for name in ("steps", "log_every", "keep", "batch_size", "accumulate"):
