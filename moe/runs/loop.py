@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from moe.data.batch import Batch
+from moe.errors import UserError
 from moe.machine import processes
 from moe.machine.signals import Signals
 from moe.machine.watchdog import Watchdog
@@ -16,6 +17,7 @@ from moe.runs.setup import Setup
 from moe.runs.storage.checkpoint import Checkpoints, as_tree
 from moe.runs.tracking.metrics_logger import MetricsLogger
 from moe.training import evaluate
+from moe.training.bad_steps import outside_vocabulary
 from moe.training.corruption import Checker
 from moe.training.finite import TrainingDiverged, in_words, not_finite
 from moe.training.train_step import StepMetrics, TrainState, to_devices
@@ -114,7 +116,7 @@ class Loop:
         with contextlib.closing(made) as batches:
             while step < spec.steps and step != spec.stop_at and not self.stopped and not self.late:
                 self.watchdog.begins("step", step + 1)
-                batch = to_devices(next(batches), sharding, spec.batch_size)
+                batch = to_devices(self._sound(next(batches), step + 1), sharding, spec.batch_size)
                 limits = {"limits": watch.limits(step + 1)} if watch.skips else {}
                 state, measured = self._step(state, batch, step + 1, limits)
                 self.interrupted.at_once = False  # from here on there is something to save
@@ -133,6 +135,16 @@ class Loop:
             self.metrics.read(last=self.late)
             self.watchdog.pause()
         return state, step
+
+    def _sound(self, batch: Batch, step: int) -> Batch:
+        """The same batch; UserError where it holds tokens that there are not."""
+        fault = outside_vocabulary(batch, self.setup.text.tokenizer.vocab_size)
+        if fault is None:
+            return batch
+        self.metrics.read()
+        # With several processes only those whose rows are broken come here.
+        saved = f"; {self.saves.last_good()}" if jax.process_count() == 1 else ""
+        raise UserError(f"step {step}: {fault}; the text's cache or memory is damaged{saved}")
 
     def _step(
         self, state: TrainState, batch: Batch, step: int, given: dict[str, Any]
