@@ -10,7 +10,13 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class UserError(ValueError):
-    """A user's mistake: what was given, what is expected and the nearest choice, in one line."""
+    """A user's mistake: what was given, what is expected and the nearest choice, in one line.
+
+    Attributes:
+        status: the exit status of a program that it ends.
+    """
+
+    status = 2
 
 
 class Problems(UserError):

@@ -1,7 +1,8 @@
 """Bad steps are found where they happen, and skipped or gone back from without a trace.
 
 Broken on purpose: the select of the skipped state left out; the optimizer's state not looked at;
-limits from the last step's metrics, too; batches not left out after a rewind; `record` not saved.
+limits from the last step's metrics, too; batches not left out after a rewind; `record` not saved;
+negative tokens believed.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from tiny import Runs, arrays, measured, quick
 from moe.cli import config
 from moe.data.batches import TrainBatches
 from moe.errors import UserError
+from moe.runs.loop import Loop
 from moe.training import finite
 from moe.training.abstract_model import Vocabulary
 from moe.training.bad_steps import SkipBadSteps, Watch
@@ -301,6 +303,63 @@ def test_rewinds_are_bounded_and_need_a_checkpoint(runs, traps, capsys):
     with pytest.raises(UserError, match=r"set train\.save_every or train\.eval_every"):
         with quick():
             config.load([str(runs.config)], REWINDS[:1])
+
+
+def breaking(change):
+    """Loop._step with the state changed before step 2."""
+    step = Loop._step
+
+    def broken(self, state, batch, number, given):
+        return step(self, change(state) if number == 2 else state, batch, number, given)
+
+    return broken
+
+
+STATES = {
+    "optimizer": (
+        lambda s: at(s, 1, opt_state=optimizer_with(s, "nu", np.inf)),
+        f"step 2: not finite: optimizer state, first in layer 1: opt_state.1.nu.{UP}",
+    ),
+    "router": (
+        lambda s: at(s, 1, router_state=edited(s.router_state, BIAS, np.nan)),
+        f"router state, first in layer 1: router_state.{BIAS}",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_broken_state_ends_the_run_in_the_same_step_and_is_not_saved(
+    kind, runs, traps, capsys, monkeypatch
+):
+    change, expected = STATES[kind]
+    monkeypatch.setattr(Loop, "_step", breaking(change))
+    assert runs(kind, *BALANCED, "train.save_every = 1", "train.artifacts = False") == 2
+    error = capsys.readouterr().err
+    assert "step 2: not finite" in error and expected in error and "holds step 1" in error
+    assert [path.name for path in (runs.folder / kind / "checkpoints").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize("token", [-1, 257])
+def test_a_broken_batch_is_named_before_it_is_trained_on(token, runs, traps, capsys, monkeypatch):
+    """The third step's batch."""
+    batch = TrainBatches.batch
+
+    def broken(self, i, rows=None):
+        found = batch(self, i, rows)
+        if i != 2:
+            return found
+        token_BT = np.array(found.token_BT)
+        token_BT[1, 5] = token
+        return dataclasses.replace(found, token_BT=token_BT)
+
+    monkeypatch.setattr(TrainBatches, "batch", broken)
+    name = f"batch {token}"
+    assert runs(name, *BALANCED, "train.save_every = 1", "train.artifacts = False") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"step 3: the batch is broken, first in token_BT, row 1, place 5: token {token}," in line
+    assert "the vocabulary has 257" in line and "holds step 2" in line
+    kept = sorted(path.name for path in (runs.folder / name / "checkpoints").iterdir())
+    assert kept == ["1", "2"]
 
 
 def test_whoever_met_a_bad_step_may_choose_to_skip_it(runs, traps, capsys):

@@ -203,55 +203,104 @@ def test_a_reader_that_orbax_gives_up_says_nothing_whenever_it_is_collected(tmp_
     assert ["anothers" in str(error) for error in told] == [True]
 
 
+ONE = MeshShape(data=1)
+
+
 def programs(mesh: MeshShape, optimizer):
     spec = RunSpec(
-        None, Transformer, None, optimizer, mesh, steps=4, batch_size=8, sequence_length=16
+        None, Transformer, None, optimizer, mesh, steps=6, batch_size=8, sequence_length=16
     )
-    devices = jax.devices()[:1] if mesh == MeshShape(data=1) else jax.devices()
+    sizes = dataclasses.astuple(mesh)
+    devices = jax.devices()[: np.prod(sizes)]
     return spec.build(Vocabulary(257), spec.build_mesh(devices))[1]
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Programs by their mesh, compiled once."""
+    return {}
 
 
 @pytest.fixture
 def sparse(runs):
-    """The tiny model from gin."""
+    """The tiny model from gin, with router state."""
     from moe.cli import config
 
-    config.bind([str(runs.config)], ["train.sequence_length = 16"])
+    balanced = ("TopK.balancer = @BiasBalancer", "TopK.losses = ()", "Transformer.num_layers = 1")
+    config.bind([str(runs.config)], ["train.sequence_length = 16", *balanced])
 
 
-def batch_of(program):
+def batch_of(program, seed=0):
     from moe.data.batch import Batch
 
-    draw = np.random.default_rng(0).integers(0, 256, (8, 17)).astype(np.int32)
+    draw = np.random.default_rng(seed).integers(0, 256, (8, 17)).astype(np.int32)
     ones = np.ones((8, 16), np.int32)
     place = np.broadcast_to(np.arange(16, dtype=np.int32), (8, 16))
     rows = Batch(draw[:, :-1], draw[:, 1:], ones, place, ones > 0, np.arange(8, dtype=np.int32))
     return to_devices(rows, program.batch_sharding, 8)
 
 
-def test_a_checkpoint_moves_between_meshes(sparse, tmp_path):
-    """Saved over 8 devices; on 1 and on 4 expert-parallel ones it is bit for bit the same."""
-    program = programs(MeshShape(data=8), AdamW())
-    state, _ = program.step(program.init(0), batch_of(program))
-    saved = checkpoint.as_tree(jax.device_get(state))
-    with checkpoint.opened(tmp_path / "checkpoints") as saves:
-        saves.save(state, {"a": 1})
-    for mesh in (MeshShape(data=1), MeshShape(data=2, expert=4)):
-        other = programs(mesh, AdamW())
-        with checkpoint.opened(tmp_path / "checkpoints") as saves:
-            found, extra = saves.restore(other.abstract_state)
+def next_step(program, state):
+    """The state after the next step, and its loss; each step has a batch of its own."""
+    state, measured = program.step(state, batch_of(program, int(state.step)))
+    return state, float(measured.loss)
+
+
+EIGHT = MeshShape(data=1, fsdp=2, expert=2, tensor=2)
+
+
+def test_a_checkpoint_moves_between_meshes(sparse, made, tmp_path):
+    """8 devices, 1 and 8 again: the same bits, and the next step's loss but for rounding.
+
+    The short form of benchmarks/faults_resume.py.
+    """
+    for mesh in (EIGHT, ONE):
+        made[mesh] = made.get(mesh) or programs(mesh, AdamW())
+    state, _ = next_step(made[EIGHT], made[EIGHT].init(0))
+    for number, (there, here) in enumerate([(EIGHT, ONE), (ONE, EIGHT)]):
+        program, folder = made[here], tmp_path / str(number) / "checkpoints"
+        saved = checkpoint.as_tree(jax.device_get(state))
+        with checkpoint.opened(folder) as saves:
+            saves.save(state, {"a": 1})
+        _, expected = next_step(made[there], state)
+        with checkpoint.opened(folder) as saves:
+            found, extra = saves.restore(program.abstract_state)
         assert extra == {"a": 1}
         equal(checkpoint.as_tree(jax.device_get(found)), saved)
-        for leaf, expected in zip(
-            jax.tree.leaves(found), jax.tree.leaves(other.abstract_state), strict=True
+        for leaf, wanted in zip(
+            jax.tree.leaves(found), jax.tree.leaves(program.abstract_state), strict=True
         ):
-            assert leaf.sharding == expected.sharding and leaf.dtype == expected.dtype
+            assert leaf.sharding == wanted.sharding and leaf.dtype == wanted.dtype
+        state, loss = next_step(program, found)
+        assert loss == pytest.approx(expected, rel=1e-6, abs=0)
+    assert any(value.any() for value in state.router_state.values())
+
+
+def test_a_run_goes_on_from_every_step(sparse, made, tmp_path):
+    """Losses and final arrays are those of the steps that never stopped."""
+    program = made[ONE] = made.get(ONE) or programs(ONE, AdamW())
+    state, losses = program.init(0), []
+    with checkpoint.opened(tmp_path / "checkpoints", keep=6) as saves:
+        while len(losses) < 6:
+            state, loss = next_step(program, state)
+            losses.append(loss)
+            saves.save(state, {})
+    last = jax.device_get(state)
+    for step in range(1, 6):
+        with checkpoint.opened(tmp_path / "checkpoints", read_only=True) as saves:
+            state, _ = saves.restore(program.abstract_state, step)
+        found = []
+        while int(state.step) < 6:
+            state, loss = next_step(program, state)
+            found.append(loss)
+        assert found == losses[step:]
+        equal(checkpoint.as_tree(jax.device_get(state)), checkpoint.as_tree(last))
 
 
 @pytest.mark.thorough
 def test_fields_of_an_optimizer_in_any_order_come_back_in_their_places(sparse, tmp_path):
     """Adafactor's v_row stands before v, which sorts before it."""
-    program = programs(MeshShape(data=1), Adafactor())
+    program = programs(ONE, Adafactor())
     state, _ = program.step(program.init(0), batch_of(program))
     saved = checkpoint.as_tree(jax.device_get(state))
     with checkpoint.opened(tmp_path / "checkpoints") as saves:

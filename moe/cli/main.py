@@ -68,7 +68,7 @@ def _main(argv: list[str]) -> int:
         if (text := _users_mistake(error, argv)) is None:
             raise
         print(f"moe: error: {printable(text)}", file=sys.stderr)
-        return MISTAKE
+        return error.status if isinstance(error, UserError) else MISTAKE
 
 
 def _run(argv: list[str]) -> int:

@@ -12,6 +12,7 @@ MISTAKE = 2  # of the user
 PEER_LOST = 80  # another process of the run has ended or doesn't answer
 HUNG = 81  # a step, or a batch of an evaluation, took too long
 NO_PROGRESS = 82  # `moe launch` has started a run again and again, and it saved nothing
+CORRUPTED = 83  # devices have computed or remembered something wrongly
 BROKEN_PIPE = 141
 
 T = TypeVar("T")

@@ -181,7 +181,11 @@ def _rank(code: int) -> int:
 def _how(code: int) -> str:
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
-    words = {exits.HUNG: " (it hung)", exits.PEER_LOST: " (another was lost)"}
+    words = {
+        exits.HUNG: " (it hung)",
+        exits.PEER_LOST: " (another was lost)",
+        exits.CORRUPTED: " (a device is at fault)",
+    }
     return f"ended with status {code}{words.get(code, '')}"
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from moe.data.batch import Batch
+from moe.errors import UserError
 from moe.machine import processes
 from moe.machine.signals import Signals
 from moe.machine.watchdog import Watchdog
@@ -15,8 +17,10 @@ from moe.runs.setup import Setup
 from moe.runs.storage.checkpoint import Checkpoints, as_tree
 from moe.runs.tracking.metrics_logger import MetricsLogger
 from moe.training import evaluate
+from moe.training.bad_steps import outside_vocabulary
+from moe.training.corruption import Checker
 from moe.training.finite import TrainingDiverged, in_words, not_finite
-from moe.training.train_step import TrainState, to_devices
+from moe.training.train_step import StepMetrics, TrainState, to_devices
 
 
 @dataclasses.dataclass
@@ -27,6 +31,7 @@ class Loop:
         train_step, score_batch: the compiled functions of an optimizer step and of an evaluation.
         interrupted: true once a signal came.
         watchdog: is told of each step, and of each batch of an evaluation.
+        checker: looks for devices that compute or remember wrongly.
         extra: what each checkpoint holds beside the state, as JSON.
         saved: the step of the newest checkpoint; None before the first.
         first_state: the run's first state and its `extra`, anew, from the newest checkpoint.
@@ -40,6 +45,7 @@ class Loop:
     saves: Checkpoints
     interrupted: Signals
     watchdog: Watchdog
+    checker: Checker
     extra: dict[str, Any]
     saved: int | None
     first_state: Callable[[], tuple[TrainState, dict[str, Any]]]
@@ -72,6 +78,7 @@ class Loop:
             saves,
             interrupted,
             watchdog,
+            Checker(setup.spec.checks, setup.mesh, saves.last_good),
             extra,
             saved,
             first_state,
@@ -82,6 +89,7 @@ class Loop:
 
         Raises:
             TrainingDiverged: a bad step that is neither skipped nor gone back from.
+            Corrupted: a check has found a device at fault.
         """
         while True:
             try:
@@ -108,9 +116,9 @@ class Loop:
         with contextlib.closing(made) as batches:
             while step < spec.steps and step != spec.stop_at and not self.stopped and not self.late:
                 self.watchdog.begins("step", step + 1)
-                batch = to_devices(next(batches), sharding, spec.batch_size)
+                batch = to_devices(self._sound(next(batches), step + 1), sharding, spec.batch_size)
                 limits = {"limits": watch.limits(step + 1)} if watch.skips else {}
-                state, measured = self.train_step(state, batch, **limits)
+                state, measured = self._step(state, batch, step + 1, limits)
                 self.interrupted.at_once = False  # from here on there is something to save
                 step += 1
                 self.metrics.step(step, measured)
@@ -119,12 +127,45 @@ class Loop:
                 )
                 if evaluating or (spec.save_every and step % spec.save_every == 0):
                     self._evaluate_and_save(state, step, evaluating)
+                elif self.checker.replicas_due(step):
+                    self._compare_replicas(state, step)
                 # Several processes exchange flags only at logged steps.
                 if step % spec.log_every == 0 or jax.process_count() == 1:
                     self._ask_processes()
             self.metrics.read(last=self.late)
             self.watchdog.pause()
         return state, step
+
+    def _sound(self, batch: Batch, step: int) -> Batch:
+        """The same batch; UserError where it holds tokens that there are not."""
+        fault = outside_vocabulary(batch, self.setup.text.tokenizer.vocab_size)
+        if fault is None:
+            return batch
+        self.metrics.read()
+        # With several processes only those whose rows are broken come here.
+        saved = f"; {self.saves.last_good()}" if jax.process_count() == 1 else ""
+        raise UserError(f"step {step}: {fault}; the text's cache or memory is damaged{saved}")
+
+    def _step(
+        self, state: TrainState, batch: Batch, step: int, given: dict[str, Any]
+    ) -> tuple[TrainState, StepMetrics]:
+        """An optimizer step; computed twice and compared, where that is due."""
+        if not self.checker.recompute_due(step):
+            return self.train_step(state, batch, **given)
+        self.watchdog.pause()
+        self.metrics.read()
+        trial = self.checker.trial(self.train_step, state, batch, **given)
+        self.metrics.meter.restart()
+        self.watchdog.begins("step", step)
+        state, measured = self.train_step(state, batch, **given)
+        self.checker.compare(trial, state, measured, step)
+        return state, measured
+
+    def _compare_replicas(self, state: TrainState, step: int) -> None:
+        self.watchdog.pause()
+        self.metrics.read()
+        self.checker.replicas(state, step)
+        self.metrics.meter.restart()
 
     def _rewound(self, diverged: TrainingDiverged) -> TrainState:
         """The state of the newest checkpoint, or the run's first one, to go on from.
@@ -153,6 +194,7 @@ class Loop:
         """Start writing a checkpoint, unless this step has one."""
         self.interrupted.at_once = False
         if self.saved != step:
+            self.checker.replicas(state, step)  # so that nothing broken is saved
             clock = {"clock": self.metrics.meter.total}
             extra = self.extra | clock | self.metrics.watch.record()
             self.saves.save(state, extra, val_loss)

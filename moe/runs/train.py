@@ -12,7 +12,7 @@ from moe import settings
 from moe.machine import hardware, processes
 from moe.machine.allocator import keep_freed_memory
 from moe.machine.signals import Stopped, catching_signals
-from moe.runs import artifacts, fit, start
+from moe.runs import artifacts, determinism, fit, start
 from moe.runs.guard import guarded
 from moe.runs.loop import Loop, require_finite_loss
 from moe.runs.setup import Setup
@@ -59,6 +59,7 @@ def train(
 
         # Text, model, mesh and program. Nothing is compiled before all are checked.
         setup = Setup.of(spec, say)
+        determinism.check(setup)
         text, config_text = setup.text, config(say)
         folder.refuse_another_run(config_text, text.fingerprint(), spec.steps, spec.may_change())
         if found := folder.complete(spec.steps, spec.max_seconds):
@@ -68,6 +69,8 @@ def train(
         table = setup.settings
         describe(say, table, setup.model, text, peak, folder)
         say(f"attention: {attention_of(setup.model, setup.mesh)}")
+        if spec.checks is not None:
+            say(f"checks: {spec.checks.told(setup.program.abstract_state)}")
 
         # The state: from the last checkpoint, from another run, or from the seed.
         saves = stack.enter_context(checkpoint.opened(folder.checkpoints, spec.keep))

@@ -32,6 +32,7 @@ KINDS = {
     "moe.data.tokens": "tokenizers",
     "moe.model.sharding": "mesh",
     "moe.training.bad_steps": "run",
+    "moe.training.corruption": "run",
     "moe.training.objective": "objectives",
     "moe.training.optimizer": "optimizers",
     "moe.training.run_spec": "run",

@@ -13,6 +13,7 @@ from typing import Any
 import gin
 import numpy as np
 
+from moe.data.batch import Batch
 from moe.training import finite, metrics
 from moe.training.train_step import StepMetrics
 from routing.ranges import Count, Positive
@@ -153,6 +154,23 @@ class Watch:
         self.rewinds += 1
         self.left_out = there.left_out + bad - step
         self.recent = there.recent
+
+
+def outside_vocabulary(batch: Batch, vocab_size: int) -> str | None:
+    """The first token of a batch that is none of the vocabulary's, in words; None without any.
+
+    On a device such a token would be read as another one, without an error. batch: on the host.
+    """
+    for name, token_BT in (("token_BT", batch.token_BT), ("target_BT", batch.target_BT)):
+        wrong_BT = (token_BT < 0) | (token_BT >= vocab_size)
+        if wrong_BT.any():
+            row, place = (int(at[0]) for at in np.nonzero(wrong_BT))
+            token = int(token_BT[row, place])
+            return (
+                f"the batch is broken, first in {name}, row {row}, place {place}: token {token:,}, "
+                f"and the vocabulary has {vocab_size:,}"
+            )
+    return None
 
 
 def not_finite(measured: StepMetrics) -> list[str]:

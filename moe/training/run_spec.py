@@ -21,6 +21,7 @@ from moe.model.transformer import Transformer
 from moe.training import train_step
 from moe.training.abstract_model import AbstractModel, Vocabulary, abstract_model
 from moe.training.bad_steps import BadSteps, RewindBadSteps, SkipBadSteps
+from moe.training.corruption import CorruptionChecks
 from moe.training.logger import Logger, Metric
 from moe.training.objective import NextToken, Objective
 from moe.training.optimizer import AdamW, Optimizer
@@ -76,6 +77,9 @@ class RunSpec:
         metrics: functions from a step's routing and metrics to further metrics.
         bad_steps: what is done where a loss, a gradient or the state is not finite, or spikes:
             `SkipBadSteps()` or `RewindBadSteps()`; None ends the run at the last good checkpoint.
+        checks: comparisons that find devices which compute or remember wrongly:
+            `CorruptionChecks()`.
+        deterministic: refuse what keeps a run from giving equal bits each time on this backend.
     """
 
     data: TextData | TokenShards | None = gin.REQUIRED  # pyright: ignore[reportAssignmentType]
@@ -107,6 +111,8 @@ class RunSpec:
     loggers: Sequence[Logger] = dataclasses.field(default=(), metadata=MAY_CHANGE)
     metrics: Sequence[Metric] = dataclasses.field(default=(), metadata=MAY_CHANGE)
     bad_steps: BadSteps | None = dataclasses.field(default=None, metadata=MAY_CHANGE)
+    checks: CorruptionChecks | None = dataclasses.field(default=None, metadata=MAY_CHANGE)
+    deterministic: bool = dataclasses.field(default=False, metadata=MAY_CHANGE)
 
     def __post_init__(self):
         for name in ("steps", "log_every", "keep", "batch_size", "accumulate"):
@@ -130,7 +136,7 @@ class RunSpec:
         another: whoever has met one may choose how to go on.
         """
         own = [f"train.{f.name}" for f in dataclasses.fields(cls) if f.metadata == MAY_CHANGE]
-        others = MeshShape, SkipBadSteps, RewindBadSteps
+        others = MeshShape, SkipBadSteps, RewindBadSteps, CorruptionChecks
         named = [f"{kind.__name__}.{f.name}" for kind in others for f in dataclasses.fields(kind)]
         return (*own, *named)
 
