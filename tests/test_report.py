@@ -224,7 +224,7 @@ def test_runs_without_a_loss_one_run_none_and_cells_that_are_gone(tmp_path):
         (lambda p: (p / "trials.jsonl").write_text('{"version": 0}\n'), "rows of version 0"),
         (lambda p: (p / "trials.jsonl").write_text('{"version'), "trials.jsonl: damaged, line 1"),
         (lambda p: (p / "trials.jsonl").unlink(), "no reported run has ended yet"),
-        (lambda p: (p / "trials.jsonl").write_text("3\n"), "'3' where an object is expected"),
+        (lambda p: (p / "trials.jsonl").write_text("3\n"), "3 where an object is expected"),
         (lambda p: (p / "trials.jsonl").write_bytes(b"\xff"), "can't decode byte 0xff"),
         (lambda p: edited(p, "sweep.json", without("delta")), "sweep.json: damaged: no 'delta'"),
         (lambda p: edited(p, "trials.jsonl", without("seed")), "no 'seed' in {'bits_per_byte'"),
