@@ -190,8 +190,8 @@ def _numbers(
             values[i] = float(cells[row])
         except (TypeError, ValueError, OverflowError):
             raise UserError(
-                f"row {row + 1}: {column} ({letter}) is {shown(cells[row])}, no number; leave such rows "
-                f"out with --where='{column} > 0'"
+                f"row {row + 1}: {column} ({letter}) is {shown(cells[row])}, no number; leave such "
+                f"rows out with --where='{column} > 0'"
             ) from None
     low, high = (0.0, np.inf)
     if letter in law.inputs:

@@ -206,9 +206,8 @@ def _text_of(path: Path) -> str:
     try:
         return received.read(path).decode("utf-8")
     except UserError as error:
-        raise UserError(
-            f"{path} is damaged: {str(error).partition(': ')[2]}; {MOVE_AWAY}"
-        ) from None
+        why = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"{path} is damaged: {why}; {MOVE_AWAY}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is damaged: no text in UTF-8; {MOVE_AWAY}") from None
 
