@@ -323,6 +323,8 @@ def main() -> None:
     given, result = parser.parse_args(), {}
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["MOE_CACHE"] = str(Path(temporary, "cache"))
+        # JAX is imported: the environment would not tell it of the cache any more.
+        jax.config.update("jax_compilation_cache_dir", str(Path(temporary, "compiled")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
         os.environ["XLA_FLAGS"] = " ".join(xla_flags.flags(devices=1))
