@@ -61,7 +61,7 @@ class Runs:
         self.expected = self.runs.result(whole)
         self.arrays = self.runs.final_arrays(whole, folder / "whole.npz")
         self.files = names(whole)
-        self.number, self.unequal, self.lost, self.best_lost = 0, [], 0, 0
+        self.number, self.unequal, self.lost, self.best_lost, self.more_kept = 0, [], 0, 0, 0
         self.fresh()
 
     def fresh(self) -> None:
@@ -94,12 +94,16 @@ class Runs:
     def compare(self) -> None:
         """Count a run that is not equal to the uninterrupted one."""
         found, out = self.runs.result(self.run), self.folder / f"run {self.number}.npz"
+        # Killed after its last save, a run has no other that deletes the checkpoint before.
+        kept, needed = set(found.pop("kept")), set(self.expected["kept"])
+        self.more_kept += kept > needed
         differs = [name for name, value in found.items() if value != self.expected[name]]
+        differs += ["kept"] if needed - kept else []
         if not same(self.runs.final_arrays(self.run, out), self.arrays):
             differs.append("weights")
         if differs:
             self.unequal.append({"struck at": self.struck_at, "differs": differs})
-            print(self.unequal[-1], found["kept"], self.expected["kept"], flush=True)
+            print(self.unequal[-1], flush=True)
         shutil.rmtree(self.run)
 
     def end(self) -> None:
@@ -112,6 +116,7 @@ class Runs:
             "runs": self.number - 1,
             "runs_not_bit_identical": len(self.unequal),
             "differences": self.unequal,
+            "runs_with_a_checkpoint_too_many": self.more_kept,
             "checkpoints_lost": self.lost,
             "best_checkpoints_lost": self.best_lost,
         }

@@ -40,7 +40,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
             file.seek(0)
             size = os.fstat(file.fileno()).st_size
             with _unpacked(start)(file) as unpacked:
-                yield unpacked if unpacked is file else _Counted(unpacked, path, size)
+                yield unpacked if unpacked is file else _counted(unpacked, path, size)
     except DAMAGED as error:
         raise UserError(f"{path}: the compressed file is damaged: {error}") from error
     except OSError as error:
@@ -57,18 +57,17 @@ def _unpacked(start: bytes) -> Any:
     return next(kinds, contextlib.nullcontext)
 
 
-class _Counted(io.BufferedReader):
-    """An unpacked file that refuses to grow beyond what a text can be compressed to."""
+def _counted(unpacked: Any, path: Path, packed: int) -> IO[bytes]:
+    """An unpacked file that refuses to grow beyond what a text can be packed to."""
 
-    def __init__(self, unpacked: Any, path: Path, packed_bytes: int):
-        def pieces() -> Iterator[bytes]:
-            size = 0
-            while piece := unpacked.read(1 << 20):
-                size += len(piece)
-                refuse_bomb(path, packed_bytes, size)
-                yield piece
+    def pieces() -> Iterator[bytes]:
+        size = 0
+        while piece := unpacked.read(1 << 20):
+            size += len(piece)
+            refuse_bomb(path, packed, size)
+            yield piece
 
-        super().__init__(_Pieces(pieces()))  # pyright: ignore[reportArgumentType]
+    return io.BufferedReader(_Pieces(pieces()))  # pyright: ignore[reportArgumentType]
 
 
 def refuse_bomb(path: Path, packed: int, unpacked: int) -> None:
@@ -107,6 +106,8 @@ def lines_of(file: IO[bytes], path: Path) -> Iterator[bytes]:
 
 class _Pieces(io.RawIOBase):
     """A readable file made of pieces of bytes."""
+
+    mode, name = "rb", ""
 
     def __init__(self, pieces: Iterator[bytes]):
         self.pieces, self.rest = pieces, memoryview(b"")
