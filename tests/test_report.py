@@ -4,6 +4,7 @@ import json
 import math
 import re
 
+import hostile_page
 import numpy as np
 import pytest
 import synthetic_sweep
@@ -113,6 +114,23 @@ def test_the_page_stands_alone_and_escapes_what_it_shows(tmp_path, capsys):
     assert text.count("<svg") == 6 and text.count("</svg>") == 6
     table = (where / "report.md").read_text()
     assert "| good | better |" in table and "\x1b" not in table
+
+
+def test_no_text_becomes_a_part_of_the_page(tmp_path, capsys):
+    """The long form, in a browser, is benchmarks/report_in_browser.py."""
+    where = hostile_page.sweep(tmp_path / "s")
+    assert cli.main(["report", str(where)]) == 0
+    text = (where / "report.html").read_text(encoding="utf-8")
+    found = hostile_page.Parts(text)
+    assert not found.faults
+    assert found.policy.keys() == hostile_page.MAY and found.policy["default-src"] == "'none'"
+    assert hostile_page.RAN in text, "the texts are shown"
+    assert not re.search("[\x00-\x08\x1b\u202e\u2066\ud800]", text + capsys.readouterr().out)
+    for payload in hostile_page.PAYLOADS[:-2]:
+        raw = hostile_page.Parts(text.replace("</body>", payload + "</body>"))
+        assert raw.faults or "&lt;" in payload or payload.startswith(("<details", "<style")), (
+            payload
+        )
 
 
 def test_routing_by_layer_is_at_equal_shares_of_training(folder):
