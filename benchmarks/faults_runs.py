@@ -86,10 +86,14 @@ class Runs:
         self.best |= there
         if self.best:
             self.best_lost += min(self.best, key=lambda step: self.best[step]) not in there
-        if status == 0:
+        if status == 0 and self.complete():
             self.compare()
             self.fresh()
         return status
+
+    def complete(self) -> bool:
+        """Whether the run has its results."""
+        return (self.run / "summary.json").exists()
 
     def compare(self) -> None:
         """Count a run that is not equal to the uninterrupted one."""
@@ -320,6 +324,16 @@ def disk(folder: Path, number: int, draw: random.Random) -> dict:
 PARTS = {"points": (points, 20), "races": (races, 50), "signals": (signals, 20), "disk": (disk, 20)}
 
 
+def prepare(folder: Path) -> None:
+    """One device, and caches in a folder, for all processes that are forked."""
+    os.environ["MOE_CACHE"] = str(folder / "cache")
+    os.environ["XLA_FLAGS"] = " ".join(xla_flags.flags(devices=1))
+    # JAX is imported: the environment would not tell it of the cache any more.
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[], help="all where none")
@@ -327,12 +341,7 @@ def main() -> None:
     parser.add_argument("--number", type=int, help="of faults (at each point, in each phase)")
     given, result = parser.parse_args(), {}
     with tempfile.TemporaryDirectory() as temporary:
-        os.environ["MOE_CACHE"] = str(Path(temporary, "cache"))
-        # JAX is imported: the environment would not tell it of the cache any more.
-        jax.config.update("jax_compilation_cache_dir", str(Path(temporary, "compiled")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-        os.environ["XLA_FLAGS"] = " ".join(xla_flags.flags(devices=1))
+        prepare(Path(temporary))
         for name in given.parts or PARTS:
             part, usual = PARTS[name]
             folder, began = Path(temporary, name), time.monotonic()
