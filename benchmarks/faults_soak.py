@@ -102,8 +102,8 @@ ALLOWED = (0, 2, 143, -signal.SIGKILL, -signal.SIGTERM)
 
 def soak(folder: Path, minutes: float, draw: random.Random) -> dict:
     """Faults until the time is over; then the last run ends."""
-    began, counts, statuses = time.monotonic(), collections.Counter(), collections.Counter()
-    runs = Soak(folder, draw)
+    runs, counts, statuses = Soak(folder, draw), collections.Counter(), collections.Counter()
+    began = time.monotonic()
     faults: list[Callable[[Soak], int]] = [
         *(Soak.kill_at_a_random_moment, Soak.kill_at_a_point, Soak.terminate),
         *(Soak.stop_for_a_second, Soak.start_a_second_process, Soak.fill_the_disk),
