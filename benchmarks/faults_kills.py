@@ -146,6 +146,7 @@ def forked(work: Callable[[], int], log: Path) -> int:
         os._exit(status)
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    finally:  # also where nothing can be printed: the child must not go on as its parent
         os._exit(70)
 
 
