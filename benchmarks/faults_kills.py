@@ -70,7 +70,7 @@ SPEED = ("speed/", "step_seconds")
 class Campaign:
     """A folder with a text, a config and runs; `trains` does in a process what `moe train` does."""
 
-    def __init__(self, folder: Path, steps: int):
+    def __init__(self, folder: Path, steps: int, more: tuple[str, ...] = ()):
         self.folder, self.log = folder, folder / "log.txt"
         draw = random.Random(0)
         words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(60)]
@@ -80,15 +80,21 @@ class Campaign:
             (folder / "text" / f"{i:02}.txt").write_text(text, encoding="utf-8")
         self.config = folder / "run.gin"
         given = CONFIG.format(text=str(folder / "text"), steps=steps)
+        names = tuple(setting.split(" = ")[0] + " =" for setting in more)
+        kept = [line for line in given.splitlines() if not line.startswith(names)] if more else []
+        given = "\n".join([*kept, *more, ""]) if more else given
         self.config.write_text(given, encoding="utf-8")
         self.steps = steps
 
-    def trains(self, run: Path) -> int:
-        """The id of a process that trains, or goes on with, a run."""
+    def trains(self, run: Path, first: Callable[[], object] = lambda: None) -> int:
+        """The id of a process that trains, or goes on with, a run, after the call of `first`."""
         hardware.matmul_peak = lambda dtype=None: 1e11  # not measured each time
-        return forked(
-            lambda: cli.main(["train", f"--gin_file={self.config}", f"--workdir={run}"]), self.log
-        )
+
+        def work() -> int:
+            first()
+            return cli.main(["train", f"--gin_file={self.config}", f"--workdir={run}"])
+
+        return forked(work, self.log)
 
     def newest(self, run: Path) -> int:
         """The step of the newest checkpoint; each has to be sound, and none set aside."""
@@ -140,6 +146,7 @@ def forked(work: Callable[[], int], log: Path) -> int:
         os._exit(status)
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    finally:  # also where nothing can be printed: the child must not go on as its parent
         os._exit(70)
 
 

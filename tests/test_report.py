@@ -4,6 +4,7 @@ import json
 import math
 import re
 
+import hostile_page
 import numpy as np
 import pytest
 import synthetic_sweep
@@ -116,6 +117,23 @@ def test_the_page_stands_alone_and_escapes_what_it_shows(tmp_path, capsys):
     assert "| good | better |" in table and "\x1b" not in table
 
 
+def test_no_text_becomes_a_part_of_the_page(tmp_path, capsys):
+    """The long form, in a browser, is benchmarks/report_in_browser.py."""
+    where = hostile_page.sweep(tmp_path / "s")
+    assert cli.main(["report", str(where)]) == 0
+    text = (where / "report.html").read_text(encoding="utf-8")
+    found = hostile_page.Parts(text)
+    assert not found.faults
+    assert found.policy.keys() == hostile_page.MAY and found.policy["default-src"] == "'none'"
+    assert hostile_page.RAN in text, "the texts are shown"
+    assert not re.search("[\x00-\x08\x1b\u202e\u2066\ud800]", text + capsys.readouterr().out)
+    for payload in hostile_page.PAYLOADS[:-2]:
+        raw = hostile_page.Parts(text.replace("</body>", payload + "</body>"))
+        assert raw.faults or "&lt;" in payload or payload.startswith(("<details", "<style")), (
+            payload
+        )
+
+
 def test_routing_by_layer_is_at_equal_shares_of_training(folder):
     sweep = read(str(folder))
     [row, *_] = sweep.finished("good")
@@ -226,7 +244,7 @@ def test_runs_without_a_loss_one_run_none_and_cells_that_are_gone(tmp_path):
         (lambda p: (p / "trials.jsonl").write_text('{"version": 0}\n'), "rows of version 0"),
         (lambda p: (p / "trials.jsonl").write_text('{"version'), "trials.jsonl: damaged, line 1"),
         (lambda p: (p / "trials.jsonl").unlink(), "no reported run has ended yet"),
-        (lambda p: (p / "trials.jsonl").write_text("3\n"), "'3' where an object is expected"),
+        (lambda p: (p / "trials.jsonl").write_text("3\n"), "3 where an object is expected"),
         (lambda p: (p / "trials.jsonl").write_bytes(b"\xff"), "can't decode byte 0xff"),
         (lambda p: edited(p, "sweep.json", without("delta")), "sweep.json: damaged: no 'delta'"),
         (lambda p: edited(p, "trials.jsonl", without("seed")), "no 'seed' in {'bits_per_byte'"),

@@ -67,8 +67,14 @@ def _main(argv: list[str]) -> int:
     except Exception as error:
         if (text := _users_mistake(error, argv)) is None:
             raise
-        print(f"moe: error: {printable(text)}", file=sys.stderr)
+        print(f"moe: error: {printable(shortened(text))}", file=sys.stderr)
         return error.status if isinstance(error, UserError) else MISTAKE
+
+
+def shortened(text: str, most: int = 2000) -> str:
+    """The text with its long lines cut: what it quotes of a file may have no end."""
+    lines = (line if len(line) <= most else f"{line[:most]}..." for line in text.splitlines())
+    return "\n".join(lines)
 
 
 def _run(argv: list[str]) -> int:

@@ -6,7 +6,7 @@ import sys
 
 from moe import settings
 from moe.cli import config
-from moe.errors import UserError
+from moe.errors import UserError, printable
 from moe.machine import hardware
 from moe.runs.tracking import progress
 from moe.settings import read
@@ -24,7 +24,7 @@ def run(flags) -> int:
     """Print the plan, or run what is left of it; `--json` also writes the plan."""
     folder = SweepFolder(folder_of(flags.folder, flags.gin_file))
     if flags.list:
-        print(listed(folder))
+        print(printable(listed(folder)))
         return 0
     ray = ray_workers.connected(flags.ray) if flags.ray else None
     workers, _ = ray_workers.size(ray, flags.workers) if ray else (0, None)

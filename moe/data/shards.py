@@ -177,7 +177,9 @@ def _counted(
                 f"{name_of(files)}: token {largest}, and the tokenizer has {len(count_V)}; were "
                 "these files made with another tokenizer, or in another dtype?"
             )
-        count_V += np.bincount(piece, minlength=len(count_V))
+        if (least := int(piece.min())) < 0:
+            raise UserError(f"{name_of(files)}: token {least}; tokens are 0 and above")
+        count_V += np.bincount(piece.astype(np.int64), minlength=len(count_V))
         digest.update(piece.astype("<u4").tobytes())
         done += len(piece)
         say(f"counted {done:,} of {len(token_N):,} tokens")

@@ -36,7 +36,7 @@ def by_layer(lines: Sequence[Row]) -> np.ndarray:
         total_L = np.maximum(count_LE.sum(1), 1)
         load_L = count_LE.max(1) * count_LE.shape[1] / total_L
         unknown_L = [np.nan] * len(load_L)
-        entropy_L = np.mean([row.get("entropy", unknown_L) for row in part], 0)
+        entropy_L = np.mean(np.array([row.get("entropy", unknown_L) for row in part], float), 0)
         found_Q3L.append([load_L, 1 - kept_LE.sum(1) / total_L, entropy_L])
     return np.transpose(found_Q3L, (1, 2, 0))
 

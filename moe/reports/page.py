@@ -19,7 +19,10 @@ from moe.reports.findings import (
 from moe.reports.layers import layers
 from moe.reports.read import Sweep
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+    "form-action 'none'"
+)
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 p, li { overflow-wrap: anywhere }

@@ -8,20 +8,33 @@ from typing import Any
 
 import numpy as np
 
+from moe import received
 from moe.errors import UserError
 from moe.statistics.comparison import Estimate, estimate
-from moe.sweeps.record import VERSION, Row, SweepFolder, read_lines
+from moe.sweeps.record import NUMBER, VERSION, Row, SweepFolder, check_row, read_lines
 
-PLAN = ("name", "question", "baseline", "delta", "match", "tuning", "seeds", "cells")
-CELL = (
-    *("cell", "baseline", "router", "parameters_total", "parameters_active", "flops_per_token"),
-    *("residual", "causality", "leaks", "decoding"),
+PLAN: dict[str, received.Kind] = {
+    **dict.fromkeys(("name", "question", "baseline", "match"), str),
+    **{"delta": float, "tuning": dict, "seeds": list, "cells": list},
+}
+TUNING: dict[str, received.Kind] = {"trials": int, "ranges": dict}
+CELL: dict[str, received.Kind] = {
+    **dict.fromkeys(("cell", "baseline", "causality", "decoding"), str),
+    **dict.fromkeys(("parameters_total", "parameters_active", "flops_per_token"), float),
+    **{"router": (str, type(None)), "residual": float, "leaks": bool},
+}
+CURVE: dict[str, received.Kind] = {
+    **{"trial": str, "step": float},
+    **dict.fromkeys(("tokens", "flops", "seconds"), NUMBER),
+}
+# Where they are there at all.
+OF_CELL = ("decode_parameters",)
+OF_ROW = (
+    *("training_rule_bits_per_byte", "train_seconds", "tokens_per_second"),
+    *("effective_utilisation", "peak_memory_bytes", "dropped", "max_over_mean_load", "steps"),
 )
-ROW = (
-    *("trial", "cell", "phase", "number", "seed", "tuned", "status", "reason", "bits_per_byte"),
-    *("validation_bits_per_byte", "document_bits", "document_bytes"),
-)
-CURVE = ("trial", "step", "tokens", "flops", "seconds")
+OF_CURVE = ("bits_per_byte", "load/max_over_mean", "load/dropped", "router/entropy")
+MOST = {"cells": 1000, "ranges": 100, "layers": 1000}  # or no figure would hold them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,30 +80,105 @@ def plain(text: str) -> str:
 
 
 def cleaned(value: Any) -> Any:
-    """JSON with `plain` text and keys: nothing that is shown can move a terminal's cursor."""
+    """JSON with `plain` text and keys, and null for numbers that are not finite.
+
+    Nothing that is shown can move a terminal's cursor.
+    """
     if isinstance(value, dict):
         return {plain(key): cleaned(item) for key, item in value.items()}
     if isinstance(value, list):
-        return value if value and isinstance(value[0], float | int) else [*map(cleaned, value)]
+        return [*map(cleaned, value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return plain(value) if isinstance(value, str) else value
 
 
 def lines(path: Path) -> Iterator[Row]:
     """The rows of a table, `cleaned`; UserError where it isn't one."""
-    try:
-        for row in read_lines(path):
-            refuse_incomplete(row, (), path)
-            yield cleaned(row)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: damaged: {error}") from error
+    return map(cleaned, read_lines(path))
 
 
-def refuse_incomplete(row: Any, names: Sequence[str], path: Path) -> None:
-    """UserError where a row, or the plan, lacks what every one has."""
-    if not isinstance(row, dict):
-        raise UserError(f"{path}: damaged: {str(row)[:40]!r} where an object is expected")
-    if missing := [name for name in names if name not in row]:
-        raise UserError(f"{path}: damaged: no {missing[0]!r} in {str(row)[:40]}...")
+def check_optional(row: Row, names: Sequence[str], where: Path) -> None:
+    """UserError where a row has one of these fields and no number in it."""
+    received.check(row, {name: NUMBER for name in names if name in row}, str(where))
+
+
+def check_plan(plan: Row, where: Path) -> None:
+    """UserError unless the plan has all that a report shows, in sizes that it can show."""
+    received.check(plan, PLAN, str(where))
+    received.check(plan["tuning"], TUNING, f"{where}: tuning")
+    ranges = plan["tuning"]["ranges"]
+    for name, size in (("cells", len(plan["cells"])), ("ranges", len(ranges))):
+        if size > MOST[name]:
+            raise UserError(f"{where}: {size:,} {name}; a report has at most {MOST[name]:,}")
+    for name, span in ranges.items():
+        fine = isinstance(span, list) and len(span) == 3
+        if not fine or not all(received.is_of(end, float) for end in span[:2]):
+            raise UserError(f"{where}: damaged: range {name!r} is {received.shown(span)}")
+    for cell in plan["cells"]:
+        received.check(cell, CELL, str(where))
+        check_optional(cell, OF_CELL, where)
+    names = [cell["cell"] for cell in plan["cells"]]
+    for cell in plan["cells"]:
+        if not cell["cell"] or names.count(cell["cell"]) > 1:
+            raise UserError(f"{where}: damaged: {cell['cell'][:40]!r} names no cell, or two")
+        if cell["baseline"] not in names:
+            raise UserError(f"{where}: damaged: no cell is the baseline {cell['baseline'][:40]!r}")
+
+
+def check_rows(rows: Sequence[Row], where: Path) -> None:
+    """UserError unless the rows of trials have what a report compares."""
+    tuned = {}
+    for row in rows:
+        check_row(row, where)
+        check_optional(row, OF_ROW, where)
+        if row["bits_per_byte"] is None:
+            continue
+        both = [row["document_bits"] or [], row["document_bytes"] or []]
+        if all(both) and len(both[0]) != len(both[1]):
+            raise UserError(f"{where}: damaged: {row['trial'][:40]} has bits of other documents")
+        if not all(received.is_of(one, float) for values in both for one in values):
+            raise UserError(f"{where}: damaged: {row['trial'][:40]} has documents without numbers")
+        if any(size <= 0 for size in both[1]):
+            raise UserError(f"{where}: damaged: {row['trial'][:40]} has documents of no bytes")
+        key = row["cell"], row["phase"]
+        if (
+            row["phase"] == "tuning"
+            and tuned.setdefault(key, row["tuned"].keys()) != row["tuned"].keys()
+        ):
+            raise UserError(f"{where}: damaged: {row['trial'][:40]} has tuned other settings")
+
+
+def check_curve(line: Row, where: Path) -> None:
+    """UserError unless a row is that of a logged step."""
+    received.check(line, CURVE, str(where))
+    check_optional(line, OF_CURVE, where)
+    if any((line[name] or 0) < 0 for name in ("step", "tokens", "flops", "seconds")):
+        raise UserError(f"{where}: damaged: a step with negative numbers: {received.shown(line)}")
+
+
+def check_routing(line: Row, where: Path) -> tuple[int, ...]:
+    """The number of layers and experts of a line of routing.jsonl.
+
+    Raises:
+        UserError: it lacks the experts' counts, or they are no rectangle of numbers.
+    """
+    kinds: dict[str, received.Kind] = {"count": list, "kept": list}
+    received.check(line, kinds, str(where))
+    shapes = []
+    for name in kinds:
+        try:
+            values = np.array(line[name], float)
+        except (ValueError, TypeError, OverflowError):
+            values = np.empty(0)
+        if values.ndim != 2 or not values.size or len(values) > MOST["layers"]:
+            raise UserError(f"{where}: damaged: {name!r} holds no layers of experts' counts")
+        shapes.append(values.shape)
+    entropy = line.get("entropy", [0.0] * shapes[0][0])
+    fine = isinstance(entropy, list) and all(received.is_of(one, NUMBER) for one in entropy)
+    if shapes[0] != shapes[1] or not fine or len(entropy) != shapes[0][0]:
+        raise UserError(f"{where}: damaged: a step whose layers are not the same ones throughout")
+    return shapes[0]
 
 
 def scored(row: Row) -> Row:
@@ -102,7 +190,7 @@ def scored(row: Row) -> Row:
     if row["status"] != "finished":
         return row
     values = (row["bits_per_byte"], row["validation_bits_per_byte"])
-    if any(value is None or not math.isfinite(value) for value in values):
+    if any(value is None for value in values):
         return row | {"status": "diverged", "reason": "its held-out loss is not finite"}
     if row["phase"] != "tuning" and not (row["document_bits"] and row["document_bytes"]):
         raise UserError(f"{row['trial']} has no bits of single documents: nothing can be compared")
@@ -120,22 +208,18 @@ def read(path: str) -> Sweep:
     if plan is None:
         raise UserError(f"{path} holds no sweep: there is no sweep.json in it")
     plan, rows = cleaned(plan), [*lines(folder.trials)]
-    refuse_incomplete(plan, PLAN, folder.plan)
-    for cell in plan["cells"]:
-        refuse_incomplete(cell, CELL, folder.plan)
-    other = {row.get("version") for row in rows} - {VERSION}
+    check_plan(plan, folder.plan)
+    other = [row.get("version") for row in rows if row.get("version") != VERSION]
     if other:
-        raise UserError(
-            f"{folder.trials} has rows of version {min(map(str, other))}, not {VERSION}"
-        )
-    for row in rows:
-        refuse_incomplete(row, ROW, folder.trials)
+        shown = min(map(received.shown, other))
+        raise UserError(f"{folder.trials} has rows of version {shown}, not {VERSION}")
+    check_rows(rows, folder.trials)
     rows = [*map(scored, rows)]
     if not any(row["phase"] == "report" for row in rows):
         raise UserError(f"{path}: no reported run has ended yet; moe sweep --list shows what has")
     curves: dict[str, list[Row]] = {}
     for line in lines(folder.curves):
-        refuse_incomplete(line, CURVE, folder.curves)
+        check_curve(line, folder.curves)
         curves.setdefault(line["trial"], []).append(line)
     return Sweep(folder.path, plan, rows, curves)
 
@@ -148,8 +232,8 @@ def routing_lines(sweep: Sweep, row: Row) -> list[Row]:
     """
     path = SweepFolder(sweep.path).trial(row["trial"]).run / "routing.jsonl"
     found = list(lines(path))
-    for line in found:
-        refuse_incomplete(line, ("count", "kept"), path)
+    if len({check_routing(line, path) for line in found}) > 1:
+        raise UserError(f"{path}: damaged: a step whose layers are not the same ones throughout")
     return found
 
 

@@ -7,15 +7,24 @@ import io
 import json
 from pathlib import Path
 from typing import Any
+import zlib
 
 import numpy as np
 
 from moe.errors import UserError, nearest
+from moe.received import shown
 from moe.scaling.fit import Points
 from moe.scaling.laws.law import Law
 from moe.scaling.where import rows_where
 
 Columns = dict[str, Sequence[Any]]
+# Arrow's own errors are of these, or NotImplementedError, KeyError, IndexError and TypeError.
+DAMAGED = (
+    *(OSError, EOFError, ValueError, TypeError, LookupError, zlib.error, csv.Error),
+    *(RecursionError, NotImplementedError, OverflowError),
+)
+MOST_BYTES = 2**28  # of a table's text
+MOST_CELLS = 2**24
 KINDS = (".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
 
@@ -37,8 +46,9 @@ def read(path: str) -> Columns:
         columns = _parquet(file) if kind == ".parquet" else _text(file, kind.startswith(".csv"))
     except UserError:
         raise
-    except (OSError, EOFError, UnicodeError, csv.Error, ValueError) as error:
-        raise UserError(f"--data={path}: {type(error).__name__}: {error}") from error
+    except DAMAGED as error:
+        first = (str(error).splitlines() or [""])[0][:160]
+        raise UserError(f"--data={path}: {type(error).__name__}: {first}") from error
     if not columns or not len(next(iter(columns.values()))):
         raise UserError(f"--data={path}: the table has no rows")
     return columns
@@ -51,13 +61,23 @@ def _parquet(file: Path) -> Columns:
         raise UserError(
             f"--data={file}: Parquet needs pyarrow; pip install 'moe-routing[parquet]'"
         ) from None
-    return _of_rows(parquet.read_table(file).to_pylist(), file)
+    with parquet.ParquetFile(file) as opened:
+        about = opened.metadata
+        if about.num_rows * max(about.num_columns, 1) > MOST_CELLS:
+            raise UserError(
+                f"--data={file}: {about.num_rows:,} rows of {about.num_columns:,} columns; a table "
+                f"has at most {MOST_CELLS:,} cells"
+            )
+        return _of_rows(opened.read().to_pylist(), file)
 
 
 def _text(file: Path, is_csv: bool) -> Columns:
     opened = gzip.open(file) if file.suffix == ".gz" else file.open("rb")
     with opened as raw:
-        text = io.StringIO(raw.read().decode("utf-8-sig"))
+        content = raw.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise UserError(f"--data={file}: a table has at most {MOST_BYTES:,} bytes of text")
+        text = io.StringIO(content.decode("utf-8-sig"))
     if not is_csv:
         return _of_rows([json.loads(line) for line in text if line.strip()], file)
     reader = csv.reader(text, strict=True)
@@ -83,6 +103,11 @@ def _of_rows(rows: list[Any], file: Path) -> Columns:
             raise UserError(f"--data={file}: row {number} is no record of names and values")
     flat = [_flat(row) for row in rows]
     names = dict.fromkeys(name for row in flat for name in row)
+    if len(names) * len(rows) > MOST_CELLS:
+        raise UserError(
+            f"--data={file}: {len(rows):,} rows of {len(names):,} columns; a table has at most "
+            f"{MOST_CELLS:,} cells"
+        )
     return {name: [row.get(name) for row in flat] for name in names}
 
 
@@ -163,10 +188,10 @@ def _numbers(
     for i, row in enumerate(rows):
         try:
             values[i] = float(cells[row])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UserError(
-                f"row {row + 1}: {column} ({letter}) is {cells[row]!r}, no number; leave such rows "
-                f"out with --where='{column} > 0'"
+                f"row {row + 1}: {column} ({letter}) is {shown(cells[row])}, no number; leave such "
+                f"rows out with --where='{column} > 0'"
             ) from None
     low, high = (0.0, np.inf)
     if letter in law.inputs:

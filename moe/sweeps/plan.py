@@ -112,7 +112,15 @@ class Plan:
 
     @classmethod
     def of_json(cls, found: Mapping[str, Any]) -> "Plan":
-        """The plan that `as_json` has written."""
+        """The plan that `as_json` has written; UserError where it has not written this."""
+        try:
+            return cls._of_json(found)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            first = str(error).splitlines()[0][:80]
+            raise UserError(f"sweep.json is damaged: {type(error).__name__}: {first}") from error
+
+    @classmethod
+    def _of_json(cls, found: Mapping[str, Any]) -> "Plan":
         fields = [field.name for field in dataclasses.fields(Cell)]
         cells = []
         for row in found["cells"]:

@@ -8,14 +8,25 @@ step of the reported runs. Both are made anew of the trials' own files.
 from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from moe import received
 from moe.data.tokens.sealed import write_atomically
 from moe.errors import UserError
 
 VERSION = 1
 Row = dict[str, Any]
+NUMBER = (float, type(None))
+# What every row of trials.jsonl has.
+ROW: dict[str, received.Kind] = {
+    **dict.fromkeys(("trial", "cell", "phase", "status"), str),
+    **dict.fromkeys(("number", "seed"), int),
+    **dict.fromkeys(("bits_per_byte", "validation_bits_per_byte"), NUMBER),
+    **dict.fromkeys(("document_bits", "document_bytes"), (list, type(None))),
+    "tuned": dict,
+    "reason": (str, type(None)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,16 +111,22 @@ class SweepFolder:
         if not isinstance(found, dict) or "cells" not in found:
             raise UserError(f"{self.plan} describes no sweep; name another folder")
         if found.get("version") != VERSION:
+            theirs = received.shown(found.get("version"))
             raise UserError(
-                f"{self.plan} has version {found.get('version')}, expected {VERSION}: use the "
+                f"{self.plan} has version {theirs}, expected {VERSION}: use the "
                 "release that wrote it, or another folder"
             )
+        received.check(found, {"cells": list}, str(self.plan))
         return found
 
     def results(self) -> dict[str, Row]:
         """The rows of the trials that have ended, by name."""
-        paths = sorted(self.path.glob("trials/*/*/result.json"))
-        return {row["trial"]: row for row in map(read_json, paths)}
+        rows = {}
+        for path in sorted(self.path.glob("trials/*/*/result.json")):
+            row = read_json(path)
+            check_row(row, path)
+            rows[row["trial"]] = row
+        return rows
 
     def write_tables(self, results: Mapping[str, Row], order: Iterable[str]) -> list[Row]:
         """Write trials.jsonl and curves.jsonl of the trials that have ended; returns the rows.
@@ -124,12 +141,17 @@ class SweepFolder:
         return rows
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file's content; UserError where it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged: {error}") from error
+read_json = received.read_json
+
+
+def check_row(row: Any, where: Path) -> None:
+    """UserError unless a value is the row of a trial."""
+    received.check(row, ROW, str(where))
+    parts = PurePosixPath(row["trial"]).parts
+    if not parts or ".." in parts or parts[0] == "/":
+        raise UserError(f"{where}: damaged: 'trial' is {received.shown(row['trial'])}, no name")
+    for name in row["tuned"]:
+        received.check(row["tuned"], {name: float}, f"{where}: tuned")
 
 
 def as_lines(rows: Iterable[Row]) -> bytes:
@@ -139,10 +161,6 @@ def as_lines(rows: Iterable[Row]) -> bytes:
 
 def read_lines(path: Path) -> Iterator[Row]:
     """The rows of a file of JSON lines; none of a missing one. UserError where it is damaged."""
-    if not path.exists():
-        return
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}: damaged, line {number}: {error}") from error
+    for number, row in received.rows(path) if path.exists() else ():
+        received.check(row, {}, f"{path}, line {number}")
+        yield row

@@ -2,8 +2,9 @@
 
 import math
 
+from moe import received
 from moe.sweeps.plan import Plan
-from moe.sweeps.record import SweepFolder, read_lines
+from moe.sweeps.record import NUMBER, SweepFolder, check_row, read_lines
 from moe.sweeps.spec import MATCHED
 
 UTILISATION = 0.15  # is assumed until trials have been timed
@@ -74,10 +75,13 @@ def costs(plan: Plan, folder: SweepFolder, peak: float, workers: int) -> str:
 
 def listed(folder: SweepFolder) -> str:
     """The trials that have ended, a line each, and how many are left."""
+    where = str(folder.trials)
     rows: list[tuple[str, ...]] = [
         ("trial", "seed", "tuned", "bits/byte", "validation", "seconds", "status")
     ]
     for row in read_lines(folder.trials):
+        check_row(row, folder.trials)
+        received.check(row, {"wall_seconds": NUMBER} if "wall_seconds" in row else {}, where)
         tuned = ", ".join(f"{k.rsplit('.', 1)[-1]}={v:g}" for k, v in row["tuned"].items())
         seconds = row.get("wall_seconds")
         rows.append(

@@ -104,7 +104,13 @@ def clusters(embeddings: str, sizes: Sizes) -> np.ndarray:
             f"embeddings={embeddings!r} is no file; scripts/export_embeddings.py writes one from "
             "a run"
         )
-    embedding_VD = np.load(embeddings)
+    try:  # not np.load, which unpickles and unzips by the first bytes
+        embedding_VD = np.lib.format.open_memmap(embeddings, mode="r")
+    except Exception as error:  # a header is an expression: it fails in many ways
+        first = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise ValueError(f"embeddings={embeddings!r} is no .npy file: {first}") from None
+    if embedding_VD.dtype.kind not in "fiu":
+        raise ValueError(f"{embeddings} holds {embedding_VD.dtype}, not numbers")
     if embedding_VD.ndim != 2 or embedding_VD.shape[0] != sizes.vocab_size:
         raise ValueError(
             f"{embeddings} has shape {embedding_VD.shape}; it must be (vocabulary, width) with a "

@@ -19,7 +19,15 @@ from typing import Any, Protocol, runtime_checkable
 
 import gin
 
-from moe.data.corpora.files import checked_text, decoded, name_of, opened
+from moe.data.corpora.files import (
+    checked_text,
+    decoded,
+    document,
+    lines_of,
+    name_of,
+    opened,
+    refuse_bomb,
+)
 from moe.data.corpora.walk import NULL, LeftOut, Paths, find_files, left_out_lines
 from moe.errors import UserError, nearest
 from routing.ranges import Size
@@ -106,7 +114,7 @@ class TextFiles(_Files):
         self._left_out.clear()
         for name, path in find_files(self.paths, left_out=self._left_out):
             with opened(path) as file:
-                data = file.read()
+                data = document(file, path)
             yield Document(name, decoded(data, path, self.encoding, "name another by encoding="))
 
 
@@ -128,7 +136,7 @@ class JsonLines(_Files):
         for name, path in find_files(self.paths, JSON_SUFFIXES, self._left_out):
             offset = 0
             with opened(path) as lines:
-                for number, line in enumerate(lines, start=1):
+                for number, line in enumerate(lines_of(lines, path), start=1):
                     text = decoded(line, path, "utf-8", "JSON must be", offset)
                     offset += len(line)
                     if not text.strip():
@@ -185,14 +193,26 @@ class Parquet(_Files):
         from pyarrow import parquet
 
         try:
-            with parquet.ParquetFile(path) as table:
+            size = path.stat().st_size
+            # A text that is repeated is held once: a thousand rows may be one of 100 MB.
+            with parquet.ParquetFile(path, read_dictionary=[self.column]) as table:
+                about = table.metadata
+                groups = [about.row_group(i) for i in range(about.num_row_groups)]
+                refuse_bomb(path, size, sum(group.total_byte_size for group in groups))
                 columns = table.schema_arrow.names
                 if self.column not in columns:
                     hint = nearest(self.column, columns) or f"; it has {', '.join(columns)}"
                     raise UserError(f"{path}: no column {self.column!r}{hint}")
+                unpacked = 0
                 for batch in table.iter_batches(1000, columns=[self.column]):
-                    yield from batch.column(0).to_pylist()
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+                    for value in batch.column(0):
+                        text = value.as_py()
+                        unpacked += len(text) if isinstance(text, str) else 0
+                        refuse_bomb(path, size, unpacked)
+                        yield text
+        except UserError:
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{path}: not a Parquet file that can be read: {first}") from error
 

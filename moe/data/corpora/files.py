@@ -21,6 +21,10 @@ from moe.errors import UserError
 PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 ZSTANDARD = (b"\x28\xb5\x2f\xfd", *(bytes([n]) + b"\x2a\x4d\x18" for n in range(0x50, 0x60)))
 DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+# A compressed text may unpack to so many bytes, or to so many times its own size.
+MOST_UNPACKED, MOST_RATIO = 2**28, 200
+MOST_DOCUMENT = 2**32  # bytes
+MOST_LINE = 2**26  # bytes of a line of JSON, whose values take twenty times the memory
 
 
 @contextlib.contextmanager
@@ -34,8 +38,9 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         with path.open("rb") as file:
             start = file.read(10)
             file.seek(0)
+            size = os.fstat(file.fileno()).st_size
             with _unpacked(start)(file) as unpacked:
-                yield unpacked
+                yield unpacked if unpacked is file else _counted(unpacked, path, size)
     except DAMAGED as error:
         raise UserError(f"{path}: the compressed file is damaged: {error}") from error
     except OSError as error:
@@ -52,8 +57,57 @@ def _unpacked(start: bytes) -> Any:
     return next(kinds, contextlib.nullcontext)
 
 
+def _counted(unpacked: Any, path: Path, packed: int) -> IO[bytes]:
+    """An unpacked file that refuses to grow beyond what a text can be packed to."""
+
+    def pieces() -> Iterator[bytes]:
+        size = 0
+        while piece := unpacked.read(1 << 20):
+            size += len(piece)
+            refuse_bomb(path, packed, size)
+            yield piece
+
+    return io.BufferedReader(_Pieces(pieces()))  # pyright: ignore[reportArgumentType]
+
+
+def refuse_bomb(path: Path, packed: int, unpacked: int) -> None:
+    """UserError where so many bytes unpack to more than any text's would."""
+    if unpacked > max(MOST_UNPACKED, MOST_RATIO * packed):
+        raise UserError(
+            f"{path}: its {packed:,} bytes unpack to more than {unpacked:,}, above {MOST_RATIO} "
+            "times as many, which no text's do; unpack it yourself if it is what it should be"
+        )
+
+
+def document(file: IO[bytes], path: Path) -> bytes:
+    """All of an open file; UserError where it is longer than MOST_DOCUMENT."""
+    # A sparse file of a terabyte takes no room: it is not read to find out.
+    data = b"" if _size_of(file) > MOST_DOCUMENT else file.read(MOST_DOCUMENT + 1)
+    if (not data and _size_of(file) > MOST_DOCUMENT) or len(data) > MOST_DOCUMENT:
+        raise UserError(f"{path}: a document has at most {MOST_DOCUMENT:,} bytes; split it")
+    return data
+
+
+def _size_of(file: IO[bytes]) -> int:
+    """The size of an open file on disk; 0 of one that is unpacked."""
+    try:
+        return os.fstat(file.fileno()).st_size
+    except OSError:
+        return 0
+
+
+def lines_of(file: IO[bytes], path: Path) -> Iterator[bytes]:
+    """The lines of an open file; UserError where one is longer than MOST_LINE."""
+    for number, line in enumerate(iter(lambda: file.readline(MOST_LINE + 1), b""), 1):
+        if len(line) > MOST_LINE:
+            raise UserError(f"{path}:{number}: a line of JSON has at most {MOST_LINE:,} bytes")
+        yield line
+
+
 class _Pieces(io.RawIOBase):
     """A readable file made of pieces of bytes."""
+
+    mode, name = "rb", ""
 
     def __init__(self, pieces: Iterator[bytes]):
         self.pieces, self.rest = pieces, memoryview(b"")
@@ -82,7 +136,7 @@ def _zstandard_pieces(file: IO[bytes]) -> Iterator[bytes]:
         ) from None
     unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # as `zstd --long=31` writes
     frame, packed = None, b""
-    while packed := packed or file.read(1 << 16):
+    while packed := packed or file.read(1 << 10):  # which may unpack to 30,000 times as much
         frame = frame or unpacker.decompressobj()
         try:
             yield frame.decompress(packed)

@@ -75,12 +75,13 @@ def mapped(path: Path, dtype: str) -> np.ndarray:
     if not path.is_file() or path.suffix not in (".npy", ".bin"):
         raise UserError(f"{path}: a token file is a .npy or a .bin")
     try:
-        if path.suffix == ".npy":
-            array = np.load(path, mmap_mode="r")
+        if path.suffix == ".npy":  # not np.load, which unpickles and unzips by the first bytes
+            array = np.lib.format.open_memmap(path, mode="r")
         else:
             array = np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a file of tokens: {error}") from None
+    except Exception as error:  # a header is an expression: it fails in many ways
+        first = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(f"{path}: not a file of tokens: {first}") from None
     if array.ndim != 1 or array.dtype.kind not in "ui" or not len(array):
         raise UserError(
             f"{path} holds {array.dtype} of shape {array.shape}; it must be tokens (N,), integers"

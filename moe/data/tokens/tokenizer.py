@@ -6,6 +6,7 @@ encoded to it: a text that spells it out is encoded like any other.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,8 +19,10 @@ from typing import Any, Protocol, runtime_checkable
 import gin
 import numpy as np
 
+from moe import received
 from moe.data.corpora.walk import nearest_path
 from moe.data.tokens.cache import passages, seldom
+from moe.data.tokens.rust import quiet_panics, refuse_growth
 from moe.data.tokens.sealed import read_sealed, write_atomically, write_sealed
 from moe.errors import UserError, nearest
 from routing.ranges import Count
@@ -27,6 +30,8 @@ from routing.ranges import Count
 DOCUMENT_TOKEN = "<|document|>"
 FILE_NAME = "tokenizer.json"
 BYTES_JSON = '{"type": "bytes"}'
+MOST_BYTES = 2**27  # of a tokenizer.json
+MOST_GAPS = 8  # ids for each token
 Texts = Callable[[], Iterator[str]]
 Say = Callable[[str], None]
 Ids = Iterable[Any]  # of int, or an array of integers
@@ -136,6 +141,10 @@ class SubwordTokenizer:
         self.vocab_size: int = 1 + max(inner.get_vocab(with_added_tokens=True).values())
         self.fingerprint: str = hashlib.sha256(inner.to_str().encode()).hexdigest()
 
+    def __len__(self) -> int:
+        """How many tokens there are; ids may have gaps."""
+        return self._inner.get_vocab_size(with_added_tokens=True)
+
     @property
     def num_bytes_2V(self) -> np.ndarray:
         return self._num_bytes_2V
@@ -173,11 +182,12 @@ class SubwordTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         try:
-            encodings = self._inner.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as error:  # of a word without a token, where none is for unknown words
+            with quiet_panics():
+                encodings = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # of a word without a token, say
             raise UserError(
-                f"the tokenizer cannot encode this text ({error}); use a byte-level tokenizer, "
-                "such as TextData.tokenizer = @TrainedBPE()"
+                f"the tokenizer cannot encode this text ({str(error)[:160]}); use a byte-level "
+                "tokenizer, such as TextData.tokenizer = @TrainedBPE()"
             ) from None
         return [encoding.ids for encoding in encodings]
 
@@ -280,30 +290,43 @@ def load_tokenizer(path: Path | str, document_token: str = DOCUMENT_TOKEN) -> To
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
-    if path.is_file() and path.read_bytes() == BYTES_JSON.encode():
-        return ByteTokenizer()
-    return _load_subwords(path, document_token)
-
-
-def _load_subwords(path: Path, document_token: str = DOCUMENT_TOKEN) -> SubwordTokenizer:
-    import tokenizers
-
     if not path.is_file():
         raise UserError(f"no tokenizer file {str(path)!r}{nearest_path(path)}")
+    content = received.read(path, MOST_BYTES)
+    if content == BYTES_JSON.encode():
+        return ByteTokenizer()
+    return _subwords(content, path, document_token)
+
+
+def _subwords(content: bytes, path: Path, document_token: str) -> SubwordTokenizer:
+    import tokenizers
+
     try:
-        content = path.read_text(encoding="utf-8")
+        text = content.decode("utf-8")
+        record = received.parsed(text, str(path))
+        refuse_growth(record, path)
         if document_token != DOCUMENT_TOKEN:
-            content = _renamed(content, document_token, path)
-        return SubwordTokenizer(tokenizers.Tokenizer.from_str(content))
+            text = _renamed(record, document_token, path)
+        with quiet_panics():
+            found = SubwordTokenizer(tokenizers.Tokenizer.from_str(text))
+            with contextlib.suppress(UserError):  # it may know other words
+                found.decode_batch(found.encode_batch(["a b"]))  # or it breaks here
     except UserError:
         raise
     except Exception as error:  # the library raises bare Exceptions
-        raise UserError(f"{path}: not a tokenizer.json: {error}") from None
+        first = (str(error).splitlines() or [""])[0][:160]
+        raise UserError(f"{path}: not a tokenizer.json: {first}") from None
+    known = len(found)
+    if found.vocab_size > MOST_GAPS * (known + 1000):
+        raise UserError(
+            f"{path}: its largest token is {found.vocab_size - 1:,}, and it has {known:,}: every "
+            "token up to the largest would take memory"
+        )
+    return found
 
 
-def _renamed(content: str, document_token: str, path: Path) -> str:
+def _renamed(record: Any, document_token: str, path: Path) -> str:
     """The tokenizer.json with this added token renamed to `DOCUMENT_TOKEN`; its id stays."""
-    record = json.loads(content)
     added = {one["content"]: one for one in record["added_tokens"]}
     if document_token not in added:
         hint = nearest(document_token, added) or f"; it has {', '.join(added) or 'none'}"

@@ -10,6 +10,7 @@ import platform
 import socket
 from typing import Any, BinaryIO
 
+from moe import received
 from moe.data.tokens.sealed import write_atomically
 from moe.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from moe.errors import UserError
@@ -17,7 +18,6 @@ from moe.runs.storage import manifest
 from moe.runs.storage.json_files import write_json
 from moe.settings.read import bindings_of
 
-MOST_BYTES = 2**24  # of a small file, or of a line of a log
 MOVE_AWAY = "move it away, or choose another --workdir"
 
 
@@ -59,7 +59,7 @@ class RunFolder:
             yield
 
     def _refuse_links(self) -> None:
-        """Raise UserError where writing the folder's files would change files outside of it."""
+        """Raise UserError where writing the folder's files would change, or wait for, others."""
         inside, folders = self.path.resolve(), (self.path, self.tensorboard, self.tokenizer)
         for folder in (*folders, self.checkpoints):
             for path in folder.iterdir() if folder.is_dir() else ():
@@ -67,6 +67,11 @@ class RunFolder:
                     raise UserError(
                         f"{path} is a link to {os.readlink(path)}, outside of the run's folder, "
                         "and would be written through; put the folder itself where there is room"
+                    )
+                if not (path.is_file() or path.is_dir() or path.is_symlink()):
+                    raise UserError(
+                        f"{path} is a pipe, a socket or a device, which nothing of a run is; "
+                        f"{MOVE_AWAY}"
                     )
 
     def config_text(self) -> str:
@@ -176,11 +181,10 @@ class RunFolder:
         Raises:
             UserError: it is no JSON object, or a field is missing or of another type.
         """
+        text = _text_of(path)
         try:
-            found = json.loads(_text_of(path))
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, UserError):
-                raise
+            found = received.parsed(text, str(path))
+        except UserError:
             raise UserError(f"{path} is damaged: no JSON; {MOVE_AWAY}") from None
         for name, kind in fields.items():
             value = found.get(name) if isinstance(found, dict) else None
@@ -192,7 +196,7 @@ class RunFolder:
         """Delete the lines of metrics.jsonl and routing.jsonl after a step, and damaged ones."""
         for path in (self.metrics, self.routing):
             if path.exists():
-                with open(path, "rb") as file:
+                with received.opened(path) as file:
                     kept = [line for line in _lines(file) if _step(line) <= step]
                 write_atomically(path, b"".join(kept))
 
@@ -200,11 +204,10 @@ class RunFolder:
 def _text_of(path: Path) -> str:
     """The text of a small file of the run's folder."""
     try:
-        with open(path, "rb") as file:
-            raw = file.read(MOST_BYTES + 1)
-        if len(raw) > MOST_BYTES:
-            raise UserError(f"{path} is damaged: above {MOST_BYTES:,} bytes; {MOVE_AWAY}")
-        return raw.decode("utf-8")
+        return received.read(path).decode("utf-8")
+    except UserError as error:
+        why = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"{path} is damaged: {why}; {MOVE_AWAY}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is damaged: no text in UTF-8; {MOVE_AWAY}") from None
 
@@ -218,9 +221,9 @@ def _bindings(path: Path, text: str) -> dict[str, str]:
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """The whole lines of a log, those aside that are longer than MOST_BYTES."""
+    """The whole lines of a log, those aside that are longer than received.MOST_BYTES."""
     whole = True
-    while line := file.readline(MOST_BYTES):
+    while line := file.readline(received.MOST_BYTES):
         ends = line.endswith(b"\n")
         if whole and ends:
             yield line

@@ -12,7 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 import json
 import os
 from pathlib import Path
+from typing import Any
 import zlib
+
+from moe import received
+from moe.errors import UserError
 
 NAME = "manifest.json"
 # Orbax writes it after the manifest, and nobody reads it.
@@ -20,6 +24,7 @@ UNLISTED = {NAME, "commit_success.txt"}
 # Beside the checkpoints: where old ones are moved to be deleted.
 DELETED = "being-deleted"
 CHUNK = 4 * 2**20
+MOST_BYTES = 2**28  # of a manifest: a million files
 THREADS = 4
 
 
@@ -69,6 +74,8 @@ def _fault(file: tuple[str, Path], expected: list[int]) -> str | None:
     """How a file (name, path) differs from its size and checksum; None where it doesn't."""
     name, path = file
     try:
+        if path.is_file() and (size := path.stat().st_size) != expected[0]:  # maybe a terabyte
+            return f"{name} has {size:,} bytes instead of {expected[0]:,}"
         size, checksum = _checksum(path)
     except Damaged as damaged:
         return str(damaged)
@@ -114,16 +121,28 @@ def _text(content: dict) -> bytes:
 
 def _read(path: Path) -> dict:
     try:
-        text = path.read_bytes()
-        found = json.loads(text)
+        text = received.read(path, MOST_BYTES)
+        found = received.parsed(text, NAME)
         content = {"step": found["step"], "files": found["files"]}
     except FileNotFoundError:
         raise Damaged(f"{NAME} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, UserError, KeyError, TypeError):
         raise Damaged(f"{NAME} can't be read") from None
-    if text != _text(content):
+    if text != _text(content) or not _is_sane(**content):
         raise Damaged(f"{NAME} was altered")
     return content
+
+
+def _is_sane(step: Any, files: Any) -> bool:
+    """Whether a manifest's values are of the kinds that `write` writes."""
+    return (
+        received.is_of(step, int)
+        and isinstance(files, dict)
+        and all(
+            isinstance(pair, list) and len(pair) == 2 and all(received.is_of(n, int) for n in pair)
+            for pair in files.values()
+        )
+    )
 
 
 def _files(folder: Path) -> list[Path]:

@@ -8,8 +8,9 @@ import json
 from pathlib import Path
 
 from moe.errors import UserError
+from moe.received import MOST_BYTES
 from moe.runs.storage import manifest
-from moe.runs.storage.folder import MOST_BYTES, RunFolder
+from moe.runs.storage.folder import RunFolder
 from moe.settings.read import bindings_of
 
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a save that did not end
