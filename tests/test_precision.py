@@ -108,7 +108,7 @@ def wide(a):
 
 
 def test_what_is_kept_in_which_type():
-    _, state, _ = trained(HALF, steps=1)
+    state = program_of(HALF)[1].abstract_state
     low = {n for n, a in state.params.items() if a.dtype == jnp.bfloat16}
     assert {"embedding_VD"} < low and any("experts.up" in name for name in low)
     assert not any("router" in name or "norm" in name for name in low)
@@ -117,6 +117,7 @@ def test_what_is_kept_in_which_type():
     assert {n for n, a in moments.nu.items() if a.dtype == jnp.bfloat16} == low
 
 
+@pytest.mark.thorough
 def test_float32_is_what_it_was_without_the_setting():
     """The same optimizer applied by hand to the program's own gradients."""
     model, program = program_of(Precision())
@@ -134,6 +135,7 @@ def test_float32_is_what_it_was_without_the_setting():
         np.testing.assert_allclose(after.params[name], value, rtol=1e-6, atol=1e-7, err_msg=name)
 
 
+@pytest.mark.thorough
 def test_parameters_are_their_masters_rounded_and_masters_start_unrounded():
     plain, _, _ = trained(Precision(), steps=1)
     first, state, _ = trained(Precision("masters"))
@@ -145,8 +147,19 @@ def test_parameters_are_their_masters_rounded_and_masters_start_unrounded():
         np.testing.assert_allclose(master, plain.params[name], rtol=1e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("precision", [HALF, Precision("masters", "bfloat16")], ids=str)
-@pytest.mark.parametrize("optimizer", [AdamW(1e-2), Lion(1e-3)], ids=["adamw", "lion"])
+OTHER = Precision("masters", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("precision", "optimizer"),
+    [
+        (HALF, AdamW(1e-2)),
+        pytest.param(OTHER, AdamW(1e-2), marks=pytest.mark.thorough),
+        pytest.param(HALF, Lion(1e-3), marks=pytest.mark.thorough),
+        pytest.param(OTHER, Lion(1e-3), marks=pytest.mark.thorough),
+    ],
+    ids=str,
+)
 def test_it_learns_as_float32_does(precision, optimizer):
     """Parameters stay within a few steps of bfloat16 of those in float32; losses are close."""
     _, full, losses = trained(Precision(), optimizer)
@@ -157,13 +170,15 @@ def test_it_learns_as_float32_does(precision, optimizer):
         assert apart < 0.25 * np.abs(value).mean(), name
 
 
-@pytest.mark.parametrize("optimizer", [Adafactor(), Muon(), AdamW(1e-2)], ids=lambda o: type(o))
+@pytest.mark.thorough
+@pytest.mark.parametrize("optimizer", [Adafactor(), Muon()], ids=["adafactor", "muon"])
 def test_every_optimizer_takes_it(optimizer):
     _, state, losses = trained(HALF, optimizer, steps=2)
     assert np.isfinite(losses).all()
     assert state.params["embedding_VD"].dtype == jnp.bfloat16
 
 
+@pytest.mark.thorough
 def test_a_mesh_rounds_as_one_device_does():
     """The first update of every value is the same, or one step of bfloat16 away."""
     _, one, _ = trained(HALF, steps=1)
@@ -184,6 +199,7 @@ def test_masters_and_half_moments_are_sharded_as_their_parameters():
         assert tree[name].sharding.spec == spec
 
 
+@pytest.mark.thorough
 def test_micro_batches_are_summed_in_float32():
     _, program = program_of(HALF, accumulate=4)
     state = program.init(0)
@@ -197,6 +213,7 @@ def test_micro_batches_are_summed_in_float32():
         np.testing.assert_allclose(wide(grads[name]), wide(grad), rtol=0.1, atol=3e-3, err_msg=name)
 
 
+@pytest.mark.thorough
 def test_rates_of_width_and_decay_reach_the_rounded_parameters():
     """With a zero gradient decay is left: embedding and experts shrink, norms do not."""
     model, _ = program_of(Precision("masters"), base_width=8)
@@ -220,6 +237,7 @@ def test_rates_of_width_and_decay_reach_the_rounded_parameters():
     np.testing.assert_allclose(updates["embedding_VD"], -1.0, rtol=1e-3)
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_holds_the_kept_types_and_goes_on_bit_for_bit(tmp_path):
     precision = dataclasses.replace(HALF, parameters="masters")
     _, program = program_of(precision)

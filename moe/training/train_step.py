@@ -55,7 +55,7 @@ class StepMetrics(nnx.Pytree):
         text_bytes: the bytes of text that these tokens decode to.
         routers: losses and statistics of the MoE layers' routers; None for a dense model.
         grad_norms: of all parameters, and of the routers' and the experts'.
-        update_norm: of all parameters.
+        update_norm: of all parameters; NaN where the optimizer's state after it is not finite.
         mod: losses, and counts per token, of the Mixture-of-Depths routers (L,), by name.
         broken: which layers of stacked arrays, or which arrays, are not finite, by name, among
             the parameters before the step, its gradients, and the state after it.
@@ -195,9 +195,10 @@ class TrainingFunctions:
             model = self.graph.merge(params, router_state)
             model.update_router_state(metrics.routers.stats)
             router_state = split(model)[2]
-        metrics = dataclasses.replace(metrics, update_norm=optax.tree.norm(updates))
+        seen, others = finite.with_state(updates, opt_state)
+        metrics = dataclasses.replace(metrics, update_norm=optax.tree.norm(seen))
         after = TrainState(state.step + 1, params, router_state, opt_state)
-        return self._checked(given, state, after, grads, metrics)
+        return self._checked(given, state, after, grads, metrics, others)
 
     def _state_looked_at(self, state: TrainState, metrics) -> tuple[TrainState, StepMetrics]:
         """The same state, and metrics with its broken parameters where loss or gradients are bad.
@@ -211,11 +212,14 @@ class TrainingFunctions:
         return dataclasses.replace(state, params=params), metrics
 
     def _checked(
-        self, given: Given, before: TrainState, after: TrainState, grads: Arrays, metrics
+        self, given: Given, before: TrainState, after: TrainState, grads: Arrays, metrics, others
     ) -> tuple[TrainState, StepMetrics]:
-        """The state after a step, with a bad update left out if asked for, and where it is bad."""
+        """The state after a step, with a bad update left out if asked for, and where it is bad.
+
+        others: arrays of the optimizer's state that the norm of the update says nothing of.
+        """
         norms = metrics.grad_norms, metrics.update_norm
-        ok = finite.is_finite((metrics.loss, norms, after.router_state, after.opt_state))
+        ok = finite.is_finite((metrics.loss, norms, after.router_state, others))
         looked_at = {
             "gradients": grads,
             "router_state": after.router_state,
