@@ -89,7 +89,11 @@ setup(
         "mlflow": MLFLOW,
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "plan": ["jax[tpu]>=0.10,<0.13"],
-        "plan-cuda": ["jax-cuda13-pjrt>=0.10,<0.13", "nvidia-cuda-nvcc>=13"],
+        "plan-cuda": [
+            "jax-cuda13-pjrt>=0.10,<0.13",
+            "jax-cuda13-plugin>=0.10,<0.13",
+            "nvidia-cuda-nvcc>=13",
+        ],
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "tokamax": ["tokamax>=0.0.12"],
         "parquet": ["pyarrow"],

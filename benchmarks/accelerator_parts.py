@@ -185,18 +185,12 @@ def attention(small: bool) -> Iterator[dict]:
             yield attempt(row | {"chosen": kernel == auto.kernel, "reason": auto.reason}, one)
 
 
-def compiled_step(dispatcher: str, small: bool):
-    """A training step of OLMoE's shape with few layers: a function, its state, batch, and facts."""
-    import jax
-    import numpy as np
-
+def olmoe_spec(dispatcher: str, small: bool):
+    """A run of OLMoE's shape with few layers, without text; and V."""
     from layers.dispatch import SlotGather, Sorted
     from layers.moe_layer import MoELayer
-    from moe.data.batches import train_batch
     from moe.model.transformer import Transformer
-    from moe.training.abstract_model import Vocabulary
     from moe.training.run_spec import RunSpec
-    from moe.training.train_step import to_devices
     from routing import Capacity, TopK
 
     width, depth, experts, hidden = (64, 2, 8, 64) if small else (2048, 4, 64, 1024)
@@ -219,7 +213,20 @@ def compiled_step(dispatcher: str, small: bool):
         remat="dots_with_batch",
         tie_embeddings=False,
     )
-    spec = RunSpec(None, make, steps=100, batch_size=batch, sequence_length=length)
+    return RunSpec(None, make, steps=100, batch_size=batch, sequence_length=length), vocab
+
+
+def compiled_step(dispatcher: str, small: bool):
+    """A training step of OLMoE's shape: a function, its state, batch, and facts."""
+    import jax
+    import numpy as np
+
+    from moe.data.batches import train_batch
+    from moe.training.abstract_model import Vocabulary
+    from moe.training.train_step import to_devices
+
+    spec, vocab = olmoe_spec(dispatcher, small)
+    batch, length = spec.shape
     model, program = spec.build(Vocabulary(vocab), spec.build_mesh(jax.devices()[:1]))
     window_BW = np.random.default_rng(0).integers(0, vocab, (batch, length + 1), np.int32)
     rows = train_batch(window_BW, np.arange(batch, dtype=np.int32))

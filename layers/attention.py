@@ -8,6 +8,7 @@ from typing import Literal
 from flax import nnx
 import gin
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from layers.decoding import KeyValues, Prompt, places
@@ -191,6 +192,7 @@ class Attention(nnx.Module):
             self.chosen_kernel(shape).kernel,
             None if is_cut("length") else self.chunk,
         )
+        mixed_BTHK = checkpoint_name(mixed_BTHK, "attention")
         return linear(mixed_BTHK, self.out_HKD[...], contracted=2)
 
     @property

@@ -1,11 +1,10 @@
-"""Equal layers as one scan: they share one traced body, so that depth costs no compile time.
+"""Equal layers as one loop: a scan, whose depth costs no compile time, or unrolled.
 
 L layers, B batch, T tokens, D model width.
 """
 
 from collections.abc import Callable, Sequence
 import dataclasses
-from typing import Literal
 
 from flax import nnx
 import jax
@@ -13,35 +12,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from layers.block import Block
+from layers.kernels.choice import Choice
 from layers.logical_axes import logical_constraint
 from layers.mixture_of_depths import DepthBlock, blocks_of
 from layers.moe_layer import MoELayer
+from layers.remat import Remat, rematerialised
+from layers.unrolled import loop_of, unrolled
 from routing.inputs import Tokens
 from routing.records import GlobalBatch, RouterOutput
-
-Remat = Literal["none", "full", "dots", "dots_with_batch"]
-_SAVEABLE = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "dots_with_batch": jax.checkpoint_policies.dots_saveable,
-}
-REMAT = ("none", *_SAVEABLE)
-
-
-def rematerialised(body: Callable, remat: str) -> Callable:
-    """The body with activations recomputed in the backward pass; routing is always saved.
-
-    remat: a name of `REMAT`.
-    """
-    if remat == "none":
-        return body
-    # A policy doesn't see the matmuls inside the loops of sorted experts; they are saved by name.
-    names = (
-        ("routing", "expert_matmuls", "exchanged") if remat == "dots_with_batch" else ("routing",)
-    )
-    keep_routing = jax.checkpoint_policies.save_only_these_names(*names)
-    policy = jax.checkpoint_policies.save_from_both_policies(_SAVEABLE[remat], keep_routing)
-    return jax.checkpoint(body, policy=policy, prevent_cse=False)
 
 
 class Unit(nnx.Module):
@@ -73,8 +51,8 @@ class Stack(nnx.Module):
         make_blocks: makes the blocks of one unit.
         repeats: how many units.
         first_layer: number of the first layer in the model; initial values derive from it.
-        remat: a name of `REMAT`.
-        scan: False unrolls the loop; the result is the same.
+        remat: a name of `layers.remat.REMAT`.
+        scan: False unrolls the loop; the result is the same. None: by `loop_of`.
     """
 
     def __init__(
@@ -83,7 +61,7 @@ class Stack(nnx.Module):
         repeats: int,
         first_layer: int,
         remat: Remat = "none",
-        scan: bool = True,
+        scan: bool | None = None,
     ):
         self.repeats, self.first_layer, self.remat, self.scan = repeats, first_layer, remat, scan
         self.unit = Unit(make_blocks())
@@ -118,14 +96,18 @@ class Stack(nnx.Module):
             here = tokens.with_previous_logits(logits_BTE)
             return nnx.merge(graphdef, state)(x_BTD, here, first_layer, global_batch)
 
-        body = rematerialised(body, self.remat)
-        first = self.first_layer + self.length * jnp.arange(self.repeats)
-        unroll = 1 if self.scan else self.repeats
+        scanned = self.loop.kernel == "scanned"
+        body = rematerialised(body, self.remat, in_scan=scanned)
         start = (x_BTD, tokens.context.previous_logits)
-        carry, (outputs, mod_outputs) = jax.lax.scan(
-            body, start, (state, first, global_batch), unroll=unroll
-        )
+        over_layers = jax.lax.scan if scanned else unrolled
+        first = self.first_layer + self.length * jnp.arange(self.repeats)
+        carry, (outputs, mod_outputs) = over_layers(body, start, (state, first, global_batch))
         return *carry, in_layer_order(outputs), in_layer_order(mod_outputs)
+
+    @property
+    def loop(self) -> Choice:
+        """Whether layers are "scanned" or "unrolled" on this program's platform, and why."""
+        return loop_of(self.repeats, self.scan)
 
     def update_router_state(self, stats_per_block) -> None:
         """Update every `StepState`, layer by layer, from statistics stacked over repeats."""

@@ -10,6 +10,7 @@ from einops import rearrange
 from flax import nnx
 import gin
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -98,12 +99,12 @@ class FeedForwardExperts(Experts):
         row_axes = shape[1:3] if is_cut("slot") else (-1,)
         x = rows.reshape(shape[0], *row_axes, shape[-1])
         hidden = hidden_units(self.activation)(
-            *(jnp.einsum("e...d,edf->e...f", x, up[...].astype(dtype)) for up in self._ups)
+            *(matmul("e...d,edf->e...f", x, up[...].astype(dtype)) for up in self._ups)
         )
         if key_G is not None:
             kept_ENF = kept_units(key_G, shape, hidden.shape[-1], self.dropout)
             hidden = hidden * kept_ENF.reshape(hidden.shape).astype(dtype)
-        y = jnp.einsum("e...f,efd->e...d", hidden, self.down_EFD[...].astype(dtype))
+        y = matmul("e...f,efd->e...d", hidden, self.down_EFD[...].astype(dtype))
         return y.reshape(shape)
 
     @property
@@ -136,10 +137,15 @@ class FeedForwardExperts(Experts):
             return jnp.einsum("gse,eab->gsab", decision.weight_GSE, weight).astype(dtype)
 
         hidden = hidden_units(self.activation)(
-            *(jnp.einsum("gstd,gsdf->gstf", x_GSTD, mean(up[...])) for up in self._ups)
+            *(matmul("gstd,gsdf->gstf", x_GSTD, mean(up[...])) for up in self._ups)
         )
-        y_GSTD = jnp.einsum("gstf,gsfd->gstd", hidden, mean(self.down_EFD[...]))
+        y_GSTD = matmul("gstf,gsfd->gstd", hidden, mean(self.down_EFD[...]))
         return y_GSTD.reshape(groups, -1, width)[:, :tokens]
+
+
+def matmul(letters: str, rows: jax.Array, weight: jax.Array) -> jax.Array:
+    """An experts' matmul under the name by which rematerialisation saves it."""
+    return checkpoint_name(jnp.einsum(letters, rows, weight), "expert_matmuls")
 
 
 def kept_units(key_G, shape: tuple[int, ...], width: int, dropout: float) -> jax.Array:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from layers.experts.base import Experts, ExpertsOutput, LayerSizes
 from layers.experts.feed_forward import ACTIVATIONS, GATED
+from layers.experts.feed_forward_experts import matmul
 from routing.capacity import Capacity
 from routing.inputs import RouterInputs
 from routing.parameters import parameter, truncated_normal
@@ -78,7 +79,7 @@ class SegmentedExperts(Experts):
             segments = []
             for n, choice in enumerate(choices):
                 rows = dispatcher.dispatch(x, choice)
-                y = jnp.einsum("egca,eab->egcb", rows, weight[:, n].astype(x.dtype))
+                y = matmul("egca,eab->egcb", rows, weight[:, n].astype(x.dtype))
                 segments.append(dispatcher.combine(y, choice))
             return jnp.concatenate(segments, axis=-1)
 

@@ -262,6 +262,7 @@ def splash(
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name="attention",
         interpret=interpret,
     )
 

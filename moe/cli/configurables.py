@@ -22,7 +22,15 @@ from moe.data.tokens import tokenizer
 from moe.model import sharding, transformer
 from moe.runs.tracking import loggers
 from moe.sweeps import spec
-from moe.training import bad_steps, corruption, objective, optimizer, run_spec, schedules
+from moe.training import (
+    bad_steps,
+    corruption,
+    objective,
+    optimizer,
+    precision,
+    run_spec,
+    schedules,
+)
 from routing import balance_losses, balancers, capacity, losses
 from routing.algorithms import (
     base,

@@ -16,7 +16,7 @@ from absl import flags as absl_flags
 import moe
 from moe.cli.commands import COMMANDS, Command, Flag
 from moe.errors import Problems, UserError, nearest, printable
-from moe.machine import compile_cache, exits, signals
+from moe.machine import accelerator, compile_cache, exits, signals
 from moe.machine.allocator import keep_freed_memory
 
 MISTAKE, INTERRUPTED, BROKEN_PIPE = exits.MISTAKE, 130, exits.BROKEN_PIPE
@@ -92,6 +92,7 @@ def _run(argv: list[str]) -> int:
         return 0
     flags = parse(command, argv[1:])
     keep_freed_memory()
+    accelerator.prepare()
     compile_cache.prepare()
     return importlib.import_module(command.module).run(flags)
 

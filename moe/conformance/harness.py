@@ -14,7 +14,7 @@ import numpy as np
 from layers.dispatch import Dispatcher, SlotGather, as_soft_slots
 from layers.experts.neurons import NeuronExperts
 from layers.moe_layer import MoELayer
-from layers.stack import rematerialised
+from layers.remat import rematerialised
 from moe.model import functional
 from routing import (
     Capacity,

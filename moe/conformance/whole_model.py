@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from layers.dispatch import Dispatcher, SlotGather
-from layers.stack import Remat
+from layers.remat import Remat
 from moe.conformance.harness import Bench, D, V
 from moe.data.batch import Batch
 from moe.model import functional, sharding

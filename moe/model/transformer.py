@@ -22,7 +22,8 @@ from layers.mixture_of_depths import DepthBlock
 from layers.moe_layer import MoELayer
 from layers.norms import RMSNorm
 from layers.positions import POSITIONS, LearnedPositions, Positions, sinusoidal
-from layers.stack import REMAT, Remat, Stack, moe_layers
+from layers.remat import REMAT, Remat
+from layers.stack import Stack, moe_layers
 from moe.model import maximal_update
 from routing import (
     Causality,
@@ -70,8 +71,8 @@ def runs_of_layers(kinds: Iterable) -> list[tuple[tuple, int]]:
     return runs
 
 
-def stacks_of(kinds: Iterable[tuple], make_block, remat: Remat, scan: bool) -> list[Stack]:
-    """The layers as stacks to scan over; make_block(*kind) makes a layer's block."""
+def stacks_of(kinds: Iterable[tuple], make_block, remat: Remat, scan: bool | None) -> list[Stack]:
+    """The layers as stacks of equal ones; make_block(*kind) makes a layer's block."""
     stacks, first = [], 0
     for pattern, repeats in runs_of_layers(kinds):
 
@@ -115,10 +116,13 @@ class Transformer(nnx.Module):
             `LayerNorm`, and so on).
         tie_embeddings: the head is the embedding's transpose.
         remat: what the backward pass recomputes: "none"; "full", everything; "dots", all but
-            matmuls without a batch axis; "dots_with_batch", all but matmuls. Routing is always
-            saved.
-        compute_dtype: of matmuls and activations; parameters, routers and losses are float32.
-        scan: loop over equal layers (compiles once) or unroll them.
+            matmuls of all tokens (projections, dense feed-forwards); "dots_with_batch", all but
+            those, attention's output, the experts' matmuls and exchanged rows. Routing is always
+            saved, attention's scores never are.
+        compute_dtype: of matmuls and activations; routers and losses are float32, and parameters,
+            unless `train.precision` says otherwise.
+        scan: loop over equal layers (compiles once), or False to unroll them; None: as the
+            platform and their number have it, which a run's first lines say.
         base_width: the d_model at which the learning rate was tuned: it stays the best one at other
             widths (µP, moe/model/maximal_update.py), if d_ff and num_heads grow alike; None for
             the standard parametrization, which is the same at d_model = base_width.
@@ -151,7 +155,7 @@ class Transformer(nnx.Module):
         tie_embeddings: bool = True,
         remat: Remat = "none",
         compute_dtype: str = "float32",
-        scan: bool = True,
+        scan: bool | None = None,
         base_width: Count | None = None,
         allow_leaks: bool = False,
     ):
@@ -248,7 +252,8 @@ class Transformer(nnx.Module):
     def embedded(self, tokens: Tokens) -> tuple[Float[Array, "B T D"], Tokens]:
         """The first layer's input, and the tokens with the previous logits that routers read."""
         dtype = DTYPES[self.compute_dtype]
-        x_BTD = self.embedding_VD[...][tokens.token_BT] * (1 / 0.02)
+        # In float32, so that the gradients of a token that comes often are summed in it.
+        x_BTD = self.embedding_VD[...].astype(jnp.float32)[tokens.token_BT] * (1 / 0.02)
         if self.learned is not None:
             x_BTD = x_BTD + self.learned(tokens.position_BT) * (1 / 0.02)
         elif self.positions == "sinusoidal":
@@ -268,9 +273,9 @@ class Transformer(nnx.Module):
     def head(self) -> jax.Array:
         """The output weights (D, V), float32."""
         if self.head_DV is not None:
-            return self.head_DV[...]
+            return self.head_DV[...].astype(jnp.float32)
         scale = 0.02 * (self.d_model * self.width_ratio) ** 0.5
-        return self.embedding_VD[...].T / scale
+        return self.embedding_VD[...].astype(jnp.float32).T / scale
 
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> jax.Array:
         """The logits (B, T, V) of hidden states, float32."""

@@ -21,7 +21,8 @@ from layers.kernels.cross_entropy import ACCELERATOR_BLOCK_LOGITS
 from layers.logical_axes import sharding_rules
 from layers.mixture_of_depths import blocks_of
 from layers.moe_layer import MoELayer
-from layers.stack import Stack, moe_layers, rematerialised
+from layers.remat import rematerialised
+from layers.stack import Stack, moe_layers
 from moe.model import sharding
 from moe.model.transformer import DTYPES
 from moe.training.abstract_model import AbstractModel, abstract_tokens
@@ -79,7 +80,9 @@ def step_bytes(
         {"head": 4 * logits + module.vocab_size * module.d_model * (small + 4)},
     )
     found |= {
-        "parameters_in_compute_type": parameters * small // 4 if small < 4 else 0,
+        "parameters_in_compute_type": sum(
+            _on_one(a) * small // 4 for a in state.params.values() if a.dtype.itemsize > small
+        ),
         "saved_for_backward": saved,
         **max(moments, key=lambda moment: sum(moment.values())),
     }

@@ -8,8 +8,10 @@ from pathlib import Path
 def hint(*, gpu: bool) -> str | None:
     """How the compiler of GPUs or TPUs is installed; None where it is."""
     if gpu:
-        here = has_package("jax_plugins.xla_cuda13") and bool(cuda_tools())
-        extra, names = "plan-cuda", "jax-cuda13-pjrt, nvidia-cuda-nvcc"
+        # Without jax_cuda13_plugin our kernels for Hopper are not compiled.
+        wheels = ("jax_plugins.xla_cuda13", "jax_cuda13_plugin")
+        here = all(map(has_package, wheels)) and bool(cuda_tools())
+        extra, names = "plan-cuda", "jax-cuda13-pjrt, jax-cuda13-plugin, nvidia-cuda-nvcc"
     else:
         here, extra, names = has_package("libtpu"), "plan", "libtpu"
     return None if here else f"pip install 'moe-routing[{extra}]' gives the compiler ({names})"

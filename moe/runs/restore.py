@@ -52,6 +52,9 @@ def restore_run(workdir: str, spec: RunSpec, step: int | None = None, say: Say =
     tokenizer = folder.own_tokenizer()
     mesh = mesh_at_hand(spec.in_force.mesh, say)
     model = spec.build_model(Vocabulary.of(tokenizer))
+    params, router_state = model.shapes
+    kept = spec.in_force.precision.stored(params, model.graph.declared)
+    model = dataclasses.replace(model, shapes=(kept, router_state))
     params, router_state, step = read_values(folder, model, mesh, step, say)
     return Restored(model, params, router_state, step, mesh, tokenizer, spec)
 

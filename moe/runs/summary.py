@@ -7,12 +7,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from layers import remat
 from layers.dispatch import Sorted
 from layers.kernels.grouped_matmul import choose
 from layers.logical_axes import sharding_rules
 from layers.mixture_of_depths import blocks_of
 from moe.data.text import PreparedData
-from moe.machine import hardware
+from moe.machine import accelerator, hardware
 from moe.model import sharding
 from moe.model.transformer import DTYPES
 from moe.runs.storage.folder import RunFolder, versions
@@ -83,6 +84,18 @@ def attention_of(model: AbstractModel, mesh: Mesh) -> str:
     return "; ".join(found)
 
 
+def layers_of(model: AbstractModel, mesh: Mesh) -> str:
+    """Whether the layers of each stack are scanned or unrolled on the mesh, and why."""
+    with sharding_rules(sharding.rule(mesh), mesh.devices.flat[0]):
+        loops = [stack.loop for stack in model.module.stacks]
+    return "; ".join(dict.fromkeys(f"{how} ({reason})" for how, reason in loops))
+
+
+def saved_of(model: AbstractModel) -> str:
+    """What layers keep from their forward to their backward pass."""
+    return remat.described(model.module.stacks[0].remat)
+
+
 def costs_of(model: AbstractModel) -> dict[str, Any]:
     """The numbers of parameters and FLOPs, for run.json and summary.json."""
     costs = model.costs
@@ -96,10 +109,11 @@ def costs_of(model: AbstractModel) -> dict[str, Any]:
 def describe_run(
     model: AbstractModel, text: PreparedData, seed: int, peak: float
 ) -> dict[str, Any]:
-    """The content of run.json: versions, machine, text, tokenizer, seed, losses and costs."""
+    """The content of run.json: versions, machine, XLA's settings, text, seed, losses, costs."""
     return {
         "versions": versions(),
         "device": hardware.describe_device(),
+        "xla": accelerator.shown(),
         "matmul_peak_flops": peak,
         "corpus": dataclasses.asdict(text.info),
         "data": text.fingerprint(),

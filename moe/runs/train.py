@@ -18,7 +18,7 @@ from moe.runs.loop import Loop, require_finite_loss
 from moe.runs.setup import Setup
 from moe.runs.storage import checkpoint, space
 from moe.runs.storage.folder import RunFolder
-from moe.runs.summary import attention_of, describe, describe_run, summary_of
+from moe.runs.summary import attention_of, describe, describe_run, layers_of, saved_of, summary_of
 from moe.runs.tracking import progress
 from moe.runs.tracking.logs import Logs
 from moe.runs.tracking.metrics_logger import MetricsLogger
@@ -71,6 +71,8 @@ def train(
         say(f"attention: {attention_of(setup.model, setup.mesh)}")
         if spec.checks is not None:
             say(f"checks: {spec.checks.told(setup.program.abstract_state)}")
+        say(f"layers: {layers_of(setup.model, setup.mesh)}")
+        say(f"saved for the backward pass: {saved_of(setup.model)}")
 
         # The state: from the last checkpoint, from another run, or from the seed.
         saves = stack.enter_context(checkpoint.opened(folder.checkpoints, spec.keep))

@@ -35,6 +35,7 @@ KINDS = {
     "moe.training.corruption": "run",
     "moe.training.objective": "objectives",
     "moe.training.optimizer": "optimizers",
+    "moe.training.precision": "run",
     "moe.training.run_spec": "run",
     "moe.training.schedules": "schedules",
     "moe.runs.tracking": "loggers",

@@ -97,8 +97,10 @@ class Built:
     def state_bytes(self) -> int:
         """Bytes of parameters, router state and optimizer state."""
         params, router_state = self.model.shapes
-        optimizer = self.spec.in_force.optimizer.build(self.model.graph.declared)
-        arrays = jax.tree.leaves((params, router_state, jax.eval_shape(optimizer.init, params)))
+        declared, in_force = self.model.graph.declared, self.spec.in_force
+        optimizer = in_force.optimizer.build(declared)
+        kept = jax.eval_shape(lambda p: in_force.precision.init(optimizer, p, declared), params)
+        arrays = jax.tree.leaves((kept, router_state))
         return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
 
     def facts(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from moe.training.corruption import CorruptionChecks
 from moe.training.logger import Logger, Metric
 from moe.training.objective import NextToken, Objective
 from moe.training.optimizer import AdamW, Optimizer
+from moe.training.precision import Precision
 from moe.training.train_step import Program
 from routing.ranges import Count, Natural, Positive, Size
 from routing.training_text import TokenSequence
@@ -43,6 +44,7 @@ class RunSpec:
         model: the transformer's class, with its settings.
         objective: `NextToken()` (where None) or `MaskedToken()`.
         optimizer: with its learning rate and schedule; `AdamW()` where None.
+        precision: the types in which parameters and moments are kept; float32 where None.
         mesh: sizes of the mesh axes; all devices on the data axis where None.
         steps: optimizer steps; the schedule ends there. A run that is continued with more steps is
             trained longer, with a schedule over all of them.
@@ -86,6 +88,7 @@ class RunSpec:
     model: Callable[..., Transformer] = Transformer
     objective: Objective | None = None
     optimizer: Optimizer | None = None
+    precision: Precision | None = None
     mesh: MeshShape | None = dataclasses.field(default=None, metadata=MAY_CHANGE)
     steps: Count = dataclasses.field(default=1000, metadata=MAY_CHANGE)
     batch_size: Count = 32
@@ -142,9 +145,12 @@ class RunSpec:
 
     @property
     def in_force(self) -> "InForce":
-        """Objective, optimizer and mesh, with defaults in place of None."""
+        """Objective, optimizer, mesh and precision, with defaults in place of None."""
         return InForce(
-            self.objective or NextToken(), self.optimizer or AdamW(), self.mesh or MeshShape()
+            self.objective or NextToken(),
+            self.optimizer or AdamW(),
+            self.mesh or MeshShape(),
+            self.precision or Precision(),
         )
 
     @property
@@ -232,15 +238,17 @@ class RunSpec:
             sequences_per_group=per_group,
             global_batch_losses=router is not None and router.needs_global_batch,
             skip_bad_steps=isinstance(self.bad_steps, SkipBadSteps),
+            precision=self.in_force.precision,
         ).program()
 
 
 class InForce(NamedTuple):
-    """The objective, optimizer and mesh of a run, none of them None."""
+    """The objective, optimizer, mesh and precision of a run, none of them None."""
 
     objective: Objective
     optimizer: Optimizer
     mesh: MeshShape
+    precision: Precision
 
 
 def check_memory(program: Program) -> None:

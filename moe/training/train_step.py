@@ -22,6 +22,8 @@ from moe.training import finite
 from moe.training import objective as objectives
 from moe.training.losses import measure
 from moe.training.optimizer import stacked
+from moe.training.precision import Precision
+from moe.training.rounding import mixed
 from routing import GlobalBatch, RouterOutput
 from routing.parameters import ROLES, Role
 
@@ -53,7 +55,7 @@ class StepMetrics(nnx.Pytree):
         text_bytes: the bytes of text that these tokens decode to.
         routers: losses and statistics of the MoE layers' routers; None for a dense model.
         grad_norms: of all parameters, and of the routers' and the experts'.
-        update_norm: of all parameters.
+        update_norm: of all parameters; NaN where the optimizer's state after it is not finite.
         mod: losses, and counts per token, of the Mixture-of-Depths routers (L,), by name.
         broken: which layers of stacked arrays, or which arrays, are not finite, by name, among
             the parameters before the step, its gradients, and the state after it.
@@ -137,6 +139,7 @@ class TrainingFunctions:
         global_batch_losses: with several micro-batches, run all of them forward first, so that
             losses on the statistics of the global batch are exact.
         skip_bad_steps: leave updates out that are not finite, or beyond the limits of `Given`.
+        precision: the types in which parameters and moments are kept.
     """
 
     graph: Graph
@@ -152,11 +155,17 @@ class TrainingFunctions:
     sequences_per_group: int = 1
     global_batch_losses: bool = False
     skip_bad_steps: bool = False
+    precision: Precision = dataclasses.field(default_factory=Precision)
 
     def init(self, seed) -> TrainState:
         """The state before the first step."""
         params, router_state = initial_values(self.graph, *self.abstract, seed)
-        return TrainState(jnp.int32(0), params, router_state, self.optimizer.init(params))
+        return self._first_state(params, router_state)
+
+    def _first_state(self, params: Arrays, router_state: Arrays) -> TrainState:
+        declared = self.graph.declared
+        params, opt_state = self.precision.init(self.optimizer, params, declared)
+        return TrainState(jnp.int32(0), params, router_state, opt_state)
 
     @property
     def given(self) -> Given:
@@ -172,16 +181,24 @@ class TrainingFunctions:
         state, metrics = self._state_looked_at(state, metrics)
         optimizer = optax.with_extra_args_support(self.optimizer)
         rate = given.rate_N[state.step]
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, rate=rate)
-        params: Any = optax.apply_updates(state.params, updates)
+        params, opt_state, updates = self.precision.update(
+            optimizer,
+            grads,
+            state.opt_state,
+            state.params,
+            self.graph.declared,
+            mixed(given.seed ^ mixed(state.step.astype(jnp.uint32))),
+            rate=rate,
+        )
         router_state = state.router_state
         if metrics.routers is not None and router_state:
             model = self.graph.merge(params, router_state)
             model.update_router_state(metrics.routers.stats)
             router_state = split(model)[2]
-        metrics = dataclasses.replace(metrics, update_norm=optax.tree.norm(updates))
+        seen, others = finite.with_state(updates, opt_state)
+        metrics = dataclasses.replace(metrics, update_norm=optax.tree.norm(seen))
         after = TrainState(state.step + 1, params, router_state, opt_state)
-        return self._checked(given, state, after, grads, metrics)
+        return self._checked(given, state, after, grads, metrics, others)
 
     def _state_looked_at(self, state: TrainState, metrics) -> tuple[TrainState, StepMetrics]:
         """The same state, and metrics with its broken parameters where loss or gradients are bad.
@@ -195,11 +212,14 @@ class TrainingFunctions:
         return dataclasses.replace(state, params=params), metrics
 
     def _checked(
-        self, given: Given, before: TrainState, after: TrainState, grads: Arrays, metrics
+        self, given: Given, before: TrainState, after: TrainState, grads: Arrays, metrics, others
     ) -> tuple[TrainState, StepMetrics]:
-        """The state after a step, with a bad update left out if asked for, and where it is bad."""
+        """The state after a step, with a bad update left out if asked for, and where it is bad.
+
+        others: arrays of the optimizer's state that the norm of the update says nothing of.
+        """
         norms = metrics.grad_norms, metrics.update_norm
-        ok = finite.is_finite((metrics.loss, norms, after.router_state, after.opt_state))
+        ok = finite.is_finite((metrics.loss, norms, after.router_state, others))
         looked_at = {
             "gradients": grads,
             "router_state": after.router_state,
@@ -274,11 +294,7 @@ class TrainingFunctions:
     def program(self) -> Program:
         """The functions, jitted for the mesh."""
         # Not from `init`: a restored model may lack the text that initial values depend on.
-        params, router_state = self.abstract
-        opt_state = jax.eval_shape(self.optimizer.init, params)
-        shapes = jax.eval_shape(
-            lambda *rest: TrainState(jnp.int32(0), *rest), params, router_state, opt_state
-        )
+        shapes = jax.eval_shape(self._first_state, *self.abstract)
         shardings = state_shardings(self.graph, shapes, self.mesh)
         by_batch = NamedSharding(self.mesh, PartitionSpec(sharding.RULES["batch"]))
         everywhere = NamedSharding(self.mesh, PartitionSpec())
@@ -343,21 +359,27 @@ def global_batch_of(statistics, micro: Batch, valid) -> GlobalBatch | None:
 
 
 def summed(one: Callable, micros: Batch):
-    """The sum of one(micro-batch) over all micro-batches, computed one at a time."""
+    """The sum of one(micro-batch) over all micro-batches, computed one at a time.
+
+    Of bfloat16 arrays the sum is float32.
+    """
     first = jax.tree.map(lambda a: a[0], micros)
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(one, first))
+
+    def zeros(a):
+        is_low = a.dtype == jnp.bfloat16
+        return jnp.zeros(a.shape, jnp.float32 if is_low else a.dtype)
 
     def add(total, micro):
         return jax.tree.map(jnp.add, total, one(micro)), None
 
-    return jax.lax.scan(add, zeros, micros)[0]
+    return jax.lax.scan(add, jax.tree.map(zeros, jax.eval_shape(one, first)), micros)[0]
 
 
 def grad_norms(grads: Arrays, roles: dict[str, Role]) -> dict[str, Array]:
     """L2 norms of the gradients of all parameters, of the routers' and of the experts'."""
     kinds = {"all": ROLES, "router": ("router",), "experts": ("expert",)}
     chosen = {
-        kind: [grad for name, grad in grads.items() if roles[name] in those]
+        kind: [grad.astype(jnp.float32) for name, grad in grads.items() if roles[name] in those]
         for kind, those in kinds.items()
     }
     return {kind: optax.tree.norm(found) for kind, found in chosen.items() if found}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import gin
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from routing.balance_losses import BalanceLoss
@@ -57,6 +58,7 @@ class Switch(Router):
             draw = jax.vmap(lambda key: jax.random.uniform(key, shape, jnp.float32, low, high))
             x_GTD = x_GTD * draw(inputs.keys_G("jitter"))
         logits_GTE = jnp.einsum("gtd,de->gte", x_GTD, self.weight_DE[...])
+        logits_GTE = checkpoint_name(logits_GTE, "router_logits")
         prob_GTE = jax.nn.softmax(logits_GTE)
         expert_GT1 = top_k(prob_GTE, 1)
         gate_GT1 = jnp.take_along_axis(prob_GTE, expert_GT1, -1)

@@ -9,6 +9,7 @@ from typing import Literal
 
 import gin
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -107,6 +108,7 @@ class TopK(Router):
 
     def route(self, inputs: RouterInputs) -> Routing:
         logits_GTE = jnp.einsum("gtd,de->gte", inputs.x_GTD, self.weight_DE[...])
+        logits_GTE = checkpoint_name(logits_GTE, "router_logits")
         if self.residual_EE is not None and inputs.context.previous_logits is not None:
             logits_GTE = logits_GTE + inputs.context.previous_logits @ self.residual_EE[...]
         if self.gates == "sigmoid":
