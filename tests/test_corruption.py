@@ -22,7 +22,8 @@ from moe.machine import exits
 from moe.model.sharding import MeshShape
 from moe.runs.loop import Loop
 from moe.training import evaluate
-from moe.training.corruption import Checker, Corrupted, CorruptionChecks, checksums, coverage
+from moe.training.checksums import checksums
+from moe.training.corruption import Checker, Corrupted, CorruptionChecks, coverage
 from moe.training.run_spec import RunSpec
 from moe.training.train_step import Jitted, StepMetrics, TrainState
 

@@ -3,26 +3,24 @@
 P devices of a mesh, N arrays.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
 import gin
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 import numpy as np
 
 from moe.data.batch import Batch
 from moe.errors import UserError
 from moe.machine import exits
+from moe.training.checksums import checksums
 from moe.training.finite import named
 from moe.training.train_step import StepMetrics, TrainState
 from routing.ranges import Count
-
-GOLDEN = np.uint32(0x9E3779B1)  # 2^32 over the golden ratio, odd: spreads neighbouring indices
 
 
 @gin.configurable
@@ -155,44 +153,6 @@ def coverage(abstract: TrainState) -> float:
 def _copies(sharding: jax.sharding.Sharding, shape: Sequence[int]) -> int:
     held = math.prod(sharding.shard_shape(tuple(shape))) * len(sharding.device_set)
     return held // max(math.prod(shape), 1)
-
-
-def checksums(mesh: Mesh, arrays: Mapping[str, jax.Array]) -> np.ndarray:
-    """(P, N): a checksum of the bits that each device holds of each array. Collective.
-
-    Devices in the order of the mesh. A single changed number always changes the checksum; several
-    ones leave it as it is once in 2^32.
-    """
-    specs = tuple(getattr(a.sharding, "spec", PartitionSpec()) for a in arrays.values())
-    return np.asarray(_summing(mesh, specs)(*arrays.values()))
-
-
-@functools.lru_cache(maxsize=8)
-def _summing(mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> Callable:
-    """The compiled function; every process receives all devices' checksums."""
-
-    def local(*arrays):
-        return jnp.stack([_checksum(a) for a in arrays])[None]
-
-    each = jax.shard_map(
-        local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(mesh.axis_names), check_vma=False
-    )
-    return jax.jit(each, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-
-def _checksum(a: jax.Array) -> jax.Array:
-    """The sum of all words times odd factors by their place, modulo 2^32, in any order."""
-    word_N = _words(a).reshape(-1)
-    factor_N = jax.lax.iota(jnp.uint32, word_N.size) * GOLDEN | np.uint32(1)
-    return jnp.sum(word_N * factor_N, dtype=jnp.uint32)
-
-
-def _words(a: jax.Array) -> jax.Array:
-    """An array's bits, as numbers of 32."""
-    if a.dtype == jnp.bool_:
-        return a.astype(jnp.uint32)
-    size = {1: jnp.uint8, 2: jnp.uint16}.get(a.dtype.itemsize, jnp.uint32)
-    return jax.lax.bitcast_convert_type(a, size).astype(jnp.uint32)
 
 
 def _copy(state: TrainState) -> TrainState:
