@@ -36,6 +36,7 @@ POINTS = {
 }
 # These come once in a process, so that a run struck there each time would not get further.
 ONCE = [*POINTS][:7]
+AT_THE_END = [*POINTS][-3:]
 # Where runs are killed; at the others they are told to stop, or both where somebody asks.
 KILLS = (
     *("the text is read", "a checkpoint is read", "run.json is written", "before the logs are cut"),

@@ -149,7 +149,8 @@ def points(folder: Path, each: int, draw: random.Random) -> dict:
         while count < each:
             tries += 1
             assert tries < 6 * each, (point, runs.runs.log.read_text()[-2000:])
-            nth = 1 if point in fault_points.ONCE else draw.randint(1, 3)
+            once = (*fault_points.ONCE, *fault_points.AT_THE_END)
+            nth = 1 if point in once else draw.randint(1, 3)
             if point in fault_points.ONCE and tries % 3 == 0:  # so that the run gets further
                 runs.struck(fault_points.at("a checkpoint is renamed", 2, signal.SIGKILL))
             status = runs.struck(fault_points.at(point, nth, signal.SIGKILL), f"{point} {nth}")

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 import platform
 import socket
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from moe import received
 from moe.data.tokens.sealed import write_atomically
@@ -220,7 +220,7 @@ def _bindings(path: Path, text: str) -> dict[str, str]:
         raise UserError(f"{path} is damaged: line {first.lstrip(':')}; {MOVE_AWAY}") from None
 
 
-def _lines(file: BinaryIO) -> Iterator[bytes]:
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
     """The whole lines of a log, those aside that are longer than received.MOST_BYTES."""
     whole = True
     while line := file.readline(received.MOST_BYTES):
