@@ -4,6 +4,7 @@ L layers.
 """
 
 import functools
+from typing import Any
 
 import jax
 from jax import lax
@@ -33,19 +34,19 @@ def loop_of(repeats: int, scan: bool | None) -> Choice:
     return Choice("unrolled", f"only {repeats}, and a scan would copy their slices")
 
 
-def unrolled(body, carry, slices):
+def unrolled(body, carry, slices) -> Any:
     """As lax.scan(body, carry, slices), with the body once for each layer."""
     results = []
     for layer in range(jax.tree.leaves(slices)[0].shape[0]):
         flat, tree = jax.tree.flatten(slices)
-        taken = [_take(a, layer) for a in flat]
+        taken: list[Any] = [_take(a, layer) for a in flat]
         slices = tree.unflatten([rest for _, rest in taken])
         carry, result = body(carry, tree.unflatten([one for one, _ in taken]))
         results.append(result)
     return carry, jax.tree.map(lambda *layers: jnp.stack(layers), *results)
 
 
-def _take(stacked, layer: int):
+def _take(stacked, layer: int) -> Any:
     """The layer's slice, and the array to take the next layers' from."""
     if not jnp.issubdtype(stacked.dtype, jnp.inexact):
         return stacked[layer], stacked
@@ -53,7 +54,7 @@ def _take(stacked, layer: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _taken(stacked, layer: int):
+def _taken(stacked, layer: int) -> Any:
     """(stacked[layer], stacked), of which no other slice of this layer may be taken.
 
     So the gradient of each slice is written into that of the stack, from the last layer on. The sum

@@ -87,6 +87,7 @@ class Precision:
         before = {name: masters.get(name, a).astype(jnp.float32) for name, a in params.items()}
         wide = jax.tree.map(lambda a: a.astype(jnp.float32), grads)
         state = jax.tree.map(lambda a: a.astype(jnp.float32) if is_half(a) else a, state)
+        updates: Any
         updates, state = optimizer.update(wide, state, before, **given)
         after: Any = optax.apply_updates(before, updates)
         state = self._kept_moments(state, after, declared, seed)
