@@ -213,7 +213,6 @@ def olmoe_spec(dispatcher: str, small: bool):
         num_layers=depth,
         moe=moe,
         compute_dtype="bfloat16",
-        remat="dots_with_batch",
         tie_embeddings=False,
     )
     return RunSpec(None, make, steps=100, batch_size=batch, sequence_length=length), vocab

@@ -108,7 +108,7 @@ class Stack(nnx.Module):
     @property
     def loop(self) -> Choice:
         """Whether layers are "scanned" or "unrolled" on this program's platform, and why."""
-        return loop_of(self.repeats, self.scan)
+        return loop_of(self.repeats, self.scan, self.remat)
 
     def update_router_state(self, stats_per_block) -> None:
         """Update every `StepState`, layer by layer, from statistics stacked over repeats."""

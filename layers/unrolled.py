@@ -17,13 +17,13 @@ from layers.logical_axes import platform
 FEW = 8
 
 
-def loop_of(repeats: int, scan: bool | None) -> Choice:
+def loop_of(repeats: int, scan: bool | None, remat: str = "none") -> Choice:
     """Whether so many equal layers are "scanned" or "unrolled", and why.
 
     An accelerator copies every layer's slices out of stacked arrays in a scan, and their gradients
     back; a CPU steps as fast, and compiles one body faster than several.
 
-    scan: as in `Transformer`.
+    scan, remat: as in `Transformer`.
     """
     if scan is not None:
         return Choice("scanned" if scan else "unrolled", "as set")
@@ -31,6 +31,8 @@ def loop_of(repeats: int, scan: bool | None) -> Choice:
         return Choice("scanned", f"{repeats}, compiled as one, and a CPU steps as fast")
     if repeats > FEW:
         return Choice("scanned", f"{repeats} would take long to compile, {FEW} would not")
+    if remat != "none":  # barriers around what is computed again copy every slice, too
+        return Choice("scanned", f"{repeats}, and remat = {remat!r}")
     return Choice("unrolled", f"only {repeats}, and a scan would copy their slices")
 
 

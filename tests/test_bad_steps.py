@@ -151,7 +151,7 @@ PLACES = {
     ),
     "infinite moment": (
         lambda s: at(s, 1, opt_state=optimizer_with(s, "nu", np.inf)),
-        f"not finite: update norm, optimizer state, first in layer 1: opt_state.1.nu.{UP}",
+        f"not finite: optimizer state, first in layer 1: opt_state.1.nu.{UP}",
     ),
     "moment": (
         lambda s: at(s, 1, opt_state=optimizer_with(s, "mu", np.nan)),

@@ -173,6 +173,15 @@ def test_layers_are_unrolled_where_they_are_few_on_an_accelerator(
     assert loop == expected and reason
 
 
+def test_layers_that_are_computed_again_are_scanned():
+    """Or the barriers, without which a compiler undoes it, would copy every layer's slices."""
+    with sharding_rules(None, types.SimpleNamespace(platform="gpu")):
+        assert [unrolled.loop_of(4, None, remat)[0] for remat in ("none", "full")] == [
+            "unrolled",
+            "scanned",
+        ]
+
+
 def test_the_vocabulary_is_cut_for_caches_on_a_cpu_and_for_matmuls_elsewhere():
     """8 sequences of 2,048 tokens, 50,304 words: four blocks of 4,096 tokens."""
     shape = (8, 2048), 50304
