@@ -35,7 +35,7 @@ class Precision:
     Attributes:
         parameters: "float32"; "bfloat16", rounded stochastically after each update (4 bytes a
             parameter less, with its gradient); "masters", bfloat16 ones beside float32 ones, which
-            the optimizer updates (gradients are bfloat16, and no step casts weights).
+            the optimizer updates (2 bytes a parameter more; gradients are bfloat16).
         moments: of the optimizer: "float32", or "bfloat16", rounded stochastically (with AdamW
             4 bytes a parameter less).
     """
