@@ -27,6 +27,7 @@ LIMITS = {
     "layers mixtral": 60,
     "attention": 25,
     "step Sorted": 40,
+    "step Sorted bfloat16": 40,
     "step SlotGather": 40,
     "profile": 30,
     "torch eager": 25,

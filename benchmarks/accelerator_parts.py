@@ -7,6 +7,7 @@ N rows, E experts, D width, F hidden width. Rows are appended to PATH as JSON li
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+import dataclasses
 import functools
 import glob
 import importlib.util
@@ -23,6 +24,8 @@ PACKAGES = ("flax", "optax", "gin", "grain", "tensorboardX", "torch", "transform
 SHAPES = {"olmoe": (65536, 64, 2048, 1024), "mixtral": (16384, 8, 4096, 14336)}
 LAYERS = {"olmoe": "8192,2048,1024,64,8", "mixtral": "8192,4096,14336,8,2"}
 STEPS = 8
+# As in the rows of torch.
+PRECISIONS = {"float32": "float32 parameters, bfloat16 matmuls", "bfloat16": "bfloat16"}
 
 
 def machine(small: bool) -> Iterator[dict]:
@@ -210,22 +213,27 @@ def olmoe_spec(dispatcher: str, small: bool):
         num_layers=depth,
         moe=moe,
         compute_dtype="bfloat16",
-        remat="dots_with_batch",
         tie_embeddings=False,
     )
     return RunSpec(None, make, steps=100, batch_size=batch, sequence_length=length), vocab
 
 
-def compiled_step(dispatcher: str, small: bool):
-    """A training step of OLMoE's shape: a function, its state, batch, and facts."""
+def compiled_step(dispatcher: str, small: bool, half: bool = False):
+    """A training step of OLMoE's shape: a function, its state, batch, and facts.
+
+    half: parameters and moments in bfloat16.
+    """
     import jax
     import numpy as np
 
     from moe.data.batches import train_batch
     from moe.training.abstract_model import Vocabulary
+    from moe.training.precision import Precision
     from moe.training.train_step import to_devices
 
     spec, vocab = olmoe_spec(dispatcher, small)
+    if half:
+        spec = dataclasses.replace(spec, precision=Precision("bfloat16", "bfloat16"))
     batch, length = spec.shape
     model, program = spec.build(Vocabulary(vocab), spec.build_mesh(jax.devices()[:1]))
     window_BW = np.random.default_rng(0).integers(0, vocab, (batch, length + 1), np.int32)
@@ -247,13 +255,16 @@ def compiled_step(dispatcher: str, small: bool):
     return functools.partial(executable, given), state, rows, facts
 
 
-def step(small: bool, dispatcher: str) -> Iterator[dict]:
-    """Seconds of whole steps with float32 parameters and AdamW, and the peak of memory."""
+def step(small: bool, dispatcher: str, kept: str = "float32") -> Iterator[dict]:
+    """Seconds of whole steps with AdamW, and the peak of memory.
+
+    kept: the type of parameters and moments, "float32" or "bfloat16".
+    """
     import jax
 
     from moe.machine import hardware
 
-    run, state, rows, facts = compiled_step(dispatcher, small)
+    run, state, rows, facts = compiled_step(dispatcher, small, kept == "bfloat16")
     seconds = []
     for _ in range(STEPS + 2):
         start = time.perf_counter()
@@ -262,7 +273,8 @@ def step(small: bool, dispatcher: str) -> Iterator[dict]:
         seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds[2:])
     yield (
-        {"what": dispatcher, "precision": "float32 parameters, bfloat16 matmuls"}
+        {"what": dispatcher}
+        | {"precision": PRECISIONS[kept]}
         | facts
         | {
             "milliseconds": 1e3 * median,
@@ -321,7 +333,7 @@ def torch(small: bool, mode: str) -> Iterator[dict]:
         return
     import torch_step
 
-    for dtypes in ("float32 parameters, bfloat16 matmuls", "bfloat16"):
+    for dtypes in PRECISIONS.values():
         row = {"what": f"transformers {mode}", "precision": dtypes}
         yield attempt(row, functools.partial(torch_step.measure, mode, dtypes, STEPS, small))
 
@@ -354,6 +366,10 @@ def main(part: str, path: str, *flags: str) -> None:
         from moe.machine import xla_flags
 
         xla_flags.prepare(devices=1)
+    elif name != "tests":  # whose own process needs the memory that this one leaves
+        from moe.machine import accelerator
+
+        accelerator.prepare()
     with open(path, "a", encoding="utf-8") as file:
         for row in PARTS[name]("--small" in flags, *rest):
             numbers = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}

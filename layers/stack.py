@@ -5,6 +5,7 @@ L layers, B batch, T tokens, D model width.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+from typing import Any
 
 from flax import nnx
 import jax
@@ -99,7 +100,7 @@ class Stack(nnx.Module):
         scanned = self.loop.kernel == "scanned"
         body = rematerialised(body, self.remat, in_scan=scanned)
         start = (x_BTD, tokens.context.previous_logits)
-        over_layers = jax.lax.scan if scanned else unrolled
+        over_layers: Any = jax.lax.scan if scanned else unrolled
         first = self.first_layer + self.length * jnp.arange(self.repeats)
         carry, (outputs, mod_outputs) = over_layers(body, start, (state, first, global_batch))
         return *carry, in_layer_order(outputs), in_layer_order(mod_outputs)
@@ -107,7 +108,7 @@ class Stack(nnx.Module):
     @property
     def loop(self) -> Choice:
         """Whether layers are "scanned" or "unrolled" on this program's platform, and why."""
-        return loop_of(self.repeats, self.scan)
+        return loop_of(self.repeats, self.scan, self.remat)
 
     def update_router_state(self, stats_per_block) -> None:
         """Update every `StepState`, layer by layer, from statistics stacked over repeats."""

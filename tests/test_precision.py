@@ -1,8 +1,7 @@
 """Parameters and moments in bfloat16: unbiased rounding, equality with float32 masters, sharding.
 
 Broken once, each seen red: noise of 15 bits; rounding to the nearest in place of the random one;
-masters that start from rounded parameters; a sum of micro-batches in bfloat16; one seed for all
-steps.
+masters that start from rounded parameters; a sum of micro-batches in bfloat16.
 """
 
 import dataclasses

@@ -4,6 +4,7 @@ G groups, T tokens, D model width, F hidden width, E experts, N segments (choice
 """
 
 import dataclasses
+from typing import Any
 
 import gin
 import jax.numpy as jnp
@@ -78,7 +79,7 @@ class SegmentedExperts(Experts):
             """x (G, T, a) times the chosen segments of weight (E, N, a, b): (G, T, N * b)."""
             segments = []
             for n, choice in enumerate(choices):
-                rows = dispatcher.dispatch(x, choice)
+                rows: Any = dispatcher.dispatch(x, choice)
                 y = matmul("egca,eab->egcb", rows, weight[:, n].astype(x.dtype))
                 segments.append(dispatcher.combine(y, choice))
             return jnp.concatenate(segments, axis=-1)

@@ -122,7 +122,7 @@ class Transformer(nnx.Module):
         compute_dtype: of matmuls and activations; routers and losses are float32, and parameters,
             unless `train.precision` says otherwise.
         scan: loop over equal layers (compiles once), or False to unroll them; None: as the
-            platform and their number have it, which a run's first lines say.
+            platform, their number and `remat` have it, which a run's first lines say.
         base_width: the d_model at which the learning rate was tuned: it stays the best one at other
             widths (µP, moe/model/maximal_update.py), if d_ff and num_heads grow alike; None for
             the standard parametrization, which is the same at d_model = base_width.

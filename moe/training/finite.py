@@ -90,29 +90,6 @@ def _is_broken(a: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Array:
     return (a - a).sum(axis) != 0
 
 
-def with_state(updates: dict[str, jax.Array], state: Any) -> tuple[dict[str, jax.Array], list]:
-    """The updates, NaN where the same parameter's optimizer state is not finite; other state.
-
-    The norm of these updates is that of the updates, or NaN. Sums of their own would keep a GPU's
-    compiler from updating moments and parameters in one pass.
-
-    Args:
-        updates: by name.
-        state: of the optimizer, after them.
-    """
-    seen, others = dict(updates), []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        keys = [getattr(part, "key", None) for part in path]
-        name = next((key for key in reversed(keys) if key in updates), None)
-        floats = jnp.issubdtype(leaf.dtype, jnp.floating)
-        if name is None or not floats or leaf.shape != updates[name].shape:
-            others.append(leaf)
-            continue
-        wide = leaf.astype(jnp.float32)
-        seen[name] = seen[name] + (wide - wide)
-    return seen, others
-
-
 def broken_layers(ok: Bool[Array, ""], tree: Any) -> dict[str, Array]:
     """By name, which layers of stacked arrays, or which arrays, hold a value that is not finite.
 

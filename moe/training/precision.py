@@ -35,7 +35,7 @@ class Precision:
     Attributes:
         parameters: "float32"; "bfloat16", rounded stochastically after each update (4 bytes a
             parameter less, with its gradient); "masters", bfloat16 ones beside float32 ones, which
-            the optimizer updates (gradients are bfloat16, and no step casts weights).
+            the optimizer updates (2 bytes a parameter more; gradients are bfloat16).
         moments: of the optimizer: "float32", or "bfloat16", rounded stochastically (with AdamW
             4 bytes a parameter less).
     """
@@ -87,6 +87,7 @@ class Precision:
         before = {name: masters.get(name, a).astype(jnp.float32) for name, a in params.items()}
         wide = jax.tree.map(lambda a: a.astype(jnp.float32), grads)
         state = jax.tree.map(lambda a: a.astype(jnp.float32) if is_half(a) else a, state)
+        updates: Any
         updates, state = optimizer.update(wide, state, before, **given)
         after: Any = optax.apply_updates(before, updates)
         state = self._kept_moments(state, after, declared, seed)

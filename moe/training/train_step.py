@@ -55,7 +55,7 @@ class StepMetrics(nnx.Pytree):
         text_bytes: the bytes of text that these tokens decode to.
         routers: losses and statistics of the MoE layers' routers; None for a dense model.
         grad_norms: of all parameters, and of the routers' and the experts'.
-        update_norm: of all parameters; NaN where the optimizer's state after it is not finite.
+        update_norm: of all parameters.
         mod: losses, and counts per token, of the Mixture-of-Depths routers (L,), by name.
         broken: which layers of stacked arrays, or which arrays, are not finite, by name, among
             the parameters before the step, its gradients, and the state after it.
@@ -195,10 +195,9 @@ class TrainingFunctions:
             model = self.graph.merge(params, router_state)
             model.update_router_state(metrics.routers.stats)
             router_state = split(model)[2]
-        seen, others = finite.with_state(updates, opt_state)
-        metrics = dataclasses.replace(metrics, update_norm=optax.tree.norm(seen))
+        metrics = dataclasses.replace(metrics, update_norm=optax.tree.norm(updates))
         after = TrainState(state.step + 1, params, router_state, opt_state)
-        return self._checked(given, state, after, grads, metrics, others)
+        return self._checked(given, state, after, grads, metrics)
 
     def _state_looked_at(self, state: TrainState, metrics) -> tuple[TrainState, StepMetrics]:
         """The same state, and metrics with its broken parameters where loss or gradients are bad.
@@ -212,14 +211,11 @@ class TrainingFunctions:
         return dataclasses.replace(state, params=params), metrics
 
     def _checked(
-        self, given: Given, before: TrainState, after: TrainState, grads: Arrays, metrics, others
+        self, given: Given, before: TrainState, after: TrainState, grads: Arrays, metrics
     ) -> tuple[TrainState, StepMetrics]:
-        """The state after a step, with a bad update left out if asked for, and where it is bad.
-
-        others: arrays of the optimizer's state that the norm of the update says nothing of.
-        """
+        """The state after a step, with a bad update left out if asked for, and where it is bad."""
         norms = metrics.grad_norms, metrics.update_norm
-        ok = finite.is_finite((metrics.loss, norms, after.router_state, others))
+        ok = finite.is_finite((metrics.loss, norms, after.router_state, after.opt_state))
         looked_at = {
             "gradients": grads,
             "router_state": after.router_state,
