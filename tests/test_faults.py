@@ -69,7 +69,6 @@ def test_the_points_are_places_of_the_program(monkeypatch):
     ("program", "given"),
     [
         ("faults_runs.py", ("points", "races", "disk", "--number=1")),
-        ("faults_runs.py", ("signals", "--number=1")),
         ("faults_soak.py", ("--minutes=1",)),
     ],
 )
