@@ -1,4 +1,4 @@
-"""Short forms of the campaigns in benchmarks/: kills, races, signals, full disks and random faults.
+"""Short forms of the campaigns in benchmarks/: kills, races, full disks and random faults.
 
 Seen red: with a lock that both may hold, both racers win; with a point that is misspelt.
 """
