@@ -1,13 +1,12 @@
-"""Runs that are struck at named points, raced for, ended by a signal, or filled a disk.
+"""Runs that are struck at named points, raced for, or have filled a disk.
 
-    python benchmarks/faults_runs.py [points races signals disk] --out OUT.json
+    python benchmarks/faults_runs.py [points races disk] --out OUT.json
 
 Each run that is struck is continued by the same command; once it ends it is compared with an
 uninterrupted one, bit for bit: curve, routing, kept checkpoints, scores and final weights. Parts:
 
     points   20 SIGKILLs at each named point of `fault_points.py`; the best checkpoint stays
     races    two processes that start together on one folder, 50 times
-    signals  SIGTERM 20 times in each phase; also while Python imports
     disk     a disk that is full from a random moment on, 20 times: a small tmpfs for the superuser,
              and a limit on the size of files for others
 """
@@ -23,7 +22,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -38,16 +36,8 @@ from moe.machine import xla_flags
 STEPS = 12
 # The held-out loss goes up and down, so that the best checkpoint is none of the last.
 MORE = ("train.eval_every = 2", "train.keep = 1", "AdamW.learning_rate = 0.3")
-PHASES = {
-    "text": "the lock is taken",
-    "compiling": "the folder is ready",
-    "step": "a step is trained",
-    "evaluation": "before an evaluation",
-    "save": "a save has begun",
-    "final evaluation": "before the results",
-    "results": "documents are written",
-}
 MEGABYTES = 6  # of the disk that fills
+WHOLE = "it had written all"
 
 
 class Runs:
@@ -207,56 +197,6 @@ def waiting(read: int, write: int, seconds: float) -> Callable[[], None]:
     return waits
 
 
-def signals(folder: Path, each: int, draw: random.Random) -> dict:
-    """SIGTERM so many times in each phase, and what came of it."""
-    runs, phases, struck = Runs(folder), {}, folder / "struck"
-    for phase, point in PHASES.items():
-        counts, slowest = {}, 0.0
-        while sum(counts.values()) < each:
-            struck.unlink(missing_ok=True)
-            nth = draw.randint(1, 3) if phase in ("step", "evaluation", "save") else 1
-
-            status = runs.struck(fault_points.at(point, nth, signal.SIGUSR1, signal_later(struck)))
-            if not struck.exists():
-                continue  # it was complete before
-            slowest = max(slowest, time.time() - struck.stat().st_mtime)
-            counts[str(status)] = counts.get(str(status), 0) + 1
-        phases[phase] = {"statuses": counts, "slowest_seconds": round(slowest, 2)}
-        print(phase, phases[phase], flush=True)
-    phases["import"] = importing(runs, each, draw)
-    runs.end()
-    return {"phases": phases, **runs.found()}
-
-
-def signal_later(struck: Path) -> Callable[[], None]:
-    """A function after which SIGUSR1 notes the time and sends SIGTERM, as another would."""
-
-    def send(number: int, frame: object) -> None:
-        struck.touch()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    return lambda: signal.signal(signal.SIGUSR1, send) and None
-
-
-def importing(runs: Runs, each: int, draw: random.Random) -> dict:
-    """SIGTERM within the first second and a half of a process of its own."""
-    given = ["train", f"--gin_file={runs.runs.config}", f"--workdir={runs.run}"]
-    counts, slowest = {}, 0.0
-    for _ in range(each):
-        child = subprocess.Popen(
-            [sys.executable, "-m", "moe", *given],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        time.sleep(draw.uniform(0.4, 1.9))
-        began = time.monotonic()
-        child.send_signal(signal.SIGTERM)
-        status = str(child.wait(60))
-        counts[status] = counts.get(status, 0) + 1
-        slowest = max(slowest, time.monotonic() - began)
-    return {"statuses": counts, "slowest_seconds": round(slowest, 2)}
-
-
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[bool]:
     """A file system of a few megabytes on a folder, where it can be mounted."""
@@ -297,7 +237,7 @@ def disk(folder: Path, number: int, draw: random.Random) -> dict:
     assert ended(runs.runs.trains(folder / "timed")) == 0
     lasts = time.monotonic() - began
     with small_disk(folder / "disk") as mounted:
-        while sum(statuses.values()) < number:
+        while sum(statuses.values()) - statuses.get(WHOLE, 0) < number:
             runs.run = folder / "disk" / f"run {runs.number}"
             said = runs.runs.log.stat().st_size
             if mounted:
@@ -313,9 +253,12 @@ def disk(folder: Path, number: int, draw: random.Random) -> dict:
                         runs.run, lambda when=when, size=size: no_larger_files(when, size)
                     )
                 )
-            key = "it had written all" if status == 0 else str(status)
+            key = WHOLE if status == 0 else str(status)
             statuses[key] = statuses.get(key, 0) + 1
-            pages += b"Traceback" in runs.runs.log.read_bytes()[said:]
+            text = runs.runs.log.read_bytes()[said:].decode(errors="replace")
+            if "Traceback" in text:
+                pages += 1
+                print(text[text.index("Traceback") - 500 :], flush=True)
             runs.looked_at(status)
             print("disk", statuses, flush=True)
         runs.run = folder / "disk" / f"run {runs.number}"
@@ -324,7 +267,7 @@ def disk(folder: Path, number: int, draw: random.Random) -> dict:
     return {"how": how, "statuses": statuses, "tracebacks": pages, **runs.found()}
 
 
-PARTS = {"points": (points, 20), "races": (races, 50), "signals": (signals, 20), "disk": (disk, 20)}
+PARTS = {"points": (points, 20), "races": (races, 50), "disk": (disk, 20)}
 
 
 def prepare(folder: Path) -> None:

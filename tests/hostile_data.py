@@ -397,6 +397,22 @@ def layers_that_change(place):
 
 
 @case(SWEEP, "routing.jsonl")
+def layers_without_numbers(place):
+    place.sweep()
+    for path in place.path.rglob("routing.jsonl"):
+        path.write_text('{"count": [["1", 2]], "kept": [[null, 2]]}\n')
+    return reported(place)
+
+
+@case(SWEEP, "routing.jsonl")
+def layers_beyond_all_numbers(place):
+    place.sweep()
+    for path in place.path.rglob("routing.jsonl"):
+        path.write_text('{"count": [[1e999, 2]], "kept": [[NaN, 2]]}\n')
+    return reported(place)
+
+
+@case(SWEEP, "routing.jsonl")
 def a_million_layers(place):
     place.sweep()
     row = json.dumps({"count": [[1]] * 10**6, "kept": [[1]] * 10**6}) + "\n"

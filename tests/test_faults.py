@@ -1,4 +1,4 @@
-"""Short forms of the campaigns in benchmarks/: kills, races, signals, full disks and random faults.
+"""Short forms of the campaigns in benchmarks/: kills, races, full disks and random faults.
 
 Seen red: with a lock that both may hold, both racers win; with a point that is misspelt.
 """
@@ -69,7 +69,6 @@ def test_the_points_are_places_of_the_program(monkeypatch):
     ("program", "given"),
     [
         ("faults_runs.py", ("points", "races", "disk", "--number=1")),
-        ("faults_runs.py", ("signals", "--number=1")),
         ("faults_soak.py", ("--minutes=1",)),
     ],
 )

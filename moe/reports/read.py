@@ -168,10 +168,11 @@ def check_routing(line: Row, where: Path) -> tuple[int, ...]:
     shapes = []
     for name in kinds:
         try:
-            values = np.array(line[name], float)
+            values = np.array(line[name])
         except (ValueError, TypeError, OverflowError):
             values = np.empty(0)
-        if values.ndim != 2 or not values.size or len(values) > MOST["layers"]:
+        numbers = values.dtype.kind in "if" and np.isfinite(values).all()
+        if not numbers or values.ndim != 2 or not values.size or len(values) > MOST["layers"]:
             raise UserError(f"{where}: damaged: {name!r} holds no layers of experts' counts")
         shapes.append(values.shape)
     entropy = line.get("entropy", [0.0] * shapes[0][0])

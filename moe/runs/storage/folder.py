@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 import platform
 import socket
+import time
 from typing import IO, Any
 
 from moe import received
@@ -48,8 +49,7 @@ class RunFolder:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
+                holder = _holder(file)
                 raise UserError(
                     f"{self.path} is in use by {holder}; choose another --workdir"
                 ) from None
@@ -199,6 +199,16 @@ class RunFolder:
                 with received.opened(path) as file:
                     kept = [line for line in _lines(file) if _step(line) <= step]
                 write_atomically(path, b"".join(kept))
+
+
+def _holder(file: IO[str]) -> str:
+    """Who holds a lock, as it says there; it may have taken it just now and be about to say so."""
+    for _ in range(10):
+        file.seek(0)
+        if name := file.read().strip():
+            return name
+        time.sleep(0.1)
+    return "another process"
 
 
 def _text_of(path: Path) -> str:
