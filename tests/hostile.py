@@ -113,6 +113,7 @@ def tried(one: Case, place: Place) -> dict:
     place.write("evil_module.py", CANARY)
     place.out.mkdir()
     arguments = one.make(place)
+    sys.modules.pop("evil_module", None)  # of a test that imports it on purpose
     before, faults = snapshot(place), []
     with limited(), held(place.path.parent) as said, _at(place.path):
         started, base = time.process_time(), _reset_peak()

@@ -16,7 +16,8 @@ from moe.data.compressors import (
     sample,
     unigram_baseline,
 )
-from moe.data.corpora.corpus import Split, StandardLibrary, TextFiles, whole
+from moe.data.corpora.corpus import StandardLibrary, TextFiles
+from moe.data.corpora.split import Split, whole
 from moe.data.text import TextData
 from moe.data.tokens.tokenizer import Bytes
 from moe.errors import UserError

@@ -13,15 +13,8 @@ import pytest
 from tiny import read_by_nobody
 
 from moe.data.corpora import corpus as corpora
-from moe.data.corpora.corpus import (
-    JsonLines,
-    Parquet,
-    StandardLibrary,
-    StateOfTheUnion,
-    TextFiles,
-    split,
-    whole,
-)
+from moe.data.corpora.corpus import JsonLines, Parquet, StandardLibrary, StateOfTheUnion, TextFiles
+from moe.data.corpora.split import split, whole
 from moe.data.corpora.walk import find_files
 from moe.data.text import TextData
 from moe.data.tokens.tokenizer import Bytes

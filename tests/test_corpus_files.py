@@ -13,7 +13,8 @@ import pytest
 from tiny import read_by_nobody
 import zstandard
 
-from moe.data.corpora.corpus import Document, JsonLines, Parquet, TextFiles, hashed_hold_out, whole
+from moe.data.corpora.corpus import Document, JsonLines, Parquet, TextFiles, hashed_hold_out
+from moe.data.corpora.split import whole
 from moe.errors import UserError
 
 PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from moe.data.corpora.corpus import split, whole
 from moe.data.corpora.hugging_face import HuggingFaceDataset
+from moe.data.corpora.split import split, whole
 from moe.data.mixture import Mixture
 from moe.data.text import TextData
 from moe.data.tokens.tokenizer import Bytes

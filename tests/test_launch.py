@@ -23,6 +23,9 @@ from moe.runs.launch import launch
 from moe.runs.storage import manifest
 from moe.runs.storage.folder import RunFolder
 
+# A launcher forks, with no JAX at work in it; here there is.
+pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
+
 # What each process does, by its index i and the run's folder; `count` is how often it has started.
 START = """
 import os, pathlib, signal, sys, time

@@ -149,13 +149,14 @@ def test_parameters_are_their_masters_rounded_and_masters_start_unrounded():
 OTHER = Precision("masters", "bfloat16")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("precision", "optimizer"),
     [
         (HALF, AdamW(1e-2)),
-        pytest.param(OTHER, AdamW(1e-2), marks=pytest.mark.thorough),
-        pytest.param(HALF, Lion(1e-3), marks=pytest.mark.thorough),
-        pytest.param(OTHER, Lion(1e-3), marks=pytest.mark.thorough),
+        (OTHER, AdamW(1e-2)),
+        (HALF, Lion(1e-3)),
+        (OTHER, Lion(1e-3)),
     ],
     ids=str,
 )

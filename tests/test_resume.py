@@ -207,9 +207,8 @@ ONE = MeshShape(data=1)
 
 
 def programs(mesh: MeshShape, optimizer):
-    spec = RunSpec(
-        None, Transformer, None, optimizer, mesh, steps=6, batch_size=8, sequence_length=16
-    )
+    sizes_of_run = {"steps": 6, "batch_size": 8, "sequence_length": 16}
+    spec = RunSpec(None, Transformer, None, optimizer, mesh=mesh, **sizes_of_run)
     sizes = dataclasses.astuple(mesh)
     devices = jax.devices()[: np.prod(sizes)]
     return spec.build(Vocabulary(257), spec.build_mesh(devices))[1]

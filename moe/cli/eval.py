@@ -9,7 +9,8 @@ from typing import Any, Literal
 import gin
 
 from moe.cli import config
-from moe.data.corpora.corpus import Corpus, left_out_of
+from moe.data.corpora.corpus import Corpus
+from moe.data.corpora.split import left_out_of
 from moe.data.text import PreparedData, TextData
 from moe.data.tokens.tokenizer import Tokenizer
 from moe.errors import UserError, printable

@@ -18,7 +18,7 @@ import zlib
 
 import numpy as np
 
-from moe.data.corpora.corpus import Split
+from moe.data.corpora.split import Split
 from moe.data.shards import ShardSplit
 from moe.data.text import PreparedData
 from moe.data.tokens.sealed import read_sealed, write_sealed

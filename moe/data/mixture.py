@@ -9,7 +9,8 @@ import gin
 import numpy as np
 
 from moe.data.batches import Share
-from moe.data.corpora.corpus import Corpus, Document, Split, left_out_of
+from moe.data.corpora.corpus import Corpus, Document
+from moe.data.corpora.split import Split, left_out_of
 from moe.data.tokens.cache import TokenStream
 from moe.errors import UserError
 from routing.ranges import Positive

@@ -11,7 +11,8 @@ from pathlib import Path
 import gin
 import numpy as np
 
-from moe.data.corpora.corpus import Corpus, Document, Split, hashed_hold_out, left_out_of, whole
+from moe.data.corpora.corpus import Corpus, Document, hashed_hold_out
+from moe.data.corpora.split import Split, left_out_of, whole
 from moe.data.text import DataInfo, PreparedData, Say
 from moe.data.tokens.cache import seldom, token_stream
 from moe.data.tokens.files import Paths, ShardedTokens, files_of, mapped, name_of

@@ -26,7 +26,8 @@ from moe.data.batches import (
     pack,
     pieces_of,
 )
-from moe.data.corpora.corpus import Corpus, Split, digest_of, in_both, left_out_of, split, whole
+from moe.data.corpora.corpus import Corpus
+from moe.data.corpora.split import Split, digest_of, in_both, left_out_of, split, whole
 from moe.data.mixture import shares_of
 from moe.data.tokens.cache import TokenStream, token_stream
 from moe.data.tokens.tokenizer import Tokenizer, TokenizerSpec, TrainedBPE

@@ -17,7 +17,7 @@ import numpy as np
 
 from moe.data.tokens.tokenizer import Tokenizer
 from moe.errors import UserError
-from moe.inference.decoder import Decoder, reason_to_go_one_by_one
+from moe.inference.decoder import Caches, Decoder, reason_to_go_one_by_one
 from moe.inference.drafts import Draft
 from moe.inference.generate import Pieces
 from moe.inference.sampling import Sampling
@@ -92,45 +92,23 @@ class Speculator:
         Raises:
             UserError: a text would be longer than the context.
         """
-        end = self._tokenizer.document_id
+        end, key = self._tokenizer.document_id, jax.random.key(seed)
         ids = self._tokenizer.encode_batch(list(prompts))
         texts = [[end, *prompt] for prompt in ids]
         starts = [len(text) for text in texts]
-        if max(starts) + tokens > self._context:
-            raise UserError(
-                f"a prompt of {max(starts)} tokens and {tokens} more are beyond the context of "
-                f"{self._context}, where a draft does not serve; at most "
-                f"{max(0, self._context - max(starts))} more are within it"
-            )
+        self._check_room(max(starts), tokens)
         pieces = Pieces(self._tokenizer, ids[0], say)
-        prompt_BT = np.zeros((len(texts), max(starts)), np.int32)
-        for row_T, text in zip(prompt_BT, texts, strict=True):
-            row_T[: len(text)] = text
-        length_B, slots = np.asarray(starts, np.int32), max(starts) + tokens + self._ahead + 1
-        key = jax.random.key(seed)
-        logits_BV, caches = self._decoder.prefill(prompt_BT, length_B, slots, self._ahead)
-        self._draft.start(prompt_BT, length_B, slots, self._ahead)
+        logits_BV, caches = self._started(texts, max(starts) + tokens + self._ahead + 1)
         self._add(texts, [[t] for t in np.asarray(self._first(logits_BV, key)).tolist()], pieces)
         steps, held, experts = 0, [], []
         while any(live := self._live(texts, starts, tokens)):
             steps += 1
-            guess_key, accept_key = jax.random.split(jax.random.fold_in(key, steps))
-            token_BA, prob_BAV = self._draft.guess(texts, self._ahead, guess_key)
-            last_B1 = np.asarray([[text[-1]] for text in texts], np.int32)
-            at_B = np.asarray([len(text) - 1 for text in texts], np.int32)
-            logits_BTV, caches, used = self._decoder.extend(
-                caches, np.concatenate([last_B1, token_BA], axis=1), at_B
-            )
-            count_B, next_B, best_BT = map(
-                np.asarray, self._accept(logits_BTV, prob_BAV, token_BA, accept_key)
-            )
-            self._draft.verified(best_BT, count_B)
-            experts.append([int(np.asarray(used_BTE).any((0, 1)).sum()) for used_BTE in used])
+            found, count_B, caches, read = self._step(texts, caches, jax.random.fold_in(key, steps))
+            experts.append(read)
             new = []
             for i, goes_on in enumerate(live):
-                found = [*token_BA[i, : count_B[i]].tolist(), int(next_B[i])]
                 left = tokens - (len(texts[i]) - starts[i])
-                new.append(found[:left] if goes_on else [])
+                new.append(found[i][:left] if goes_on else [])
                 held += [int(count_B[i])] if goes_on else []
             self._add(texts, new, pieces)
         pieces.finish()
@@ -142,6 +120,41 @@ class Speculator:
             float(np.mean(held)) if held else 0.0,
             np.mean(experts, axis=0).tolist() if experts else [],
         )
+
+    def _check_room(self, longest: int, tokens: int) -> None:
+        if longest + tokens > self._context:
+            raise UserError(
+                f"a prompt of {longest} tokens and {tokens} more are beyond the context of "
+                f"{self._context}, where a draft does not serve; at most "
+                f"{max(0, self._context - longest)} more are within it"
+            )
+
+    def _started(self, texts: list[list[int]], slots: int):
+        """The logits (B, V) that follow the prompts, and the cache; the draft begins, too."""
+        length_B = np.asarray([len(text) for text in texts], np.int32)
+        prompt_BT = np.zeros((len(texts), length_B.max()), np.int32)
+        for row_T, text in zip(prompt_BT, texts, strict=True):
+            row_T[: len(text)] = text
+        self._draft.start(prompt_BT, length_B, slots, self._ahead)
+        return self._decoder.prefill(prompt_BT, length_B, slots, self._ahead)
+
+    def _step(self, texts: list[list[int]], caches: Caches, key: jax.Array):
+        """The guesses that hold and the token after them, of each text; how many held (B,).
+
+        Then the cache with them, and how many experts were read in each sparse layer.
+        """
+        guess_key, accept_key = jax.random.split(key)
+        token_BA, prob_BAV = self._draft.guess(texts, self._ahead, guess_key)
+        last_B1 = np.asarray([[text[-1]] for text in texts], np.int32)
+        at_B = np.asarray([len(text) - 1 for text in texts], np.int32)
+        token_BT = np.concatenate([last_B1, token_BA], axis=1)
+        logits_BTV, caches, used = self._decoder.extend(caches, token_BT, at_B)
+        decided = self._accept(logits_BTV, prob_BAV, token_BA, accept_key)
+        count_B, next_B, best_BT = map(np.asarray, decided)
+        self._draft.verified(best_BT, count_B)
+        read = [int(np.asarray(used_BTE).any((0, 1)).sum()) for used_BTE in used]
+        both = zip(token_BA.tolist(), count_B, next_B.tolist(), strict=True)
+        return [[*guesses[:n], last] for guesses, n, last in both], count_B, caches, read
 
     def _live(self, texts: list[list[int]], starts: list[int], tokens: int) -> list[bool]:
         """Which texts go on: neither long enough nor ended."""
