@@ -49,6 +49,7 @@ def test_a_part_that_fails_or_hangs_is_one_row(benchmarks, tmp_path):
     assert row["error"] == "not done after 0 s" and row["seconds"] < 20
 
 
+@pytest.mark.thorough
 def test_one_way_of_multiplying_fails_alone(benchmarks, monkeypatch):
     """tokamax is not installed, but asked for: an error in its rows, numbers in all others."""
     _, parts = benchmarks

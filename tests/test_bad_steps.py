@@ -261,6 +261,7 @@ def with_bad_texts(texts, loss=TrainingFunctions._loss):
     return broken
 
 
+@pytest.mark.thorough
 def test_a_rewind_leaves_out_the_data_of_the_bad_stretch(runs, shared, capsys):
     """Batches 1 and 7 (from 0) are bad: steps 2 and 6 are reached with others, after two rewinds.
 

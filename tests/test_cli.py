@@ -117,6 +117,7 @@ def test_flags_become_attributes():
         "repetition_penalty": 1.0,
         "context": None,
         "draft": None,
+        "beams": None,
         "ahead": 4,
         "seed": 0,
         "count": 1,

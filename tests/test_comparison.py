@@ -68,6 +68,7 @@ def with_outliers(rng, true, seeds):
     return (effect_SM + rng.normal(0, 0.003, (seeds, 9))) * bytes_M, bytes_M
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_outlier_seeds_and_few_documents_of_unequal_size_cause_no_more_errors(seeds):
     """In 1000 sweeps: intervals, ties of four arms called a difference, called equivalent."""

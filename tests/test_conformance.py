@@ -317,6 +317,7 @@ def moved(dispatcher, slow):
     return jax.jit(jax.vmap(run))
 
 
+@pytest.mark.thorough
 @every_dispatcher
 @pytest.mark.parametrize("k", range(1, E + 1))
 def test_every_pattern_of_empty_experts(k, dispatcher):

@@ -48,6 +48,7 @@ def test_every_kind_of_router_keeps(name, look):
 # What only tests need: compilation, precision.
 
 
+@pytest.mark.thorough
 def test_rematerialisation_sorts_once_and_computes_again_only_what_it_should():
     args = (layer_of("switch")[1], draw(0, B, T, D), tokens(), draw(1, B, T, D))
 
@@ -63,6 +64,7 @@ def test_rematerialisation_sorts_once_and_computes_again_only_what_it_should():
     assert again[0] == sorts and again[1] > products
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["sigmoid_bias", "expert_choice", "soft_moe", "lory"])
 def test_compiled_is_interpreted(name):
     graph, params, state = layer_of(name)
@@ -121,6 +123,7 @@ def one_device(name, ragged=False):
     return steps_of(name, ragged=ragged)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("change", [{"scan": False}, {"remat": "dots"}], ids=str)
 def test_scanned_is_unrolled_and_rematerialised_is_not(change):
     """With jitter and a random priority, so that routing a second time would show."""
@@ -235,6 +238,7 @@ def test_every_routers_state_survives_a_checkpoint_bit_for_bit(tmp_path):
     same_tree(found.params, values, rtol=0, atol=0)
 
 
+@pytest.mark.thorough
 def test_every_layer_and_expert_starts_with_its_own_weights_on_every_mesh():
     def first(**setting):
         return jax.device_get(program(model_of("switch"), setting_of("switch", **setting)).init(0))

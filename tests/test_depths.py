@@ -140,6 +140,7 @@ def batch(seed, train):
     return tokens_of(token_BT[..., None], train, jnp.asarray(token_BT))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
 def test_a_model_sees_the_future_in_training_and_never_at_evaluation(settings):
     built = model(**settings)
@@ -167,6 +168,7 @@ def test_a_model_sees_the_future_in_training_and_never_at_evaluation(settings):
             assert (through_L > 0).all() and (through_L < B * T).all()
 
 
+@pytest.mark.thorough
 def test_the_experts_inside_tell_of_all_tokens():
     decision = model(**MODELS["staged"])(batch(0, True)).routers.decision
     assert isinstance(decision, TokenChoice) and decision.expert_GTK.shape == (4, B // 2, 2 * T, 2)

@@ -51,6 +51,7 @@ def batches_of(*pieces: Piece) -> ValidationBatches:
     return ValidationBatches(token_N, [[piece] for piece in pieces], 2, T, T, [0])
 
 
+@pytest.mark.thorough
 def test_a_layer_without_choices_has_no_load_and_no_drops(deep):
     model, score = deep
     result = score(batches_of(Piece(0, T, 0)))

@@ -236,9 +236,19 @@ def test_a_draft_writes_the_same_text_in_fewer_steps(draft, runs, learned, capsy
     assert "guesses held; a step read" in capsys.readouterr().err
 
 
+def test_beams_print_the_likeliest_texts(runs, learned):
+    target = runs.folder / "beams.json"
+    flags = ("--prompt=the quick", "--beams=3", "--tokens=10", f"--json={target}")
+    status, out = command("generate", runs.folder / "learned", *flags)
+    assert status == 0 and out.startswith("the quick brown fox\n---")
+    written = json.loads(target.read_text())
+    assert len(written["texts"]) == 3 and written["scores"] == sorted(written["scores"])[::-1]
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
+        (["--beams=2", "--count=3"], "leave out --draft and --count"),
         (["--draft=lookups"], "--draft=lookups: the folder of a run, or lookup or jacobi"),
         (["--draft=lookup", "--tokens=99"], "at most 31 more are within it"),
         (["--draft=lookup", "--repetition_penalty=2"], "don't go together; leave one out"),

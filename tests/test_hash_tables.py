@@ -42,6 +42,7 @@ def test_a_table_from_the_text_is_trained_with_saved_and_evaluated(runs, capsys)
     capsys.readouterr()
 
 
+@pytest.mark.thorough
 def test_embeddings_of_a_run_make_clusters(runs, monkeypatch, capsys):
     folder = runs.done("balanced", *BALANCED)
     monkeypatch.chdir(runs.folder)

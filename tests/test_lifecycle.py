@@ -55,6 +55,7 @@ def test_a_run_that_ends_before_its_first_logged_step_ends(runs, capsys):
     assert f"ended at step {step}" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", mainly(["samples.txt"], ["picture.png", "samples.txt"]))
 def test_results_do_not_hang_on_their_decoration(name, runs, base, capsys):
     """A folder stands where the file belongs."""

@@ -143,6 +143,7 @@ def biased(loss, bias=(-0.5, 0.0, 0.5)):
     return float(found), np.asarray(grad_GTD[0, 0])
 
 
+@pytest.mark.thorough
 def test_equation_18_counts_the_raw_scores_and_not_what_the_bias_chose():
     raw = equation_17(sigmoid(np.array([[1.0, 0.5, 0.0]] * 2)), k=1)
     assert raw == pytest.approx(1.183, abs=5e-4)

@@ -192,6 +192,7 @@ def test_bfloat16_compute_keeps_parameters_and_logits_in_float32():
     assert float(jnp.abs(logits - full).mean()) < 0.05
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("router", "options"),
     [
@@ -232,6 +233,7 @@ def test_bfloat16_logits_are_summed_and_kept_in_float32():
     assert float(nats) == pytest.approx(-log_prob[..., 0].sum(), rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_shared_experts_add_what_every_token_uses():
     with_shared = initialize(
         MoELayer(D, V, TopK, 4, 8, companions=(functools.partial(SharedExpert, count=2),)), 0

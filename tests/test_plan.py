@@ -105,6 +105,7 @@ def test_a_slice_that_cannot_be_is_told(name, expected, capsys):
     assert error.count("\n") == 1 and expected in error
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("topology", "extra"),
     [
@@ -426,6 +427,7 @@ def test_every_pod_has_a_receipt():
     assert len(RECEIPTS) == 6 + 4  # of TPU slices; of two configs on 8 and on 64 GPUs
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("path", RECEIPTS, ids=lambda path: path.stem)
 def test_counting_is_within_a_tenth_of_the_compiler(path):
     """The compiler's peak of each shipped pod, and what is counted today, without it."""

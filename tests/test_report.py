@@ -167,6 +167,7 @@ def test_a_name_cannot_break_the_markdown(tmp_path):
     assert len(rows) == 4 and len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
 
 
+@pytest.mark.thorough
 def test_several_sweeps_in_one_report(folder, tmp_path, capsys):
     other = synthetic_sweep.write(tmp_path / "other", {"base": 0.0, "x": 0.05})
     assert cli.main(["report", str(folder), str(other), f"--out={tmp_path}/new/both"]) == 0

@@ -203,6 +203,7 @@ with Watchdog(lambda line: print(line, flush=True), seconds=3, least=0) as dog:
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("works", "barks"), [(5, False), (8, True)])
 def test_only_the_time_counts_in_which_a_process_runs(works, barks):
     """Ctrl-Z for four seconds, and `fg`."""

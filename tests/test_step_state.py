@@ -110,6 +110,7 @@ def test_selectors_that_have_decided_have_two_experts_computed():
     assert per_token[0] == E and 1 <= per_token[1] <= 2
 
 
+@pytest.mark.thorough
 def test_the_penalty_of_remoe_comes_back_from_zero():
     """k of 8 above half: sparsity starts above its target, and lambda shrinks to its floor."""
     router = initialize(ReMoE(Sizes(D, 8, 9), k=6), 0)

@@ -175,6 +175,7 @@ def test_a_stride_that_cannot_be_is_told_before_training(runs, capsys):
     assert not (runs.folder / "stride" / "metrics.jsonl").exists()
 
 
+@pytest.mark.thorough
 def test_the_first_lines_say_what_multiplies_rows_and_why(runs, capsys):
     assert not runs("sorted", "MoELayer.dispatcher = @Sorted()", "train.steps = 1")
     assert "experts' matmuls: loop (blocks that fit a CPU's cache)" in "".join(capsys.readouterr())
@@ -242,6 +243,7 @@ def test_a_run_whose_time_is_spent_says_what_more_steps_take(runs, capsys):
     assert (run / "config.gin").read_text() == before
 
 
+@pytest.mark.thorough
 def test_a_run_that_fits_is_left_alone(runs, base):
     """Timing the first steps changes nothing."""
     run = runs.done("roomy", "train.max_seconds = 1000.0", "train.fit_steps = True")

@@ -140,6 +140,7 @@ GENERATE = Command(
         ),
         Flag("context", int, "N", "tokens that the model sees (default: as trained)", low=1),
         Flag("draft", str, "FOLDER", "a smaller run that guesses ahead; or lookup, or jacobi"),
+        Flag("beams", int, "N", "the N likeliest texts as a whole, by beam search", low=1),
         Flag("ahead", int, "N", "with --draft: tokens that it guesses (default: 4)", 4, low=1),
         Flag("seed", int, "N", "same seed, same texts (default: 0)", 0, low=0),
         Flag("count", int, "N", "how many texts (default: 1)", 1, low=1),

@@ -7,7 +7,8 @@ from typing import Any
 
 from moe.cli import config
 from moe.errors import UserError, printable
-from moe.inference.decoder import Decoder
+from moe.inference.beams import BeamSearch
+from moe.inference.decoder import Decoder, reason_to_recompute
 from moe.inference.drafts import Draft, Jacobi, Lookup, ModelDraft
 from moe.inference.generate import Generator, check
 from moe.inference.sampling import Sampling
@@ -29,7 +30,10 @@ def run(flags) -> int:
         flags.temperature, flags.top_k, flags.top_p, flags.min_p, flags.repetition_penalty
     )
     prompts = [flags.prompt] * flags.count
-    found = (_drafted if flags.draft else _plain)(restored, prompts, sampling, flags)
+    if flags.beams and (flags.draft or flags.count > 1):
+        raise UserError("--beams=N prints N texts; leave out --draft and --count")
+    how = _beams if flags.beams else _drafted if flags.draft else _plain
+    found = how(restored, prompts, sampling, flags)
     others = found.pop("more")
     print(printable("".join("\n" + "-" * 80 + "\n" + text for text in others)))
     if "held" in found:
@@ -52,6 +56,28 @@ def _plain(restored: Restored, prompts: list[str], sampling: Sampling, flags):
         "texts": [text.text for text in found],
         "log_probs": [list(text.log_probs) for text in found],
         "more": [text.text for text in found[1:]],
+    }
+
+
+def _beams(restored: Restored, prompts: list[str], sampling: Sampling, flags):
+    """The likeliest texts; how tokens would be drawn says nothing here."""
+    context = flags.context or restored.model.sequence_length
+    check(restored.model, context)
+    if why := reason_to_recompute(restored.model.module):
+        raise UserError(f"beams need a cache, which this model has not: {why}")
+    decoder = Decoder(restored.model.graph, restored.params, restored.router_state)
+    tokenizer = restored.tokenizer
+    (ids,) = tokenizer.encode_batch(prompts)
+    end = tokenizer.document_id
+    given = {"tokens": flags.tokens, "context": context}
+    found = BeamSearch(flags.beams)(decoder, [end, *ids], end, **given)
+    texts = [tokenizer.decode([*ids, *hypothesis.tokens]) for hypothesis in found]
+    _say(texts[0])
+    return {
+        "texts": texts,
+        "log_probs": [hypothesis.log_prob for hypothesis in found],
+        "scores": [hypothesis.score for hypothesis in found],
+        "more": texts[1:],
     }
 
 
