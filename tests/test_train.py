@@ -225,7 +225,7 @@ def test_steps_are_fitted_into_the_time_with_the_schedules_end(runs, capsys):
     assert bindings_of((folder / "config.gin").read_text())["train.steps"] == str(steps)
     assert f"train: data=@TextData(), model=@Transformer, steps={steps}" in " ".join(
         (folder / "settings.txt").read_text().split()
-    ).replace("objective=None, optimizer=None, mesh=None, ", "")
+    ).replace("objective=None, optimizer=None, precision=None, mesh=None, ", "")
     assert runs("fitted", *bindings) == 0
     assert f"complete at step {steps}" in capsys.readouterr().out
 

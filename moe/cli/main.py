@@ -1,6 +1,7 @@
 """The program `moe`: help, flags and errors. Heavy modules are imported only by a command."""
 
 from collections.abc import Sequence
+import contextlib
 import errno
 import importlib
 import io
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             except Exception:
                 if not exits.last_words:
                     raise
-                traceback.print_exc()
+                with contextlib.suppress(OSError):  # nobody may read it any more
+                    traceback.print_exc()
                 return exits.leave(1)
     return _main(argv)
 

@@ -18,6 +18,14 @@ LINE_EVERY_SECONDS = 10
 T = TypeVar("T")
 
 
+class Screen(Console):
+    """A console that leaves it to the caller what follows where nobody reads it any more."""
+
+    def on_broken_pipe(self) -> None:
+        """Rich would end this process alone, and the others of its run would wait for it."""
+        raise
+
+
 class Display:
     """Prints lines and moves a progress bar.
 
@@ -28,7 +36,7 @@ class Display:
     """
 
     def __init__(self, steps: int, done: int = 0, quiet: bool = False):
-        self.console = Console(file=sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = Screen(file=sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)
         self._steps, self._last_line, self._started = steps, 0.0, None
         self._done = done
         self._bar: Progress | None = None
@@ -147,7 +155,7 @@ def with_status(make: Callable[[Callable[[str], None]], Iterable[T]]) -> Iterato
     In a terminal the last line said stands below the output. In a file each phase is printed once,
     without its rounds: "timing, round 2 of 7" as "timing".
     """
-    console, last = Console(file=sys.stdout, highlight=False, soft_wrap=True), ""
+    console, last = Screen(file=sys.stdout, highlight=False, soft_wrap=True), ""
     with console.status("") as status:
 
         def say(line: str) -> None:
