@@ -166,9 +166,8 @@ class Transformer(nnx.Module):
         self.vocab_size, self.d_model, self.causal = vocab_size, d_model, causal
         is_deep = sparse_layers(num_layers, depth_router is not None, depth_every, None, "depth")
         self.is_moe, self.positions, self.compute_dtype = is_moe, positions, compute_dtype
-        self.embedding_VD = parameter(
-            (vocab_size, d_model), ("vocab", "embed"), normal(0.02), role="embedding"
-        )
+        table = (vocab_size, d_model), ("vocab", "embed"), normal(0.02)
+        self.embedding_VD = parameter(*table, role="embedding")
         self.learned = learned_positions(positions, max_length, d_model)
         scale, heads = 0.5 / num_layers, num_heads or max(1, d_model // 64)
         shared = {"positions": positions, "causal": causal, "out_scale": scale}
@@ -176,16 +175,15 @@ class Transformer(nnx.Module):
         make_dense = functools.partial(feed_forward, out_scale=scale)
         options = {"vocab_size": vocab_size, "text": text, "out_scale": scale}
         make_moe = moe and functools.partial(moe, **options, sparse_layers=sum(is_moe))
-        sizes = Sizes(d_model, 1, vocab_size, text)
+        sizes = Sizes(d_model, 1, vocab_size, text)  # of a depth router
 
         def make_block(sparse, deep):
             make = make_moe if sparse else make_dense
             plain = block(d_model, make_attention, make, norm=norm)
             return DepthBlock(plain, depth_router(sizes)) if depth_router and deep else plain
 
-        self.stacks = nnx.List(
-            stacks_of(zip(is_moe, is_deep, strict=True), make_block, remat, scan)
-        )
+        kinds = zip(is_moe, is_deep, strict=True)
+        self.stacks = nnx.List(stacks_of(kinds, make_block, remat, scan))
         self.final_norm = norm(d_model)
         head = (d_model, vocab_size), ("embed", "vocab"), truncated_normal()
         self.head_DV = None if tie_embeddings else parameter(*head, role="head")
