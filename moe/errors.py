@@ -35,6 +35,11 @@ def nearest(name: str, valid: Iterable[str], *, most: int = 3) -> str:
     return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def printable(text: str) -> str:
     """The text with control characters written as escapes, such as \\x1b.
 

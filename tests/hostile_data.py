@@ -413,9 +413,9 @@ def layers_beyond_all_numbers(place):
 
 
 @case(SWEEP, "routing.jsonl")
-def a_hundred_thousand_layers(place):
+def a_million_layers(place):
     place.sweep()
-    row = json.dumps({"count": [[1]] * 10**5, "kept": [[1]] * 10**5}) + "\n"
+    row = json.dumps({"count": [[1]] * 10**6, "kept": [[1]] * 10**6}) + "\n"
     for path in place.path.rglob("routing.jsonl"):
         path.write_text(row)
     return reported(place)

@@ -13,11 +13,13 @@ import pytest
 from tiny import Runs, arrays, environment, measured
 
 from layers.dispatch import SlotGather, Sorted
+from layers.kernels.choice import Choice
 from moe.runs.determinism import Backend, obstacles
 
 ON = "--xla_gpu_deterministic_ops=true"
 H100 = Backend("gpu", "NVIDIA H100 80GB HBM3", f"--xla_other=1 {ON}")
-CHUNKS, CUDNN = "chunks (cudnn computes in bfloat16, not float32)", "cudnn (it never holds ...)"
+CHUNKS = [Choice("chunks", "cudnn computes in bfloat16, not float32")]
+CUDNN = [Choice("cudnn", "it never holds ...")]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def runs(tmp_path_factory):
     ("backend", "attention", "dispatcher", "parts"),
     [
         (Backend("cpu", "cpu", ""), CHUNKS, None, []),
-        (Backend("tpu", "TPU v5p", ""), "splash (it never holds ...)", Sorted(), []),
+        (Backend("tpu", "TPU v5p", ""), [Choice("splash", "it never holds ...")], Sorted(), []),
         (H100, CHUNKS, SlotGather(), []),
         (H100, CHUNKS, Sorted("hopper"), []),
         (H100._replace(flags=""), CHUNKS, None, [f"XLA_FLAGS has {ON}"]),
@@ -37,7 +39,7 @@ def runs(tmp_path_factory):
         (H100._replace(flags="--xla_gpu_deterministic_ops"), CHUNKS, None, []),
         (H100._replace(flags="--xla_gpu_deterministic_ops_not=true"), CHUNKS, None, [ON]),
         (H100, CUDNN, None, ["Attention.implementation = 'chunks'"]),
-        (H100, f"{CHUNKS}; {CUDNN}", None, ["Attention.implementation = 'chunks'"]),
+        (H100, CHUNKS + CUDNN, None, ["Attention.implementation = 'chunks'"]),
         (H100._replace(flags=""), CUDNN, None, [ON, "cuDNN's attention"]),
         (Backend("gpu", "AMD Instinct", ON), CHUNKS, None, ["nothing is known of AMD Instinct"]),
     ],

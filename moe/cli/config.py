@@ -1,6 +1,7 @@
 """Loads configs for commands and notebooks, checked against every configurable."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from moe import settings
 from moe.cli import configurables
@@ -18,6 +19,13 @@ def load(gin_files: Sequence[str], gin_bindings: Sequence[str] = ()) -> RunSpec:
     """The run that config files and further settings describe; raises as `settings.load`."""
     bind(gin_files, gin_bindings)
     return RunSpec()
+
+
+def of_flags(flags: Any) -> RunSpec:
+    """The run that a command's flags name: in a folder, or by config files."""
+    if flags.workdir:
+        return of_folder(flags.workdir, flags.gin_bindings, vars(flags)["import"])
+    return load(flags.gin_file, flags.gin_bindings)
 
 
 def of_folder(

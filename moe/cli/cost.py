@@ -23,10 +23,7 @@ def run(flags) -> int:
         raise UserError(f"--chip={flags.chip}: no TPU or GPU is called {flags.chip!r}{hint}")
     if flags.dtype not in BYTES:
         raise UserError(f"--dtype={flags.dtype}: expected one of {', '.join(BYTES)}")
-    if flags.workdir:
-        spec = config.of_folder(flags.workdir, flags.gin_bindings, vars(flags)["import"])
-    else:
-        spec = config.load(flags.gin_file, flags.gin_bindings)
+    spec = config.of_flags(flags)
     vocabulary = Vocabulary(flags.vocab_size or spec.vocab_size)
     model = spec.build_model(vocabulary)
     context = flags.context or model.sequence_length

@@ -19,10 +19,7 @@ from moe.training.run_spec import RunSpec
 
 def run(flags) -> int:
     """Print parameters, FLOPs, routing and settings of a config; `--json` also writes them."""
-    if flags.workdir:
-        spec = config.of_folder(flags.workdir, flags.gin_bindings, vars(flags)["import"])
-    else:
-        spec = config.load(flags.gin_file, flags.gin_bindings)
+    spec = config.of_flags(flags)
     vocabulary = Vocabulary(flags.vocab_size or spec.vocab_size)
     model = spec.build_model(vocabulary)
     found = described(spec, model, vocabulary.size)

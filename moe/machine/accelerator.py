@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from moe.machine import xla_flags
+
 Platform = Literal["cpu", "gpu", "tpu"]
 # Collectives run while matmuls do, instead of between them.
 GPU_FLAGS = ("--xla_gpu_enable_latency_hiding_scheduler=true",)
@@ -30,10 +32,7 @@ def prepare(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set this machine's flags, where they are not set yet; to be called before jax is imported."""
     if platform(environment) != "gpu":
         return
-    given = environment.get("XLA_FLAGS", "")
-    missing = [flag for flag in GPU_FLAGS if flag.partition("=")[0] not in given]
-    if missing:
-        environment["XLA_FLAGS"] = " ".join([given, *missing]).strip()
+    xla_flags.add_missing(GPU_FLAGS, environment)
     if not any(name in environment for name in MEMORY):
         environment.update(GPU_MEMORY)
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe.errors import UserError
+from moe.errors import UserError, first_line
 from moe.machine import exits
 from moe.machine.peers import Peers
 from moe.machine.relay import Relay
@@ -68,8 +68,9 @@ def join(processes: str | None, coordinator: str | None, process: int | None) ->
     try:
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=JAX_HEARTBEAT_SECONDS)
     except (ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"the processes of this run could not be joined: {first}") from error
+        raise UserError(
+            f"the processes of this run could not be joined: {first_line(error)}"
+        ) from error
     # JAX has no public name for it; Orbax takes it likewise.
     from jax._src.distributed import global_state
 

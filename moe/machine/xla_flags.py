@@ -3,6 +3,7 @@
 They change nothing before XLA's last stage, the generation of machine code.
 """
 
+from collections.abc import Iterable, MutableMapping
 from importlib.metadata import version
 import os
 
@@ -21,7 +22,13 @@ def flags(devices: int) -> list[str]:
 
 def prepare(devices: int) -> None:
     """Add to XLA_FLAGS what it doesn't set yet; to be called before jax is imported."""
-    given = os.environ.get("XLA_FLAGS", "")
-    missing = [flag for flag in flags(devices) if flag.split("=")[0] not in given]
-    os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
+    add_missing(flags(devices), os.environ)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def add_missing(wanted: Iterable[str], environment: MutableMapping[str, str]) -> None:
+    """Add the flags to XLA_FLAGS of which it doesn't have the name yet."""
+    given = environment.get("XLA_FLAGS", "")
+    missing = [flag for flag in wanted if flag.partition("=")[0] not in given]
+    if missing:
+        environment["XLA_FLAGS"] = " ".join([given, *missing]).strip()

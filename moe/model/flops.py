@@ -39,6 +39,28 @@ class Costs:
         return round(self.flops_per_token_base + work)
 
 
+@dataclasses.dataclass(frozen=True)
+class AttentionLayer:
+    """One attention layer. share: of the tokens that go through it (Mixture-of-Depths)."""
+
+    heads: int
+    key_heads: int
+    width: int
+    window: int | None
+    share: float
+
+    def kept(self, keys: float) -> float:
+        """Of so many keys, those that a window leaves."""
+        return keys if self.window is None else min(keys, self.window)
+
+    def score_flops(self, keys: float) -> float:
+        """Forward FLOPs of a token's products with so many keys and their values.
+
+        Both the queries and their keys are only the tokens that go through.
+        """
+        return self.share**2 * 4 * self.kept(keys) * self.heads * self.width
+
+
 def costs(model: Transformer, decision_shapes, sequence_length: int) -> Costs:
     """The costs of a model: 6 FLOPs for each weight of a matmul, and those of attention.
 
@@ -71,7 +93,9 @@ def costs(model: Transformer, decision_shapes, sequence_length: int) -> Costs:
     rows = rows_per_token(decision_shapes) * share_reached
     per_token = experts_per_token(decision_shapes, model) * share_reached
     one_expert = in_experts // (num_experts * segments * sparse) if in_experts else 0
-    attention = sum(_attention_flops(model, stack, sequence_length) for stack in model.stacks)
+    seen = sequence_length / 2 if model.causal else sequence_length
+    # Forward and backward: three times the products with keys and with values.
+    attention = sum(round(3 * layer.score_flops(seen)) for layer in attention_layers(model))
     share = per_token / (num_experts * segments)
     return Costs(
         parameters_total=total,
@@ -102,10 +126,15 @@ def matmul_size(module: nnx.Module, tied: bool) -> int:
     tied: whether the embedding is the head, too.
     """
     excluded = {"expert", "norm", "position"} | (set() if tied else {"embedding"})
+    return matrices_size(module, [role for role in ROLES if role not in excluded])
+
+
+def matrices_size(module: nnx.Module, roles: Sequence[Role]) -> int:
+    """The number of weights in a module's matrices of these roles."""
     return sum(
         math.prod(shape)
         for role, shape in parameters_of(module)
-        if role not in excluded and len(shape) >= 2
+        if role in roles and len(shape) >= 2
     )
 
 
@@ -114,19 +143,18 @@ def through(layer) -> float:
     return layer.depth_router.capacity if isinstance(layer, DepthBlock) else 1.0
 
 
-def _attention_flops(model: Transformer, stack, length: int) -> int:
-    """The FLOPs of attention for one token in all layers of a stack, forward and backward."""
-    total = 0
-    for layer in stack.unit.blocks:
-        (block,) = blocks_of([layer])
-        attention = block.attention
-        heads, width = attention.query_DHK.shape[-2:]
-        seen = length / 2 if model.causal else length
-        if attention.window is not None:
-            seen = min(seen, attention.window)
-        # Both the queries and their keys are only the tokens that go through.
-        total += round(through(layer) ** 2 * 3 * 4 * seen * heads * width) * stack.repeats
-    return total
+def attention_layers(model: Transformer) -> list[AttentionLayer]:
+    """What each layer's attention reads and computes."""
+    found = []
+    for stack in model.stacks:
+        for layer in stack.unit.blocks:
+            (block,) = blocks_of([layer])
+            attention = block.attention
+            heads, width = attention.query_DHK.shape[-2:]
+            key_heads = attention.key_DNK.shape[-2]
+            one = AttentionLayer(heads, key_heads, width, attention.window, through(layer))
+            found += [one] * stack.repeats
+    return found
 
 
 def experts_per_token(decision_shapes, model: Transformer) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from moe.errors import first_line
 from moe.planning import wheels
 from moe.planning.chips import NODE, Topology
 
@@ -50,8 +51,7 @@ def described(topology: Topology) -> tuple[list, str | None]:
     try:
         found = _gpus(topology) if topology.is_gpu else _tpus(topology)
     except Exception as error:  # a missing or failing compiler raises errors of any kind
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return [jax.devices()[0]] * topology.devices, first
+        return [jax.devices()[0]] * topology.devices, first_line(error)
     return list(found.devices)[: topology.devices], None
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from layers.logical_axes import sharding_rules
 from moe.data.batch import Batch
-from moe.errors import UserError
+from moe.errors import UserError, first_line
 from moe.model.sharding import MESH_AXES
 from moe.planning import compilers, hlo, links, memory
 from moe.planning.chips import Topology
@@ -204,7 +204,7 @@ def compiled(step: TrainingStep) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return {"fits": False, "refused": str(error).strip().splitlines()[0]}
+        return {"fits": False, "refused": first_line(error)}
     analysis = executable.memory_analysis()
     arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
     code = analysis.generated_code_size_in_bytes

@@ -3,37 +3,18 @@
 B texts side by side, S tokens of each that its cache holds, E experts, K of them per token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 import dataclasses
 import math
 
-from flax import nnx
-
-from layers.attention import Attention
 from layers.mixture_of_depths import blocks_of
-from moe.model.flops import parameters_of, size_of, through
+from moe.model.flops import AttentionLayer, attention_layers, matrices_size, size_of, through
 from moe.model.transformer import Transformer
 from moe.planning.chips import Chip
 from moe.training.abstract_model import AbstractModel
+from routing.parameters import Role
 
 MOST_TEXTS = 2**24
-BESIDE = "feed_forward", "latent", "companion"  # roles of what every token passes
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionLayer:
-    """One attention layer. share: of the tokens that go through it (Mixture-of-Depths)."""
-
-    heads: int
-    key_heads: int
-    width: int
-    window: int | None
-    share: float
-
-    def seen(self, length: int) -> float:
-        """The keys that the next token of a text of S tokens sees."""
-        kept = length if self.window is None else min(length, self.window)
-        return self.share * kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,25 +49,18 @@ class Serving:
     def of(cls, model: AbstractModel, value_bytes: int = 2) -> "Serving":
         """The costs of a model, with weights and caches of so many bytes a value."""
         module, costs = model.module, model.costs
-        sizes: dict[str, float] = dict.fromkeys(("attention", "router", *BESIDE), 0.0)
-        for stack in module.stacks:
-            for layer in stack.unit.blocks:
-                (block,) = blocks_of([layer])  # a depth router beside it reads every token
-                for role in sizes:
-                    left = (1 - through(layer)) * _matmul_size(block, role)
-                    sizes[role] += _matmul_size(layer, role) - left
-        table = _matmul_size(module, "embedding")
-        head = _matmul_size(module, "head") or table
+        table = matrices_size(module, ["embedding"])
+        head = matrices_size(module, ["head"]) or table
         looked_up = size_of(module, ("position",)) + (table if module.head_DV is not None else 0)
         experts = size_of(module, ("expert",))
         chosen = costs.sparse_layers * costs.flops_per_assignment * costs.experts_per_token / 3
         return cls(
-            projections=2 * sizes["attention"],
-            router=2 * sizes["router"],
+            projections=2 * _matrices(module, ["attention"]),
+            router=2 * _matrices(module, ["router"]),
             experts=chosen,
-            feed_forward=2 * sum(sizes[role] for role in BESIDE),
+            feed_forward=2 * _matrices(module, ["feed_forward", "latent", "companion"]),
             head=2 * head,
-            attention=tuple(_attention(module)),
+            attention=tuple(attention_layers(module)),
             sparse_layers=costs.sparse_layers,
             num_experts=costs.num_experts,
             experts_per_token=costs.experts_per_token,
@@ -98,12 +72,9 @@ class Serving:
 
     def flops(self, length: int) -> dict[str, float]:
         """Forward FLOPs of the token after `length` others, by part."""
-        scores = sum(
-            4 * layer.seen(length) * layer.share * _size(layer) for layer in self.attention
-        )
         return {
             "projections": self.projections,
-            "scores": scores,
+            "scores": sum(layer.score_flops(length) for layer in self.attention),
             "router": self.router,
             "experts": self.experts,
             "feed_forward": self.feed_forward,
@@ -112,7 +83,7 @@ class Serving:
 
     def cache_bytes(self, length: int) -> float:
         """Bytes of one text's keys and values."""
-        values = sum(2 * a.key_heads * a.width * a.seen(length) for a in self.attention)
+        values = sum(2 * a.key_heads * a.width * a.share * a.kept(length) for a in self.attention)
         return values * self.value_bytes
 
     def experts_read(self, texts: int) -> float:
@@ -172,24 +143,12 @@ def _computes(step: dict[str, float]) -> bool:
     return step["computing"] >= step["reading"]
 
 
-def _size(layer: AttentionLayer) -> int:
-    return layer.heads * layer.width
-
-
-def _attention(module: Transformer) -> Iterator[AttentionLayer]:
+def _matrices(module: Transformer, roles: Sequence[Role]) -> float:
+    """The weights in matrices of these roles that a token meets in all layers, on average."""
+    total = 0.0
     for stack in module.stacks:
         for layer in stack.unit.blocks:
-            (block,) = blocks_of([layer])
-            attention: Attention = block.attention
-            heads, width = attention.query_DHK.shape[-2:]
-            key_heads = attention.key_DNK.shape[-2]
-            found = AttentionLayer(heads, key_heads, width, attention.window, through(layer))
-            yield from [found] * stack.repeats
-
-
-def _matmul_size(module: nnx.Module, role: str) -> int:
-    return sum(
-        math.prod(shape)
-        for found, shape in parameters_of(module)
-        if found == role and len(shape) > 1
-    )
+            (block,) = blocks_of([layer])  # a depth router beside it reads every token
+            passed_by = (1 - through(layer)) * matrices_size(block, roles)
+            total += matrices_size(layer, roles) - passed_by
+    return total

@@ -87,7 +87,8 @@ def cleaned(value: Any) -> Any:
     if isinstance(value, dict):
         return {plain(key): cleaned(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [*map(cleaned, value)]
+        # Most are long lists of whole numbers, for which a call each would take minutes.
+        return [item if type(item) is int else cleaned(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return plain(value) if isinstance(value, str) else value
@@ -168,14 +169,14 @@ def check_routing(line: Row, where: Path) -> tuple[int, ...]:
     shapes = []
     for name in kinds:
         try:
-            values = np.array(line[name])
+            values = np.array(line[name] if len(line[name]) <= MOST["layers"] else ())
         except (ValueError, TypeError, OverflowError):
             values = np.empty(0)
         numbers = values.dtype.kind in "if" and np.isfinite(values).all()
-        if not numbers or values.ndim != 2 or not values.size or len(values) > MOST["layers"]:
+        if not numbers or values.ndim != 2 or not values.size:
             raise UserError(f"{where}: damaged: {name!r} holds no layers of experts' counts")
         shapes.append(values.shape)
-    entropy = line.get("entropy", [0.0] * shapes[0][0])
+    entropy = cleaned(line.get("entropy", [0.0] * shapes[0][0]))
     fine = isinstance(entropy, list) and all(received.is_of(one, NUMBER) for one in entropy)
     if shapes[0] != shapes[1] or not fine or len(entropy) != shapes[0][0]:
         raise UserError(f"{where}: damaged: a step whose layers are not the same ones throughout")
@@ -232,8 +233,11 @@ def routing_lines(sweep: Sweep, row: Row) -> list[Row]:
         UserError: they are damaged.
     """
     path = SweepFolder(sweep.path).trial(row["trial"]).run / "routing.jsonl"
-    found = list(lines(path))
-    if len({check_routing(line, path) for line in found}) > 1:
+    found, shapes = [], set()
+    for line in read_lines(path):
+        shapes.add(check_routing(line, path))
+        found.append(cleaned(line))
+    if len(shapes) > 1:
         raise UserError(f"{path}: damaged: a step whose layers are not the same ones throughout")
     return found
 

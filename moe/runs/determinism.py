@@ -4,14 +4,16 @@ CPUs and TPUs give equal bits for equal programs. NVIDIA GPUs do where XLA picks
 timing them and none adds in an order that changes from run to run.
 """
 
+from collections.abc import Iterable
 import os
 from typing import NamedTuple
 
 from layers.dispatch import Sorted
 from layers.dispatch.base import Dispatcher
+from layers.kernels.choice import Choice
 from moe.errors import Problems
 from moe.runs.setup import Setup
-from moe.runs.summary import attention_of
+from moe.runs.summary import attention_kernels
 
 FLAG = "xla_gpu_deterministic_ops"
 BY_THE_CLOCK = {
@@ -58,7 +60,7 @@ def check(setup: Setup) -> None:
         ]
         layer = setup.model.moe_layer
         dispatcher = layer.dispatcher if layer else None
-        attention = attention_of(setup.model, setup.mesh)
+        attention = attention_kernels(setup.model, setup.mesh)
         found += obstacles(backend, attention, dispatcher)
     elif spec.checks is not None and spec.checks.recompute_every and backend.platform == "gpu":
         found = [
@@ -69,10 +71,12 @@ def check(setup: Setup) -> None:
         raise Problems(found)
 
 
-def obstacles(backend: Backend, attention: str, dispatcher: Dispatcher | None) -> list[str]:
+def obstacles(
+    backend: Backend, attention: Iterable[Choice], dispatcher: Dispatcher | None
+) -> list[str]:
     """What keeps a program from giving equal bits on a backend, a line each; empty for nothing.
 
-    attention: the kernels of attention, in words. dispatcher: of the MoE layers, if there are any.
+    attention: the kernels of attention. dispatcher: of the MoE layers, if there are any.
     """
     if backend.platform in ("cpu", "tpu"):
         return []
@@ -85,7 +89,7 @@ def obstacles(backend: Backend, attention: str, dispatcher: Dispatcher | None) -
             f"{prefix}XLA chooses kernels by their time, and adds scattered rows in any order, "
             f"unless the environment variable XLA_FLAGS has --{FLAG}=true"
         )
-    if "cudnn" in attention.split(" (")[0] or "; cudnn (" in attention:
+    if any(choice.kernel == "cudnn" for choice in attention):
         found.append(
             f"{prefix}the backward pass of cuDNN's attention adds in any order; set "
             "Attention.implementation = 'chunks'"

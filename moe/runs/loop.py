@@ -1,6 +1,6 @@
 """The optimizer steps of a run, with evaluations and checkpoints between them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import math
@@ -128,7 +128,8 @@ class Loop:
                 if evaluating or (spec.save_every and step % spec.save_every == 0):
                     self._evaluate_and_save(state, step, evaluating)
                 elif self.checker.replicas_due(step):
-                    self._compare_replicas(state, step)
+                    with self._beside_steps():
+                        self.checker.replicas(state, step)
                 # Several processes exchange flags only at logged steps.
                 if step % spec.log_every == 0 or jax.process_count() == 1:
                     self._ask_processes()
@@ -152,19 +153,19 @@ class Loop:
         """An optimizer step; computed twice and compared, where that is due."""
         if not self.checker.recompute_due(step):
             return self.train_step(state, batch, **given)
-        self.watchdog.pause()
-        self.metrics.read()
-        trial = self.checker.trial(self.train_step, state, batch, **given)
-        self.metrics.meter.restart()
+        with self._beside_steps():
+            trial = self.checker.trial(self.train_step, state, batch, **given)
         self.watchdog.begins("step", step)
         state, measured = self.train_step(state, batch, **given)
         self.checker.compare(trial, state, measured, step)
         return state, measured
 
-    def _compare_replicas(self, state: TrainState, step: int) -> None:
+    @contextlib.contextmanager
+    def _beside_steps(self) -> Iterator[None]:
+        """The block is neither timed nor watched as a step; all steps before it are looked at."""
         self.watchdog.pause()
         self.metrics.read()
-        self.checker.replicas(state, step)
+        yield
         self.metrics.meter.restart()
 
     def _rewound(self, diverged: TrainingDiverged) -> TrainState:
@@ -201,18 +202,16 @@ class Loop:
             self.saved = step
 
     def _evaluate_and_save(self, state: TrainState, step: int, evaluating: bool) -> None:
-        self.watchdog.pause()
-        self.metrics.read()  # so that nothing broken is saved
-        result = None
-        if evaluating:
-            setup = self.setup
-            result = evaluate.evaluate(
-                self.score_batch, state, setup.held_out, setup.mesh, self.evaluated
-            )
-            self.metrics.held_out(step, result)
-            require_finite_loss(result, state, step, self.saves)
-        self.save(state, step, result and result.loss)
-        self.metrics.meter.restart()
+        with self._beside_steps():  # which have been looked at, so that nothing broken is saved
+            result = None
+            if evaluating:
+                setup = self.setup
+                result = evaluate.evaluate(
+                    self.score_batch, state, setup.held_out, setup.mesh, self.evaluated
+                )
+                self.metrics.held_out(step, result)
+                require_finite_loss(result, state, step, self.saves)
+            self.save(state, step, result and result.loss)
 
     def evaluated(self, done: int, of: int) -> None:
         """Tell the watchdog that so many batches of an evaluation are done."""

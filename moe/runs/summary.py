@@ -1,6 +1,6 @@
 """What a run is and what it reached: on the screen, in run.json and in summary.json."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import dataclasses
 from typing import Any
 
@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from layers import remat
 from layers.dispatch import Sorted
+from layers.kernels.choice import Choice
 from layers.kernels.grouped_matmul import choose
 from layers.logical_axes import sharding_rules
 from layers.mixture_of_depths import blocks_of
@@ -69,7 +70,7 @@ def describe(
     )
 
 
-def attention_of(model: AbstractModel, mesh: Mesh) -> str:
+def attention_kernels(model: AbstractModel, mesh: Mesh) -> list[Choice]:
     """The kernels that compute attention on the mesh, and why."""
     found = {}
     sequences = sharding.batch_shards(mesh)  # one on each device
@@ -79,16 +80,24 @@ def attention_of(model: AbstractModel, mesh: Mesh) -> str:
                 heads, width = block.attention.query_DHK.shape[-2:]
                 shape = (sequences, model.sequence_length, heads, width)
                 query = jax.ShapeDtypeStruct(shape, DTYPES[model.module.compute_dtype])
-                kernel, reason = block.attention.chosen_kernel(query)
-                found[f"{kernel} ({reason})"] = None
-    return "; ".join(found)
+                found[block.attention.chosen_kernel(query)] = None
+    return list(found)
+
+
+def attention_of(model: AbstractModel, mesh: Mesh) -> str:
+    """`attention_kernels` in words."""
+    return in_words(attention_kernels(model, mesh))
 
 
 def layers_of(model: AbstractModel, mesh: Mesh) -> str:
     """Whether the layers of each stack are scanned or unrolled on the mesh, and why."""
     with sharding_rules(sharding.rule(mesh), mesh.devices.flat[0]):
-        loops = [stack.loop for stack in model.module.stacks]
-    return "; ".join(dict.fromkeys(f"{how} ({reason})" for how, reason in loops))
+        return in_words(stack.loop for stack in model.module.stacks)
+
+
+def in_words(choices: Iterable[Choice]) -> str:
+    """Each choice once, with its reason."""
+    return "; ".join(dict.fromkeys(f"{chosen} ({reason})" for chosen, reason in choices))
 
 
 def saved_of(model: AbstractModel) -> str:

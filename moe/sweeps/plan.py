@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
-from moe.errors import Problems, UserError
+from moe.errors import Problems, UserError, first_line
 from moe.sweeps import tune
 from moe.sweeps.cell import Built, Config, build, matched, read_config, with_steps
 from moe.sweeps.record import VERSION, Row
@@ -116,8 +116,8 @@ class Plan:
         try:
             return cls._of_json(found)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            first = str(error).splitlines()[0][:80]
-            raise UserError(f"sweep.json is damaged: {type(error).__name__}: {first}") from error
+            why = f"{type(error).__name__}: {first_line(error)[:80]}"
+            raise UserError(f"sweep.json is damaged: {why}") from error
 
     @classmethod
     def _of_json(cls, found: Mapping[str, Any]) -> "Plan":

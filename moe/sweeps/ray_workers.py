@@ -12,7 +12,7 @@ import socket
 import threading
 from typing import Any
 
-from moe.errors import UserError
+from moe.errors import UserError, first_line
 from moe.machine.signals import catching_signals
 from moe.sweeps.plan import Plan
 from moe.sweeps.record import SweepFolder
@@ -50,9 +50,9 @@ def connected(address: str) -> Any:
             address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"--ray={address}: no cluster answers ({first}); start one with `ray start --head`"
+            f"--ray={address}: no cluster answers ({first_line(error)}); start one with "
+            "`ray start --head`"
         ) from error
     return ray
 
@@ -122,4 +122,4 @@ def check(ray: Any, task: Any, say: Callable[[str], None]) -> None:
             raise error.cause from None
         raise
     except ray.exceptions.RayError as error:
-        say(f"a worker was lost: {str(error).strip().splitlines()[0]}")
+        say(f"a worker was lost: {first_line(error)}")

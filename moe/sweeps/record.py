@@ -107,7 +107,7 @@ class SweepFolder:
         """
         if not self.plan.exists():
             return None
-        found = read_json(self.plan)
+        found = received.read_json(self.plan)
         if not isinstance(found, dict) or "cells" not in found:
             raise UserError(f"{self.plan} describes no sweep; name another folder")
         if found.get("version") != VERSION:
@@ -123,7 +123,7 @@ class SweepFolder:
         """The rows of the trials that have ended, by name."""
         rows = {}
         for path in sorted(self.path.glob("trials/*/*/result.json")):
-            row = read_json(path)
+            row = received.read_json(path)
             check_row(row, path)
             rows[row["trial"]] = row
         return rows
@@ -139,9 +139,6 @@ class SweepFolder:
         curves = [self.trial(name).curves for name in names]
         write_atomically(self.curves, b"".join(p.read_bytes() for p in curves if p.exists()))
         return rows
-
-
-read_json = received.read_json
 
 
 def check_row(row: Any, where: Path) -> None:

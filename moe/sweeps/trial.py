@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from moe import received
 from moe.data.corpora.corpus import hash_position
-from moe.errors import UserError
+from moe.errors import UserError, first_line
 from moe.runs.restore import Restored, restore_run
 from moe.runs.storage.folder import RunFolder
 from moe.runs.storage.json_files import finite, write_json
 from moe.runs.train import train
-from moe.sweeps.record import Row, TrialFolder, as_lines, read_json, read_lines
+from moe.sweeps.record import Row, TrialFolder, as_lines, read_lines
 from moe.training.evaluate import Evaluation
 from moe.training.finite import TrainingDiverged
 from moe.training.metrics import load_scalars
@@ -48,7 +49,7 @@ def run(folder: TrialFolder, spec: RunSpec, score_by_training_rule: Scorer) -> i
     score_by_training_rule: the evaluation of a restored run in which routers decide as in training.
     """
     end_with(sys.stdin.fileno())
-    trial = read_json(folder.identity)
+    trial = received.read_json(folder.identity)
     summary = train(spec, str(folder.run))
     if summary.get("interrupted"):
         return INTERRUPTED
@@ -83,7 +84,7 @@ def measured(run: RunFolder, summary: dict[str, Any], tokens_per_step: int) -> R
             f"{len(documents)} held-out documents are too few: some are for tuning and others for "
             "reporting; raise TextData.validation_fraction or give more text"
         )
-    about = read_json(run.run)
+    about = received.read_json(run.run)
     tokens = summary["step"] * tokens_per_step
     return {
         "bits_per_byte": mean_bits(others),
@@ -156,7 +157,7 @@ def end_with(descriptor: int) -> None:
 
 def outcome_of(error: BaseException) -> tuple[str, str]:
     """The status and the reason of a trial that an error has ended."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    text = first_line(error)
     if isinstance(error, TrainingDiverged):
         return "diverged", text
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:

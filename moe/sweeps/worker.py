@@ -16,10 +16,11 @@ import sys
 import threading
 import time
 
+from moe import received
 from moe.errors import UserError
 from moe.runs.storage.json_files import write_json
 from moe.sweeps.plan import Plan, Trial
-from moe.sweeps.record import VERSION, Row, SweepFolder, TrialFolder, read_json
+from moe.sweeps.record import VERSION, Row, SweepFolder, TrialFolder
 from moe.sweeps.trial import INTERRUPTED
 
 ATTEMPTS = 2  # of a trial that crashes
@@ -106,11 +107,11 @@ class Worker:
         identity = identity_of(trial, self.plan)
         write_json(folder.identity, identity)
         folder.config.write_text(trial.text(), encoding="utf-8")
-        failed = read_json(folder.attempts) if folder.attempts.exists() else []
+        failed = received.read_json(folder.attempts) if folder.attempts.exists() else []
         while len(failed) < ATTEMPTS:
             code = self.process(trial, folder)
             if folder.result.exists():
-                return read_json(folder.result)
+                return received.read_json(folder.result)
             if self.stop.is_set():
                 return None
             outcome = outcome_of(folder, code)
@@ -180,7 +181,7 @@ def outcome_of(folder: TrialFolder, code: int) -> Row:
 
     code: the process's exit status, negative for a signal.
     """
-    found = read_json(folder.outcome) if folder.outcome.exists() else None
+    found = received.read_json(folder.outcome) if folder.outcome.exists() else None
     if found is not None:
         busy = " is in use by " in found["reason"]
         return found | ({"status": "busy"} if busy else {})

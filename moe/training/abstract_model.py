@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe.data.tokens.tokenizer import Tokenizer
-from moe.errors import UserError
+from moe.errors import UserError, first_line
 from moe.model import flops, functional
 from moe.model.functional import Arrays, Graph
 from moe.model.transformer import Transformer
@@ -129,7 +129,8 @@ def abstract_model(
         shape = (batch_size, sequence_length)
         decision = _decision(graph, shapes, shape)
     except ValueError as error:
-        raise UserError(_first_line(error)) from error
+        # gin appends the call stack to a message.
+        raise UserError(first_line(error)) from error
     costs = flops.costs(module, decision, sequence_length)
     num_bytes_2V = vocabulary.num_bytes_2V
     if num_bytes_2V is None:
@@ -152,11 +153,6 @@ def kind_of(module: Transformer, decision: Decision | None) -> str:
     return {SoftSlots: metrics.SOFT, ExpertMerge: metrics.MERGED}.get(
         type(decision), metrics.CHOICES
     )
-
-
-def _first_line(error: Exception) -> str:
-    """The first line of a message: gin appends the call stack to it."""
-    return str(error).strip().splitlines()[0]
 
 
 def _decision(graph: Graph, shapes, shape: tuple[int, int]) -> Decision | None:

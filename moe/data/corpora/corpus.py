@@ -28,7 +28,7 @@ from moe.data.corpora.files import (
     refuse_bomb,
 )
 from moe.data.corpora.walk import NULL, LeftOut, Paths, find_files, left_out_lines
-from moe.errors import UserError, nearest
+from moe.errors import UserError, first_line, nearest
 from routing.ranges import Size
 
 JSON_SUFFIXES = (".jsonl", ".json")
@@ -194,14 +194,15 @@ class Parquet(_Files):
         try:
             size = path.stat().st_size
             # A text that is repeated is held once: a thousand rows may be one of 100 MB.
-            columns = parquet.read_schema(path).names
+            about = parquet.read_metadata(path)
+            columns = about.schema.to_arrow_schema().names
             if self.column not in columns:
                 hint = nearest(self.column, columns) or f"; it has {', '.join(columns)}"
                 raise UserError(f"{path}: no column {self.column!r}{hint}")
-            with parquet.ParquetFile(path, read_dictionary=[self.column]) as table:
-                about = table.metadata
-                groups = [about.row_group(i) for i in range(about.num_row_groups)]
-                refuse_bomb(path, size, sum(group.total_byte_size for group in groups))
+            groups = [about.row_group(i) for i in range(about.num_row_groups)]
+            refuse_bomb(path, size, sum(group.total_byte_size for group in groups))
+            dictionary = {"metadata": about, "read_dictionary": [self.column]}
+            with parquet.ParquetFile(path, **dictionary) as table:
                 unpacked = 0
                 for batch in table.iter_batches(1000, columns=[self.column]):
                     for value in batch.column(0):
@@ -212,8 +213,9 @@ class Parquet(_Files):
         except UserError:
             raise
         except (pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{path}: not a Parquet file that can be read: {first}") from error
+            raise UserError(
+                f"{path}: not a Parquet file that can be read: {first_line(error)}"
+            ) from error
 
 
 @gin.configurable

@@ -82,8 +82,8 @@ def refuse_bomb(path: Path, packed: int, unpacked: int) -> None:
 def document(file: IO[bytes], path: Path) -> bytes:
     """All of an open file; UserError where it is longer than MOST_DOCUMENT."""
     # A sparse file of a terabyte takes no room: it is not read to find out.
-    data = b"" if _size_of(file) > MOST_DOCUMENT else file.read(MOST_DOCUMENT + 1)
-    if (not data and _size_of(file) > MOST_DOCUMENT) or len(data) > MOST_DOCUMENT:
+    longer = _size_of(file) > MOST_DOCUMENT
+    if longer or len(data := file.read(MOST_DOCUMENT + 1)) > MOST_DOCUMENT:
         raise UserError(f"{path}: a document has at most {MOST_DOCUMENT:,} bytes; split it")
     return data
 

@@ -12,7 +12,7 @@ import gin
 from moe.data.corpora.corpus import Document, hashed_hold_out
 from moe.data.corpora.files import checked_text
 from moe.data.corpora.walk import NULL, LeftOut, left_out_lines, nearest_path
-from moe.errors import UserError, nearest
+from moe.errors import UserError, first_line, nearest
 
 
 @gin.configurable
@@ -116,7 +116,6 @@ class HuggingFaceDataset:
     def _unreadable(self, error: BaseException) -> UserError:
         while error.__cause__ is not None:
             error = error.__cause__
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         folder = Path(os.path.expanduser(self.path))
         hint = "" if folder.exists() else nearest_path(folder)
-        return UserError(f"the data set {self.path!r} can't be read: {first}{hint}")
+        return UserError(f"the data set {self.path!r} can't be read: {first_line(error)}{hint}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from moe.data.corpora.walk import nearest_path
-from moe.errors import UserError
+from moe.errors import UserError, first_line
 
 PIECE = 1 << 22  # tokens that are read at a time
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
@@ -80,8 +80,7 @@ def mapped(path: Path, dtype: str) -> np.ndarray:
         else:
             array = np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r")
     except Exception as error:  # a header is an expression: it fails in many ways
-        first = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"{path}: not a file of tokens: {first}") from None
+        raise UserError(f"{path}: not a file of tokens: {first_line(error)[:160]}") from None
     if array.ndim != 1 or array.dtype.kind not in "ui" or not len(array):
         raise UserError(
             f"{path} holds {array.dtype} of shape {array.shape}; it must be tokens (N,), integers"

@@ -16,7 +16,6 @@ from moe.errors import UserError
 
 MOST_GROWTH = 64  # of a text by a tokenizer's replacements
 
-
 _held = threading.Lock()  # a second thread does without
 
 
@@ -75,10 +74,10 @@ def refuse_growth(record: Any, path: Path) -> None:
 def growth(part: Any) -> float:
     """How many times longer the replacements within a part may make a text, at most."""
     if isinstance(part, list):
-        return min(float(product(map(growth, part))), 1e30)
+        return product(map(growth, part))
     if not isinstance(part, dict):
         return 1.0
-    inner = min(product(map(growth, part.values())), 1e30)
+    inner = product(map(growth, part.values()))
     content, pattern = part.get("content"), part.get("pattern")
     if not isinstance(content, str) or not isinstance(pattern, dict):
         return inner

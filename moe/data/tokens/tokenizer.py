@@ -24,7 +24,7 @@ from moe.data.corpora.walk import nearest_path
 from moe.data.tokens.cache import passages, seldom
 from moe.data.tokens.rust import quiet_panics, refuse_growth
 from moe.data.tokens.sealed import read_sealed, write_atomically, write_sealed
-from moe.errors import UserError, nearest
+from moe.errors import UserError, first_line, nearest
 from routing.ranges import Count
 
 DOCUMENT_TOKEN = "<|document|>"
@@ -314,8 +314,7 @@ def _subwords(content: bytes, path: Path, document_token: str) -> SubwordTokeniz
     except UserError:
         raise
     except Exception as error:  # the library raises bare Exceptions
-        first = (str(error).splitlines() or [""])[0][:160]
-        raise UserError(f"{path}: not a tokenizer.json: {first}") from None
+        raise UserError(f"{path}: not a tokenizer.json: {first_line(error)[:160]}") from None
     known = len(found)
     if found.vocab_size > MOST_GAPS * (known + 1000):
         raise UserError(
