@@ -70,5 +70,5 @@ def test_one_beam_finds_a_text_and_its_own_probability():
 
 
 def test_beyond_the_context_it_says_so():
-    with pytest.raises(UserError, match="at most 5 are within"):
+    with pytest.raises(UserError, match="at most 5 more are within it"):
         BeamSearch()(decoder("top_k"), PROMPT, END, tokens=9, context=8)

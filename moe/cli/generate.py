@@ -34,7 +34,7 @@ def run(flags) -> int:
         raise UserError("--beams=N prints N texts; leave out --draft and --count")
     how = _beams if flags.beams else _drafted if flags.draft else _plain
     found = how(restored, prompts, sampling, flags)
-    others = found.pop("more")
+    others = found["texts"][1:]
     print(printable("".join("\n" + "-" * 80 + "\n" + text for text in others)))
     if "held" in found:
         _report(found, flags.ahead)
@@ -55,17 +55,15 @@ def _plain(restored: Restored, prompts: list[str], sampling: Sampling, flags):
     return {
         "texts": [text.text for text in found],
         "log_probs": [list(text.log_probs) for text in found],
-        "more": [text.text for text in found[1:]],
     }
 
 
 def _beams(restored: Restored, prompts: list[str], sampling: Sampling, flags):
     """The likeliest texts; how tokens would be drawn says nothing here."""
-    context = flags.context or restored.model.sequence_length
-    check(restored.model, context)
+    context = _context(restored, flags)
     if why := reason_to_recompute(restored.model.module):
         raise UserError(f"beams need a cache, which this model has not: {why}")
-    decoder = Decoder(restored.model.graph, restored.params, restored.router_state)
+    decoder = _decoder(restored)
     tokenizer = restored.tokenizer
     (ids,) = tokenizer.encode_batch(prompts)
     end = tokenizer.document_id
@@ -77,15 +75,13 @@ def _beams(restored: Restored, prompts: list[str], sampling: Sampling, flags):
         "texts": texts,
         "log_probs": [hypothesis.log_prob for hypothesis in found],
         "scores": [hypothesis.score for hypothesis in found],
-        "more": texts[1:],
     }
 
 
 def _drafted(restored: Restored, prompts: list[str], sampling: Sampling, flags):
-    context = flags.context or restored.model.sequence_length
-    check(restored.model, context)
+    context = _context(restored, flags)
     speculator = Speculator(
-        Decoder(restored.model.graph, restored.params, restored.router_state),
+        _decoder(restored),
         restored.tokenizer,
         context,
         _draft(restored, sampling, context, flags),
@@ -98,7 +94,6 @@ def _drafted(restored: Restored, prompts: list[str], sampling: Sampling, flags):
         "steps": found.steps,
         "held": found.held,
         "experts": found.experts,
-        "more": found.texts[1:],
     }
 
 
@@ -114,7 +109,18 @@ def _draft(restored: Restored, sampling: Sampling, context: int, flags) -> Draft
     if ours != theirs:
         raise UserError(f"--draft={flags.draft} has another tokenizer than {flags.workdir}")
     check(small.model, context)
-    return ModelDraft(Decoder(small.model.graph, small.params, small.router_state), sampling)
+    return ModelDraft(_decoder(small), sampling)
+
+
+def _context(restored: Restored, flags) -> int:
+    """The most tokens of a text; UserError where the model can't continue one, or not so long."""
+    context = flags.context or restored.model.sequence_length
+    check(restored.model, context)
+    return context
+
+
+def _decoder(restored: Restored) -> Decoder:
+    return Decoder(restored.model.graph, restored.params, restored.router_state)
 
 
 def _report(found: dict[str, Any], ahead: int) -> None:

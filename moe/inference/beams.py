@@ -6,14 +6,15 @@ W beams, N tokens of a continuation, V vocabulary.
 from collections.abc import Callable
 import dataclasses
 import heapq
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from moe.errors import UserError
 from moe.inference.decoder import Decoder
+from moe.inference.generate import bucket, check_room, padded
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -23,6 +24,17 @@ class Hypothesis:
     score: float
     tokens: tuple[int, ...]
     log_prob: float
+
+
+class Beam(NamedTuple):
+    """A text on its way: its log-probability, tokens, and the row that it goes on from."""
+
+    total: float
+    text: tuple[int, ...]
+    parent: int
+
+
+NO_BEAM = Beam(-np.inf, (0,), 0)  # in a row without a text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +58,7 @@ class BeamSearch:
         *,
         tokens: int,
         context: int,
-        say: Callable[[int], None] = lambda step: None,
+        say: Callable[[int], None] = lambda length: None,
     ) -> list[Hypothesis]:
         """The best continuations of a prompt, best first; at most W, each of at most N tokens.
 
@@ -56,69 +68,66 @@ class BeamSearch:
             end: the token that ends a text; a hypothesis doesn't list it.
             tokens: N.
             context: the most tokens of a text.
-            say: is told of each step.
+            say: is told of each length.
 
         Raises:
             UserError: the text would be longer than the context.
         """
-        length = len(prompt)
-        if length + tokens > context:
-            raise UserError(
-                f"a prompt of {length} tokens and {tokens} more are beyond the context of "
-                f"{context}, where beams do not go; at most {max(0, context - length)} are within"
-            )
-        logits_1V, caches = decoder.prefill(
-            np.asarray([prompt]), np.asarray([length], np.int32), length + tokens
-        )
-        caches = jax.tree.map(lambda a: jnp.repeat(a, self.beams, 0), caches)
-        logits_WV = jnp.repeat(logits_1V, self.beams, 0)
+        check_room(len(prompt), tokens, context)
+        logits_WV, caches = self._started(decoder, prompt, len(prompt) + tokens, context)
         # All beams are the same text as yet: the first alone has candidates.
-        total_W = np.where(np.arange(self.beams) == 0, 0.0, -np.inf)
-        texts: list[tuple[int, ...]] = [()] * self.beams
-        done: list[Hypothesis] = []
-        for step in range(tokens):
-            say(step)
-            total_C, parent_C, token_C = map(np.asarray, _candidates(logits_WV, total_W))
-            kept: list[tuple[float, int, int]] = []
-            for total, parent, token in zip(
-                total_C.tolist(), parent_C.tolist(), token_C.tolist(), strict=True
-            ):
-                if not np.isfinite(total):
-                    continue
-                if token == end:
-                    score = total / self.length_penalty(step + 1)
-                    done.append(Hypothesis(score, texts[parent], total))
-                elif len(kept) < self.beams:
-                    kept.append((total, parent, token))
-            done = heapq.nlargest(self.beams, done)
-            # No probability is above 1, so that a text's total never rises.
-            best = max((total for total, _, _ in kept), default=-np.inf)
-            if not kept or self._settled(done, best, tokens):
-                texts = []
-                break
-            kept += [(-np.inf, 0, 0)] * (self.beams - len(kept))  # rows without a text
-            texts = [(*texts[parent], token) for _, parent, token in kept]
-            total_W = np.asarray([total for total, _, _ in kept])
-            if step + 1 == tokens:
-                break
-            parent_W = np.asarray([parent for _, parent, _ in kept])
-            caches = jax.tree.map(lambda a, rows=parent_W: a[rows], caches)
-            token_W = np.asarray([token for *_, token in kept], np.int32)
-            at_W = np.full(self.beams, length + step, np.int32)
-            logits_WV, caches, _ = decoder.step(caches, token_W, at_W)
-        unended = {
-            Hypothesis(total / self.length_penalty(tokens), text, total)
-            for text, total in zip(texts, total_W.tolist(), strict=False)
-            if np.isfinite(total)
-        }
-        return heapq.nlargest(self.beams, [*done, *unended])
+        beams, done = [Beam(0.0, (), 0)], []
+        for length in range(1, tokens + 1):
+            say(length)
+            ended, beams = self._grown(logits_WV, beams, end)
+            done = heapq.nlargest(self.beams, [*done, *(self._scored(b, length) for b in ended)])
+            if not beams or self._settled(done, beams[0].total, tokens):
+                return done
+            if length < tokens:
+                rows = [*beams, *[NO_BEAM] * (self.beams - len(beams))]
+                parent_W = np.asarray([beam.parent for beam in rows])
+                caches = jax.tree.map(lambda a, parents=parent_W: a[parents], caches)
+                token_W = np.asarray([beam.text[-1] for beam in rows], np.int32)
+                at_W = np.full(self.beams, len(prompt) + length - 1, np.int32)
+                logits_WV, caches, _ = decoder.step(caches, token_W, at_W)
+        return heapq.nlargest(self.beams, [*done, *(self._scored(b, tokens) for b in beams)])
+
+    def _started(self, decoder: Decoder, prompt: list[int], slots: int, context: int):
+        """The logits (W, V) that follow the prompt, W times the same, and the cache."""
+        logits_1V, caches = decoder.prefill(*padded([prompt], context), bucket(slots))
+        return jax.tree.map(lambda a: jnp.repeat(a, self.beams, 0), (logits_1V, caches))
+
+    def _grown(
+        self, logits_WV: Float[Array, "W V"], beams: list[Beam], end: int
+    ) -> tuple[list[Beam], list[Beam]]:
+        """The texts that end with the next token, and the W likeliest that don't, best first."""
+        total_W = np.full(self.beams, -np.inf)
+        total_W[: len(beams)] = [beam.total for beam in beams]
+        found = [a.tolist() for a in map(np.asarray, _candidates(logits_WV, total_W))]
+        ended, grown = [], []
+        for total, parent, token in zip(*found, strict=True):
+            if not np.isfinite(total):
+                continue
+            text = beams[parent].text
+            if token == end:
+                ended.append(Beam(total, text, parent))
+            elif len(grown) < self.beams:
+                grown.append(Beam(total, (*text, token), parent))
+        return ended, grown
+
+    def _scored(self, beam: Beam, length: int) -> Hypothesis:
+        return Hypothesis(beam.total / self.length_penalty(length), beam.text, beam.total)
 
     def length_penalty(self, length: int) -> float:
         """What the log-probability of so many tokens is divided by."""
         return ((5 + length) / 6) ** self.alpha
 
     def _settled(self, done: list[Hypothesis], best: float, tokens: int) -> bool:
-        """Whether no text that goes on can come before those that have ended."""
+        """Whether no text that goes on can come before those that have ended.
+
+        No probability is above 1, so that a text's total, of which `best` is the largest, never
+        rises.
+        """
         return len(done) == self.beams and done[-1].score >= best / self.length_penalty(tokens)
 
 

@@ -110,7 +110,7 @@ class Generator:
         log_prob_BN = np.stack([step.log_prob_B for step in drawn], axis=1)
         found = []
         for prompt, token_N, log_prob_N in zip(ids, token_BN, log_prob_BN, strict=True):
-            new = _until(token_N, self.tokenizer.document_id)
+            new = until(token_N.tolist(), self.tokenizer.document_id)
             text = self.tokenizer.decode([*prompt, *new])
             found.append(Continuation(text, tuple(new), tuple(log_prob_N[: len(new)].tolist())))
         return found
@@ -133,7 +133,7 @@ class Generator:
                 found = self._pass_and_draw(*chosen, *self._values, window_BT, length_B)
                 token_B, log_prob_B, held_BV = found
             elif caches is None:
-                slots = min(_bucket(longest + tokens), self.context)
+                slots = min(bucket(longest + tokens), self.context)
                 window_BT, length_B = self._windows(texts)
                 logits_BV, caches = self._decoder.prefill(window_BT, length_B, slots)
                 token_B, log_prob_B, held_BV = self._draw(*chosen, logits_BV)
@@ -153,12 +153,7 @@ class Generator:
 
     def _windows(self, texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         """The last T tokens (B, T) of each text, filled up with zeros, and their number (B,)."""
-        windows = [text[-self.context :] for text in texts]
-        length = min(_bucket(max(map(len, windows))), self.context)
-        window_BT = np.zeros((len(texts), length), np.int32)
-        for row_T, window in zip(window_BT, windows, strict=True):
-            row_T[: len(window)] = window
-        return window_BT, np.asarray([len(window) for window in windows], np.int32)
+        return padded([text[-self.context :] for text in texts], self.context)
 
     def _held(self, texts: list[list[int]]) -> np.ndarray:
         """The tokens that each text holds: bool (B, V)."""
@@ -218,14 +213,37 @@ def check(model: AbstractModel, context: int) -> None:
         )
 
 
-def _bucket(length: int) -> int:
+def padded(texts: Sequence[Sequence[int]], most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Texts (B, T), filled up with zeros, and their numbers of tokens (B,).
+
+    T has few values, for each of which programs are compiled. most: the largest.
+    """
+    length = min(bucket(max(map(len, texts))), most)
+    token_BT = np.zeros((len(texts), length), np.int32)
+    for row_T, text in zip(token_BT, texts, strict=True):
+        row_T[: len(text)] = text
+    return token_BT, np.asarray([len(text) for text in texts], np.int32)
+
+
+def check_room(prompt: int, tokens: int, context: int) -> None:
+    """Raise UserError where a prompt and so many tokens more are beyond the context."""
+    if prompt + tokens > context:
+        raise UserError(
+            f"a prompt of {prompt} tokens and {tokens} more are beyond the context of {context}, "
+            f"where drafts and beams do not go; at most {max(0, context - prompt)} more are within "
+            "it"
+        )
+
+
+def until(tokens: Sequence[int], end: int) -> list[int]:
+    """The tokens before the first `end`."""
+    tokens = list(tokens)
+    return tokens[: tokens.index(end)] if end in tokens else tokens
+
+
+def bucket(length: int) -> int:
     """The smallest power of two that is at least `length`, from `SHORTEST`."""
     return max(SHORTEST, 1 << (length - 1).bit_length())
-
-
-def _until(token_N: np.ndarray, end: int) -> list[int]:
-    ends = np.flatnonzero(token_N == end)
-    return token_N[: ends[0]].tolist() if len(ends) else token_N.tolist()
 
 
 def _draw(sampling: Sampling, key_B, number, held_BV, logits_BV):

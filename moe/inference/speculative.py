@@ -19,7 +19,7 @@ from moe.data.tokens.tokenizer import Tokenizer
 from moe.errors import UserError
 from moe.inference.decoder import Caches, Decoder, reason_to_go_one_by_one
 from moe.inference.drafts import Draft
-from moe.inference.generate import Pieces
+from moe.inference.generate import Pieces, bucket, check_room, padded, until
 from moe.inference.sampling import Sampling
 
 
@@ -96,9 +96,9 @@ class Speculator:
         ids = self._tokenizer.encode_batch(list(prompts))
         texts = [[end, *prompt] for prompt in ids]
         starts = [len(text) for text in texts]
-        self._check_room(max(starts), tokens)
+        check_room(max(starts), tokens, self._context)
         pieces = Pieces(self._tokenizer, ids[0], say)
-        logits_BV, caches = self._started(texts, max(starts) + tokens + self._ahead + 1)
+        logits_BV, caches = self._started(texts, bucket(max(starts) + tokens + self._ahead + 1))
         self._add(texts, [[t] for t in np.asarray(self._first(logits_BV, key)).tolist()], pieces)
         steps, held, experts = 0, [], []
         while any(live := self._live(texts, starts, tokens)):
@@ -112,7 +112,7 @@ class Speculator:
                 held += [int(count_B[i])] if goes_on else []
             self._add(texts, new, pieces)
         pieces.finish()
-        new = [_until(text[start:], end) for text, start in zip(texts, starts, strict=True)]
+        new = [until(text[start:], end) for text, start in zip(texts, starts, strict=True)]
         return Speculated(
             [self._tokenizer.decode([*p, *n]) for p, n in zip(ids, new, strict=True)],
             new,
@@ -121,20 +121,9 @@ class Speculator:
             np.mean(experts, axis=0).tolist() if experts else [],
         )
 
-    def _check_room(self, longest: int, tokens: int) -> None:
-        if longest + tokens > self._context:
-            raise UserError(
-                f"a prompt of {longest} tokens and {tokens} more are beyond the context of "
-                f"{self._context}, where a draft does not serve; at most "
-                f"{max(0, self._context - longest)} more are within it"
-            )
-
     def _started(self, texts: list[list[int]], slots: int):
         """The logits (B, V) that follow the prompts, and the cache; the draft begins, too."""
-        length_B = np.asarray([len(text) for text in texts], np.int32)
-        prompt_BT = np.zeros((len(texts), length_B.max()), np.int32)
-        for row_T, text in zip(prompt_BT, texts, strict=True):
-            row_T[: len(text)] = text
+        prompt_BT, length_B = padded(texts, self._context)
         self._draft.start(prompt_BT, length_B, slots, self._ahead)
         return self._decoder.prefill(prompt_BT, length_B, slots, self._ahead)
 
@@ -212,7 +201,3 @@ def _accepted(sampling: Sampling, logits_BTV, prob_BAV, token_BA, key):
     q_BAV = jax.nn.one_hot(token_BA, vocabulary) if prob_BAV is None else prob_BAV
     count_B, next_B = accepted(p_BTV, q_BAV, jnp.asarray(token_BA), key)
     return count_B, next_B, logits_BTV.argmax(-1)
-
-
-def _until(tokens: list[int], end: int) -> list[int]:
-    return tokens[: tokens.index(end)] if end in tokens else tokens
