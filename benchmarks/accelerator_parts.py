@@ -102,7 +102,7 @@ def matmuls(small: bool, shape: str) -> Iterator[dict]:
         return jnp.einsum("esf,efd->esd", hidden_ESF, down_EFD).reshape(N, D)
 
     def grouped(x_ND, up_EDF, gate_EDF, down_EFD, count_E, kernel):
-        arguments = ((up_EDF, gate_EDF), down_EFD, count_E, gated, kernel)
+        arguments = (jnp.ones(len(x_ND)), (up_EDF, gate_EDF), down_EFD, count_E, gated, kernel)
         return grouped_matmul.grouped_feed_forward(x_ND, *arguments)
 
     ways: dict[str, Callable] = {"dense": dense, "batched": batched}

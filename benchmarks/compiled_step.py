@@ -18,7 +18,7 @@ import time
 
 from moe.planning import wheels
 
-os.environ |= wheels.environment()
+os.environ |= wheels.environment(gpu=True)
 
 
 from layers.logical_axes import sharding_rules

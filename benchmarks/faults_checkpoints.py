@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 
+from campaigns import tell
 import jax
 import jax.numpy as jnp
 
@@ -143,10 +144,7 @@ def main() -> None:
             "megabytes": given.megabytes,
             "seconds": costs(folder / "costs" / "checkpoints", given.megabytes),
         }
-    text = json.dumps(result, indent=2) + "\n"
-    print(text)
-    if given.out:
-        given.out.write_text(text, encoding="utf-8")
+    tell(result, given.out)
 
 
 if __name__ == "__main__":

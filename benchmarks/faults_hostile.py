@@ -8,13 +8,10 @@ no file outside of the output be changed, and no error be more than a line.
 
 import argparse
 import collections
-import json
-import os
 from pathlib import Path
 import sys
-import tempfile
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from campaigns import prepared, tell
 import hostile
 import hostile_data
 import hostile_runs
@@ -48,13 +45,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        os.environ["MOE_CACHE"] = str(Path(temporary, "cache"))
-        result = campaign(Path(temporary))
-    text = json.dumps(result, indent=2) + "\n"
-    print(text)
-    if given.out:
-        given.out.write_text(text, encoding="utf-8")
+    with prepared() as folder:
+        result = campaign(folder)
+    tell(result, given.out)
     sys.exit(bool(result["faults"]))
 
 

@@ -17,36 +17,26 @@ from pathlib import Path
 import random
 import signal
 import sys
-import tempfile
 import time
 
 # No device is touched before the fork.
+from campaigns import prepared, tell
 import grain
 import numpy as np
 import orbax.checkpoint as ocp
+import tiny
 import tokenizers
 
 from moe.cli import config
 from moe.cli import main as cli
-from moe.machine import hardware, xla_flags
+from moe.machine import hardware
 from moe.runs import train
 from moe.runs.storage import manifest
 
 IMPORTED = grain, tokenizers, config, train
 CONFIG = """
-train.data = @TextData()
-TextData.corpus = @TextFiles()
+include 'tiny.gin'
 TextFiles.paths = {text!r}
-TextData.tokenizer = @Bytes()
-train.model = @Transformer
-Transformer.d_model = 16
-Transformer.num_layers = 2
-Transformer.num_heads = 2
-Transformer.moe = @MoELayer
-MoELayer.num_experts = 4
-MoELayer.d_ff = 16
-MoELayer.router = @TopK
-TopK.k = 2
 TopK.losses = ()
 TopK.balancer = @BiasBalancer
 train.optimizer = @AdamW()
@@ -55,13 +45,9 @@ SkipBadSteps.sigmas = 3.0
 SkipBadSteps.window = 4
 SkipBadSteps.most = 1000
 train.steps = {steps}
-train.batch_size = 4
-train.sequence_length = 32
-train.log_every = 1
 train.save_every = 3
 train.eval_every = 10
 train.eval_bytes = 500
-train.prompts = ()
 train.artifacts = False
 """
 SPEED = ("speed/", "step_seconds")
@@ -72,14 +58,9 @@ class Campaign:
 
     def __init__(self, folder: Path, steps: int, more: tuple[str, ...] = ()):
         self.folder, self.log = folder, folder / "log.txt"
-        draw = random.Random(0)
-        words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(60)]
-        (folder / "text").mkdir()
-        for i in range(30):
-            text = " ".join(draw.choices(words, k=60)) + "\n"
-            (folder / "text" / f"{i:02}.txt").write_text(text, encoding="utf-8")
+        (folder / "tiny.gin").write_text(tiny.BASE, encoding="utf-8")
         self.config = folder / "run.gin"
-        given = CONFIG.format(text=str(folder / "text"), steps=steps)
+        given = CONFIG.format(text=str(tiny.corpus(folder / "text")), steps=steps)
         names = tuple(setting.split(" = ")[0] + " =" for setting in more)
         kept = [line for line in given.splitlines() if not line.startswith(names)] if more else []
         given = "\n".join([*kept, *more, ""]) if more else given
@@ -223,15 +204,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--most_seconds", type=float, default=1e9)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        os.environ["MOE_CACHE"] = str(Path(temporary, "cache"))
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        os.environ["XLA_FLAGS"] = " ".join(xla_flags.flags(devices=1))
-        result = campaign(Path(temporary), given.kills, given.steps, given.most_seconds)
-    text = json.dumps(result, indent=2) + "\n"
-    print(text)
-    if given.out:
-        given.out.write_text(text, encoding="utf-8")
+    with prepared() as folder:
+        result = campaign(folder, given.kills, given.steps, given.most_seconds)
+    tell(result, given.out)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ import os
 from pathlib import Path
 import shutil
 import socket
-import tempfile
 import time
 from typing import Any
 
+from campaigns import prepared, tell
 from faults_kills import Campaign, ended, forked, same
 import jax
 import numpy as np
@@ -232,20 +232,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--steps", type=int, default=50)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        os.environ["MOE_CACHE"] = str(folder / "cache")
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        os.environ["XLA_FLAGS"] = " ".join(xla_flags.flags(devices=1))
+    with prepared() as folder:
         runs = Campaign(folder, given.steps)
         result = {
             "meshes": timed(from_place_to_place, runs),
             "every_step": timed(at_every_step, runs),
         }
-    text = json.dumps(result, indent=2) + "\n"
-    print(text)
-    if given.out:
-        given.out.write_text(text, encoding="utf-8")
+    tell(result, given.out)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Runs that are struck at named points, raced for, or have filled a disk.
 
-    python benchmarks/faults_runs.py [points races disk] --out OUT.json
+    python benchmarks/faults_runs.py [points signals races disk] --out OUT.json
 
 Each run that is struck is continued by the same command; once it ends it is compared with an
 uninterrupted one, bit for bit: curve, routing, kept checkpoints, scores and final weights. Parts:
 
     points   20 SIGKILLs at each named point of `fault_points.py`; the best checkpoint stays
+    signals  20 SIGTERMs in each phase, from imports to results
     races    two processes that start together on one folder, 50 times
     disk     a disk that is full from a random moment on, 20 times: a small tmpfs for the superuser,
              and a limit on the size of files for others
@@ -22,16 +23,15 @@ import resource
 import shutil
 import signal
 import subprocess
-import tempfile
+import sys
 import threading
 import time
 
 # No device is touched before the fork.
+from campaigns import prepared, tell
 import fault_points
 from faults_kills import Campaign, ended, same
-import jax
-
-from moe.machine import xla_flags
+import tiny
 
 STEPS = 12
 # The held-out loss goes up and down, so that the best checkpoint is none of the last.
@@ -152,6 +152,49 @@ def points(folder: Path, each: int, draw: random.Random) -> dict:
     return {"kills": counts, **runs.found()}
 
 
+def signals(folder: Path, each: int, draw: random.Random) -> dict:
+    """SIGTERM so many times in each phase: each has to be gone in 30 s, with its state saved."""
+    runs, counts, slowest = Runs(folder), {}, {}
+    for _ in range(each):
+        seconds = stopped_early(runs, draw.uniform(0.4, 2))
+        slowest["imports"] = max(seconds, slowest.get("imports", 0))
+    counts["imports"] = each
+    for phase, point in fault_points.STOPS.items():
+        count, slowest[phase] = 0, 0.0
+        while count < each:
+            once = point in (*fault_points.ONCE, *fault_points.AT_THE_END)
+            nth, delay = 1 if once else draw.randint(1, 3), draw.uniform(0, 0.2)
+            began = time.monotonic()
+            status = runs.struck(
+                fault_points.at(point, nth, signal.SIGTERM, delay=delay), f"{phase} {nth}"
+            )
+            assert status in (0, 128 + signal.SIGTERM), runs.runs.log.read_text()[-2000:]
+            if status:
+                count += 1
+                slowest[phase] = max(slowest[phase], time.monotonic() - began)
+        counts[phase] = count
+        print(f"{phase}: {count} times told to stop", flush=True)
+    runs.end()
+    assert max(slowest.values()) < 30, slowest
+    rounded = {phase: round(seconds, 2) for phase, seconds in slowest.items()}
+    return {"signals": counts, "slowest_seconds_of_a_process": rounded, **runs.found()}
+
+
+def stopped_early(runs: Runs, after: float) -> float:
+    """The seconds that a process of its own takes which gets SIGTERM while it imports."""
+    words = [sys.executable, "-m", "moe", "train", f"--gin_file={runs.runs.config}"]
+    with runs.runs.log.open("ab") as log:
+        began = time.monotonic()
+        child = subprocess.Popen(
+            [*words, f"--workdir={runs.run}"], stdout=log, stderr=log, env=tiny.environment()
+        )
+        time.sleep(after)
+        child.terminate()
+        status = child.wait(30)
+    assert status == 128 + signal.SIGTERM, (status, after, runs.runs.log.read_text()[-2000:])
+    return time.monotonic() - began
+
+
 def races(folder: Path, number: int, draw: random.Random) -> dict:
     """Two processes that begin at the same time."""
     runs = Runs(folder, 3, ("train.eval_every = None",))
@@ -267,17 +310,7 @@ def disk(folder: Path, number: int, draw: random.Random) -> dict:
     return {"how": how, "statuses": statuses, "tracebacks": pages, **runs.found()}
 
 
-PARTS = {"points": (points, 20), "races": (races, 50), "disk": (disk, 20)}
-
-
-def prepare(folder: Path) -> None:
-    """One device, and caches in a folder, for all processes that are forked."""
-    os.environ["MOE_CACHE"] = str(folder / "cache")
-    os.environ["XLA_FLAGS"] = " ".join(xla_flags.flags(devices=1))
-    # JAX is imported: the environment would not tell it of the cache any more.
-    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+PARTS = {"points": (points, 20), "signals": (signals, 20), "races": (races, 50), "disk": (disk, 20)}
 
 
 def main() -> None:
@@ -286,18 +319,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--number", type=int, help="of faults (at each point, in each phase)")
     given, result = parser.parse_args(), {}
-    with tempfile.TemporaryDirectory() as temporary:
-        prepare(Path(temporary))
+    with prepared() as temporary:
         for name in given.parts or PARTS:
             part, usual = PARTS[name]
-            folder, began = Path(temporary, name), time.monotonic()
+            folder, began = temporary / name, time.monotonic()
             folder.mkdir()
             result[name] = part(folder, given.number or usual, random.Random(0))
             result[name]["minutes"] = round((time.monotonic() - began) / 60, 1)
-            text = json.dumps(result, indent=2) + "\n"
-            if given.out:  # after each part
-                given.out.write_text(text, encoding="utf-8")
-    print(text)
+            tell(result, given.out)
 
 
 if __name__ == "__main__":

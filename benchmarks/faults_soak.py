@@ -9,19 +9,18 @@ command follows. Each run that ends is compared with an uninterrupted one, bit f
 import argparse
 import collections
 from collections.abc import Callable
-import json
 import os
 from pathlib import Path
 import random
 import shutil
 import signal
-import tempfile
 import time
 
 # No device is touched before the fork.
+from campaigns import prepared, tell
 import fault_points
 from faults_kills import ended, killed
-from faults_runs import Runs, no_larger_files, prepare
+from faults_runs import Runs, no_larger_files
 
 
 class Soak(Runs):
@@ -71,7 +70,8 @@ class Soak(Runs):
     def damage_a_checkpoint(self) -> int:
         """One bit of the newest checkpoint, or the end of one of its files, if it has another."""
         steps = [p for p in (self.run / "checkpoints").glob("*") if p.name.isdecimal()]
-        if len(steps) < 2:
+        complete = (self.run / "summary.json").exists()  # its command reads no checkpoint
+        if len(steps) < 2 or complete:
             return self.kill_at_a_point()
         newest = max(steps, key=lambda path: int(path.name))
         files = sorted(path for path in newest.rglob("*") if path.is_file())
@@ -133,13 +133,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        prepare(Path(temporary))
-        result = soak(Path(temporary), given.minutes, random.Random(given.seed))
-    text = json.dumps(result, indent=2) + "\n"
-    print(text)
-    if given.out:
-        given.out.write_text(text, encoding="utf-8")
+    with prepared() as folder:
+        result = soak(folder, given.minutes, random.Random(given.seed))
+    tell(result, given.out)
 
 
 if __name__ == "__main__":

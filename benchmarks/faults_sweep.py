@@ -15,37 +15,18 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
-from moe.machine import xla_flags
+from campaigns import prepared, tell
+import tiny
+
 from moe.sweeps.record import SweepFolder
 
-CONFIG = """
-train.data = @TextData()
-TextData.corpus = @TextFiles()
-TextFiles.paths = {text!r}
-TextData.tokenizer = @Bytes()
-TextData.validation_fraction = 0.3
-train.model = @Transformer
-Transformer.d_model = 16
-Transformer.num_layers = 2
-Transformer.num_heads = 2
-Transformer.moe = @MoELayer
-MoELayer.num_experts = 4
-MoELayer.d_ff = 16
-MoELayer.router = @TopK
-TopK.k = 2
-train.steps = 30
-train.batch_size = 4
-train.sequence_length = 32
-train.log_every = 1
-train.save_every = 5
-train.prompts = ()
-"""
 SWEEP = """
 sweep.question = 'Which is better?'
-sweep.base = ({base!r},)
+sweep.base = (
+    {base!r}, 'TextData.validation_fraction = 0.3', 'train.steps = 30', 'train.save_every = 5'
+)
 sweep.arms = {{'two': (), 'one': ('TopK.k = 1',)}}
 sweep.baseline = 'two'
 sweep.seeds = {seeds}
@@ -64,14 +45,9 @@ class Campaign:
 
     def __init__(self, folder: Path, trials: int):
         self.folder, self.trials = folder, trials
-        draw = random.Random(0)
-        words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(60)]
-        (folder / "text").mkdir()
-        for i in range(30):
-            text = " ".join(draw.choices(words, k=60)) + "\n"
-            (folder / "text" / f"{i:02}.txt").write_text(text, encoding="utf-8")
         base = folder / "base.gin"
-        base.write_text(CONFIG.format(text=str(folder / "text")), encoding="utf-8")
+        text = tiny.corpus(folder / "text")
+        base.write_text(f"{tiny.BASE}TextFiles.paths = {str(text)!r}\n", encoding="utf-8")
         self.sweep = folder / "ours.gin"
         text = SWEEP.format(base=str(base), seeds=trials // 2)
         self.sweep.write_text(text, encoding="utf-8")
@@ -84,6 +60,7 @@ class Campaign:
                 [*words, f"--folder={self.folder / name}"],
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                env=tiny.environment(),
                 start_new_session=True,
             )
 
@@ -177,15 +154,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--kills", type=int, default=30)
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        os.environ["MOE_CACHE"] = str(Path(temporary, "cache"))
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        os.environ["XLA_FLAGS"] = " ".join(xla_flags.flags(devices=1))
-        result = campaign(Path(temporary), given.trials, given.kills)
-    text = json.dumps(result, indent=2) + "\n"
-    print(text)
-    if given.out:
-        given.out.write_text(text, encoding="utf-8")
+    with prepared() as folder:
+        tell(campaign(folder, given.trials, given.kills), given.out)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
     python benchmarks/overhead.py --json=benchmarks/results/overhead.json
 
-It is the quickstart's step at the batch size of benchmarks/routers.py, with the router and with
-`Balanced` in its place; the experts per token, capacity, dispatcher and experts are those of the
-router's file. Both take turns, and the ratio is the median over the turns. Routers whose tokens
-don't choose experts (soft slots, product keys, merged experts) are compared with the `balanced`
-row, so that their ratio is one of whole layers. Rows in the results file are not repeated.
+It is the quickstart's step at half its batch, with the router and with `Balanced` in its place; the
+experts per token, capacity, dispatcher and experts are those of the router's file. Both take turns,
+and the ratio is the median over the turns. Routers whose tokens don't choose experts (soft slots,
+product keys, merged experts) are compared with the `balanced` row, so that their ratio is one of
+whole layers. Rows in the results file are not repeated.
 """
 
 import argparse
@@ -16,13 +16,22 @@ import statistics
 from typing import Any
 
 import jax
-from routers import ROUTERS, settings_of
+from runs import QUICKSTART
 from steps import CompiledStep
 
 from moe.machine import hardware
 from moe.machine.allocator import keep_freed_memory
 
-ROUNDS, STEPS = 6, 1
+ROUNDS, STEPS, BATCH = 6, 1, 16
+ROUTERS = (
+    *("top_k", "balanced", "uniform_random", "frozen", "all_experts", "mixtral", "loss_free"),
+    *("quantile", "simbal", "switch", "noisy_top_k", "hierarchical", "gshard", "st_moe", "v_moe"),
+    *("remoe", "dselect_k", "moe_plus_plus", "default_moe", "hash_random", "hash_balanced"),
+    *("hash_previous", "hash_bigram", "hash_position", "hash_predicted", "hash_clustered"),
+    *("hash_dispersed", "hash_future", "multi_hash", "base", "sinkhorn", "expert_choice"),
+    *("expert_choice_capped", "strictly_balanced", "soft_moe_causal", "soft_choice", "lory"),
+    *("sampled_reinforce", "sampled_gumbel", "mode_staged", "mode_integrated", "peer"),
+)
 # Their experts, or means in place of unchosen experts, are nothing that round robin can use.
 OTHER_EXPERTS = ("peer", "lory", "soft_moe_causal", "soft_choice", "multi_hash", "default_moe")
 CHOICES = {  # experts per token in the router's file, where they are not 2
@@ -32,6 +41,20 @@ CHOICES = {  # experts per token in the router's file, where they are not 2
     **dict.fromkeys(("noisy_top_k", "hierarchical", "strictly_balanced"), 4),
     **dict.fromkeys(("dselect_k", "remoe", "all_experts"), 8),  # of any number, up to all
 }
+
+
+def settings_of(router: str, embeddings: Path) -> tuple[list[str], list[str]]:
+    """Config files and bindings of a run with a router.
+
+    embeddings: those of the baseline, which clustered hashing needs.
+    """
+    bindings = [*QUICKSTART, f"train.batch_size = {BATCH}"]
+    if router in ("hash_clustered", "hash_dispersed"):
+        table = f"{router.split('_')[1].title()}Table"
+        bindings += [f"{table}.embeddings = '{embeddings.absolute()}'"]
+    if router == "hash_future":
+        bindings += ["Transformer.allow_leaks = True"]
+    return ["quickstart.gin", f"routers/{router}.gin"], bindings
 
 
 def pair(router: str, embeddings: Path) -> dict[str, float]:

@@ -10,21 +10,19 @@ without both. Needs Chromium.
 import argparse
 import html
 import http.server
-import json
 from pathlib import Path
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from typing import Any
 
+from campaigns import tell
+import hostile_page
+
 from moe.reports import page
 from moe.reports.read import read
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import hostile_page
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -113,10 +111,7 @@ def main() -> None:
         "payloads": len(hostile_page.PAYLOADS),
         **found,
     }
-    text = json.dumps(result, indent=2) + "\n"
-    print(text)
-    if given.out:
-        given.out.write_text(text, encoding="utf-8")
+    tell(result, given.out)
     safe = [found[name] for name in found if name != "without both"]
     assert all(one["opened"] and not one["script_ran"] and not one["requests"] for one in safe)
     assert found["without both"]["script_ran"] and found["without both"]["requests"]

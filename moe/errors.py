@@ -56,6 +56,5 @@ def attempted(what: str, say: Callable[[str], None], call: Callable, *given: Any
     try:
         return call(*given)
     except Exception as error:  # decoration is never worth a run
-        first = (str(error).strip().splitlines() or [""])[0][:160]
-        say(f"no {what}: {type(error).__name__}: {first}")
+        say(f"no {what}: {type(error).__name__}: {first_line(error)[:160]}")
         return None

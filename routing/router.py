@@ -45,6 +45,8 @@ class Router(nnx.Module):
         whole_sequences: whether a group has to be one sequence, since its tokens are mixed.
         repeats_experts: whether a token may choose one expert several times.
         unit_gates: whether every gate is 1, so that experts need not apply them.
+        needs_all_experts: why none of its experts can be taken away (`moe prune`), in a few words;
+            None where a token's choice compares scores of which each is one expert's own.
         decoding: how it decides when text is generated one token at a time, in a few words.
         steps: whether it decides for one further token though `order_matters`: by its position, or
             by what `start` and `route_next` carry from token to token.
@@ -61,6 +63,7 @@ class Router(nnx.Module):
     whole_sequences: bool = False
     repeats_experts: bool = False
     unit_gates: bool = False
+    needs_all_experts: str | None = "it doesn't declare that each expert has a score of its own"
     decoding: str
     steps: bool = False
 

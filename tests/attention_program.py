@@ -11,8 +11,9 @@ import os
 import sys
 
 from moe.planning import wheels
+from moe.planning.chips import Topology
 
-os.environ |= wheels.environment()
+os.environ |= wheels.environment(gpu=Topology.read(sys.argv[1]).is_gpu)
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,6 @@ from layers.kernels.attention import Pattern, attend, choose
 from layers.logical_axes import sharding_rules
 from moe.model import sharding
 from moe.planning import compilers
-from moe.planning.chips import Topology
 
 
 def main(topology, kernel, length):

@@ -20,9 +20,12 @@ xla_flags.prepare(devices=8)
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("MPLBACKEND", "agg")
 
-# Equal programs compile once in a worker and the processes that its tests start.
-COMPILED = Path(os.environ.setdefault("MOE_TESTS_COMPILED", tempfile.mkdtemp(prefix="moe_tests_")))
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED / os.environ.get("PYTEST_XDIST_WORKER", ""))
+# Equal programs compile once in all workers and the processes that their tests start; in several
+# runs of the tests, too, which are given a folder.
+OWN = "MOE_TESTS_COMPILED" not in os.environ
+if OWN:
+    os.environ["MOE_TESTS_COMPILED"] = tempfile.mkdtemp(prefix="moe_tests_")
+COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["MOE_TESTS_COMPILED"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
@@ -43,7 +46,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_unconfigure(config):
-    if not hasattr(config, "workerinput"):  # the process that started the workers
+    if OWN:  # in the process that started the workers
         shutil.rmtree(COMPILED, ignore_errors=True)
 
 

@@ -36,18 +36,19 @@ def main(kernel, rows, experts, width, hidden):
     def array(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=here)
 
-    def step(x_ND, ups, down_EFD, count_E, dy_ND):
-        def feed_forward(x_ND, ups, down_EFD):
-            return grouped_feed_forward(x_ND, ups, down_EFD, count_E, gated, kernel)
+    def step(x_ND, combine_N, ups, down_EFD, count_E, dy_ND):
+        def feed_forward(*given):
+            return grouped_feed_forward(*given, count_E, gated, kernel)
 
-        y_ND, pull = jax.vjp(feed_forward, x_ND, ups, down_EFD)
+        y_ND, pull = jax.vjp(feed_forward, x_ND, combine_N, ups, down_EFD)
         return y_ND, pull(dy_ND)
 
     rows += spare_rows(rows, experts, kernel) if kernel == "hopper" else 0
     x_ND, up_EDF = array(rows, width), array(experts, width, hidden)
-    args = (x_ND, (up_EDF, up_EDF), array(experts, hidden, width), array(experts, dtype=jnp.int32))
+    combine_N, down_EFD = array(rows, dtype=jnp.float32), array(experts, hidden, width)
+    args = x_ND, combine_N, (up_EDF, up_EDF), down_EFD, array(experts, dtype=jnp.int32), x_ND
     with captured_output() as said:
-        program = jax.jit(step).lower(*args, x_ND).compile()
+        program = jax.jit(step).lower(*args).compile()
     shapes = re.findall(r"\b(?:bf16|f32|s32|pred)\[([\d,]+)\]", program.as_text() or "")
     memory = program.memory_analysis()
     assert memory is not None

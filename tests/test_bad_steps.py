@@ -88,9 +88,9 @@ def broken_by(loss, shared):
     """Runs whose loss is this one, with the programs of earlier such runs."""
     build = RunSpec._program
 
-    def once(spec, model, mesh):
+    def once(spec, *given):
         key = loss, isinstance(spec.bad_steps, SkipBadSteps)
-        return shared.setdefault(key, build(spec, model, mesh))
+        return shared.setdefault(key, build(spec, *given))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingFunctions, "_loss", loss)

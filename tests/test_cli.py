@@ -104,6 +104,10 @@ def test_flags_become_attributes():
         "gin_bindings": [],
         "import": [],
         "step": 0,
+        "weights": None,
+        "weights_of": None,
+        "rounding": "nearest",
+        "calibration_bytes": None,
         "json": None,
     }
     assert vars(cli.parse(GENERATE, ["--workdir=w", "--prompt=--help", "--top_p=0.9"])) == {
@@ -119,9 +123,12 @@ def test_flags_become_attributes():
         "draft": None,
         "beams": None,
         "ahead": 4,
+        "order": "surest",
         "seed": 0,
         "count": 1,
-        "import": [],
+        "rounding": "nearest",
+        **dict.fromkeys(("best_of", "weights", "weights_of", "calibration_bytes")),
+        **{name: [] for name in ("import", "logit_bias")},
         "json": None,
     }
 

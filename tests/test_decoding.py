@@ -65,6 +65,7 @@ class Decoding:
     """A small model, its logits at evaluation, and its decoder, compiled once."""
 
     model: Transformer
+    split: tuple
     decoder: Decoder
     logits: object
 
@@ -101,7 +102,8 @@ def decoding_of(name) -> Decoding:
         model = graph.merge(params, state)
         return model.logits(model(token_BT).hidden_BTD)
 
-    return Decoding(graph.merge(params, state), Decoder(graph, params, state), logits)
+    split = graph, params, state
+    return Decoding(graph.merge(params, state), split, Decoder(*split), logits)
 
 
 def texts(seed, sequences=3):
@@ -129,6 +131,19 @@ def test_a_step_is_the_forward_pass_whoever_is_beside_it(name):
     np.testing.assert_allclose(again_BTV[0], found_BTV[0], rtol=1e-6, atol=1e-6)
     for one, other in zip(jax.tree.leaves(used), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(one[0], other[0])
+
+
+IN_PIECES = ("top2", "window", "alibi, grouped", "learned, parallel", "depths of experts")
+
+
+@pytest.mark.parametrize("name", mainly(IN_PIECES[:2], IN_PIECES))
+def test_a_long_prompt_is_read_in_pieces(name):
+    """Of two tokens, where one text ends with the first piece and one amid the last."""
+    decoding, token_BT = decoding_of(name), texts(0)
+    in_pieces = Decoder(*decoding.split, chunk=2)
+    found_BTV, _ = dataclasses.replace(decoding, decoder=in_pieces).steps(token_BT)
+    np.testing.assert_allclose(found_BTV, decoding.steps(token_BT)[0], rtol=1e-5, atol=1e-5)
+    assert in_pieces.pieces(7) == [0, 2, 4, 6] and decoding.decoder.pieces(7) == [0]
 
 
 @pytest.mark.parametrize("name", mainly((), CAUSAL))

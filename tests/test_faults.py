@@ -68,7 +68,7 @@ def test_the_points_are_places_of_the_program(monkeypatch):
 @pytest.mark.parametrize(
     ("program", "given"),
     [
-        ("faults_runs.py", ("points", "races", "disk", "--number=1")),
+        ("faults_runs.py", ("points", "signals", "races", "disk", "--number=1")),
         ("faults_soak.py", ("--minutes=1",)),
     ],
 )

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 import subprocess
 import sys
 
@@ -18,8 +19,9 @@ from moe.cli import config
 from moe.cli import main as cli
 from moe.cli.eval import evaluate_run
 from moe.data.tokens.tokenizer import ByteTokenizer
-from moe.errors import UserError
+from moe.errors import UserError, printable
 from moe.inference.generate import Generator, Pieces, check
+from moe.inference.infill import Infiller
 from moe.inference.sampling import Sampling, nucleus, penalised
 from moe.model.transformer import Transformer
 from moe.runs.restore import restore_run
@@ -78,6 +80,15 @@ def test_unlikely_and_repeated_tokens():
     held_BV = jnp.asarray([[False, True, False, False, False], [True] * 5])
     lower_BV = penalised(jnp.asarray([[1.0, 2.0, 3.0, -1.0, 0.0], [1.0, 2, 3, -1, 0]]), held_BV, 2)
     assert lower_BV.tolist() == [[1, 1, 3, -1, 0], [0.5, 1, 1.5, -2, 0]]
+
+
+def test_biases_are_added_to_logits():
+    assert picks(Sampling(temperature=0, logit_bias=((1, -math.inf),)))[0] == {3}
+    assert picks(Sampling(logit_bias=((2, 100.0), (2, -50.0)))) == [{2}, {2}]
+    assert 1 not in picks(Sampling(top_k=2, logit_bias=((1, -math.inf),)))[0]
+    share_BV = Sampling(logit_bias=((1, math.log(2)),)).probabilities(LOGITS)
+    expected_V = jnp.asarray([1, 2, 1, 1, 1]) * jax.nn.softmax(LOGITS[0])
+    np.testing.assert_allclose(share_BV[0], expected_V / expected_V.sum(), rtol=1e-5)
 
 
 def test_sampling_follows_the_temperature():
@@ -222,7 +233,20 @@ def test_the_command_prints_and_writes(runs, learned):
     assert len(log_probs) == 10 and all(-0.5 < value <= 0 for value in log_probs)
 
 
-@pytest.mark.parametrize("draft", ["itself", "jacobi"])
+def test_the_likeliest_of_several_texts(runs, learned):
+    """As chosen by hand from all of them; the bias is by a token's text, and by its id."""
+    target, hot = runs.folder / "best.json", ("--prompt=the", "--temperature=3", "--tokens=6")
+    folder, ban = runs.folder / "learned", ["--logit_bias=q:-inf", f"--logit_bias={ord('u')}:-inf"]
+    _, out = command("generate", folder, *hot, *ban, "--best_of=5", "--count=2")
+    assert command("generate", folder, *hot, *ban, "--count=5", f"--json={target}")[0] == 0
+    written = json.loads(target.read_text())
+    assert not any({"q", "u"} & set(text[3:]) for text in written["texts"])
+    pairs = zip(written["texts"], map(np.mean, written["log_probs"]), strict=True)
+    best = [text for text, _ in sorted(pairs, key=lambda pair: -pair[1])][:2]
+    assert out == printable(f"{best[0]}\n{'-' * 80}\n{best[1]}\n")
+
+
+@pytest.mark.parametrize("draft", ["itself", "lookahead"])
 def test_a_draft_writes_the_same_text_in_fewer_steps(draft, runs, learned, capsys):
     run, target = runs.folder / "learned", runs.folder / f"{draft}.json"
     flags = ("--prompt=the quick", "--temperature=0", "--tokens=10", f"--json={target}")
@@ -248,8 +272,14 @@ def test_beams_print_the_likeliest_texts(runs, learned):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--beams=2", "--count=3"], "leave out --draft and --count"),
-        (["--draft=lookups"], "--draft=lookups: the folder of a run, or lookup or jacobi"),
+        (["--beams=2", "--count=3"], "leave out --draft, --count"),
+        (["--best_of=2", "--draft=lookup"], "--best_of needs each text's likelihood"),
+        (["--best_of=2", "--count=3"], "--best_of=2 are too few for --count=3"),
+        (["--logit_bias=the:1"], "'the' is 3 tokens: [116, 104, 101]; name one"),
+        (["--logit_bias=257:1"], "token ids are below 257"),
+        (["--logit_bias=q"], "expected TOKEN:X, such as 17:-inf"),
+        (["--logit_bias=q:nan"], "expected TOKEN:X"),
+        (["--draft=lookups"], "a run's folder or lookup, jacobi, lookahead"),
         (["--draft=lookup", "--tokens=99"], "at most 31 more are within it"),
         (["--draft=lookup", "--repetition_penalty=2"], "don't go together; leave one out"),
     ],
@@ -264,9 +294,20 @@ def test_decoding_is_measured(runs, learned):
     target = runs.folder / "decode.json"
     with quick(), contextlib.redirect_stdout(io.StringIO()):
         given = [f"--workdir={runs.folder / 'learned'}", f"--json={target}"]
-        assert cli.main(["bench", "decode", *given]) == 0
-    rows = json.loads(target.read_text())
-    assert [row["batch"] for row in rows] == [1, 4, 16, 64]
+        plot = runs.folder / "decode.png"
+        assert cli.main(["bench", "decode", *given, "--twins", f"--plot={plot}"]) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    everything = json.loads(target.read_text())
+    rows, active, whole = (everything[i : i + 4] for i in (0, 4, 8))
+    assert [row["batch"] for row in everything] == [1, 4, 16, 64] * 3
+    # One text makes the mixture read what the dense model of its active size reads.
+    assert active[0]["weight_bytes_per_token"] == pytest.approx(
+        rows[0]["weight_bytes_per_token"], rel=0.02
+    )
+    # 64 texts wake nearly all experts.
+    read, size = (of[3]["weight_bytes_per_token"] for of in (rows, whole))
+    assert 0.75 * size < read < 1.01 * size
+    assert all(row["milliseconds_predicted"] > 0 for row in everything)
     assert rows[0]["distinct_experts_per_layer"] == [2, 2]
     assert all(2 <= count <= 4 for count in rows[3]["distinct_experts_per_layer"])
     assert {row["cache_bytes_per_token"] for row in rows} == {
@@ -343,6 +384,46 @@ def test_a_masked_model_refuses_to_continue_a_text(masked, capsys):
     error = capsys.readouterr().err
     assert status == 2 and error.count("\n") == 1
     assert "masked tokens" in error and "train.objective = @NextToken()" in error
+
+
+@pytest.mark.parametrize("order", ["surest", "left"])
+def test_masks_are_filled_in_by_a_stated_order(order, masked, runs):
+    """By hand: each pass sees what the ones before have filled in; the mask is never an answer."""
+    with quick():
+        run = restored(str(masked))
+    gin.clear_config()
+    infiller = Infiller(run.model, run.params, run.router_state, run.tokenizer, order)
+    found = infiller.fill("th<mask> qu<mask><mask>k")
+    ids = [run.tokenizer.document_id, *b"th", 257, *b" qu", 257, 257, *b"k"]
+    model, places, expected = run.model.graph.merge(run.params, run.router_state), [3, 7, 8], []
+    while left := [i for i in places if ids[i] == 257]:
+        logits_TV = model.logits(model(ids).hidden_BTD)[0].at[:, 256:].set(-jnp.inf)
+        log_probs_TV = np.asarray(jax.nn.log_softmax(logits_TV))
+        best = left[0] if order == "left" else max(left, key=lambda i: log_probs_TV[i].max())
+        ids[best] = int(log_probs_TV[best].argmax())
+        expected.append((places.index(best), log_probs_TV[best].max()))
+    assert found.tokens == tuple(ids[i] for i in places)
+    assert found.order == tuple(number for number, _ in expected)
+    by_place = [log_prob for _, log_prob in sorted(expected)]
+    np.testing.assert_allclose(found.log_probs, by_place, rtol=1e-4)
+    assert found.text == run.tokenizer.decode(ids[1:])
+
+
+def test_the_command_fills_in_masks(masked, learned, runs, capsys):
+    target, text = runs.folder / "filled.json", "--prompt=the <mask>uick"
+    status, out = command("generate", masked, text, "--count=2", f"--json={target}")
+    found = json.loads(target.read_text())
+    assert status == 0 and out.startswith(printable(found["texts"][0]))
+    assert found["orders"] == [[0], [0]] and all(t.endswith("uick") for t in found["texts"])
+    for run, flags, said in (
+        (masked, [text, "--order=right"], "--order=right: one of surest, left"),
+        (masked, [text, "--beams=2"], "leave out --beams"),
+        (masked, ["--prompt=" + "a<mask>" * 20], "41 tokens, but this model was trained with 32"),
+    ):
+        assert command("generate", run, *flags)[0] == 2
+        assert said in capsys.readouterr().err
+    assert command("generate", runs.folder / "learned", text, "--tokens=1")[0] == 0
+    assert "a model that continues texts reads <mask> as text" in capsys.readouterr().err
 
 
 @pytest.mark.thorough

@@ -61,7 +61,8 @@ def gated(up, gate):
 
 
 def values(counts, width, hidden, dtype, ups):
-    """Rows in blocks, weights, and gradients of outputs; NaN in blocks that are not in use."""
+    """Rows in blocks, their combine weights, experts' weights, and gradients of outputs; NaN in
+    blocks that are not in use."""
     rng = np.random.default_rng(0)
     experts, rows = len(counts), row_blocks.aligned_rows(sum(counts), len(counts))
     x, dy = np.full((2, rows, width), np.nan)
@@ -75,36 +76,39 @@ def values(counts, width, hidden, dtype, ups):
         start = end
     shapes = [*([(experts, width, hidden)] * ups), (experts, hidden, width)]
     *ups_, down = (jnp.asarray(rng.standard_normal(s) / 8, dtype) for s in shapes)
-    return jnp.asarray(x, dtype), tuple(ups_), down, jnp.asarray(dy, dtype), np.asarray(real, int)
+    combine = np.where(np.isnan(x[:, 0]), np.nan, rng.uniform(size=rows))
+    x, dy = jnp.asarray(x, dtype), jnp.asarray(dy, dtype)
+    return x, jnp.asarray(combine, "float32"), tuple(ups_), down, dy, np.asarray(real, int)
 
 
-def slow(x_ND, ups, down_EFD, counts, activate):
+def slow(x_ND, combine_N, ups, down_EFD, counts, activate):
     """Each row by its own expert's weights."""
     expert_N = np.repeat(np.arange(len(counts)), counts)
     before = [jnp.einsum("nd,ndf->nf", x_ND, up[expert_N]) for up in ups]
-    return jnp.einsum("nf,nfd->nd", activate(*before), down_EFD[expert_N])
+    return combine_N[:, None] * jnp.einsum("nf,nfd->nd", activate(*before), down_EFD[expert_N])
 
 
 def compare(counts, width, hidden, matmuls, dtype, activate=gated, ups=2):
-    x, ups, down, dy, real = values(counts, width, hidden, dtype, ups)
+    x, combine, ups, down, dy, real = values(counts, width, hidden, dtype, ups)
     wide_x, *wide, wide_dy = jax.tree.map(lambda a: a.astype("float32"), (x, ups, down, dy))
     slow_one = functools.partial(slow, counts=counts, activate=activate)
-    y, pull = jax.vjp(slow_one, wide_x[real], *wide)
+    y, pull = jax.vjp(slow_one, wide_x[real], combine[real], *wide)
     expected = y, pull(wide_dy[real])
 
     @jax.jit
-    def step(x, ups, down, count_E, dy):
-        def fast(x, ups, down):
-            return hopper.feed_forward(x, ups, down, count_E, activate, matmuls)
+    def step(x, combine, ups, down, count_E, dy):
+        def fast(x, combine, ups, down):
+            return hopper.feed_forward(x, combine, ups, down, count_E, activate, matmuls)
 
-        y, pull = jax.vjp(fast, x, ups, down)
+        y, pull = jax.vjp(fast, x, combine, ups, down)
         return y, pull(dy)
 
-    y, (dx, *dweights) = step(x, ups, down, jnp.asarray(counts, jnp.int32), dy)
-    found = y[real], (dx[real], *dweights)
+    y, (dx, dcombine, *dweights) = step(x, combine, ups, down, jnp.asarray(counts, jnp.int32), dy)
+    dcombine = dcombine[real]
+    found = y[real], (dx[real], dcombine, *dweights)
     limit = 1e-5 if dtype == "float32" else 3e-2
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
-        assert b.dtype == dtype and a.shape == b.shape
+        assert b.dtype == (dtype if b is not dcombine else "float32") and a.shape == b.shape
         error = np.linalg.norm(a - b.astype("float32"))
         assert error <= limit * np.linalg.norm(a) + 1e-12, (error, a.shape)
 
@@ -133,7 +137,7 @@ if KERNELS_HERE:
         ids=["by rows", "by columns, transposed"],
     )
     def test_clusters_give_the_same(tile, transpose):
-        x, (weight, _), _, _, real = values([130, 0, 1], 128, 256, "bfloat16", 2)
+        x, _, (weight, _), _, _, real = values([130, 0, 1], 128, 256, "bfloat16", 2)
         blocks = row_blocks.blocks_of(jnp.asarray([130, 0, 1]), len(x))
         weight = jnp.swapaxes(weight, 1, 2) if transpose else weight
         args = x, weight, blocks, transpose

@@ -188,6 +188,23 @@ def test_a_log_keeps_its_good_lines(tmp_path):
     assert folder.metrics.read_text() == "".join(good[:2])
 
 
+def test_a_run_goes_on_with_a_version_that_has_more_options(tmp_path):
+    """At their defaults; recorded ones whose default has changed since are told."""
+    folder = RunFolder(tmp_path)
+    (folder.checkpoints / "3").mkdir(parents=True)
+    folder.config.write_text("train.steps = 3\n\n# Defaults in force:\nTransformer.scan = True\n")
+
+    def refuse(given: str, *defaults: str) -> None:
+        lines = ["train.steps = 3", given, "# Defaults in force:", *defaults, ""]
+        folder.refuse_another_run("\n".join(lines), {}, 3, ())
+
+    refuse("", "Transformer.scan = True", "train.later = None")
+    with pytest.raises(UserError, match=r"differs:\n  Transformer.scan: True there, None here$"):
+        refuse("", "Transformer.scan = None", "train.later = None")
+    with pytest.raises(UserError, match=r"differs:\n  train.later: not set there, 7 here$"):
+        refuse("train.later = 7", "Transformer.scan = True")
+
+
 def test_another_mesh_is_the_same_run(tmp_path):
     from moe.training.run_spec import RunSpec
 

@@ -10,7 +10,6 @@ import sys
 import types
 
 import jax
-from marks import mainly
 import numpy as np
 import pytest
 from tiny import Runs, arrays, lines
@@ -56,7 +55,7 @@ def test_a_run_that_ends_before_its_first_logged_step_ends(runs, capsys):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", mainly(["samples.txt"], ["picture.png", "samples.txt"]))
+@pytest.mark.parametrize("name", ["picture.png", "samples.txt"])
 def test_results_do_not_hang_on_their_decoration(name, runs, base, capsys):
     """A folder stands where the file belongs."""
     run = runs.folder / f"undecorated {name}"

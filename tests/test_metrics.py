@@ -4,7 +4,6 @@ import math
 import re
 
 import jax.numpy as jnp
-from marks import mainly
 import numpy as np
 import pytest
 from tiny import ROOT, Runs, lines
@@ -170,7 +169,8 @@ REAL = {
 }
 
 
-@pytest.mark.parametrize("word", mainly([], REAL))
+@pytest.mark.thorough
+@pytest.mark.parametrize("word", REAL)
 def test_the_word_of_a_real_run(word, runs, capsys):
     config = runs.folder / f"{word}.gin"
     config.write_text("\n".join(["include 'tiny.gin'", *REAL[word]]) + "\n")

@@ -196,8 +196,8 @@ def test_bfloat16_compute_keeps_parameters_and_logits_in_float32():
 @pytest.mark.parametrize(
     ("router", "options"),
     [
-        pytest.param(Switch, {}, marks=pytest.mark.thorough),
-        pytest.param(functools.partial(TopK, k=2), {}, marks=pytest.mark.thorough),
+        (Switch, {}),
+        (functools.partial(TopK, k=2), {}),
         (Switch, {"depth_router": functools.partial(MixtureOfDepths, capacity=0.7)}),
     ],
     ids=["switch", "mixtral", "depths"],

@@ -4,7 +4,6 @@ from pathlib import Path
 import re
 import runpy
 
-from marks import mainly
 import nbclient
 import nbformat
 import pytest
@@ -30,7 +29,8 @@ SMALLER = {
 }
 
 
-@pytest.mark.parametrize("path", mainly([], NOTEBOOKS), ids=lambda path: path.stem)
+@pytest.mark.thorough
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     # A notebook has one device, not the eight of the tests.
     monkeypatch.setenv("XLA_FLAGS", " ".join(xla_flags.flags(devices=1)))

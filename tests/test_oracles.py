@@ -222,4 +222,5 @@ def test_tokamax_is_refused_on_a_mesh():
     rows_ND, up_EDF, down_EFD = jnp.ones((8, 4)), jnp.ones((2, 4, 3)), jnp.ones((2, 3, 4))
     with sharding_rules(rule), pytest.raises(ValueError, match="is for one device"):
         counts = jnp.array([4, 4])
-        grouped_feed_forward(rows_ND, (up_EDF,), down_EFD, counts, jax.nn.relu, "tokamax")
+        weights = (up_EDF,), down_EFD
+        grouped_feed_forward(rows_ND, jnp.ones(8), *weights, counts, jax.nn.relu, "tokamax")

@@ -187,4 +187,4 @@ def test_the_vocabulary_is_cut_for_caches_on_a_cpu_and_for_matmuls_elsewhere():
     shape = (8, 2048), 50304
     for platform, expected in (("cpu", 256), ("gpu", 4), ("tpu", 4)):
         with sharding_rules(None, types.SimpleNamespace(platform=platform)):
-            assert cross_entropy._blocks(*shape) == expected
+            assert cross_entropy.num_blocks(*shape) == expected

@@ -67,6 +67,18 @@ def test_the_multiplier_is_the_budget_at_which_the_baseline_gets_there(folder):
     assert found["same"].time.value == pytest.approx(1.0, rel=0.01)
 
 
+def test_how_hard_a_batch_is_cancels_in_the_multiplier(folder):
+    """Runs of one seed see the same batches: lucky ones early are no lead over equal runs."""
+    sweep, draw = read(str(folder)), np.random.default_rng(1)
+    noise = draw.normal(0, 0.1, (9, 1 + synthetic_sweep.STEPS))
+    for rows in sweep.curves.values():
+        for row in rows:
+            row["bits_per_byte"] += noise[row["seed"], int(row["step"])]
+    found = {f.cell: f.compute for f in find(sweep)}
+    assert found["same"].value == pytest.approx(1.0, rel=1e-6)
+    assert 1.05 < found["good"].value < 1.5 and 0.6 < found["bad"].value < 0.95
+
+
 def test_far_from_the_baseline_s_curve_a_multiplier_is_a_bound(tmp_path):
     arms = {"base": 0.0, "far": -0.6, "poor": 0.9}
     sweep = read(str(synthetic_sweep.write(tmp_path / "s", arms)))
@@ -199,6 +211,23 @@ def test_an_unfinished_sweep_is_reported_as_far_as_it_is(tmp_path):
     sweep = read(str(where))
     assert sentence(sweep, find(sweep)).startswith("Nothing can be said: no run of the baseline")
     page.page([sweep])
+
+
+def test_shuffled_runs_are_compared_seed_by_seed(tmp_path):
+    """Of the baseline one is missing; each arm is the baseline with its own seed."""
+    where = synthetic_sweep.write(tmp_path / "s", ARMS, seeds=4, controls=False, seed_sd=0.5)
+    rows = [json.loads(line) for line in (where / "trials.jsonl").read_text().splitlines()]
+    of = {(r["cell"], r["number"]): r for r in rows if r["phase"] == "report"}
+    for (cell, number), row in of.items():
+        if (cell, number) != ("base", 1):
+            bits = {n: of["base", number][n] for n in ("bits_per_byte", "document_bits")}
+            name = {"phase": "shuffled", "trial": f"{cell}/shuffled-{number}"}
+            rows.append(row | bits | name)
+    (where / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sweep = read(str(where))
+    assert "On shuffled tokens none of 3 cells gains, as it must be." in page.notes(
+        sweep, find(sweep)
+    )
 
 
 def edited(where, table, edit):

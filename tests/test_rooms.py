@@ -43,6 +43,7 @@ ROOMS = {
     "moe.runs.storage": ("moe.training", "moe.settings"),
     "moe.runs.tracking": ("moe.runs.storage",),
     "moe.runs": ("moe.runs.tracking", "moe.analysis", "moe.inference"),
+    "moe.pruning": ("moe.runs",),
     "moe.sweeps": ("moe.runs", "moe.statistics"),
     "moe.reports": ("moe.sweeps",),
 }

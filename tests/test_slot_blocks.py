@@ -48,19 +48,22 @@ def values(counts, padding, dtype, ups):
     rows = sum(counts) + padding
     shapes = [(rows, D), *([(len(counts), D, F)] * ups), (len(counts), F, D), (rows, D)]
     x, *ups_, down, dy = (jnp.asarray(rng.standard_normal(s) / 3, dtype) for s in shapes)
-    return x, tuple(ups_), down, dy.at[sum(counts) :].set(0)
+    combine = jnp.asarray(rng.uniform(size=rows), "float32")
+    return x, combine, tuple(ups_), down, dy.at[sum(counts) :].set(0)
 
 
-def slow(x_ND, ups, down_EFD, counts, activate):
+def slow(x_ND, combine_N, ups, down_EFD, counts, activate):
     """Each row by its own expert's weights; 0 past the counts."""
     expert_N = np.repeat(np.arange(len(counts)), counts)
     before = [jnp.einsum("nd,ndf->nf", x_ND[: len(expert_N)], up[expert_N]) for up in ups]
     y_ND = jnp.einsum("nf,nfd->nd", activate(*before), down_EFD[expert_N])
+    y_ND = y_ND * combine_N[: len(expert_N), None]
     return jnp.pad(y_ND, ((0, len(x_ND) - len(y_ND)), (0, 0)))
 
 
-def with_gradients(feed_forward, x, ups, down, dy):
-    y, pull = jax.vjp(feed_forward, x, ups, down)
+def with_gradients(feed_forward, *args):
+    *given, dy = args
+    y, pull = jax.vjp(feed_forward, *given)
     return y, pull(dy)
 
 
@@ -73,16 +76,14 @@ def test_output_and_gradients_are_the_slow_ones(counts, dtype):
         wide = jax.tree.map(lambda a: a.astype("float32"), args)
         expected = with_gradients(functools.partial(slow, counts=counts, activate=activate), *wide)
 
-        def fast(x, ups, down, activate=activate):
-            count_E = jnp.asarray(counts, jnp.int32)
-            return grouped_matmul.grouped_feed_forward(
-                x, ups, down, count_E, activate, "slot_blocks"
-            )
+        def fast(*given, activate=activate):
+            given = *given, jnp.asarray(counts, jnp.int32), activate
+            return grouped_matmul.grouped_feed_forward(*given, "slot_blocks")
 
         found = jax.jit(functools.partial(with_gradients, fast))(*args)
         limit = 1e-5 if dtype == "float32" else 3e-2
         for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
-            assert b.dtype == dtype
+            assert b.dtype == (dtype if b.ndim > 1 else "float32")
             error = np.linalg.norm(a - b.astype("float32"))
             assert error <= limit * np.linalg.norm(a) + 1e-12, (error, a.shape)
 
@@ -91,32 +92,32 @@ def test_output_and_gradients_are_the_slow_ones(counts, dtype):
 def test_padding_is_never_read():
     """NaN in rows and in output gradients past the counts reaches no result."""
     counts, padding = COUNTS["odd"]
-    x, ups, down, dy = values(counts, padding, "float32", 2)
-    bad_x, bad_dy = (a.at[sum(counts) :].set(jnp.nan) for a in (x, dy))
+    x, combine, ups, down, dy = values(counts, padding, "float32", 2)
+    bad_x, bad_combine, bad_dy = (a.at[sum(counts) :].set(jnp.nan) for a in (x, combine, dy))
 
-    def fast(x, ups, down):
-        count_E = jnp.asarray(counts, jnp.int32)
-        return grouped_matmul.slot_blocks(x, ups, down, count_E, gated)
+    def fast(*given):
+        return grouped_matmul.slot_blocks(*given, jnp.asarray(counts, jnp.int32), gated)
 
-    expected = with_gradients(fast, x, ups, down, dy)
-    found = with_gradients(fast, bad_x, ups, down, bad_dy)
+    expected = with_gradients(fast, x, combine, ups, down, dy)
+    found = with_gradients(fast, bad_x, bad_combine, ups, down, bad_dy)
     jax.tree.map(np.testing.assert_array_equal, expected, found)
 
 
 def cuda_program(kernel, rows, experts):
     """The text that is handed to the CUDA compiler for a layer's forward and backward pass."""
 
-    def step(x, ups, down, count_E, dy):
-        def feed_forward(x, ups, down):
-            return grouped_matmul.grouped_feed_forward(x, ups, down, count_E, gated, kernel)
+    def step(x, combine, ups, down, count_E, dy):
+        def feed_forward(*given):
+            return grouped_matmul.grouped_feed_forward(*given, count_E, gated, kernel)
 
-        return with_gradients(feed_forward, x, ups, down, dy)
+        return with_gradients(feed_forward, x, combine, ups, down, dy)
 
+    combine = jax.ShapeDtypeStruct((rows,), "float32")
     x = jax.ShapeDtypeStruct((rows, D), "bfloat16")
     up = jax.ShapeDtypeStruct((experts, D, F), "bfloat16")
     down = jax.ShapeDtypeStruct((experts, F, D), "bfloat16")
     count = jax.ShapeDtypeStruct((experts,), "int32")
-    traced = jax.jit(step).trace(x, (up, up), down, count, x)
+    traced = jax.jit(step).trace(x, combine, (up, up), down, count, x)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 

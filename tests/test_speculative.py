@@ -18,7 +18,7 @@ from test_decoding import LENGTH_B, PADDED, SLOTS, decoding_of, texts, top2
 from layers.attention import Attention
 from moe.errors import UserError
 from moe.inference.decoder import Decoder, reason_to_go_one_by_one
-from moe.inference.drafts import Jacobi, Lookup, ModelDraft
+from moe.inference.drafts import Jacobi, Lookahead, Lookup, ModelDraft
 from moe.inference.sampling import Sampling
 from moe.inference.speculative import Speculator, accepted
 from moe.model import functional
@@ -104,10 +104,29 @@ DRAFTS = {
     "the model itself": lambda: ModelDraft(decoder(0, 4), GREEDY),
     "lookup": Lookup,
     "jacobi": Jacobi,
+    "lookahead": Lookahead,
 }
 
 
-@pytest.mark.parametrize("draft", mainly(["the model itself"], DRAFTS))
+def test_lookahead_keeps_what_the_model_said_after_guesses_too():
+    """The rows of one text by hand: its prompt's pairs, then what followed refused guesses."""
+    draft = Lookahead()
+    draft.start(np.asarray([[5, 1, 2, 3, 1, 2]]), np.asarray([6]), 32, 3)
+
+    def guess(text):
+        return draft.guess([text], 3, jax.random.key(0))[0].tolist()[0]
+
+    assert guess([5, 1, 2, 3, 1, 2]) == [3, 1, 2]
+    # Of these guesses the first holds. After 3 the model says 7; after the refused 1 and 2: 8, 9.
+    draft.verified(np.asarray([[3, 7, 8, 9]]), np.asarray([1]))
+    # Nothing is known of 3, 7: its own likeliest tokens after the refused guesses, as Jacobi's.
+    assert guess([5, 1, 2, 3, 1, 2, 3, 7]) == [8, 9, 7]
+    draft.verified(np.asarray([[2, 3, 1, 4]]), np.asarray([0]))
+    # Jacobi's 3 after 7, 2; then 7 follows 2, 3, and 2 follows 3, 7.
+    assert guess([5, 1, 2, 3, 1, 2, 3, 7, 2]) == [3, 7, 2]
+
+
+@pytest.mark.parametrize("draft", mainly(["the model itself", "lookahead"], DRAFTS))
 def test_greedy_texts_are_the_same_token_for_token(draft):
     run = Speculator(decoder(0, 4), Letters(), 64, DRAFTS[draft](), ahead=3, sampling=GREEDY)
     pieces = []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from tiny import BASE, Runs, corpus, environment, lines
 
 from moe.cli import main as cli
+from moe.sweeps.plan import Plan
 from moe.sweeps.record import SweepFolder
 from moe.sweeps.trial import is_for_tuning
 
@@ -68,6 +70,11 @@ def swept(place):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert not second.result.exists()
+    # As an edit or another version may leave a trial that has not ended.
+    third = folder.trial("wild/report-1")
+    shutil.copytree(second.run, third.run)
+    trials = Plan.of_json(folder.read_plan()).trials_now(folder.results())
+    third.begun.write_text(next(t.text() for t in trials if t.name == "wild/report-1"))
     again = started(place)
     said, _ = again.communicate(timeout=300)
     assert again.returncode == 0, said
@@ -86,6 +93,12 @@ def test_a_killed_sweep_goes_on_where_it_was(swept, place):
     config.write_text(row["given"])
     alone = lines(Runs(place / "alone").done("run", config=config) / "documents.jsonl")
     assert row["document_bits"] == [d["bits"] for d in alone if not is_for_tuning(d["name"])]
+
+
+def test_a_trial_that_other_settings_began_starts_anew(swept):
+    log = swept[0].trial("wild/report-1").log.read_text()
+    assert "starting anew: " in log and "What differs:" in log
+    assert "AdamW.learning_rate" in log.split("What differs:")[1]
 
 
 def test_the_table_has_a_row_for_each_trial_also_for_those_that_failed(swept):
@@ -170,9 +183,12 @@ def test_a_slurm_array_of_workers_finishes_a_sweep(swept, place, capsys):
     script = place / "job.sh"
     assert cli.main(command(place, f"--slurm={script}", "--workers=2")) == 0
     text = script.read_text()
-    assert "#SBATCH --array=1-2" in text
-    folder.trial("wild/report-1").result.unlink()
+    assert "#SBATCH --array=1-2" in text and "#SBATCH --signal=B:TERM@" in text
+    wild = folder.trial("wild/report-1")
+    wild.result.unlink()
+    wild.begun.write_text("as before an edit\n")
     (line,) = [line for line in text.splitlines() if line.startswith("exec ")]
     ended = subprocess.run(line.split()[1:], env=environment(), capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert folder.trial("wild/report-1").result.exists()
+    assert wild.result.exists()
+    assert "starting anew: the trial has begun with another config" in wild.log.read_text()

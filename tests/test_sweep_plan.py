@@ -31,6 +31,11 @@ RATE = {"AdamW.learning_rate": (1e-3, 1e-1, "log")}
     [
         ({"baseline": "aa"}, "sweep.baseline: no arm 'aa'; did you mean 'a'?"),
         ({"outside": ("c",)}, "sweep.outside: no arm 'c'"),
+        (
+            {"outside": {"a": {"x.z": 1}}, "axes": {"x.y": (1,)}},
+            "no axis 'x.z'; did you mean 'x.y'?",
+        ),
+        ({"outside": {"a": ("x.y",)}, "axes": {"x.y": (1,)}}, "expected its place by axis"),
         ({"arms": {}}, "sweep.arms is empty"),
         ({"arms": ARMS | {"c": "x.gin"}}, "'c': write a list of changes, as ['x.gin']"),
         ({"base": "run.gin"}, "sweep.base='run.gin': write a list"),
@@ -61,6 +66,16 @@ def test_arms_times_axes_and_arms_outside():
         ("a", {"E": "y"}, ["run.gin", "e = 2"]),
         ("b", {}, ["run.gin", "TopK.k = 1"]),
     ]
+
+
+def test_an_arm_outside_of_one_axis_is_the_baseline_along_the_others():
+    axes = {"size": {"s": (), "m": ()}, "x.E": (4, 8)}
+    spec = SweepSpec(**GOOD | {"axes": axes, "outside": {"a": {"x.E": 1}}})
+    cells = {plans.cell_name(arm, at): (arm, at, changes) for arm, at, changes in spec.places()}
+    assert list(cells)[:3] == ["a, size=s, E=1", "a, size=m, E=1", "b, size=s, E=4"]
+    assert len(cells) == 6 and cells["a, size=m, E=1"][1:] == ({"size": "m", "x.E": 1}, ["run.gin"])
+    assert plans.baseline_of("b, size=m, E=8", cells, spec) == "a, size=m, E=1"
+    assert plans.baseline_of("a, size=m, E=1", cells, spec) == "a, size=m, E=1"
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +114,44 @@ def test_one_setting_is_solved_for_and_the_rest_is_told(base):
         matched(one, first, "active_flops", 2.001 * target, ("train.log_every",), 0.01)
     memory = two.amount("memory")
     assert memory >= 3 * 4 * two.model.costs.parameters_total  # weights and two moments
+
+
+def made(base: str, *more: str, **changed) -> Plan:
+    arms = {"two": (), "one": ("TopK.k = 1",)}
+    fields = {"base": (base, *more), "arms": arms, "baseline": "two", "tolerance": 0.02} | changed
+    return plans.make(SweepSpec(question="?", **fields), "s", lambda line: None)
+
+
+def test_a_budget_counts_for_the_size_that_was_solved_for(base):
+    """Half as many choices cost half; experts are widened then, and the steps are as many."""
+    two, one = made(base, flops=1e10).cells
+    assert one.facts["solved"] == {"MoELayer.d_ff": 32}
+    assert one.facts["steps"] == pytest.approx(two.facts["steps"], rel=0.03)
+    assert one.facts["training_flops"] == pytest.approx(1e10, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("more", "changed", "said"),
+    [
+        (("train.max_seconds = 9",), {}, "would end by the clock, at unequal tokens"),
+        (("train.fit_steps = True",), {}, "would end by the clock, at unequal tokens"),
+        (
+            (),
+            {"tune": {"Zipf.exponent": (0.5, 1, "linear")}, "trials": 2},
+            "no arm reads Zipf.exponent",
+        ),
+        (("train.data = None",), {"controls": ("shuffled",)}, "needs train.data = @TextData()"),
+    ],
+)
+def test_sweeps_that_would_mislead_are_refused(base, more, changed, said):
+    with pytest.raises(UserError, match=r".") as caught:
+        made(base, *more, **changed)
+    assert said in str(caught.value)
+
+
+def test_the_settings_of_a_usual_schedule_can_be_tuned(base):
+    plan = made(base, tune={"Cosine.warmup": (0.01, 0.1, "log")}, trials=2)
+    assert all(cell.tuned == ("Cosine.warmup",) for cell in plan.cells)
 
 
 def plan_of(**changed) -> Plan:
@@ -196,6 +249,21 @@ def test_ranges_are_widened_for_all_arms_where_one_is_best_at_an_edge():
     assert {t.phase for t in plan.trials_now(results)[12:]} == {"report", "same"}
 
 
+def test_reported_runs_are_not_left_at_values_that_tuning_has_bettered():
+    few, more = plan_of(trials=2, controls=()), plan_of(trials=4, controls=())
+    tuning = more.trials_now({})
+    known = results_of(tuning, near(tuning[-3].tuned["AdamW.learning_rate"]))
+    first = [t.name for t in few.trials_now({})]
+    results = {name: known[name] for name in first}
+    reported = few.trials_now(results)[6:]
+    results |= results_of(reported, lambda t: 1.0)
+    assert len(few.trials_now(results)) == 12
+    assert more.trials_now(results) == tuning, "further tuning comes first"
+    results |= known
+    with pytest.raises(UserError, match=r"better values since a/report-1, .* \(4 in all\): delete"):
+        more.trials_now(results)
+
+
 def test_a_finished_trial_is_not_changed_by_an_edit():
     plan = plan_of()
     results = results_of(plan.trials_now({}), near(0.01))
@@ -226,6 +294,7 @@ def test_points_are_spread_and_more_of_them_begin_with_the_same():
     assert points[:8] == tune.points(ranges, 8, seed=1)
     assert 24 <= sum(p["a"] < 1e-3 for p in points) <= 40
     assert 24 <= sum(p["b"] < 0.5 for p in points) <= 40
+    assert ranges["b"].wider(True, True) == tune.Range(0.0, 1.5, "linear"), "still not negative"
     assert tune.edges({"a": 1.0}, [{"a": 1.0}, {"a": 2.0}]) == {"a": "low"}
     assert tune.edges({"a": 2.0}, [{"a": 1.0}, {"a": 2.0}, {"a": 3.0}]) == {}
 

@@ -2,8 +2,8 @@
 
 For use inside shard_map. Each of the P devices of a mesh axis holds X = E / P experts, and N rows
 sorted by the expert that they go to. It sends at most S rows to each device, so that none receives
-more than P * S. One all-to-all brings rows to experts, one brings them back; the backward pass runs
-the transposes of both. Names are those of `jax.lax.ragged_all_to_all`.
+more than P * S. One all-to-all brings rows to experts, one their gates, one brings outputs back;
+the backward pass runs the transposes of all. Names are those of `jax.lax.ragged_all_to_all`.
 """
 
 from typing import Literal, NamedTuple
@@ -13,7 +13,7 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from layers.dispatch.gather_rows import permute
+from layers.dispatch.gather_rows import permute, permute_numbers
 from layers.kernels.grouped_matmul import row_multiple, spare_rows
 from layers.kernels.row_blocks import aligned_starts
 
@@ -51,16 +51,18 @@ def exchange_sizes(count_E: Int[Array, " E"], axis: str) -> Exchange:
 
 def to_experts(
     rows_ND: Float[Array, "N D"],
+    combine_N: Float[Array, " N"],
     count_E: Int[Array, " E"],
     axis: str,
     slots: int,
     ragged: bool,
     kernel: str = "loop",
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Send rows (N, D), sorted by expert, to the devices that hold their experts.
 
     Args:
         rows_ND: this device's rows, in the order of all E experts.
+        combine_N: a number that goes with each row.
         count_E: how many of them go to each expert.
         axis: the mesh axis that experts are spread over.
         slots: S, the most rows that one device sends to another.
@@ -68,20 +70,22 @@ def to_experts(
         kernel: that reads the received rows; each expert's begin where it wants them.
 
     Returns:
-        The received rows (M, D), in the order of this device's X experts, and how many each has
-        (X,). M is P * S and `spare_rows`.
+        The received rows (M, D), in the order of this device's X experts, their numbers (M,), and
+        how many rows each expert has (X,). M is P * S and `spare_rows`.
     """
     exchange = exchange_sizes(count_E, axis)
+    source_R, destination_N = _packing(exchange, len(rows_ND), slots)
+    source_M, destination_R = _by_expert(exchange, slots, kernel)
+
     if ragged:
         received_RD = _ragged_to_experts(rows_ND, exchange, axis, slots)
     else:
-        source_R, destination_N = _packing(exchange, len(rows_ND), slots)
-        sent_PSD = permute(rows_ND, source_R, destination_N).reshape(
-            len(exchange.send_sizes_P), slots, -1
-        )
-        received_RD = lax.all_to_all(sent_PSD, axis, 0, 0).reshape(-1, rows_ND.shape[1])
-    source_M, destination_R = _by_expert(exchange, slots, kernel)
-    return permute(received_RD, source_M, destination_R), exchange.recv_sizes_PX.sum(0)
+        received_RD = _swapped(permute(rows_ND, source_R, destination_N), axis)
+    rows_MD = permute(received_RD, source_M, destination_R)
+    # Numbers are so few that their empty slots cost nothing.
+    received_R = _swapped(permute_numbers(combine_N, source_R, destination_N), axis)
+    combine_M = permute_numbers(received_R, source_M, destination_R)
+    return rows_MD, combine_M, exchange.recv_sizes_PX.sum(0)
 
 
 def to_tokens(
@@ -100,10 +104,13 @@ def to_tokens(
     if ragged:
         return _ragged_to_tokens(received_RD, exchange, axis, slots, rows)
     source_R, destination_N = _packing(exchange, rows, slots)
-    returned_PSD = lax.all_to_all(
-        received_RD.reshape(len(exchange.send_sizes_P), slots, -1), axis, 0, 0
-    )
-    return permute(returned_PSD.reshape(received_RD.shape), destination_N, source_R)
+    return permute(_swapped(received_RD, axis), destination_N, source_R)
+
+
+def _swapped(a_R: jax.Array, axis: str) -> jax.Array:
+    """R = P * S rows or numbers, of which the S for each device have gone to it."""
+    a_PS = a_R.reshape(lax.axis_size(axis), -1, *a_R.shape[1:])
+    return lax.all_to_all(a_PS, axis, 0, 0).reshape(a_R.shape)
 
 
 def _packing(exchange: Exchange, rows: int, slots: int) -> tuple[jax.Array, jax.Array]:

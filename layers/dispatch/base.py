@@ -41,7 +41,7 @@ class Dispatcher(abc.ABC):
         """(G, T, D): for every token the gate-weighted sum of its experts' outputs.
 
         expert_rows: the outputs for the rows of `dispatch`: (E, G, C, D), or (P, N, D) for
-            `SortedRows`.
+            `SortedRows`, which are multiplied by `combine_PN` already.
         """
 
 

@@ -62,11 +62,52 @@ def _dispatch_backward(saved, dx_EGCD):
 dispatch_rows.defvjp(_dispatch_forward, _dispatch_backward)
 
 
+@jax.custom_vjp
+def collect_rows(
+    y_EGCD: Float[Array, "E G C D"],
+    token_GEC: Int[Array, "G E C"],
+    destination_GTK: Int[Array, "G T K"],
+) -> Float[Array, "G T D"]:
+    """(G, T, D): the sum of the rows of every token: the transpose of `dispatch_rows`."""
+    return _sum_over_k(_group_major(y_EGCD), destination_GTK, None)
+
+
+def _collect_forward(y_EGCD, token_GEC, destination_GTK):
+    return collect_rows(y_EGCD, token_GEC, destination_GTK), (token_GEC, destination_GTK)
+
+
+def _collect_backward(saved, dy_GTD):
+    return dispatch_rows(dy_GTD, *saved), None, None
+
+
+collect_rows.defvjp(_collect_forward, _collect_backward)
+
+
 def permute(
     rows_ND: Float[Array, "N D"], source_M: Int[Array, " M"], destination_N: Int[Array, " N"]
 ) -> jax.Array:
     """(M, D): row source_M[m] in place m; destination_N is the inverse; -1 for none."""
     return dispatch_rows(rows_ND[None], source_M[None, None], destination_N[None, :, None])[0, 0]
+
+
+@jax.custom_vjp
+def permute_numbers(
+    a_N: Float[Array, " N"], source_M: Int[Array, " M"], destination_N: Int[Array, " N"]
+) -> jax.Array:
+    """(M,): as `permute`, for a number in each place, without an axis of width 1."""
+    return jnp.where(source_M >= 0, a_N.at[jnp.maximum(source_M, 0)].get(mode="clip"), 0)
+
+
+def _numbers_forward(a_N, source_M, destination_N):
+    return permute_numbers(a_N, source_M, destination_N), (source_M, destination_N)
+
+
+def _numbers_backward(saved, da_M):
+    source_M, destination_N = saved
+    return permute_numbers(da_M, destination_N, source_M), None, None
+
+
+permute_numbers.defvjp(_numbers_forward, _numbers_backward)
 
 
 def _sum_over_k(rows_GND, destination_GTK, gate_GTK):

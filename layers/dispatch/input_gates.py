@@ -35,7 +35,7 @@ def dispatch_gated(
     each = dataclasses.replace(
         decision,
         expert_GTK=apart(decision.expert_GTK),
-        gate_GTK=apart(decision.gate_GTK),
+        gate_GTK=apart(jnp.ones_like(decision.gate_GTK)),
         keep_GTK=apart(decision.keep_GTK),
         slot_GTK=apart(decision.slot_GTK),
         unchosen_gate_GTE=None,

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from layers.dispatch.all_to_all import EXCHANGES, ExchangeKind, to_experts, to_tokens
 from layers.dispatch.base import Dispatcher, Overflow
-from layers.dispatch.gather_rows import combine_rows, dispatch_rows
+from layers.dispatch.gather_rows import collect_rows, dispatch_rows, permute_numbers
 from layers.dispatch.slot_gather import SlotGather
 from layers.kernels.grouped_matmul import KERNELS, SortedRows, choose, row_multiple, spare_rows
 from layers.kernels.row_blocks import aligned_starts
@@ -40,7 +40,7 @@ class Sorted(Dispatcher):
 
     Expert choice and soft slots, which leave no slot empty, are left to `SlotGather`. On a mesh
     every device sorts its own tokens; along an expert axis one all-to-all sends the rows to the
-    devices that hold their experts, and another brings the outputs back.
+    devices that hold their experts, a small one their gates, and another brings the outputs back.
 
     Attributes:
         kernel: what multiplies the rows with their experts' weights: "loop" over blocks (CPU),
@@ -127,22 +127,26 @@ class Sorted(Dispatcher):
             source_PN, destination_PTK = _for_kernel(
                 kernel, source_PN, destination_PTK, count_PE, decision
             )
-        token_PN = jnp.where(source_PN < 0, -1, source_PN // destination_PTK.shape[2])
-        x_1PND = dispatch_rows(x_PTD, token_PN[:, None], destination_PTK)
+        x_1PND = dispatch_rows(x_PTD, _tokens(source_PN, destination_PTK), destination_PTK)
         x_PND = logical_constraint(x_1PND[0], shards.axis, None, None)
+        gate_PA = shards.split(decision.gate_GTK).reshape(shards.count, -1).astype(jnp.float32)
+        destination_PA = destination_PTK.reshape(gate_PA.shape)
+        combine_PN = jax.vmap(permute_numbers)(gate_PA, source_PN, destination_PA)
+        combine_PN = logical_constraint(combine_PN, shards.axis, None)
         if expert_axis is None:
-            return SortedRows(x_PND, count_PE, kernel, shard_axis=shards.axis)
+            return SortedRows(x_PND, combine_PN, count_PE, kernel, shard_axis=shards.axis)
 
         slots = self.most_rows(x_PND.shape[1], expert_axis.devices)
 
-        def send(x_1ND, count_1E):
-            axis, ragged = expert_axis.name, self._ragged
-            x_MD, count_X = to_experts(x_1ND[0], count_1E[0], axis, slots, ragged, kernel)
-            return x_MD[None], count_X[None]
+        def send(x_1ND, combine_1N, count_1E):
+            own = x_1ND[0], combine_1N[0], count_1E[0]
+            sent = to_experts(*own, expert_axis.name, slots, self._ragged, kernel)
+            return tuple(a[None] for a in sent)
 
-        rows_PMD, count_PX = per_shard(send, (x_PND, count_PE), shard_axis=shards.axis)
-        rows_PMD = checkpoint_name(rows_PMD, "exchanged")
-        return SortedRows(rows_PMD, count_PX, kernel, True, shards.axis)
+        split = x_PND, combine_PN, count_PE
+        rows_PMD, combine_PM, count_PX = per_shard(send, split, shard_axis=shards.axis)
+        rows_PMD, combine_PM = (checkpoint_name(a, "exchanged") for a in (rows_PMD, combine_PM))
+        return SortedRows(rows_PMD, combine_PM, count_PX, kernel, True, shards.axis)
 
     def combine(self, expert_rows, decision) -> jax.Array:
         if not isinstance(decision, TokenChoice):
@@ -166,10 +170,8 @@ class Sorted(Dispatcher):
                 return to_tokens(y_1MD[0], count_1E[0], axis, slots, rows, ragged, kernel)[None]
 
             y_PND = per_shard(bring_back, (y_PND, count_PE), shard_axis=shards.axis)
-            y_PND = checkpoint_name(y_PND, "exchanged")
-        gate_PTK = shards.split(decision.gate_GTK.astype(y_PND.dtype))
-        y_PTD = combine_rows(y_PND[None], gate_PTK, source_PN[:, None], destination_PTK)
-        return shards.merge(y_PTD, groups)
+        token_P1N = _tokens(source_PN, destination_PTK)
+        return shards.merge(collect_rows(y_PND[None], token_P1N, destination_PTK), groups)
 
     @property
     def _ragged(self) -> bool:
@@ -209,6 +211,11 @@ def _sorted_addresses(
     source_PN = jnp.where(row_1N < edges[:, -1:], source_PN, -1)
     destination_PTK = destination_PN.reshape(kept_PTK.shape)
     return source_PN, jnp.where(kept_PTK < experts, destination_PTK, -1), count_PE
+
+
+def _tokens(source_PN: Int[Array, "P N"], destination_PTK: Int[Array, "P T K"]) -> jax.Array:
+    """(P, 1, N): the token of each row's assignment; -1 for none."""
+    return jnp.where(source_PN < 0, -1, source_PN // destination_PTK.shape[2])[:, None]
 
 
 def _for_kernel(kernel: str, source_PN, destination_PTK, count_PE, decision: TokenChoice):

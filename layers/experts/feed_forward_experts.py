@@ -86,7 +86,9 @@ class FeedForwardExperts(Experts):
         return ExpertsOutput(y_GTD, None if isinstance(rows, SortedRows) else expert_rows)
 
     def on_rows(self, rows: jax.Array | SortedRows, key_G: jax.Array | None = None) -> jax.Array:
-        """The experts' outputs for their rows: (E, G, C, D), or (P, N, D) for `SortedRows`.
+        """The experts' outputs for their rows: (E, G, C, D).
+
+        For `SortedRows` (P, N, D), multiplied by `combine_PN`.
 
         Args:
             rows: (E, G, C, D) by slot, or sorted.
@@ -116,14 +118,15 @@ class FeedForwardExperts(Experts):
         dtype, activate = rows.rows_PND.dtype, hidden_units(self.activation)
         weights = tuple(w[...].astype(dtype) for w in (*self._ups, self.down_EFD))
 
-        def one_shard(x_1ND, count_1E, *weights):
-            x_ND, count_E, ups, down_EFD = x_1ND[0], count_1E[0], weights[:-1], weights[-1]
-            y_ND = grouped_feed_forward(x_ND, ups, down_EFD, count_E, activate, rows.kernel)
-            return y_ND[None]
+        def one_shard(x_1ND, combine_1N, count_1E, *weights):
+            x_ND, combine_N, count_E = x_1ND[0], combine_1N[0], count_1E[0]
+            *ups, down_EFD = weights
+            given = x_ND, combine_N, tuple(ups), down_EFD, count_E
+            return grouped_feed_forward(*given, activate, rows.kernel)[None]
 
         held = "expert" if rows.local_experts else None
         axes = (*((held, "embed", "mlp") for _ in self._ups), (held, "mlp", "embed"))
-        split = (rows.rows_PND, rows.count_PE)
+        split = (rows.rows_PND, rows.combine_PN, rows.count_PE)
         return per_shard(one_shard, split, weights, axes, rows.shard_axis)
 
     def merged(self, x_GTD: Float[Array, "G T D"], decision: ExpertMerge) -> jax.Array:

@@ -4,6 +4,7 @@ B batch, T tokens, D model width, V vocabulary, N tokens of a block. A block kee
 and T in place of N where a mesh shards T; names without a suffix stand for both.
 """
 
+from collections.abc import Callable
 import functools
 from typing import Any
 
@@ -48,7 +49,7 @@ def cross_entropy_sums(
         return _blockwise(weight_DV, *arrays, 1)
 
     def one_shard(hidden_BTD, target_BT, scored_BT, counted_BT, weight_DV):
-        blocks = _blocks(target_BT.shape, weight_DV.shape[1])
+        blocks = num_blocks(target_BT.shape, weight_DV.shape[1])
         nats_2: Any = _blockwise(weight_DV, hidden_BTD, target_BT, scored_BT, counted_BT, blocks)
         return nats_2[None]
 
@@ -72,19 +73,19 @@ def cross_entropy_of_each(
         return _block(weight_DV, *arrays, everything)[1]
 
     def one_shard(hidden_BTD, target_BT, weight_DV):
-        blocks, batch = _blocks(target_BT.shape, weight_DV.shape[1]), len(target_BT)
+        blocks, batch = num_blocks(target_BT.shape, weight_DV.shape[1]), len(target_BT)
 
         def one(block):
             return _block(weight_DV, *block)[1]
 
         everything = jnp.ones_like(target_BT, bool)
-        nats = jax.lax.map(one, _split((hidden_BTD, target_BT, everything), blocks))
+        nats = jax.lax.map(one, split_tokens((hidden_BTD, target_BT, everything), blocks))
         return rearrange(nats.reshape(blocks, batch, -1), "s b t -> b (s t)")
 
     return per_shard(one_shard, arrays, (weight_DV,), (("embed", "vocab"),))
 
 
-def _blocks(shape: tuple[int, int], vocabulary: int) -> int:
+def num_blocks(shape: tuple[int, int], vocabulary: int) -> int:
     """Into how many equal blocks to cut T, so that a block's logits stay in cache."""
     batch, tokens = shape
     limit = BLOCK_LOGITS if platform() == "cpu" else ACCELERATOR_BLOCK_LOGITS
@@ -98,8 +99,8 @@ def _blockwise(weight_DV, hidden_BTD, target_BT, scored_BT, counted_BT, blocks: 
         *block, counted = block
         return total_2 + _sums(_block(weight_DV, *block)[1], counted), None
 
-    split = _split((hidden_BTD, target_BT, scored_BT, counted_BT), blocks)
-    return jax.lax.scan(add, _zeros((2,), hidden_BTD), split)[0]
+    split = split_tokens((hidden_BTD, target_BT, scored_BT, counted_BT), blocks)
+    return jax.lax.scan(add, zeros_along((2,), hidden_BTD), split)[0]
 
 
 def _sums(loss, counted):
@@ -121,22 +122,36 @@ def _block(weight_DV, hidden, target, scored):
 
 
 def _forward(weight_DV, hidden_BTD, target_BT, scored_BT, counted_BT, blocks: int):
+    def one(hidden, target, scored, counted):
+        dlogits, loss = _block(weight_DV, hidden, target, scored)
+        return dlogits, _sums(loss, counted)
+
+    tokens = hidden_BTD, target_BT, scored_BT, counted_BT
+    return sums_and_gradients(one, (2,), weight_DV, tokens, blocks)
+
+
+def sums_and_gradients(one: Callable, shape: tuple[int, ...], weight_DV, tokens, blocks: int):
+    """The sums (shape) of a loss over all tokens, and its gradients by weight_DV and hidden_BTD.
+
+    one: of a block of tokens' arrays: the gradient of its loss by its logits (N, V), and its sums.
+    tokens: arrays (B, T, ...), of which hidden_BTD is the first.
+    """
+    hidden_BTD = tokens[0]
+
     def add(carry, block):
-        total_2, dweight_DV = carry
-        *block, counted = block
-        dlogits, loss = _block(weight_DV, *block)
+        total, dweight_DV = carry
+        dlogits, sums = one(*block)
         dlogits = dlogits.astype(weight_DV.dtype)
         axes = tuple(range(dlogits.ndim - 1))
         block_DV = jnp.tensordot(block[0], dlogits, (axes, axes))
         dweight_DV = dweight_DV + block_DV.astype(jnp.float32)
-        return (total_2 + _sums(loss, counted), dweight_DV), dlogits @ weight_DV.T
+        return (total + sums, dweight_DV), dlogits @ weight_DV.T
 
-    start = (_zeros((2,), hidden_BTD), _zeros(weight_DV.shape, hidden_BTD))
-    split = _split((hidden_BTD, target_BT, scored_BT, counted_BT), blocks)
-    (total_2, dweight_DV), dhidden = jax.lax.scan(add, start, split)
+    start = (zeros_along(shape, hidden_BTD), zeros_along(weight_DV.shape, hidden_BTD))
+    (total, dweight_DV), dhidden = jax.lax.scan(add, start, split_tokens(tokens, blocks))
     batch, _, width = hidden_BTD.shape
     dhidden_BTD = rearrange(dhidden.reshape(blocks, batch, -1, width), "s b t d -> b (s t) d")
-    return total_2, (dweight_DV.astype(weight_DV.dtype), dhidden_BTD)
+    return total, (dweight_DV.astype(weight_DV.dtype), dhidden_BTD)
 
 
 def _backward(blocks, saved, dtotal_2):
@@ -148,12 +163,12 @@ def _backward(blocks, saved, dtotal_2):
 _blockwise.defvjp(_forward, _backward)
 
 
-def _zeros(shape, like):
+def zeros_along(shape, like):
     """float32 zeros that vary over the mesh as `like` does."""
     return jnp.zeros_like(like, shape=shape, dtype=jnp.float32)
 
 
-def _split(arrays, blocks: int):
+def split_tokens(arrays, blocks: int):
     """Arrays (B, T, ...) as (blocks, B * T / blocks, ...), cut along T: a mesh shards B."""
     if is_cut("length"):  # one block with the axes B and T
         return jax.tree.map(lambda a: a[None], arrays)

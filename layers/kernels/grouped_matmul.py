@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from layers.kernels import hopper
 from layers.kernels.choice import Choice
-from layers.kernels.row_blocks import BLOCK_ROWS, aligned_rows
+from layers.kernels.row_blocks import BLOCK_ROWS, aligned_rows, units
 from layers.kernels.row_by_row import row_by_row
 from layers.kernels.slot_blocks import slot_blocks
 from layers.logical_axes import device, has_mesh, platform
@@ -72,6 +72,8 @@ class SortedRows(nnx.Pytree):
             each expert's from a multiple of `row_multiple(kernel)` on, with zeros between. There
             are at least `spare_rows` more than `count_PE.sum(1)`. Kernels may read those behind;
             their outputs are discarded.
+        combine_PN: the gate of each row's assignment, by which its expert's output is multiplied;
+            float32, 0 for rows without one.
         count_PE: rows of each expert.
         kernel: as in `grouped_feed_forward`.
         local_experts: E counts only the experts that a shard's device holds; rows have been sent
@@ -80,6 +82,7 @@ class SortedRows(nnx.Pytree):
     """
 
     rows_PND: Float[Array, "P N D"] = nnx.data()
+    combine_PN: Float[Array, "P N"] = nnx.data()
     count_PE: Int[Array, "P E"] = nnx.data()
     kernel: str = nnx.static()
     local_experts: bool = nnx.static(default=False)
@@ -100,17 +103,20 @@ def spare_rows(rows: int, experts: int, kernel: str) -> int:
 
 def grouped_feed_forward(
     x_ND: Float[Array, "N D"],
+    combine_N: Float[Array, " N"],
     ups: tuple[jax.Array, ...],
     down_EFD: Float[Array, "E F D"],
     count_E: Int[Array, " E"],
     activate: Callable[..., jax.Array],
     kernel: str,
 ) -> jax.Array:
-    """(N, D): down(activate(up(x), ...)) of each row's expert; past the counts undefined.
+    """(N, D): combine * down(activate(up(x), ...)) of each row's expert; undefined past the counts.
 
     Args:
         x_ND: rows sorted by expert, each expert's from a multiple of `row_multiple` on; with
             `spare_rows` rows of padding.
+        combine_N: what each row's output is multiplied by. The hidden units are, before the last
+            matmul, so that no output is kept for the backward pass.
         ups: one or two arrays (E, D, F); `activate` takes their matmuls in this order.
         down_EFD: the output weights.
         count_E: rows of each expert.
@@ -121,18 +127,18 @@ def grouped_feed_forward(
             "tokamax", the Pallas kernels of that package; `choose` makes one of them of "auto".
     """
     if kernel == "row_by_row":  # in decoding
-        return row_by_row(x_ND, ups, down_EFD, count_E, activate)
+        return row_by_row(x_ND, combine_N, ups, down_EFD, count_E, activate)
     if kernel == "hopper":
-        return hopper.feed_forward(x_ND, ups, down_EFD, count_E, activate)
+        return hopper.feed_forward(x_ND, combine_N, ups, down_EFD, count_E, activate)
     if kernel == "slot_blocks":
-        return slot_blocks(x_ND, ups, down_EFD, count_E, activate)
+        return slot_blocks(x_ND, combine_N, ups, down_EFD, count_E, activate)
     if kernel != "loop":
         matmul = _tokamax() if kernel == "tokamax" else lax.ragged_dot
         before = _named([matmul(x_ND, up_EDF, count_E) for up_EDF in ups])
-        (y_ND,) = _named([matmul(activate(*before), down_EFD, count_E)])
+        y_ND = matmul(units(activate, combine_N[:, None], *before), down_EFD, count_E)
         real_N1 = (jnp.arange(len(x_ND)) < count_E.sum())[:, None]
         return jnp.where(real_N1, y_ND, 0)
-    return _loop(x_ND, ups, down_EFD, count_E, activate)
+    return _loop(x_ND, combine_N, ups, down_EFD, count_E, activate)
 
 
 def _tokamax() -> Callable[..., jax.Array]:
@@ -152,27 +158,28 @@ def _tokamax() -> Callable[..., jax.Array]:
     return functools.partial(tokamax.ragged_dot, implementation=kernels)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _loop(x_ND, ups, down_EFD, count_E, activate):
-    return _loop_forward(x_ND, ups, down_EFD, count_E, activate, save=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _loop(x_ND, combine_N, ups, down_EFD, count_E, activate):
+    return _loop_forward(x_ND, combine_N, ups, down_EFD, count_E, activate, save=False)[0]
 
 
-def _loop_forward(x_ND, ups, down_EFD, count_E, activate, save: bool = True):
+def _loop_forward(x_ND, combine_N, ups, down_EFD, count_E, activate, save: bool = True):
     def body(expert, start, size, is_own_R, first, done):
         y_ND, before = done
         x_RD = _rows(x_ND, start, size)
         before_RF = [x_RD @ _one(up_EDF, expert) for up_EDF in ups]
-        y_RD = activate(*before_RF) @ _one(down_EFD, expert)
+        hidden_RF = units(activate, _rows(combine_N1, start, size), *before_RF)
+        y_RD = hidden_RF @ _one(down_EFD, expert)
         if save:
             before = [_write(a, new, start) for a, new in zip(before, before_RF, strict=True)]
         return _write(y_ND, y_RD, start), before
 
+    combine_N1 = combine_N[:, None]
     zeros = functools.partial(_zeros, like=x_ND)
     hidden = (len(x_ND), down_EFD.shape[1])
     empty = zeros(x_ND.shape), [zeros(hidden) for _ in ups if save]
     y_ND, before = _over_experts(body, empty, count_E, len(x_ND))
-    y_ND, *before = _named([y_ND, *before])
-    return y_ND, (x_ND, ups, down_EFD, count_E, before)
+    return y_ND, (x_ND, combine_N1, ups, down_EFD, count_E, _named(before))
 
 
 def _named(matmuls):
@@ -181,31 +188,33 @@ def _named(matmuls):
 
 
 def _loop_backward(activate, saved, dy_ND):
-    x_ND, ups, down_EFD, count_E, before = saved
+    x_ND, combine_N1, ups, down_EFD, count_E, before = saved
 
     def body(expert, start, size, is_own_R, first, done):
-        dx_ND, dups, ddown_EFD = done
+        dx_ND, dcombine_N1, dups, ddown_EFD = done
         # Rows of the block past the expert's own belong to the next expert.
         x_RD, dy_RD = (
             jnp.where(is_own_R[:, None], _rows(a, start, size), 0) for a in (x_ND, dy_ND)
         )
-        hidden_RF, pull = jax.vjp(activate, *(_rows(a, start, size) for a in before))
-        dbefore = pull(dy_RD @ _one(down_EFD, expert).T)
+        of_rows = (_rows(a, start, size) for a in (combine_N1, *before))
+        hidden_RF, pull = jax.vjp(functools.partial(units, activate), *of_rows)
+        dcombine_R1, *dbefore = pull(dy_RD @ _one(down_EFD, expert).T)
         dx_RD = _input_gradient(dbefore, ups, expert)
         dups = [
             _add(dup_EDF, expert, x_RD, d_RF, first)
             for dup_EDF, d_RF in zip(dups, dbefore, strict=True)
         ]
         ddown_EFD = _add(ddown_EFD, expert, hidden_RF, dy_RD, first)
-        return _write(dx_ND, dx_RD, start), dups, ddown_EFD
+        dx_ND, dcombine_N1 = _write(dx_ND, dx_RD, start), _write(dcombine_N1, dcombine_R1, start)
+        return dx_ND, dcombine_N1, dups, ddown_EFD
 
     zeros = functools.partial(_zeros, like=x_ND)
     wide = jnp.promote_types(x_ND.dtype, jnp.float32)
     weights = [zeros(w.shape, wide) for w in (*ups, down_EFD)]
-    start = zeros(x_ND.shape), weights[:-1], weights[-1]
-    dx_ND, dups, ddown_EFD = _over_experts(body, start, count_E, len(x_ND))
+    start = zeros(x_ND.shape), jnp.zeros_like(combine_N1), weights[:-1], weights[-1]
+    dx_ND, dcombine_N1, dups, ddown_EFD = _over_experts(body, start, count_E, len(x_ND))
     dups = tuple(dup.astype(up.dtype) for dup, up in zip(dups, ups, strict=True))
-    return dx_ND, dups, ddown_EFD.astype(down_EFD.dtype), None
+    return dx_ND, dcombine_N1[:, 0], dups, ddown_EFD.astype(down_EFD.dtype), None
 
 
 _loop.defvjp(_loop_forward, _loop_backward)

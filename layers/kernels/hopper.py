@@ -112,16 +112,17 @@ def _by_platform(multiprocessors: int | None) -> Matmuls:
 
 def feed_forward(
     x_ND: jax.Array,
+    combine_N: jax.Array,
     ups: tuple[jax.Array, ...],
     down_EFD: jax.Array,
     count_E: jax.Array,
     activate: Callable[..., jax.Array],
     matmuls: Matmuls | None = None,
 ) -> jax.Array:
-    """(N, D): down(activate(up(x), ...)) of each row's expert; undefined in unused blocks.
+    """(N, D): as `grouped_feed_forward`, but rows lie in blocks, as `row_blocks` says.
 
-    Arguments are those of `grouped_feed_forward`, but rows lie in blocks, as `row_blocks` says: so
-    do the rows of the output's gradient, which must be zero in an expert's padding.
+    So do the rows of the output's gradient, which must be zero in an expert's padding. Blocks that
+    are not in use are undefined.
     """
     if matmuls is None:
         loops = jax.__version_info__[:2] < JAX_NEEDED or _misfit(x_ND.dtype, x_ND.shape[1])
@@ -132,35 +133,38 @@ def feed_forward(
         ups = tuple(jnp.pad(up_EDF, ((0, 0), (0, 0), (0, more))) for up_EDF in ups)
         down_EFD = jnp.pad(down_EFD, ((0, 0), (0, more), (0, 0)))
     blocks = row_blocks.blocks_of(count_E, len(x_ND))
-    return _feed_forward(x_ND, ups, down_EFD, blocks, activate, matmuls)
+    return _feed_forward(x_ND, combine_N, ups, down_EFD, blocks, activate, matmuls)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _feed_forward(x_ND, ups, down_EFD, blocks, activate, matmuls: Matmuls):
-    return _forward(x_ND, ups, down_EFD, blocks, activate, matmuls)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _feed_forward(x_ND, combine_N, ups, down_EFD, blocks, activate, matmuls: Matmuls):
+    return _forward(x_ND, combine_N, ups, down_EFD, blocks, activate, matmuls)[0]
 
 
-def _forward(x_ND, ups, down_EFD, blocks, activate, matmuls: Matmuls):
+def _forward(x_ND, combine_N, ups, down_EFD, blocks, activate, matmuls: Matmuls):
     if len(ups) == 2:
-        hidden_NF, *before = matmuls.gated(x_ND, *ups, blocks, activate)
+        hidden_NF, *before = matmuls.gated(x_ND, *ups, combine_N, blocks, activate)
         before = [_named(a) for a in before]
     else:
         before = [_named(matmuls.matmul(x_ND, up_EDF, blocks)) for up_EDF in ups]
-        hidden_NF = activate(*before)
-    y_ND = _named(matmuls.matmul(hidden_NF, down_EFD, blocks))
-    return y_ND, (x_ND, ups, down_EFD, blocks, before)
+        hidden_NF = row_blocks.units(activate, combine_N[:, None], *before)
+    y_ND = matmuls.matmul(hidden_NF, down_EFD, blocks)
+    return y_ND, (x_ND, combine_N, ups, down_EFD, blocks, before)
 
 
 def _backward(activate, matmuls: Matmuls, saved, dy_ND):
-    x_ND, ups, down_EFD, blocks, before = saved
-    hidden_NF, pull = jax.vjp(activate, *before)
-    dbefore = pull(matmuls.matmul(dy_ND, down_EFD, blocks, transpose=True))
+    x_ND, combine_N, ups, down_EFD, blocks, before = saved
+
+    units = functools.partial(row_blocks.units, activate)
+    hidden_NF, pull = jax.vjp(units, combine_N[:, None], *before)
+    dcombine_N1, *dbefore = pull(matmuls.matmul(dy_ND, down_EFD, blocks, transpose=True))
     dx_ND = sum(
         matmuls.matmul(d_NF, up_EDF, blocks, transpose=True)
         for d_NF, up_EDF in zip(dbefore, ups, strict=True)
     )
     dups = tuple(matmuls.weight_gradient(x_ND, d_NF, blocks) for d_NF in dbefore)
-    return dx_ND, dups, matmuls.weight_gradient(hidden_NF, dy_ND, blocks), None
+    dcombine_N = dcombine_N1[:, 0]
+    return dx_ND, dcombine_N, dups, matmuls.weight_gradient(hidden_NF, dy_ND, blocks), None
 
 
 _feed_forward.defvjp(_forward, _backward)

@@ -19,6 +19,7 @@ def gated(
     x_ND: Float[Array, "N D"],
     up_EDF: jax.Array,
     gate_EDF: jax.Array,
+    combine_N: Float[Array, " N"],
     blocks: Blocks,
     activate,
     multiprocessors: int = tiles.MULTIPROCESSORS,
@@ -34,10 +35,10 @@ def gated(
         multiprocessors=multiprocessors,
         interpret=interpret,
     )
-    return tuple(kernel(x_ND, up_EDF, gate_EDF, blocks.expert_B, blocks.used_1))
+    return tuple(kernel(x_ND, up_EDF, gate_EDF, combine_N, blocks.expert_B, blocks.used_1))
 
 
-def _kernel(x_ref, up_ref, gate_ref, expert_ref, used_ref, *out_refs, tile: tiles.Tile, activate):
+def _kernel(x_ref, up_ref, gate_ref, combine_ref, expert_ref, used_ref, *out_refs, tile, activate):
     width, dtype = x_ref.shape[1], x_ref.dtype
     n_across = out_refs[0].shape[1] // tile.columns
     in_weight = tiles.operand((tiles.STEP, tile.columns), lambda k: (k, 0), dtype)
@@ -60,7 +61,9 @@ def _kernel(x_ref, up_ref, gate_ref, expert_ref, used_ref, *out_refs, tile: tile
             def _(up, gate):
                 run((up, gate))
                 up, gate = up[...], gate[...]
-                results = [a.astype(dtype) for a in (activate(up, gate), up, gate)]
+                own = combine_ref.at[rows].at[own_rows][...]
+                combine = lax.broadcast_in_dim(own, up.shape, (0,))
+                results = [a.astype(dtype) for a in (activate(up, gate) * combine, up, gate)]
                 targets = [ref.at[rows, columns].at[own_rows] for ref in out_refs]
                 tiles.store(results, targets, out_s, warpgroup)
 

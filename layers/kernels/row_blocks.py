@@ -84,8 +84,23 @@ def weight_gradient(
 
 
 def gated(
-    x_ND: Float[Array, "N D"], up_EDF: jax.Array, gate_EDF: jax.Array, blocks: Blocks, activate
+    x_ND: Float[Array, "N D"],
+    up_EDF: jax.Array,
+    gate_EDF: jax.Array,
+    combine_N: Float[Array, " N"],
+    blocks: Blocks,
+    activate,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """activate(up(x), gate(x)), up(x) and gate(x), each (N, F)."""
+    """activate(up(x), gate(x)) times combine_N, up(x) and gate(x), each (N, F)."""
     up_NF, gate_NF = matmul(x_ND, up_EDF, blocks), matmul(x_ND, gate_EDF, blocks)
-    return activate(up_NF, gate_NF), up_NF, gate_NF
+    return units(activate, combine_N[:, None], up_NF, gate_NF), up_NF, gate_NF
+
+
+def units(activate, combine_N1: jax.Array, *before: jax.Array) -> jax.Array:
+    """activate(*before) times their rows' combine weights, in the type of the hidden units.
+
+    An expert's output is linear in them: so it comes out weighted, and the backward pass, which has
+    the hidden units' gradients at hand, needs no outputs to find those of the weights.
+    """
+    hidden_NF = activate(*before)
+    return (hidden_NF * combine_N1).astype(hidden_NF.dtype)

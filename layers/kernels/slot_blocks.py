@@ -14,6 +14,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from layers.kernels.row_blocks import units
+
 # Slots of an expert, as a multiple of its even share of the rows, and rounded up to this many.
 SLOT_FACTOR = 1.25
 SLOT_MULTIPLE = 8
@@ -27,37 +29,38 @@ def slots_of(rows: int, experts: int) -> int:
     return min(rows, -(-share // SLOT_MULTIPLE) * SLOT_MULTIPLE)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def slot_blocks(x_ND, ups, down_EFD, count_E, activate) -> jax.Array:
-    """(N, D): down(activate(up(x), ...)) of each row's expert; 0 past the counts.
-
-    Arguments are those of `grouped_feed_forward`; no row of padding is needed.
-    """
-    return _forward(x_ND, ups, down_EFD, count_E, activate)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def slot_blocks(x_ND, combine_N, ups, down_EFD, count_E, activate) -> jax.Array:
+    """(N, D): as `grouped_feed_forward`; 0 past the counts. No row of padding is needed."""
+    return _forward(x_ND, combine_N, ups, down_EFD, count_E, activate)[0]
 
 
-def _forward(x_ND, ups, down_EFD, count_E, activate):
-    slots = slots_of(len(x_ND), len(count_E))
-    x_ESD = _to_slots(x_ND, count_E, slots)
+def _forward(x_ND, combine_N, ups, down_EFD, count_E, activate):
+    slots, combine_N1 = slots_of(len(x_ND), len(count_E)), combine_N[:, None]
+    x_ESD, combine_ES1 = (_to_slots(a, count_E, slots) for a in (x_ND, combine_N1))
     before = [_named(jnp.einsum("esd,edf->esf", x_ESD, up_EDF)) for up_EDF in ups]
-    y_ESD = _named(jnp.einsum("esf,efd->esd", activate(*before), down_EFD))
+    y_ESD = jnp.einsum("esf,efd->esd", units(activate, combine_ES1, *before), down_EFD)
 
     def body(expert, start, is_own_R1, y_ND):
         x_RD = _rows(x_ND, start, len(is_own_R1))
         before_RF = [x_RD @ _one(up_EDF, expert) for up_EDF in ups]
-        return _write(y_ND, activate(*before_RF) @ _one(down_EFD, expert), start, is_own_R1)
+        hidden_RF = units(activate, _rows(combine_N1, start, len(is_own_R1)), *before_RF)
+        return _write(y_ND, hidden_RF @ _one(down_EFD, expert), start, is_own_R1)
 
     y_ND = _over_overflow(body, _from_slots(y_ESD, count_E, len(x_ND)), count_E, slots)
-    return _named(y_ND), (x_ND, ups, down_EFD, count_E, before)
+    return y_ND, (x_ND, combine_N1, ups, down_EFD, count_E, before)
 
 
 def _backward(activate, saved, dy_ND):
     """Blocks beyond the slots compute their hidden units again; slots keep theirs."""
-    x_ND, ups, down_EFD, count_E, before = saved
+    x_ND, combine_N1, ups, down_EFD, count_E, before = saved
     slots = before[0].shape[1]
-    x_ESD, dy_ESD = (_to_slots(a, count_E, slots) for a in (x_ND, dy_ND))
-    hidden_ESF, pull = jax.vjp(activate, *before)
-    dbefore = pull(jnp.einsum("esd,efd->esf", dy_ESD, down_EFD))
+    given = x_ND, combine_N1, dy_ND
+    x_ESD, combine_ES1, dy_ESD = (_to_slots(a, count_E, slots) for a in given)
+
+    weighted = functools.partial(units, activate)
+    hidden_ESF, pull = jax.vjp(weighted, combine_ES1, *before)
+    dcombine_ES1, *dbefore = pull(jnp.einsum("esd,efd->esf", dy_ESD, down_EFD))
     dx_ESD = sum(
         jnp.einsum("esf,edf->esd", d_ESF, up_EDF)
         for d_ESF, up_EDF in zip(dbefore, ups, strict=True)
@@ -68,21 +71,23 @@ def _backward(activate, saved, dy_ND):
     ddown_EFD = weights("esf,esd->efd", hidden_ESF, dy_ESD)
 
     def body(expert, start, is_own_R1, done):
-        dx_ND, dups, ddown_EFD = done
+        dx_ND, dcombine_N1, dups, ddown_EFD = done
         size = len(is_own_R1)
-        x_RD, dy_RD = (jnp.where(is_own_R1, _rows(a, start, size), 0) for a in (x_ND, dy_ND))
+        x_RD, combine_R1, dy_RD = (jnp.where(is_own_R1, _rows(a, start, size), 0) for a in given)
         before_RF = [x_RD @ _one(up_EDF, expert) for up_EDF in ups]
-        hidden_RF, pull = jax.vjp(activate, *before_RF)
-        dbefore = pull(dy_RD @ _one(down_EFD, expert).T)
+        hidden_RF, pull = jax.vjp(weighted, combine_R1, *before_RF)
+        dcombine_R1, *dbefore = pull(dy_RD @ _one(down_EFD, expert).T)
         dx_RD = sum(d @ _one(up_EDF, expert).T for d, up_EDF in zip(dbefore, ups, strict=True))
         dups = [_add(dup, expert, x_RD, d) for dup, d in zip(dups, dbefore, strict=True)]
         ddown_EFD = _add(ddown_EFD, expert, hidden_RF, dy_RD)
-        return _write(dx_ND, dx_RD, start, is_own_R1), dups, ddown_EFD
+        dx_ND = _write(dx_ND, dx_RD, start, is_own_R1)
+        return dx_ND, _write(dcombine_N1, dcombine_R1, start, is_own_R1), dups, ddown_EFD
 
-    start = _from_slots(dx_ESD, count_E, len(x_ND)), dups, ddown_EFD
-    dx_ND, dups, ddown_EFD = _over_overflow(body, start, count_E, slots)
+    dx_ND, dcombine_N1 = (_from_slots(a, count_E, len(x_ND)) for a in (dx_ESD, dcombine_ES1))
+    start = dx_ND, dcombine_N1, dups, ddown_EFD
+    dx_ND, dcombine_N1, dups, ddown_EFD = _over_overflow(body, start, count_E, slots)
     dups = tuple(dup.astype(up.dtype) for dup, up in zip(dups, ups, strict=True))
-    return dx_ND, dups, ddown_EFD.astype(down_EFD.dtype), None
+    return dx_ND, dcombine_N1[:, 0], dups, ddown_EFD.astype(down_EFD.dtype), None
 
 
 slot_blocks.defvjp(_forward, _backward)

@@ -4,11 +4,14 @@ B sequences, T tokens of a sequence, E experts, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 import statistics
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from matplotlib.figure import Figure
 import numpy as np
 
 from moe.inference.decoder import Caches, Decoder
@@ -18,11 +21,19 @@ BATCHES = (1, 4, 16, 64)
 PREFILLS = 3
 
 
+class Machine(NamedTuple):
+    """What it does at most: bytes per second of a copy, FLOPs per second of a large matmul."""
+
+    bandwidth: float
+    peak: float
+
+
 def decode(
     decoder: Decoder,
     document_id: int,
     length: int,
-    bandwidth: float,
+    flops: float,
+    machine: Machine,
     say: Callable[[str], None] = lambda line: None,
 ) -> Iterator[dict]:
     """A row for each batch size of texts that the model itself draws, token by token.
@@ -31,7 +42,8 @@ def decode(
         decoder: of the model.
         document_id: the token that begins a text.
         length: T, of prompts in halves and of texts in whole.
-        bandwidth: bytes per second of a copy, for the roofline.
+        flops: of a token.
+        machine: for the roofline.
         say: is told what is being measured.
     """
     for batch in BATCHES:
@@ -40,7 +52,7 @@ def decode(
         say(f"batch of {batch}: prefill")
         prefill = prefill_seconds(decoder, token_BT[:, : max(1, length // 2)], length)
         weights, keys = weight_bytes(decoder, distinct), cache_bytes(caches)
-        least = (weights + keys) / bandwidth
+        reading, computing = (weights + keys) / machine.bandwidth, batch * flops / machine.peak
         yield {
             "batch": batch,
             "prompt_tokens": max(1, length // 2),
@@ -51,7 +63,8 @@ def decode(
             "distinct_experts_per_layer": distinct,
             "weight_bytes_per_token": round(weights / batch),
             "cache_bytes_per_token": round(keys / (batch * length)),
-            "bandwidth_roofline_fraction": least / seconds,
+            "milliseconds_predicted": 1e3 * max(reading, computing),
+            "bandwidth_roofline_fraction": reading / seconds,
         }
 
 
@@ -104,3 +117,20 @@ def weight_bytes(decoder: Decoder, distinct: list[float]) -> float:
 def cache_bytes(caches: Caches) -> int:
     """The bytes of all keys and values."""
     return sum(c.attention.key_BSNK.nbytes + c.attention.value_BSNK.nbytes for c in caches)
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Draw tokens/s over the texts of a step, a line for each model; dotted, what peaks allow."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for i, name in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        own = [row for row in rows if row["model"] == name]
+        texts = [row["batch"] for row in own]
+        axis.plot(texts, [r["tokens_per_second"] for r in own], "o-", color=f"C{i}", label=name)
+        least = [1e3 * row["batch"] / row["milliseconds_predicted"] for row in own]
+        axis.plot(texts, least, ":", color=f"C{i}", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.set(yscale="log", xlabel="texts in a step", ylabel="tokens per second")
+    axis.set_title("Decoding (dotted: by the machine's copy and matmul rates)", fontsize=11)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=130)

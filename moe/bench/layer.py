@@ -23,6 +23,7 @@ from layers.dispatch import Dispatcher, SlotGather, Sorted
 from layers.experts.feed_forward import FeedForward
 from layers.moe_layer import MoELayer
 from moe.bench.routers import VOCABULARY, batch, median_ms, timed
+from moe.errors import first_line
 from moe.machine import hardware
 from moe.model import functional
 from routing import Balanced, Capacity, Router, Sizes, Zipf, initialize
@@ -177,8 +178,7 @@ def _rows(case: Case, peak: float, bandwidth: float, dtype: str, say: Say) -> It
                 calls = stack.enter_context(make())
                 settle(calls[:2])
             except Exception as error:  # the others are measured all the same
-                first = (str(error).strip().splitlines() or [""])[0]
-                yield row | {"error": f"{type(error).__name__}: {first}"[:300]}
+                yield row | {"error": f"{type(error).__name__}: {first_line(error)}"[:300]}
             else:
                 programs.append((row, calls))
         pairs = [pair for _, calls in programs for pair in zip(dense[:2], calls[:2], strict=True)]

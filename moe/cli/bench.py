@@ -1,6 +1,7 @@
 """`moe bench`: times of routers, layers and decoding on this machine."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+import functools
 import json
 from pathlib import Path
 
@@ -72,31 +73,52 @@ def layer(flags) -> Iterator[dict]:
 
 
 def decode(flags) -> Iterator[dict]:
-    """Print a line for each batch size, and yield it as a row."""
-    from moe.bench import decode, layer
+    """Print a line for each model and batch size, and yield it as a row; `--plot` draws them."""
+    from moe.bench import decode, layer, twins
     from moe.cli import config
     from moe.inference.decoder import Decoder, reason_to_recompute
     from moe.inference.generate import check
     from moe.machine import hardware
+    from moe.planning.serving import Serving
     from moe.runs.restore import restore_run
-    from moe.runs.tracking import progress
+    from moe.training.abstract_model import Vocabulary
 
     if flags.workdir is None:
         raise UserError("moe bench decode measures a run's model: give --workdir=FOLDER")
-    run = restore_run(flags.workdir, config.of_folder(flags.workdir))
+    spec = config.of_folder(flags.workdir, imports=vars(flags)["import"])
+    run = restore_run(flags.workdir, spec)
     length = run.spec.sequence_length
     check(run.model, length)
     if why := reason_to_recompute(run.model.module):
         raise UserError(f"nothing to measure, since every token takes a whole pass: {why}")
-    decoder = Decoder(run.model.graph, run.params, run.router_state)
+    models = [("the run's", run.model, Decoder(run.model.graph, run.params, run.router_state))]
+    if flags.twins:
+        models += twins.dense_twins(run.spec, run.model, Vocabulary.of(run.tokenizer))
     print(f"{hardware.describe_device()}; texts of {length} tokens, drawn by the model; medians")
     print(
         "batch, ms of a prefill of half a text, ms of a step, tokens/s, experts read per layer,\n"
         "bytes per token of weights and of cache, share of the roofline by a copy's bandwidth"
     )
     bandwidth = max(layer.copy_bandwidth() for _ in range(3))
-    given = decoder, run.tokenizer.document_id, length, bandwidth
-    for row in progress.with_status(lambda say: decode.decode(*given, say)):
+    machine = decode.Machine(bandwidth, hardware.matmul_peak(run.model.module.compute_dtype))
+    rows = []
+    for name, model, decoder in models:
+        if flags.twins:
+            print(f"{name}: {model.costs.parameters_total:,} parameters")
+        flops = sum(Serving.of(model).flops(length).values())
+        given = decoder, run.tokenizer.document_id, length, flops, machine
+        for row in measured(functools.partial(decode.decode, *given)):
+            rows.append({"model": name, **row})
+            yield rows[-1]
+    if flags.plot:
+        decode.draw(rows, Path(flags.plot))
+
+
+def measured(work: Callable[..., Iterator[dict]]) -> Iterator[dict]:
+    """Print a line for each row of `bench.decode.decode`, and yield it."""
+    from moe.runs.tracking import progress
+
+    for row in progress.with_status(work):
         experts = " ".join(f"{count:.1f}" for count in row["distinct_experts_per_layer"])
         times = f"{row['prefill_milliseconds']:9.1f} {row['milliseconds_per_step']:8.2f}"
         size = f"{row['weight_bytes_per_token']:12,} {row['cache_bytes_per_token']:8,}"

@@ -102,6 +102,27 @@ LAUNCH = Command(
     form="-- train ...",
 )
 
+WEIGHTS = Flag(
+    "weights", str, "FORMAT[:BLOCK]", "round weights to int8, int4, int2, nf4 or fp8, as int4:32"
+)
+WEIGHTS_OF = Flag(
+    "weights_of", str, "ROLE,...", "with --weights: of which parameters, as expert,head"
+)
+ROUNDING = Flag(
+    "rounding",
+    str,
+    "HOW",
+    "with --weights: gptq, by the inputs of training text (default: nearest)",
+    "nearest",
+)
+CALIBRATION = Flag(
+    "calibration_bytes",
+    int,
+    "N",
+    "with --rounding=gptq: how much of it (default: 200000)",
+    low=1,
+)
+
 EVAL = Command(
     name="eval",
     summary="Measure a trained model on a corpus.",
@@ -112,6 +133,10 @@ EVAL = Command(
         GIN_BINDINGS,
         IMPORT,
         Flag("step", int, "N", "the checkpoint to measure (default: the last one)", low=0),
+        WEIGHTS,
+        WEIGHTS_OF,
+        ROUNDING,
+        CALIBRATION,
         JSON,
     ),
 )
@@ -138,12 +163,52 @@ GENERATE = Command(
             1.0,
             low=0.1,
         ),
+        Flag(
+            "logit_bias",
+            list,
+            "TOKEN:X",
+            "add X to a token's logit, by its id or text; -inf bans it (repeatable)",
+        ),
         Flag("context", int, "N", "tokens that the model sees (default: as trained)", low=1),
-        Flag("draft", str, "FOLDER", "a smaller run that guesses ahead; or lookup, or jacobi"),
+        Flag("draft", str, "FOLDER", "a smaller run that guesses ahead; lookup, jacobi, lookahead"),
         Flag("beams", int, "N", "the N likeliest texts as a whole, by beam search", low=1),
         Flag("ahead", int, "N", "with --draft: tokens that it guesses (default: 4)", 4, low=1),
+        Flag("order", str, "ORDER", "of <mask>s: surest first (the default), or left", "surest"),
         Flag("seed", int, "N", "same seed, same texts (default: 0)", 0, low=0),
         Flag("count", int, "N", "how many texts (default: 1)", 1, low=1),
+        WEIGHTS,
+        WEIGHTS_OF,
+        ROUNDING,
+        CALIBRATION,
+        Flag("best_of", int, "N", "draw N texts and keep the likeliest (--count of them)", low=1),
+        JSON,
+    ),
+)
+
+PRUNE = Command(
+    name="prune",
+    summary="Take experts out of a trained run, or merge them; or measure what that would cost.",
+    module="moe.cli.prune",
+    example="moe prune --workdir=runs/quickstart --experts=4 --to=runs/pruned",
+    flags=(
+        RUN,
+        GIN_BINDINGS,
+        IMPORT,
+        Flag("step", int, "N", "the checkpoint to prune (default: the last one)", low=0),
+        Flag("experts", str, "N,...", "how many each layer keeps; several for --curve", None, True),
+        Flag("to", str, "FOLDER", "where the new run is written; train.start_from trains it on"),
+        Flag("curve", str, "PATH.json", "instead: held-out loss by experts kept, and a PNG"),
+        Flag("method", str, "METHOD", "prune, or merge into the nearest (default: prune)", "prune"),
+        Flag("by", str, "SCORE", "the lowest go: saliency, load or random", "saliency"),
+        Flag(
+            "calibration_bytes",
+            int,
+            "N",
+            "of training text, to score experts on (default: 200000)",
+            200_000,
+            low=1,
+        ),
+        Flag("seed", int, "N", "of the calibration text and of --by=random (default: 0)", 0, low=0),
         JSON,
     ),
 )
@@ -174,6 +239,9 @@ BENCH = Command(
         Flag("case", list, "T,D,F,E,K", "layer: sizes to measure (repeatable; default: four)"),
         Flag("dtype", str, "TYPE", "layer: float32 or bfloat16 (default: float32)", "float32"),
         Flag("workdir", str, "FOLDER", "decode: the folder of a run"),
+        IMPORT,
+        Flag("twins", bool, "BOOL", "decode: also dense models of equal size", False),
+        Flag("plot", str, "PATH", "decode: draw tokens/s over texts, measured and predicted"),
         JSON,
     ),
     positional="suite",
@@ -313,6 +381,6 @@ DESCRIBE = Command(
 )
 
 COMMANDS = (
-    *(TRAIN, LAUNCH, EVAL, GENERATE, CHECK, BENCH, PLAN, COST, SWEEP, REPORT, FIT, VERIFY),
-    *(LIST, DESCRIBE),
+    *(TRAIN, LAUNCH, EVAL, GENERATE, PRUNE, CHECK, BENCH, PLAN, COST, SWEEP, REPORT, FIT),
+    *(VERIFY, LIST, DESCRIBE),
 )

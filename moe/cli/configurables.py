@@ -25,9 +25,11 @@ from moe.sweeps import spec
 from moe.training import (
     bad_steps,
     corruption,
+    distillation,
     objective,
     optimizer,
     precision,
+    quantisation,
     run_spec,
     schedules,
 )

@@ -82,6 +82,7 @@ def described(spec: RunSpec, model: AbstractModel, vocab_size: int) -> dict[str,
         "tokens_per_step": tokens,
         "steps": spec.steps,
         "flops_in_all": costs.flops_per_token * tokens * spec.steps,
+        **({"distillation": f"{spec.distil}; its FLOPs are left out"} if spec.distil else {}),
         "layers": layers_of(model.module),
         "mesh": mesh_of(spec),
     }

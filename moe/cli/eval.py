@@ -9,13 +9,14 @@ from typing import Any, Literal
 import gin
 
 from moe.cli import config
+from moe.cli.weights import restored_with_weights
 from moe.data.corpora.corpus import Corpus
 from moe.data.corpora.split import left_out_of
 from moe.data.text import PreparedData, TextData
 from moe.data.tokens.tokenizer import Tokenizer
 from moe.errors import UserError, printable
 from moe.model import sharding
-from moe.runs.restore import Restored, restore_run
+from moe.runs.restore import Restored
 from moe.training.abstract_model import AbstractModel
 from moe.training.evaluate import Evaluation, batch_scorer, evaluate
 from moe.training.metrics import Routing, health, load_scalars
@@ -58,12 +59,10 @@ def evaluate_run(
     length = run.spec.sequence_length
     data: PreparedData
     if corpus is None:
-        data = run.spec.prepare_data()
-        if data.tokenizer.fingerprint != run.tokenizer.fingerprint:
-            raise UserError(
-                "the run's text has changed since it was trained (its tokenizer no longer comes "
-                'out the same); name a corpus, such as --gin_bindings="eval.corpus = @TextFiles()"'
-            )
+        data = run.text(
+            " (its tokenizer no longer comes out the same); name a corpus, such as "
+            '--gin_bindings="eval.corpus = @TextFiles()"'
+        )
     else:
         spec = Fitted(run.tokenizer)
         data = TextData(corpus, spec, validation_corpus=corpus).prepare()
@@ -106,7 +105,7 @@ def loads_of(routing: Routing) -> dict[str, Any]:
 def run(flags) -> int:
     """Print the evaluation's result; `--json` also writes it."""
     spec = config.of_folder(flags.workdir, flags.gin_bindings, vars(flags)["import"])
-    restored = restore_run(flags.workdir, spec, flags.step)
+    restored, weights = restored_with_weights(flags, spec, flags.step)
     result = evaluate_run(restored)
     layer = restored.model.moe_layer
     found = {
@@ -121,6 +120,7 @@ def run(flags) -> int:
         "rule": gin.get_bindings("eval").get("rule", "evaluation"),
         "evaluation_rule": None if layer is None else layer.router.decoding,
         "routing": health(result.routing, restored.model.kind),
+        **weights,
     }
     if result.routing is not None:
         found |= loads_of(result.routing)

@@ -27,7 +27,7 @@ def run(flags) -> int:
         words += [*flags.gin_file, "--", *flags.gin_bindings]
         done = subprocess.run(
             [sys.executable, "-m", "moe.cli.plan_worker", *words],
-            env=os.environ | environment(),
+            env=os.environ | environment(gpu=topology.is_gpu),
             stderr=subprocess.PIPE,
             text=True,
         )

@@ -36,9 +36,9 @@ def run(flags) -> int:
     if not (flags.run or flags.slurm):
         print(f"\nnothing has run: --run starts it in {folder.path}")
         return 0
-    results = runs.begin(plan, folder, print)
-    if flags.retry_failed:
-        for name in runs.forget_failures(folder, results):
+    with runs.one_driver(folder):  # nothing is written beside another that runs
+        results = runs.begin(plan, folder, print, retry=flags.retry_failed)
+        for name in runs.forget_failures(folder, results) if flags.retry_failed else ():
             print(f"{name} runs again")
     if flags.slurm:
         print(slurm.write(folder, Path(flags.slurm), flags.workers or 8))

@@ -9,11 +9,12 @@ def main(path: str, cores: str) -> int:
     """Run the trial of a folder on some cores, as "0,1"; returns the exit status."""
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, [int(core) for core in cores.split(",")])
-    from moe.machine import compile_cache
+    from moe.machine import accelerator, compile_cache
     from moe.machine.allocator import keep_freed_memory
     from moe.sweeps.record import TrialFolder
 
     keep_freed_memory()
+    accelerator.prepare()
     compile_cache.prepare()
     folder = TrialFolder(Path(path))
     from moe.cli import config

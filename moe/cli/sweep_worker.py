@@ -4,6 +4,7 @@ Start as many as there are machines, with the folder on a disk that they share.
 """
 
 from pathlib import Path
+import signal
 import sys
 import threading
 
@@ -23,7 +24,9 @@ def main(path: str) -> int:
             raise UserError(f"{path} holds no sweep")
         plan = Plan.of_json(found)
         progress = Progress(plan, folder, lambda line: print(line, flush=True), workers=1)
-        Worker(folder, plan, Place(), progress.ended, threading.Event()).run()
+        stop = threading.Event()  # by SLURM before its time is over: the trial saves and ends
+        signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+        Worker(folder, plan, Place(), progress.ended, stop).run()
     except UserError as error:
         print(f"moe: error: {error}", file=sys.stderr)
         return 2

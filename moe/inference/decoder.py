@@ -4,6 +4,7 @@ B sequences, T tokens of a prompt, V vocabulary.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from routing.inputs import Tokens
 from routing.records import AnyArray, Decision, ExpertMerge, choices_GE
 
 Caches = list[LayerCache]
+CHUNK = 1024  # tokens of a prompt that are read at once
 
 
 class Values(NamedTuple):
@@ -38,27 +40,38 @@ class Decoder:
 
     Args:
         graph, params, router_state: a model and its values.
+        chunk: a longer prompt is read in pieces of so many tokens, each beside the cache of those
+            before, wherever `reason_to_go_one_by_one` is None.
     """
 
-    def __init__(self, graph: Graph, params: Arrays, router_state: Arrays):
+    def __init__(self, graph: Graph, params: Arrays, router_state: Arrays, chunk: int = CHUNK):
+        graph, params = graph.rounded_once(params)
         self._graph, everything = graph, params | router_state
         self._abstract = {name: v.get_value() for name, v in graph.variables.items()}
         self.module: Transformer = graph.merge(self._abstract, {})
+        self._chunk = chunk if reason_to_go_one_by_one(self.module) is None else None
         self._layers, self._sparse, layer_values, taken = [], [], [], set()
         for s, stack in enumerate(self.module.stacks):
             blocks = [functional.split(block)[0] for block in stack.unit.blocks]
-            programs = [jax.jit(functools.partial(_prefilled, b), static_argnums=4) for b in blocks]
+            programs = [
+                (
+                    jax.jit(functools.partial(_prefilled, b), static_argnums=4),
+                    jax.jit(functools.partial(_read_on, b), static_argnums=5, donate_argnums=3),
+                )
+                for b in blocks
+            ]
             for i in range(stack.repeats):
                 for j, block in enumerate(blocks):
                     prefix = f"stacks.{s}.unit.blocks.{j}."
                     names = {name: prefix + name for name in block.paths}
                     layer_values.append({n: everything[whole][i] for n, whole in names.items()})
-                    self._layers.append((block, programs[j]))
+                    self._layers.append((block, *programs[j]))
                     self._sparse.append(stack.unit.blocks[j].is_moe)
                     taken |= set(names.values())
         rest = {name: a for name, a in everything.items() if name not in taken}
         self.values = Values(layer_values, rest)
-        self._embed, self._head = jax.jit(self._embedded), jax.jit(self._last_logits)
+        self._embed: Callable = jax.jit(self._embedded, static_argnums=4)
+        self._head, self._last = jax.jit(self._last_logits), jax.jit(_last_of)
         self._step: Callable = jax.jit(self.next_logits, donate_argnums=1)
         self._extend: Callable = jax.jit(self._logits_of_each, donate_argnums=1)
 
@@ -71,16 +84,31 @@ class Decoder:
     ) -> tuple[Float[Array, "B V"], Caches]:
         """The logits that follow the first length_B tokens of each sequence, and the cache.
 
-        slots: the most tokens that a sequence will have.
+        slots: the most tokens that a sequence will have, T at least.
         spare: one less than the most tokens that `extend` will be given at once.
         """
-        x_BTD, tokens = self._embed(self.values.rest, token_BT, length_B)
-        caches = []
-        for number, (_, program) in enumerate(self._layers):
-            given = self.values.layers[number], x_BTD, tokens, length_B
-            x_BTD, tokens, cache = program(*given, (slots, spare), number)
-            caches.append(cache)
-        return self._head(self.values.rest, x_BTD, length_B), caches
+        begins = self.pieces(token_BT.shape[1])
+        size = begins[1] if len(begins) > 1 else token_BT.shape[1]
+        if len(begins) > 1:  # a window's ring keeps what it sees beside a piece's padding
+            spare = max(spare, size - 1)
+        last_BD, caches, first_B = None, [], jnp.minimum(length_B, size)
+        for begin in begins:
+            piece_BT, left_B = token_BT[:, begin : begin + size], length_B - begin
+            x, tokens = self._embed(self.values.rest, piece_BT, left_B, begin, begin > 0)
+            for number, (_, prefill, read_on) in enumerate(self._layers):
+                given = self.values.layers[number], x, tokens
+                if begin == 0:
+                    x, tokens, cache = prefill(*given, first_B, (slots, spare), number)
+                    caches.append(cache)
+                else:
+                    here = caches[number], number, next_power_of_two(begin + size)
+                    x, tokens, caches[number] = read_on(*given, *here)
+            last_BD = self._last(x.reshape(*piece_BT.shape, -1), left_B, last_BD)
+        return self._head(self.values.rest, last_BD), caches
+
+    def pieces(self, length: int) -> list[int]:
+        """The positions at which the pieces of a prompt of T = length tokens begin."""
+        return list(range(0, length, self._chunk or max(1, length)))
 
     def step(
         self, caches: Caches, token_B: Int[AnyArray, " B"], position_B: Int[AnyArray, " B"]
@@ -116,13 +144,11 @@ class Decoder:
         module = self._merged(values.rest)
         x_B1D, tokens = module.embedded(tokens)
         following, used = [], []
-        for number, (block, _) in enumerate(self._layers):
-            layer = block.merge(values.layers[number], {})
-            here = tokens.for_layer(number, None)
-            x_B1D, output, cache = layer.step(x_B1D, here, caches[number])
+        for number, (block, *_) in enumerate(self._layers):
+            given = values.layers[number], x_B1D, tokens, caches[number], number
+            x_B1D, tokens, cache, output = _stepped(block, *given)
             following.append(cache)
             if output is not None:
-                tokens = after(tokens, output)
                 used.append(experts_used(output.decision))
         return module.logits(module.final_norm(x_B1D))[:, 0], following, used
 
@@ -143,15 +169,17 @@ class Decoder:
     def _merged(self, rest: Arrays) -> Any:
         return self._graph.merge(self._abstract | rest, {})
 
-    def _embedded(self, rest: Arrays, token_BT, length_B):
-        place_BT = jnp.broadcast_to(jnp.arange(token_BT.shape[1])[None], token_BT.shape)
-        segment_BT = (place_BT < length_B[:, None]).astype(jnp.int32)
-        return self._merged(rest).embedded(tokens_of(token_BT, place_BT, segment_BT))
+    def _embedded(self, rest: Arrays, token_BT, length_B, begin, in_rows: bool):
+        """x (B, T, D) and tokens; in_rows: (B T, 1, D), each token a row of its own."""
+        tokens = texts_of(token_BT, length_B, begin)
+        if in_rows:
+            given = tokens.token_BT, tokens.position_BT, tokens.segment_BT
+            tokens = tokens_of(*(a.reshape(-1, 1) for a in given))
+        return self._merged(rest).embedded(tokens)
 
-    def _last_logits(self, rest: Arrays, x_BTD, length_B):
-        module, last_B11 = self._merged(rest), (length_B - 1)[:, None, None]
-        x_B1D = jnp.take_along_axis(x_BTD, last_B11, axis=1)
-        return module.logits(module.final_norm(x_B1D))[:, 0]
+    def _last_logits(self, rest: Arrays, last_BD):
+        module = self._merged(rest)
+        return module.logits(module.final_norm(last_BD[:, None]))[:, 0]
 
 
 def reason_to_recompute(module: Transformer) -> str | None:
@@ -178,6 +206,13 @@ def experts_used(decision: Decision | None) -> Bool[Array, "G E"]:
     return choices_GE(decision) > 0
 
 
+def texts_of(token_BT, length_B, begin=0) -> Tokens:
+    """T tokens of each text from position `begin` on; behind the first length_B is padding."""
+    place_BT = jnp.broadcast_to(jnp.arange(token_BT.shape[1])[None], token_BT.shape)
+    segment_BT = (place_BT < length_B[:, None]).astype(jnp.int32)
+    return tokens_of(token_BT, begin + place_BT, segment_BT)
+
+
 def tokens_of(token_BT, position_BT, segment_BT) -> Tokens:
     """The tokens as at evaluation."""
     return Tokens(
@@ -195,3 +230,45 @@ def _prefilled(block: Graph, values: Arrays, x_BTD, tokens: Tokens, length_B, ro
     layer, here = block.merge(values, {}), tokens.for_layer(number, None)
     x_BTD, output, cache = layer.prefill(x_BTD, here, Prompt(length_B, *room))
     return x_BTD, tokens if output is None else after(tokens, output), cache
+
+
+def _stepped(block: Graph, values: Arrays, x_R1D, tokens: Tokens, cache: LayerCache, number):
+    """The same for further tokens, each a row of its own, and the router's output."""
+    layer, here = block.merge(values, {}), tokens.for_layer(number, None)
+    x_R1D, output, cache = layer.step(x_R1D, here, cache)
+    return x_R1D, tokens if output is None else after(tokens, output), cache, output
+
+
+def _read_on(
+    block: Graph, values: Arrays, x_R1D, tokens: Tokens, cache: LayerCache, number, slots: int
+):
+    """The same for the next tokens of prompts; the cache of one that has ended stays as it is.
+
+    slots: the first of the cache's, beyond which there is no token yet.
+    """
+    everywhere = cache.attention
+    filled = jax.tree.map(lambda a: a[:, :slots], everywhere)
+    cache = dataclasses.replace(cache, attention=filled)
+    x_R1D, tokens, longer, _ = _stepped(block, values, x_R1D, tokens, cache, number)
+    goes_on_B = tokens.segment_BT.reshape(len(filled.filled_BS), -1).any(1)
+
+    def written(whole, new, old):
+        new = jnp.where(goes_on_B.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+        return jax.lax.dynamic_update_slice_in_dim(whole, new, 0, axis=1)
+
+    attention = jax.tree.map(written, everywhere, longer.attention, filled)
+    return x_R1D, tokens, dataclasses.replace(longer, attention=attention)
+
+
+def next_power_of_two(number: int) -> int:
+    """The smallest one that is at least `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+def _last_of(x_BTD, length_B, before_BD):
+    """x of each text's last token, where it is among these T: the length_B-th of them."""
+    at_B11 = jnp.clip(length_B - 1, 0, x_BTD.shape[1] - 1)[:, None, None]
+    last_BD = jnp.take_along_axis(x_BTD, at_B11, axis=1)[:, 0]
+    if before_BD is None:
+        return last_BD
+    return jnp.where((length_B > 0)[:, None], last_BD, before_BD)

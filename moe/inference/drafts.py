@@ -5,6 +5,7 @@ B texts, A tokens ahead, V vocabulary.
 
 from collections.abc import Sequence
 import functools
+import itertools
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -16,6 +17,7 @@ from moe.inference.decoder import Decoder, reason_to_go_one_by_one
 from moe.inference.sampling import Sampling
 
 Texts = Sequence[Sequence[int]]
+NO_TOKEN = -1  # before a text's first one
 
 
 @runtime_checkable
@@ -141,6 +143,46 @@ class Jacobi:
         # The token after the guesses that held is drawn; what follows it is guessed.
         both = zip(best_BT.tolist(), count_B.tolist(), strict=True)
         self._left = [best[count + 1 :] for best, count in both]
+
+
+class Lookahead:
+    """What the model itself held likeliest after the same two tokens before, in guesses too.
+
+    A step tells the likeliest token after every guess, also after those that don't hold. As in
+    lookahead decoding (Fu et al. 2024, arXiv 2402.02057) these runs of tokens are kept for the rest
+    of the text; but they are chained to one guess of A tokens, instead of several that a step of
+    its own mask verifies beside a window of further ones. What follows tokens that were never met
+    is guessed as `Jacobi` does.
+    """
+
+    def __init__(self):
+        self._jacobi = Jacobi()
+        self._next: list[dict[tuple[int, int], int]] = []  # what follows two tokens, of each text
+        self._asked: list[list[int]] = []
+
+    def start(self, prompt_BT: np.ndarray, length_B: np.ndarray, slots: int, ahead: int) -> None:
+        self._jacobi.start(prompt_BT, length_B, slots, ahead)
+        texts = [row[:n] for row, n in zip(prompt_BT.tolist(), length_B, strict=True)]
+        self._next = [
+            dict(zip(itertools.pairwise(text[:-1]), text[2:], strict=True)) for text in texts
+        ]
+
+    def guess(
+        self, texts: Texts, ahead: int, key: jax.Array
+    ) -> tuple[np.ndarray, jax.Array | None]:
+        jacobi_BA, _ = self._jacobi.guess(texts, ahead, key)
+        self._asked = []
+        for known, text, others in zip(self._next, texts, jacobi_BA.tolist(), strict=True):
+            run = [text[-2] if len(text) > 1 else NO_TOKEN, text[-1]]
+            for other in others:
+                run.append(known.get((run[-2], run[-1]), int(other)))
+            self._asked.append(run)
+        return np.asarray([run[2:] for run in self._asked], np.int32), None
+
+    def verified(self, best_BT: np.ndarray, count_B: np.ndarray) -> None:
+        self._jacobi.verified(best_BT, count_B)
+        for known, run, best in zip(self._next, self._asked, best_BT.tolist(), strict=True):
+            known.update(zip(itertools.pairwise(run), best, strict=True))
 
 
 def _drawn(sampling: Sampling, logits_BV, key):

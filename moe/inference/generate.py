@@ -6,6 +6,7 @@ B texts, T tokens of context, N tokens of a text, V vocabulary.
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 
 from moe.data.tokens.tokenizer import Tokenizer
 from moe.errors import UserError
-from moe.inference.decoder import Decoder, reason_to_recompute, tokens_of
+from moe.inference.decoder import Decoder, next_power_of_two, reason_to_recompute, texts_of
 from moe.inference.sampling import Sampling
 from moe.model.functional import Arrays
 from moe.training.abstract_model import AbstractModel
@@ -35,6 +36,11 @@ class Continuation:
     text: str
     tokens: tuple[int, ...]
     log_probs: tuple[float, ...]
+
+    @property
+    def mean_log_prob(self) -> float:
+        """Of its tokens, in nats: of several texts, the largest is that of the likeliest one."""
+        return sum(self.log_probs) / len(self.log_probs) if self.log_probs else -math.inf
 
 
 class Drawn(NamedTuple):
@@ -73,15 +79,14 @@ class Generator:
     ):
         self.context = model.sequence_length if context is None else context
         check(model, self.context)
+        graph, params = model.graph.rounded_once(params)
         self.tokenizer, self._values = tokenizer, (params, router_state)
         self._vocab_size = model.module.vocab_size
         self.recomputes = reason_to_recompute(model.module)
         cached = self.recomputes is None
-        self._decoder = Decoder(model.graph, params, router_state) if cached else None
+        self._decoder = Decoder(graph, params, router_state) if cached else None
         self._draw = jax.jit(_draw, static_argnums=0)
-        self._pass_and_draw = jax.jit(
-            functools.partial(_pass_and_draw, model.graph), static_argnums=0
-        )
+        self._pass_and_draw = jax.jit(functools.partial(_pass_and_draw, graph), static_argnums=0)
         if self._decoder is not None:
             self._step_and_draw = jax.jit(
                 functools.partial(_step_and_draw, self._decoder), static_argnums=0, donate_argnums=2
@@ -200,8 +205,8 @@ def check(model: AbstractModel, context: int) -> None:
     """Raise UserError where a model can't continue a text, or not with so many positions."""
     if not model.objective.causal:
         raise UserError(
-            "this model fills in masked tokens and can't continue a text; "
-            "generate needs a run with train.objective = @NextToken()"
+            "this model fills in masked tokens and can't continue a text: put <mask> into the "
+            "prompt for each of them, or train with train.objective = @NextToken()"
         )
     if model.module.leak:
         raise UserError(f"this model can't continue a text: {model.module.leak}")
@@ -243,7 +248,7 @@ def until(tokens: Sequence[int], end: int) -> list[int]:
 
 def bucket(length: int) -> int:
     """The smallest power of two that is at least `length`, from `SHORTEST`."""
-    return max(SHORTEST, 1 << (length - 1).bit_length())
+    return max(SHORTEST, next_power_of_two(length))
 
 
 def _draw(sampling: Sampling, key_B, number, held_BV, logits_BV):
@@ -267,8 +272,6 @@ def _pass_and_draw(
 ):
     """The same by a pass over the first length_B tokens of each window (B, T)."""
     module = graph.merge(params, state)
-    place_BT = jnp.broadcast_to(jnp.arange(window_BT.shape[1])[None], window_BT.shape)
-    segment_BT = (place_BT < length_B[:, None]).astype(jnp.int32)
-    hidden_BTD = module(tokens_of(window_BT, place_BT, segment_BT)).hidden_BTD
+    hidden_BTD = module(texts_of(window_BT, length_B)).hidden_BTD
     last_B1D = jnp.take_along_axis(hidden_BTD, (length_B - 1)[:, None, None], axis=1)
     return _draw(sampling, key_B, number, held_BV, module.logits(last_B1D)[:, 0])

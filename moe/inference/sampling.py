@@ -22,6 +22,8 @@ class Sampling:
             where None.
         repetition_penalty: logits of tokens that the text holds already, the prompt included, are
             divided by it where positive and multiplied where negative; 1 changes nothing.
+        logit_bias: (token id, number) pairs: the number is added to the token's logit after the
+            penalty; -inf is never drawn.
     """
 
     temperature: float = 1.0
@@ -29,6 +31,7 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     @property
     def counts_tokens(self) -> bool:
@@ -38,18 +41,25 @@ class Sampling:
     def draw(self, logits_BV: jax.Array, key: jax.Array) -> jax.Array:
         """A token for each row, int32 (B,)."""
         if self.temperature == 0:
-            return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+            return jnp.argmax(self._biased(logits_BV), axis=-1).astype(jnp.int32)
         return jax.random.categorical(key, self._kept(logits_BV)).astype(jnp.int32)
 
     def probabilities(self, logits_BV: Float[Array, "B V"]) -> Float[Array, "B V"]:
         """Those by which `draw` draws; all of it on the likeliest token at temperature 0."""
         if self.temperature == 0:
-            return jax.nn.one_hot(jnp.argmax(logits_BV, axis=-1), logits_BV.shape[-1])
+            likeliest_B = jnp.argmax(self._biased(logits_BV), axis=-1)
+            return jax.nn.one_hot(likeliest_B, logits_BV.shape[-1])
         return jax.nn.softmax(self._kept(logits_BV))
+
+    def _biased(self, logits_BV: jax.Array) -> jax.Array:
+        if not self.logit_bias:
+            return logits_BV
+        token_N, bias_N = map(jnp.asarray, zip(*self.logit_bias, strict=True))
+        return logits_BV.at[:, token_N].add(bias_N.astype(logits_BV.dtype))
 
     def _kept(self, logits_BV: jax.Array) -> jax.Array:
         """The logits (B, V) that are drawn from; -inf where a token is left out."""
-        logits_BV = logits_BV / self.temperature
+        logits_BV = self._biased(logits_BV) / self.temperature
         if self.top_k is not None:
             kth_B1 = jax.lax.top_k(logits_BV, min(self.top_k, logits_BV.shape[-1]))[0][:, -1:]
             logits_BV = jnp.where(logits_BV >= kth_B1, logits_BV, -jnp.inf)

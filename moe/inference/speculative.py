@@ -195,9 +195,9 @@ def accepted(
 
 
 def _accepted(sampling: Sampling, logits_BTV, prob_BAV, token_BA, key):
-    """`accepted` for logits, and the likeliest tokens (B, T)."""
+    """`accepted` for logits, and the tokens (B, T) that would be drawn likeliest."""
     vocabulary = logits_BTV.shape[-1]
     p_BTV = sampling.probabilities(logits_BTV.reshape(-1, vocabulary)).reshape(logits_BTV.shape)
     q_BAV = jax.nn.one_hot(token_BA, vocabulary) if prob_BAV is None else prob_BAV
     count_B, next_B = accepted(p_BTV, q_BAV, jnp.asarray(token_BA), key)
-    return count_B, next_B, logits_BTV.argmax(-1)
+    return count_B, next_B, p_BTV.argmax(-1)

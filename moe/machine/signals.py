@@ -30,7 +30,7 @@ class Signals:
     signal: int | None = None
     at_once = False
     _stopping = False
-    _first = 0.0
+    _watched: float | None = None  # when the thread of `watch` read the first one
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -45,29 +45,33 @@ class Signals:
             yield
         finally:
             self._stopping = False
-            self.at_once = _of_program is self
+            # A signal that was taken here is not to end the program when the thread reads it.
+            self.at_once = _of_program is self and not self
 
-    def received(self, number: int) -> bool:
-        """Remember a signal; whether it is a second one."""
+    def _received(self, number: int) -> None:
         if self.signal is None:
-            self.signal, self._first = number, time.monotonic()
-            return False
-        return time.monotonic() - self._first > SAME_SECONDS
+            self.signal = number
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """What Python calls in the main thread, once that is back in Python's code."""
-        self.received(number)
+        self._received(number)
         if self._stopping:
             self._stopping = False
             raise Stopped
 
     def watch(self, descriptor: int) -> None:
-        """Read signals' numbers from a pipe, and act while the main thread is busy elsewhere."""
+        """Read signals' numbers from a pipe, and act while the main thread is busy elsewhere.
+
+        Each signal is read once here and handled once in the main thread, in either order; what is
+        a second one is told by this thread's reading alone.
+        """
         while number := os.read(descriptor, 1):
             if number[0] not in NUMBERS:
                 continue
-            again = self.received(number[0])
-            if again or self.at_once:
+            self._received(number[0])
+            now = time.monotonic()
+            self._watched = self._watched or now
+            if self.at_once or now - self._watched > SAME_SECONDS:
                 _end(number[0])
             if self._stopping:
                 timer = threading.Timer(LEAVE_SECONDS, _end, [number[0]])

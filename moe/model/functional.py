@@ -1,6 +1,6 @@
 """A model as arrays by dotted name, parameters and router state, and the graph that merges them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -34,6 +34,8 @@ class Graph:
         axes: the logical axes of every variable.
         roles: the role of every parameter.
         variables: the variables with abstract values.
+        rounding: a function from parameters, and what is declared of them, to the values that the
+            model computes with; None where they are its own.
     """
 
     graphdef: Any
@@ -41,6 +43,7 @@ class Graph:
     axes: dict[str, tuple[str | None, ...]]
     roles: dict[str, Role]
     variables: dict[str, nnx.Variable]
+    rounding: Callable[[Arrays, Mapping[str, Declared]], Arrays] | None = None
 
     @property
     def declared(self) -> dict[str, Declared]:
@@ -49,12 +52,37 @@ class Graph:
         return {n: Declared(self.axes[n], role, rates[n]) for n, role in self.roles.items()}
 
     def merge(self, params: Arrays, state: Arrays) -> Any:
-        """The module with these values. Costs nothing inside jit."""
+        """The module with these values. Without a rounding it costs nothing inside jit.
+
+        Gradients pass through the rounding unchanged: those of the parameters are those at their
+        rounded values.
+        """
+        if self.rounding is not None:
+            params = _straight_through(params, self.rounding(params, self.declared))
         values = params | state
         flat = [
             (path, self.variables[name].replace(values[name])) for name, path in self.paths.items()
         ]
         return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
+
+    def rounded_once(self, params: Arrays) -> tuple["Graph", Arrays]:
+        """The graph without its rounding, and the rounded parameters: for many passes with them."""
+        if self.rounding is None:
+            return self, params
+        return dataclasses.replace(self, rounding=None), self.rounding(params, self.declared)
+
+
+def _straight_through(params: Arrays, rounded: Arrays) -> Arrays:
+    """The rounded values, whose derivatives by the parameters are 1."""
+
+    def one(name: str):
+        value, own = rounded[name], params[name]
+        if value is own:
+            return own
+        # Exactly the rounded value, which own + (value - own) isn't.
+        return jax.lax.stop_gradient(value) + (own - jax.lax.stop_gradient(own))
+
+    return {name: one(name) for name in params}
 
 
 def split(model: nnx.Module) -> tuple[Graph, Arrays, Arrays]:
@@ -86,5 +114,6 @@ def abstract(make: Callable[[], nnx.Module]) -> tuple[Graph, Arrays, Arrays]:
 
 def initial_values(graph: Graph, params: Arrays, state: Arrays, seed) -> tuple[Arrays, Arrays]:
     """Initial parameters and router state, which depend on seed and names alone; jittable."""
-    _, params, state = split(initialize(graph.merge(params, state), seed))
+    own = dataclasses.replace(graph, rounding=None)
+    _, params, state = split(initialize(own.merge(params, state), seed))
     return params, state

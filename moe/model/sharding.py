@@ -124,6 +124,11 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
+def by_batch(mesh: Mesh) -> NamedSharding:
+    """The sharding of arrays with a leading axis of sequences."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
 def check_batch(mesh: Mesh, groups: int, num_experts: int | None) -> None:
     """Raise ValueError where groups of sequences or experts don't divide over the mesh."""
     shards = batch_shards(mesh)

@@ -129,7 +129,7 @@ def computations(text: str) -> dict[str, list[str]]:
     for line in text.splitlines():
         if not line.startswith(" ") and (match := _HEAD.match(line)):
             inside = found.setdefault("ENTRY" if match[1] else match[2], [])
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # a kernel's attributes may begin a line with braces, too
             inside = None
         elif inside is not None:
             inside.append(line)

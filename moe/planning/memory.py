@@ -159,8 +159,9 @@ def _attention(attention: Attention, shape: tuple[int, int], dtype) -> int:
 def _rows(layer, model: AbstractModel, mesh, tokens: int) -> Iterator[int]:
     """Numbers in a feed-forward's backward workspace, of its shared expert and its experts in turn.
 
-    A row at its expert counts 4 D (input, output and their gradients), and F for each array around
-    the activation; a row in a send buffer counts 2 D (itself and its gradient).
+    A row at its expert counts 4 D (input, output and their gradients), with `Sorted` 3 D, since no
+    output is kept, and F for each array around the activation; a row in a send buffer counts 2 D
+    (itself and its gradient).
     """
     width = model.module.d_model
     if not isinstance(layer, MoELayer):
@@ -171,6 +172,7 @@ def _rows(layer, model: AbstractModel, mesh, tokens: int) -> Iterator[int]:
             arrays = _arrays(companion.activation)
             yield tokens * (4 * width + arrays * companion.hidden_width)
     sent = round(tokens * model.costs.rows_per_token)
+    of_a_row = 3 if isinstance(layer.dispatcher, Sorted) else 4
     if isinstance(layer.dispatcher, Sorted):
         devices, dispatcher = mesh["expert"], layer.dispatcher
         received = devices * dispatcher.most_rows(sent, devices)
@@ -183,7 +185,7 @@ def _rows(layer, model: AbstractModel, mesh, tokens: int) -> Iterator[int]:
     experts = layer.experts
     width = experts.row_width or width
     hidden = _arrays(experts.activation) * experts.hidden_width
-    yield 2 * sent * width + received * (4 * width + hidden)
+    yield 2 * sent * width + received * (of_a_row * width + hidden)
 
 
 def _arrays(activation: str) -> int:

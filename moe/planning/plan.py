@@ -33,6 +33,7 @@ class TrainingStep:
         batch: shapes of the global batch; tokens: how many it has.
         accumulate: micro-batches of the step.
         reason: why it can't be compiled here; None where it can.
+        left_out: what a run would compute beside it, in words; None where nothing.
     """
 
     topology: Topology
@@ -43,6 +44,7 @@ class TrainingStep:
     tokens: int
     accumulate: int
     reason: str | None
+    left_out: str | None
 
 
 def plan(topology: Topology, vocab_size: int, tries: int, say) -> Iterator[dict[str, Any]]:
@@ -72,6 +74,7 @@ def plan(topology: Topology, vocab_size: int, tries: int, say) -> Iterator[dict[
         "flops_per_step": step.tokens * costs.flops_per_token,
         "bytes_per_chip": counted(step),
         "memory_per_chip": topology.memory,
+        "left_out": step.left_out,
         "compiled": None,
         "reason": step.reason,
     }
@@ -128,9 +131,9 @@ def build(topology: Topology, vocab_size: int) -> TrainingStep:
     with compilers.assuming_cudnn(), sharding_rules(None, topology.device):
         model, program = spec.build(Vocabulary(vocab_size), mesh, training_tokens=tokens)
     batch = batch_of(program, *spec.shape)
-    return TrainingStep(
-        topology, model, program, mesh, batch, math.prod(spec.shape), spec.accumulate, reason
-    )
+    sizes = math.prod(spec.shape), spec.accumulate
+    taught = spec.distil and f"the teacher's values and its forward pass ({spec.distil})"
+    return TrainingStep(topology, model, program, mesh, batch, *sizes, reason, taught)
 
 
 def counted(step: TrainingStep) -> dict[str, int]:

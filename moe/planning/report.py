@@ -47,6 +47,7 @@ def counted_report(found: dict[str, Any]) -> str:
         f"{milliseconds(found['seconds_of_products_at_peak'])} at every chip's peak",
         f"per device   {sizes(held, STATE)}",
         by_counting(held),
+        *([f"left out     {found['left_out']}"] if found.get("left_out") else []),
     ]
     if "total" in held:
         fits = "fits" if held["total"] <= room else "does not fit"

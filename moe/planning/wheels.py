@@ -4,6 +4,8 @@ import importlib.util
 import os
 from pathlib import Path
 
+from moe.machine import accelerator, xla_flags
+
 
 def hint(*, gpu: bool) -> str | None:
     """How the compiler of GPUs or TPUs is installed; None where it is."""
@@ -32,9 +34,15 @@ def cuda_tools() -> list[str]:
     return [folder for folder in folders if Path(folder, "ptxas").is_file()]
 
 
-def environment() -> dict[str, str]:
-    """Variables for the process that compiles: it is not to look for the devices themselves."""
-    return {
+def environment(*, gpu: bool) -> dict[str, str]:
+    """Variables for the process that compiles: it is not to look for the devices themselves.
+
+    gpu: for GPUs, where XLA has the flags that a run there sets.
+    """
+    flags = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
+    if gpu:
+        xla_flags.add_missing(accelerator.GPU_FLAGS, flags)
+    return flags | {
         "JAX_PLATFORMS": "cpu",
         "PATH": os.pathsep.join([*cuda_tools()[:1], os.environ.get("PATH", "")]),
         "TPU_SKIP_MDS_QUERY": "1",

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 from scipy.stats import t as student
 
 from moe.reports.read import Sweep, bits_of, difference
@@ -109,10 +110,12 @@ def rank(finding: Finding) -> tuple:
     return groups.get(finding.word, 0), mean
 
 
-def paired(sweep: Sweep, cell: str, baseline: str) -> tuple[list[Row], list[Row]]:
+def paired(
+    sweep: Sweep, cell: str, baseline: str, phase: str = "report"
+) -> tuple[list[Row], list[Row]]:
     """The finished runs of a cell and of its baseline with the same seeds."""
-    ours = {row["seed"]: row for row in sweep.finished(cell)}
-    theirs = {row["seed"]: row for row in sweep.finished(baseline)}
+    ours = {row["seed"]: row for row in sweep.finished(cell, phase)}
+    theirs = {row["seed"]: row for row in sweep.finished(baseline, phase)}
     both = sorted(ours.keys() & theirs.keys())
     return [ours[seed] for seed in both], [theirs[seed] for seed in both]
 
@@ -168,9 +171,11 @@ def edges_of(sweep: Sweep, cell: str) -> dict[str, str]:
 def multiplier(sweep: Sweep, cell: str, baseline: str, axis: str) -> Multiplier | None:
     """The baseline's budget for the cell's last training loss, over the cell's own budget.
 
-    Both losses are means of the last tenth of the steps, which is smooth enough; the baseline's
-    curve is its own after the first tenth of training, a straight line in the logarithm of the
-    budget between tenths, extended by the slope of its second half up to `FARTHEST`.
+    Losses are means over tenths of the steps. The baseline's curve is its own after the first tenth
+    of training, made to fall (`fallen`), a straight line in the logarithm of the budget between
+    tenths, extended by the slope of its second half up to `FARTHEST`. The cell's loss is that
+    curve's last one and the difference of both runs' last tenths, which saw the same batches: how
+    hard these were cancels.
 
     axis: `flops` or `seconds` of the curves.
     """
@@ -181,8 +186,9 @@ def multiplier(sweep: Sweep, cell: str, baseline: str, axis: str) -> Multiplier 
         if len(curve) < 10 or len(base) < 10:
             return None
         tenths, losses = smoothed(base, axis)
-        own = smoothed(curve, axis)
-        needed, mark = inverse(tenths, losses, own[1][-1])
+        apart = smoothed(curve, axis)[1][-1] - losses[-1]
+        budgets, falling = fallen(tenths, losses)
+        needed, mark = inverse(budgets, falling, falling[-1] + apart)
         marks.add(mark)
         logs.append(needed - math.log(curve[-1][axis]) + math.log(base[-1][axis]) - tenths[-1])
     if not logs:
@@ -213,19 +219,31 @@ def smoothed(curve: Sequence[Row], axis: str) -> tuple[list[float], list[float]]
     return budget, loss
 
 
-def inverse(budgets: list[float], losses: list[float], loss: float) -> tuple[float, str]:
+def fallen(budgets: list[float], losses: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """The falling curve that is nearest in least squares: log budgets and losses of its levels.
+
+    Losses that rise are pooled with those before. A pooled level stands at the mean of its budgets,
+    the last one at the end.
+    """
+    fitted = np.round(isotonic_regression(losses, increasing=False).x, 9)
+    starts = np.flatnonzero(np.diff(fitted, prepend=np.inf))
+    at = np.add.reduceat(budgets, starts) / np.diff(starts, append=len(fitted))
+    at[-1] = budgets[-1]
+    return at, fitted[starts]
+
+
+def inverse(budgets: np.ndarray, falling: np.ndarray, loss: float) -> tuple[float, str]:
     """The log of the budget at which a falling curve reaches a loss, with a multiplier's mark."""
-    falling = np.minimum.accumulate(losses)
     if loss > falling[0]:
-        return budgets[0], "<"
+        return float(budgets[0]), "<"
     if loss >= falling[-1]:
         return float(np.interp(-loss, -falling, budgets)), ""
-    half = len(budgets) // 2
+    half = (len(budgets) - 1) // 2
+    if half == len(budgets) - 1:  # it never fell
+        return float(budgets[-1]), ">"
     slope = (falling[-1] - falling[half]) / (budgets[-1] - budgets[half])
-    if slope == 0:
-        return budgets[-1], ">"
     far = (loss - falling[-1]) / slope
-    return budgets[-1] + min(far, FARTHEST), "~" if far <= FARTHEST else ">"
+    return float(budgets[-1] + min(far, FARTHEST)), "~" if far <= FARTHEST else ">"
 
 
 def sentence(sweep: Sweep, findings: Sequence[Finding]) -> str:
@@ -318,8 +336,8 @@ def shuffled(sweep: Sweep) -> str:
     """What shuffled text has come to, in a sentence."""
     gains = []
     for cell in sweep.cells:
-        ours, theirs = (sweep.finished(n, "shuffled") for n in (cell["cell"], cell["baseline"]))
-        if cell["cell"] != cell["baseline"] and len(ours) >= 2 and len(ours) == len(theirs):
+        ours, theirs = paired(sweep, cell["cell"], cell["baseline"], "shuffled")
+        if cell["cell"] != cell["baseline"] and len(ours) >= 2:
             gains.append((cell["cell"], difference(ours, theirs)))
     if not gains:
         return "Text with shuffled tokens was not run (sweep.controls)."

@@ -119,6 +119,8 @@ def check_plan(plan: Row, where: Path) -> None:
     for cell in plan["cells"]:
         received.check(cell, CELL, str(where))
         check_optional(cell, OF_CELL, where)
+    if not plan["cells"]:
+        raise UserError(f"{where}: damaged: no cells")
     names = [cell["cell"] for cell in plan["cells"]]
     for cell in plan["cells"]:
         if not cell["cell"] or names.count(cell["cell"]) > 1:
@@ -135,6 +137,8 @@ def check_rows(rows: Sequence[Row], where: Path) -> None:
         check_optional(row, OF_ROW, where)
         if row["bits_per_byte"] is None:
             continue
+        if row["phase"] != "tuning" and not (row.get("steps") or 0) > 0:
+            raise UserError(f"{where}: damaged: {row['trial'][:40]} has finished after no steps")
         both = [row["document_bits"] or [], row["document_bytes"] or []]
         if all(both) and len(both[0]) != len(both[1]):
             raise UserError(f"{where}: damaged: {row['trial'][:40]} has bits of other documents")

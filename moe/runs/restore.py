@@ -6,6 +6,7 @@ import dataclasses
 import jax
 from jax.sharding import Mesh
 
+from moe.data.text import PreparedData
 from moe.data.tokens.tokenizer import Tokenizer
 from moe.errors import UserError
 from moe.machine.allocator import keep_freed_memory
@@ -32,12 +33,22 @@ class Restored:
     tokenizer: Tokenizer
     spec: RunSpec
 
+    def text(self, otherwise: str) -> PreparedData:
+        """The run's own text, read and tokenised.
+
+        otherwise: the end of the message where its tokenizer no longer comes out the same.
+        """
+        data = self.spec.prepare_data()
+        if data.tokenizer.fingerprint != self.tokenizer.fingerprint:
+            raise UserError(f"the run's text has changed since it was trained{otherwise}")
+        return data
+
 
 def restore_run(workdir: str, spec: RunSpec, step: int | None = None, say: Say = print) -> Restored:
     """The model of the run in a folder, with the values of its checkpoint.
 
     Only parameters and router state are read, and they are placed on the devices at hand; these
-    need not be those of training.
+    need not be those of training. Weights are rounded here, once, where the run's spec says so.
 
     Args:
         workdir: the run's folder.
@@ -51,12 +62,23 @@ def restore_run(workdir: str, spec: RunSpec, step: int | None = None, say: Say =
     folder = RunFolder(workdir)
     tokenizer = folder.own_tokenizer()
     mesh = mesh_at_hand(spec.in_force.mesh, say)
-    model = spec.build_model(Vocabulary.of(tokenizer))
+    model = stored_model(spec, tokenizer)
+    params, router_state, step = read_values(folder, model, mesh, step, say)
+    graph, params = model.graph.rounded_once(params)
+    model = dataclasses.replace(model, graph=graph)
+    return Restored(model, params, router_state, step, mesh, tokenizer, spec)
+
+
+def stored_model(spec: RunSpec, tokenizer: Tokenizer) -> AbstractModel:
+    """A run's model without values, of the shapes and types that its checkpoints hold."""
+    return stored(spec, spec.build_model(Vocabulary.of(tokenizer)))
+
+
+def stored(spec: RunSpec, model: AbstractModel) -> AbstractModel:
+    """The model with its parameters in the types that the run keeps."""
     params, router_state = model.shapes
     kept = spec.in_force.precision.stored(params, model.graph.declared)
-    model = dataclasses.replace(model, shapes=(kept, router_state))
-    params, router_state, step = read_values(folder, model, mesh, step, say)
-    return Restored(model, params, router_state, step, mesh, tokenizer, spec)
+    return dataclasses.replace(model, shapes=(kept, router_state))
 
 
 def mesh_at_hand(shape: MeshShape, say: Say) -> Mesh:

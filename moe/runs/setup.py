@@ -10,8 +10,11 @@ from jax.sharding import Mesh
 from moe.data.batches import TrainBatches, ValidationBatches
 from moe.data.text import PreparedData
 from moe.machine import processes
+from moe.runs import teachers
+from moe.runs.storage.folder import AnotherRun
 from moe.settings import resolved
 from moe.training.abstract_model import AbstractModel, Vocabulary
+from moe.training.distillation import Teacher
 from moe.training.run_spec import RunSpec, check_memory
 from moe.training.train_step import Program
 
@@ -22,6 +25,8 @@ class Setup:
 
     held_out: batches of `train.eval_bytes` of the held-out documents, for evaluations during
         training. final_held_out: of `train.final_eval_bytes`, for the last evaluation.
+    teacher: of `train.distil`; `with_teacher` reads its values.
+    teacher_record: which checkpoint they are of.
     """
 
     spec: RunSpec
@@ -32,6 +37,8 @@ class Setup:
     mesh: Mesh
     model: AbstractModel
     program: Program
+    teacher: Teacher | None = None
+    teacher_record: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, spec: RunSpec, say: Callable[[str], None]) -> "Setup":
@@ -42,7 +49,9 @@ class Setup:
         """
         mesh = spec.build_mesh()
         text = spec.prepare_data(say)
-        model, program = spec.build(Vocabulary.of(text.tokenizer), mesh, text.train.token_N)
+        teacher = teachers.find(spec, text.tokenizer, mesh, say) if spec.distil else None
+        vocabulary = Vocabulary.of(text.tokenizer)
+        model, program = spec.build(vocabulary, mesh, text.train.token_N, teacher)
         check_memory(program)
         train_batches = text.train_batches(*spec.shape, spec.seed)
         batches = functools.partial(
@@ -50,14 +59,41 @@ class Setup:
         )
         final_held_out = batches(spec.final_eval_bytes)
         held_out = batches(spec.eval_bytes)
-        return cls(spec, text, train_batches, held_out, final_held_out, mesh, model, program)
+        batches = train_batches, held_out, final_held_out
+        return cls(spec, text, *batches, mesh, model, program, teacher)
 
     def with_steps(self, steps: int) -> "Setup":
         """The same run with another number of steps; its program has the schedule for them."""
         spec = dataclasses.replace(self.spec, steps=steps)
         vocabulary = Vocabulary.of(self.text.tokenizer)
-        model, program = spec.build(vocabulary, self.mesh, self.text.train.token_N)
+        model, program = spec.build(vocabulary, self.mesh, self.text.train.token_N, self.teacher)
         return dataclasses.replace(self, spec=spec, model=model, program=program)
+
+    def with_teacher(self, restored: dict[str, Any], say: Callable[[str], None]) -> "Setup":
+        """The same run with its teacher's values in the program; the same where it has none.
+
+        restored: the JSON of the run's own checkpoint, empty for a run that begins.
+
+        Raises:
+            UserError: as `teachers.read`; or the checkpoint was made with a teacher and the run has
+                none, or the other way round.
+        """
+        distil, before = self.spec.distil, restored.get("teacher")
+        if restored and (before is None) != (distil is None):
+            there = "no teacher" if before is None else f"the teacher {before['run']!r}"
+            raise AnotherRun(
+                f"this run's checkpoints were made with {there}; choose another --workdir, or the "
+                "same train.distil to continue it"
+            )
+        if distil is None or self.teacher is None:
+            return self
+        taught, record = teachers.read(distil, self.teacher, self.mesh, before, say)
+        given = {"teacher": taught.values}
+        step, gradients = (
+            f.with_given(**given) for f in (self.program.step, self.program.gradients)
+        )
+        program = dataclasses.replace(self.program, step=step, gradients=gradients)
+        return dataclasses.replace(self, program=program, teacher=taught, teacher_record=record)
 
     @property
     def rows(self) -> slice:
@@ -66,10 +102,11 @@ class Setup:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What makes a state this run's, recorded in each checkpoint: text, batches and seed."""
+        """What makes a state this run's, in each checkpoint: text, batches, seed and teacher."""
         spec = self.spec
         data = self.text.fingerprint()
-        return {"data": data, "batch_size": spec.batch_size, "seed": spec.seed}
+        found = {"data": data, "batch_size": spec.batch_size, "seed": spec.seed}
+        return found | ({"teacher": self.teacher_record} if self.teacher_record else {})
 
     @property
     def settings(self) -> resolved.Table:

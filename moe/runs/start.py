@@ -14,7 +14,7 @@ from moe.data.tokens.tokenizer import Tokenizer
 from moe.errors import UserError
 from moe.runs.setup import Setup
 from moe.runs.storage import checkpoint
-from moe.runs.storage.folder import RunFolder
+from moe.runs.storage.folder import AnotherRun, RunFolder
 from moe.training.run_spec import RunSpec
 from moe.training.train_step import Program, TrainState
 
@@ -82,7 +82,7 @@ def state_again(
 
 
 def _refuse_another_run(theirs: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
-    """UserError where a checkpoint records another identity; config.gin may be lost or altered."""
+    """AnotherRun where a checkpoint records another identity; config.gin may be lost or altered."""
     there, here = ({**given.get("data", {}), **given} for given in (theirs, ours))
     differs = [
         f"{name}: {there.get(name)} there, {value} here"
@@ -90,7 +90,7 @@ def _refuse_another_run(theirs: dict[str, Any], ours: dict[str, Any], folder: Pa
         if name != "data" and there.get(name) != value
     ]
     if differs:
-        raise UserError(
+        raise AnotherRun(
             f"{folder} holds the checkpoints of another run; choose another --workdir, or the same "
             "settings to continue it. What differs: " + "; ".join(differs)
         )

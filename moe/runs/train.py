@@ -71,6 +71,10 @@ def train(
         say(f"attention: {attention_of(setup.model, setup.mesh)}")
         if spec.checks is not None:
             say(f"checks: {spec.checks.told(setup.program.abstract_state)}")
+        if spec.weights is not None:
+            say(
+                f"weights: {spec.weights}; gradients pass straight through, checkpoints have floats"
+            )
         say(f"layers: {layers_of(setup.model, setup.mesh)}")
         say(f"saved for the backward pass: {saved_of(setup.model)}")
 
@@ -78,6 +82,7 @@ def train(
         saves = stack.enter_context(checkpoint.opened(folder.checkpoints, spec.keep))
         source = start.Source(spec.seed, spec.start_from, spec.start_from_optimizer)
         state, restored, origin = start.first_state(saves, setup, source, say)
+        setup = setup.with_teacher(restored, say)
         first, clock = int(state.step), restored.get("clock")
 
         # The number of steps: as asked for, or as many as `train.max_seconds` has room for.
@@ -90,6 +95,7 @@ def train(
             found = space.room(spec, setup.program.abstract_state, first, folder.checkpoints)
             space.check(found, folder.path, say)
         run = describe_run(model, text, spec.seed, peak) | origin
+        run |= {"teacher": setup.teacher_record} if setup.teacher_record else {}
         if spec.steps != requested:
             run["fitted_steps"] = {str(requested): spec.steps}
             config_text, table = fit.with_steps(config_text, spec.steps), setup.settings

@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 
-from moe.errors import UserError, nearest
+from moe.errors import UserError, first_line, nearest
 from moe.received import shown
 from moe.scaling.fit import Points
 from moe.scaling.laws.law import Law
@@ -47,7 +47,7 @@ def read(path: str) -> Columns:
     except UserError:
         raise
     except DAMAGED as error:
-        first = (str(error).splitlines() or [""])[0][:160]
+        first = first_line(error)[:160]
         raise UserError(f"--data={path}: {type(error).__name__}: {first}") from error
     if not columns or not len(next(iter(columns.values()))):
         raise UserError(f"--data={path}: the table has no rows")

@@ -35,6 +35,7 @@ def load(
     say: Callable[[str], None] = print,
     received: bool = False,
     imports: Sequence[str] = (),
+    trusting: str = "name it: --import={module}",
 ) -> None:
     """Replace the configuration by the files and then the bindings; later settings win.
 
@@ -45,6 +46,7 @@ def load(
         received: the files are data, as in a run folder, and not the user's own: they import no
             module but ours and those of `imports` and bindings, and choose no folder to write to.
         imports: modules that the user names; they are imported first.
+        trusting: how a user names a module, for the message on one that isn't named.
 
     Raises:
         UserError: with a line for each mistake. The configuration is then unchanged, but modules
@@ -53,7 +55,7 @@ def load(
     reading = read.read(gin_files, gin_bindings, received)
     if received:
         reading.settings = [s for s in reading.settings if _by_flag(s) or not _writes(s)]
-    problems = [*reading.problems, *_refused_imports(reading, received, imports)]
+    problems = [*reading.problems, *_refused_imports(reading, received, imports, trusting)]
     if not (problems and reading.imports):  # nothing is imported for a config that is refused
         problems += [*_import(reading, received, imports), *check.problems(reading.settings)]
     if problems:
@@ -105,7 +107,7 @@ def _writes(setting: read.Setting) -> bool:
 
 
 def _refused_imports(
-    reading: read.Reading, received: bool, imports: Sequence[str]
+    reading: read.Reading, received: bool, imports: Sequence[str], trusting: str
 ) -> Iterator[str]:
     """A line for each import that is not carried out."""
     named = {*imports, *(s.module for w, s in reading.imports if w.startswith("--gin_bindings"))}
@@ -116,7 +118,7 @@ def _refused_imports(
         elif received and module not in named and module.split(".")[0] not in OURS:
             yield (
                 f"{line}: a run folder's config runs no code by itself; if you trust this module, "
-                f"name it: --import={module}"
+                f"{trusting.format(module=module)}"
             )
 
 
@@ -187,7 +189,7 @@ def operative() -> str:
             )
         (settings if "." in name else macros).append(f"{name} = {text}")
     defaults = [f"{name} = {_text(value)}" for name, value in _rows(_defaults())]
-    blocks = [imports, macros, settings, defaults and ["# Defaults in force:", *defaults]]
+    blocks = [imports, macros, settings, defaults and [read.DEFAULTS, *defaults]]
     return "\n".join([HEADER, *("\n".join([*block, ""]) for block in blocks if block)])
 
 

@@ -14,6 +14,7 @@ from moe.errors import Problems, UserError, nearest
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SUBFOLDERS = ("runs", "models", "routers", "sweeps")  # of the shipped configs, searched by name
+DEFAULTS = "# Defaults in force:"  # begins the last part of a run's recorded config
 FEATURE = "__gin__."  # imports that switch gin's own features on
 # Far above any real configuration; a file made to hang or to fill memory ends here.
 MOST_BYTES, MOST_TEXTS, MOST_DEPTH = 2**20, 256, 16
@@ -185,6 +186,12 @@ def bindings_of(text: str) -> dict[str, str]:
     if reading.problems:
         raise Problems(reading.problems)
     return {setting.key: repr(setting.value) for setting in reading.settings}
+
+
+def defaults_of(text: str) -> set[str]:
+    """The names of the settings that a recorded config text has as defaults in force."""
+    _, _, defaults = text.partition(f"\n{DEFAULTS}\n")
+    return {*bindings_of(defaults)}
 
 
 def _read_file(reading: Reading, name: str, path: Path, above: tuple[Path, ...]) -> None:

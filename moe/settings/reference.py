@@ -33,9 +33,11 @@ KINDS = {
     "moe.model.sharding": "mesh",
     "moe.training.bad_steps": "run",
     "moe.training.corruption": "run",
+    "moe.training.distillation": "run",
     "moe.training.objective": "objectives",
     "moe.training.optimizer": "optimizers",
     "moe.training.precision": "run",
+    "moe.training.quantisation": "run",
     "moe.training.run_spec": "run",
     "moe.training.schedules": "schedules",
     "moe.runs.tracking": "loggers",
@@ -121,7 +123,7 @@ def entry(name: str) -> Entry:
         Setting(
             key,
             types.described(hints[key]) if hints[key] is not one.empty else "a value",
-            None if one.default in (one.empty, gin_config.REQUIRED) else shown(one.default),
+            _default(wrapped, one),
             words.get(key, ""),
         )
         for key, one in parameters.items()
@@ -129,6 +131,17 @@ def entry(name: str) -> Entry:
     causality = getattr(wrapped, "causality", None)
     word = str(getattr(causality, "value", causality)) if causality is not None else None
     return Entry(name, kind, text, settings, word)
+
+
+def _default(wrapped: Callable, parameter: inspect.Parameter) -> str | None:
+    """A parameter's default as a config writes it; None where it has to be given."""
+    value = parameter.default
+    if value in (parameter.empty, gin_config.REQUIRED):
+        return None
+    field = getattr(wrapped, "__dataclass_fields__", {}).get(parameter.name)
+    if field is not None and field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    return shown(value)
 
 
 def _with_its_source(text: str, wrapped: Callable, kind: str) -> str:

@@ -51,6 +51,8 @@ def shown(value: object) -> str:
     """A value as a config writes it, such as 0.1, @Cosine(), @TopK or [@BalanceLoss()]."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{shown(k)}: {shown(v)}' for k, v in value.items())}}}"
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)
     if isinstance(value, Path):

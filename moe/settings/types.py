@@ -1,6 +1,7 @@
 """Whether a config's values fit the annotations of their parameters, without running anything."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
 import inspect
 import types
 import typing
@@ -77,13 +78,17 @@ def fits(value: object, annotation: Any) -> bool:
 
 def _reference_fits(reference: Reference, annotation: Any) -> bool:
     """Whether a reference fits: `@X()` stands for what X makes, `@X` for X, to be called later."""
-    made = made_class(reference)
+    return _made_fits(made_class(reference), reference.called, annotation)
+
+
+def _made_fits(made: Any, called: bool, annotation: Any) -> bool:
+    """The same for what the reference's configurable makes."""
     if _is_callable(annotation):
         wanted = typing.get_args(annotation)[1] if typing.get_args(annotation) else UNKNOWN
-        if reference.called:
+        if called:
             return made is UNKNOWN or _is_callable(made)
         return made is UNKNOWN or is_a(made, wanted)
-    if not reference.called:
+    if not called:
         return False
     if made is UNKNOWN:
         return True
@@ -177,18 +182,23 @@ def _candidates(annotation: Any) -> list[str]:
         return [c for member in typing.get_args(annotation) for c in _candidates(member)]
     if annotation in SCALARS or not (_is_callable(annotation) or inspect.isclass(annotation)):
         return []
-    names = [name for name, _ in gin_config._REGISTRY.items() if not name.startswith("gin.")]
-    found = []
-    for name in names:
-        short = gin_config._REGISTRY.minimal_selector(name)
-        made = made_class(Reference(short, False))
-        reference = Reference(short, not _is_callable(annotation))
-        if not inspect.isclass(made) or not _reference_fits(reference, annotation):
-            continue
-        if _is_callable(annotation) and not _ours(typing.get_args(annotation)[1]):
-            continue  # it takes any module of Flax
-        found.append(repr(reference))
+    called = not _is_callable(annotation)
+    if not called and not any(map(_ours, typing.get_args(annotation)[1:])):
+        return []  # it takes any module of Flax, or anything
+    names = tuple(name for name, _ in gin_config._REGISTRY.items() if not name.startswith("gin."))
+    makers = _makers(names)
+    found = [
+        repr(Reference(n, called)) for n, made in makers if _made_fits(made, called, annotation)
+    ]
     return sorted(found, key=str.lower)
+
+
+@functools.lru_cache(maxsize=1)
+def _makers(names: tuple[str, ...]) -> list[tuple[str, type]]:
+    """The configurables of these names that make objects of a known class: short name and class."""
+    short = [gin_config._REGISTRY.minimal_selector(name) for name in names]
+    made = [(name, made_class(Reference(name, False))) for name in short]
+    return [(name, kind) for name, kind in made if inspect.isclass(kind)]
 
 
 def _ours(made: Any) -> bool:

@@ -153,6 +153,7 @@ def build(config: Config, more: Mapping[str, object] | None = None) -> Built:
         with extended_path(config.folders):
             settings.load([str(path)], say=lambda line: None)
     spec = RunSpec()
+    spec.in_force.optimizer.rate(spec.steps)  # makes the schedule, so that its settings are read
     model = spec.build_model(Vocabulary(spec.vocab_size))
     return Built(spec, model, frozenset(settings.unused(later=("eval",))))
 

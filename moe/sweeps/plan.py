@@ -11,6 +11,7 @@ from moe.sweeps.record import VERSION, Row
 from moe.sweeps.spec import MATCHED, SweepSpec, cell_name, check_folder_names, folder_name
 
 Say = Callable[[str], None]
+SHUFFLED = "TextData.shuffle_tokens"
 FRESH = 10_000  # is added to the seeds of the baseline's second name
 
 
@@ -61,7 +62,7 @@ class Trial:
     @property
     def changes(self) -> dict[str, object]:
         """What it sets beside its cell's config."""
-        shuffled = {"TextData.shuffle_tokens": True} if self.phase == "shuffled" else {}
+        shuffled = {SHUFFLED: True} if self.phase == "shuffled" else {}
         return {"train.seed": self.seed, **self.tuned, **shuffled}
 
     def text(self) -> str:
@@ -142,12 +143,23 @@ class Plan:
 
         Tuning comes first; a cell's reported runs follow once the tuning of all cells has ended,
         as only then it is known whether ranges are widened.
+
+        Raises:
+            UserError: tuning went on after runs were reported, and has found better values.
         """
         rounds = self.tuning_rounds(results)
         tuning = [trial for of_round in rounds for trial in of_round]
         if not all(trial.name in results for trial in tuning):
             return tuning
-        return tuning + self.reported(results, tuning)
+        reported = self.reported(results, tuning)
+        ended = [trial for trial in reported if trial.name in results]
+        stale = [trial.name for trial in ended if trial.tuned != results[trial.name]["tuned"]]
+        if stale:
+            raise UserError(
+                f"tuning has found better values since {', '.join(stale[:3])} ran ({len(stale)} in "
+                "all): delete their folders below trials/, and they run again"
+            )
+        return tuning + reported
 
     def tuning_rounds(self, results: Mapping[str, Row]) -> list[list[Trial]]:
         """The trials of each round of tuning that has begun or may begin."""
@@ -167,9 +179,12 @@ class Plan:
         return rounds
 
     def _tuning(self, points: list[tune.Values], first: int) -> list[Trial]:
+        """A trial of every cell at each point; neighbours are of other cells, so that two workers
+        seldom compile the same program at the same time.
+        """
         trials = []
-        for cell in self.cells:
-            for number, point in enumerate(points, first):
+        for number, point in enumerate(points, first):
+            for cell in self.cells:
                 own = {name: value for name, value in point.items() if name in cell.tuned}
                 trials.append(Trial(cell, "tuning", number, self.seed, own))
         return trials
@@ -271,6 +286,8 @@ def make(spec: SweepSpec, name: str, say: Say) -> Plan:
             cells.append(built[cell])
     if problems:
         raise Problems(problems)
+    if lost := [n for n in spec.tune if not any(n in cell.tuned for cell in cells)]:
+        raise UserError(f"sweep.tune: no arm reads {', '.join(lost)}")
     return Plan(
         name=name,
         question=spec.question,
@@ -289,10 +306,10 @@ def make(spec: SweepSpec, name: str, say: Say) -> Plan:
 
 
 def baseline_of(cell: str, configs, spec: SweepSpec) -> str:
-    """The cell of the baseline's arm at the same axes, or its only one."""
+    """The name of the baseline's cell at the same place of those axes that concern it."""
     _, axes, _ = configs[cell]
-    same = cell_name(spec.baseline, axes)
-    return same if same in configs else cell_name(spec.baseline, {})
+    fixed = spec.place_of(spec.baseline)
+    return cell_name(spec.baseline, {} if fixed is None else axes | fixed)
 
 
 def one_cell(cell: str, configs, spec: SweepSpec, built: Mapping[str, Cell]) -> Cell:
@@ -307,10 +324,12 @@ def one_cell(cell: str, configs, spec: SweepSpec, built: Mapping[str, Cell]) -> 
     settings = config.settings | {name: repr(value) for name, value in fixed.items()}
     config = dataclasses.replace(config, settings=settings)
     model: Built = build(config)
-    before = config
-    config = with_steps(config, model, spec.tokens_per_parameter, spec.flops)
-    if config is not before:
-        model = build(config)
+    if spec.match not in (None, "wall_time") and (model.spec.fit_steps or model.spec.max_seconds):
+        raise UserError(
+            "its trials would end by the clock, at unequal tokens: add 'train.max_seconds = None' "
+            "and 'train.fit_steps = False' to sweep.base, or set sweep.match = 'wall_time'"
+        )
+    config, model = by_budget(config, model, spec)
     solved, off, words = {}, 0.0, "nothing"
     if spec.match == "wall_time":
         words = f"{spec.seconds:g} seconds of training"
@@ -323,8 +342,12 @@ def one_cell(cell: str, configs, spec: SweepSpec, built: Mapping[str, Cell]) -> 
             config, model, solved, off = matched(
                 config, model, spec.match, target, spec.solve, spec.tolerance
             )
+            if spec.match not in ("training_flops", "data"):  # the size that was solved for counts
+                config, model = by_budget(config, model, spec)
     middle = {name: tune.Range(*span).at(0.5) for name, span in spec.tune.items()}
     unused = build(config, middle).unused if middle else frozenset()
+    if "shuffled" in spec.controls and SHUFFLED in build(config, {SHUFFLED: True}).unused:
+        raise UserError("sweep.controls: 'shuffled' needs train.data = @TextData()")
     facts = model.facts() | {"matched": words, "solved": solved, "residual": off}
     if spec.match not in (None, "wall_time"):
         facts["amount"] = model.amount(spec.match)
@@ -339,6 +362,12 @@ def one_cell(cell: str, configs, spec: SweepSpec, built: Mapping[str, Cell]) -> 
         tuned=tuple(name for name in spec.tune if name not in unused),
         facts=facts,
     )
+
+
+def by_budget(config: Config, model: Built, spec: SweepSpec) -> tuple[Config, Built]:
+    """The config with the steps that the sweep's budget gives its model, and the model then."""
+    changed = with_steps(config, model, spec.tokens_per_parameter, spec.flops)
+    return (config, model) if changed is config else (changed, build(changed))
 
 
 def differences(plan: Plan, results: Mapping[str, Row]) -> list[str]:

@@ -40,6 +40,11 @@ class TrialFolder:
         return self.path / "trial.gin"
 
     @property
+    def begun(self) -> Path:
+        """The config with which the run in `run` has begun."""
+        return self.path / "begun.gin"
+
+    @property
     def identity(self) -> Path:
         """What the row says of the trial before it is run."""
         return self.path / "trial.json"
@@ -116,7 +121,7 @@ class SweepFolder:
                 f"{self.plan} has version {theirs}, expected {VERSION}: use the "
                 "release that wrote it, or another folder"
             )
-        received.check(found, {"cells": list}, str(self.plan))
+        received.check(found, {"cells": list, "name": str}, str(self.plan))
         return found
 
     def results(self) -> dict[str, Row]:

@@ -56,6 +56,9 @@ def planned(plan: Plan, folder: SweepFolder, peak: float, workers: int) -> str:
 def costs(plan: Plan, folder: SweepFolder, peak: float, workers: int) -> str:
     """Hours and disk of the whole, from the trials that were timed or else from FLOPs."""
     timed = [row for row in read_lines(folder.trials) if row.get("wall_seconds")]
+    for row in timed:
+        numbers: dict[str, received.Kind] = {"wall_seconds": float, "training_flops": float}
+        received.check(row, numbers, str(folder.trials))
     if timed:
         pace = sum(row["wall_seconds"] for row in timed) / sum(r["training_flops"] for r in timed)
         how = f"by the {len(timed)} trials that were timed"
@@ -68,6 +71,10 @@ def costs(plan: Plan, folder: SweepFolder, peak: float, workers: int) -> str:
     if "same" in plan.controls:
         flops += plan.seeds * sum(each[name] for name in {cell.baseline for cell in plan.cells})
     hours = flops * pace / workers / 3600
+    if plan.match == "wall_time":
+        seconds = max(float(cell.settings["train.max_seconds"]) for cell in plan.cells)
+        hours = plan.number_of_trials() * seconds / workers / 3600
+        how = "of training alone"
     largest = max(cell.facts["state_bytes"] for cell in plan.cells)
     disk = plan.number_of_trials() * BYTES_OF_LOGS + workers * 3 * largest
     return f"about {hours:.1f} h ({how}) with {workers} at a time, {disk / 2**20:,.0f} MiB of disk"

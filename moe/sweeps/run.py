@@ -19,8 +19,10 @@ from moe.sweeps.worker import Place, Worker
 Say = Callable[[str], None]
 
 
-def begin(plan: Plan, folder: SweepFolder, say: Say) -> dict[str, Row]:
+def begin(plan: Plan, folder: SweepFolder, say: Say, retry: bool = False) -> dict[str, Row]:
     """Write the plan, if the folder's finished trials are of it; returns their rows.
+
+    retry: failed trials will run again, so that what they were may change.
 
     Raises:
         UserError: another sweep's folder, or settings that would change a finished trial.
@@ -32,7 +34,8 @@ def begin(plan: Plan, folder: SweepFolder, say: Say) -> dict[str, Row]:
             "--folder"
         )
     results = folder.results()
-    changed = plans.differences(plan, results)
+    kept = {n: row for n, row in results.items() if not retry or row["status"] == "finished"}
+    changed = plans.differences(plan, kept)
     if changed:
         raise Problems(
             [
@@ -89,7 +92,7 @@ def run(plan: Plan, folder: SweepFolder, places: list[Place], say: Say) -> bool:
 
 def one_driver(folder: SweepFolder) -> contextlib.AbstractContextManager:
     """Holds the sweep meanwhile. UserError where another process does."""
-    return RunFolder(folder.path).locked()
+    return RunFolder(folder.path).locked("wait until it ends, or name another --folder")
 
 
 def finish(plan: Plan, folder: SweepFolder) -> bool:
@@ -114,9 +117,13 @@ class Progress:
             order = [t.name for t in self.plan.trials_now(results)]
             rows = self.folder.write_tables(results, order)
             total = max(self.plan.number_of_trials(), len(order))
-            self.seconds.append(row.get("wall_seconds") or 0.0)
-            left = statistics.mean(self.seconds) * (total - len(rows)) / self.workers
-            self.say(f"{len(rows)}/{total} {trial.name}: {described(row)}; {minutes(left)} left")
+            if row.get("wall_seconds"):  # a failed one doesn't say
+                self.seconds.append(row["wall_seconds"])
+            left = ""
+            if self.seconds:
+                seconds = statistics.mean(self.seconds) * (total - len(rows)) / self.workers
+                left = f"; {minutes(seconds)} left"
+            self.say(f"{len(rows)}/{total} {trial.name}: {described(row)}{left}")
 
     def tell_new(self, told: set[str]) -> None:
         """Say what trials came to that have ended since; `told` has their names from then on."""

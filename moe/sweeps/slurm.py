@@ -15,7 +15,7 @@ SCRIPT = """\
 #SBATCH --array=1-{workers}
 #SBATCH --cpus-per-task=4
 #SBATCH --time=24:00:00
-#SBATCH --signal=TERM@120
+#SBATCH --signal=B:TERM@120
 #SBATCH --output={folder}/slurm-%A-%a.txt
 set -euo pipefail
 cd {here}

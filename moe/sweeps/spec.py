@@ -49,7 +49,9 @@ class SweepSpec:
         axes: by name, the values of a setting (`{'MoELayer.num_experts': (8, 32)}`), or the changes
             of each value (`{'size': {'small': (...), 'large': (...)}}`). Every arm runs at every
             combination.
-        outside: arms that the axes don't concern: each runs once.
+        outside: arms that the axes don't concern: each runs once. Or, by the arm's name, its place
+            on those axes that don't concern it: `{'dense': {'MoELayer.num_experts': 1}}`. It is
+            noted and changes nothing.
         match: what every arm has as much of as the baseline at the same axes: `active_flops` (FLOPs
             per token), `training_flops`, `active_parameters`, `total_parameters`, `memory` (bytes
             of parameters and optimizer state), `data` (tokens), `wall_time` (measured; see
@@ -78,7 +80,7 @@ class SweepSpec:
     arms: Mapping[str, Changes]
     baseline: str
     axes: Mapping[str, Sequence | Mapping[str, Changes]] = dataclasses.field(default_factory=dict)
-    outside: Sequence[str] = ()
+    outside: Sequence[str] | Mapping[str, Mapping[str, object]] = ()
     match: Match | None = "active_flops"
     solve: Sequence[str] = ("MoELayer.d_ff", "FeedForward.d_ff")
     tolerance: Positive = 0.01
@@ -117,6 +119,9 @@ class SweepSpec:
                 yield f"sweep.axes: {name!r}: expected some values, got {values!r}"
             elif not isinstance(values, Mapping) and "." not in name:
                 yield f"sweep.axes: {name!r} is no setting; give each value its changes, by name"
+        if isinstance(self.outside, Mapping):
+            for arm, place in self.outside.items():
+                yield from self._outside_problems(arm, place)
         for name, given in self.tune.items():
             yield from _range_problems(name, given)
         if self.tune and not self.trials:
@@ -131,12 +136,36 @@ class SweepSpec:
         if self.tokens_per_parameter and self.flops:
             yield "sweep.tokens_per_parameter and sweep.flops both set train.steps; give one"
 
+    def _outside_problems(self, arm: str, place: object):
+        if not isinstance(place, Mapping):
+            yield f"sweep.outside: {arm!r}: expected its place by axis, as {{'axis': 1}}"
+            return
+        for name in place:
+            if name not in self.axes:
+                hint = nearest(name, self.axes) or f"; there are {', '.join(self.axes)}"
+                yield f"sweep.outside: {arm!r}: no axis {name!r}{hint}"
+
+    def place_of(self, arm: str) -> dict[str, object] | None:
+        """An arm's place on axes that don't concern it, by name; None where it is outside of all.
+
+        None of them where all concern it.
+        """
+        if not isinstance(self.outside, Mapping):
+            return None if arm in self.outside else {}
+        return dict(self.outside.get(arm, {}))
+
     def places(self) -> list[tuple[str, dict[str, object], list[str]]]:
         """(arm, its values on the axes, its changes) of every cell, in order."""
         found = []
         for arm, changes in self.arms.items():
-            axes = {} if arm in self.outside else self.axes
-            choices = [list(_choices(name, values)) for name, values in axes.items()]
+            fixed = self.place_of(arm)
+            axes = self.axes if fixed is not None else {}
+            choices = [
+                [(name, fixed[name], [])]
+                if fixed and name in fixed
+                else list(_choices(name, values))
+                for name, values in axes.items()
+            ]
             for chosen in itertools.product(*choices):
                 values = {name: value for name, value, _ in chosen}
                 more = [change for _, _, changes in chosen for change in changes]

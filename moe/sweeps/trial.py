@@ -17,9 +17,10 @@ import numpy as np
 
 from moe import received
 from moe.data.corpora.corpus import hash_position
+from moe.data.tokens.sealed import write_atomically
 from moe.errors import UserError, first_line
 from moe.runs.restore import Restored, restore_run
-from moe.runs.storage.folder import RunFolder
+from moe.runs.storage.folder import AnotherRun, RunFolder
 from moe.runs.storage.json_files import finite, write_json
 from moe.runs.train import train
 from moe.sweeps.record import Row, TrialFolder, as_lines, read_lines
@@ -50,7 +51,7 @@ def run(folder: TrialFolder, spec: RunSpec, score_by_training_rule: Scorer) -> i
     """
     end_with(sys.stdin.fileno())
     trial = received.read_json(folder.identity)
-    summary = train(spec, str(folder.run))
+    summary = trained(folder, spec)
     if summary.get("interrupted"):
         return INTERRUPTED
     row = (
@@ -71,6 +72,26 @@ def run(folder: TrialFolder, spec: RunSpec, score_by_training_rule: Scorer) -> i
     return 0
 
 
+def trained(folder: TrialFolder, spec: RunSpec) -> Row:
+    """Train to the end; the summary. What an edited sweep or another version has begun, ends."""
+    text = folder.config.read_bytes()
+    if folder.run.exists() and not (folder.begun.exists() and folder.begun.read_bytes() == text):
+        forget_run(folder, "the trial has begun with another config")
+    write_atomically(folder.begun, text)
+    try:
+        return train(spec, str(folder.run))
+    except AnotherRun as error:
+        forget_run(folder, str(error))
+        return train(spec, str(folder.run))
+
+
+def forget_run(folder: TrialFolder, why: str) -> None:
+    """Say why the trial starts anew, and delete what of its run is there."""
+    print(f"starting anew: {why}", flush=True)
+    with RunFolder(folder.run).locked():
+        shutil.rmtree(folder.run)
+
+
 def measured(run: RunFolder, summary: dict[str, Any], tokens_per_step: int) -> Row:
     """What a run's own files say of it.
 
@@ -79,7 +100,7 @@ def measured(run: RunFolder, summary: dict[str, Any], tokens_per_step: int) -> R
     documents = list(read_lines(run.documents))
     tuning = [d for d in documents if is_for_tuning(d["name"])]
     others = [d for d in documents if not is_for_tuning(d["name"])]
-    if not tuning or not others:
+    if not tuning or len(others) < 2:  # of one, nothing is known of how documents scatter
         raise UserError(
             f"{len(documents)} held-out documents are too few: some are for tuning and others for "
             "reporting; raise TextData.validation_fraction or give more text"
@@ -162,7 +183,9 @@ def outcome_of(error: BaseException) -> tuple[str, str]:
         return "diverged", text
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
         return "out of memory", text
-    return "crashed", text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+    if isinstance(error, UserError):  # written for people: every line of it counts
+        return "crashed", " ".join(str(error).split())
+    return "crashed", f"{type(error).__name__}: {text}"
 
 
 def write_outcome(folder: TrialFolder, error: BaseException) -> None:

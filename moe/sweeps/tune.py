@@ -33,6 +33,7 @@ class Range:
         else:
             length = (self.high - self.low) / 2
             low, high = self.low - length, self.high + length
+            low = max(low, 0.0) if self.low >= 0 else low  # settings that are not negative stay so
         return Range(low if below else self.low, high if above else self.high, self.scale)
 
 

@@ -36,28 +36,36 @@ class Place:
 
     Attributes:
         cores: of the CPU; all where empty.
-        device: the number of an accelerator; None for all, or none.
+        device: an accelerator, by its number or name; None for all, or none.
     """
 
     cores: tuple[int, ...] = ()
-    device: int | None = None
+    device: str | None = None
 
     def environment(self) -> dict[str, str]:
         """The environment of a trial's process."""
-        chosen = {} if self.device is None else {"CUDA_VISIBLE_DEVICES": str(self.device)}
+        chosen = {} if self.device is None else {"CUDA_VISIBLE_DEVICES": self.device}
         return os.environ | chosen
 
 
 def places(workers: int) -> list[Place]:
     """A place for each worker: accelerators one by one, or else the cores divided among them."""
-    devices = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    devices = gpus()
     if devices and os.environ.get("JAX_PLATFORMS") != "cpu":
-        return [Place(device=i) for i in range(min(workers or devices, devices))]
+        return [Place(device=device) for device in devices[: workers or None]]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     number = workers or max(1, len(cores))
     if number > max(1, len(cores)):
         raise UserError(f"--workers={number}: this machine has {len(cores)} cores")
     return [Place(tuple(cores[i::number])) for i in range(number)]
+
+
+def gpus() -> list[str]:
+    """The GPUs that this process may use, by number or name."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [device for device in given.split(",") if device]
+    return [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
 
 
 @dataclasses.dataclass
@@ -106,6 +114,8 @@ class Worker:
         """The trial's row once it has ended for good; None where it was told to stop."""
         identity = identity_of(trial, self.plan)
         write_json(folder.identity, identity)
+        if folder.config.exists() and folder.config.read_text(encoding="utf-8") != trial.text():
+            folder.attempts.unlink(missing_ok=True)  # were of another config
         folder.config.write_text(trial.text(), encoding="utf-8")
         failed = received.read_json(folder.attempts) if folder.attempts.exists() else []
         while len(failed) < ATTEMPTS:

@@ -102,7 +102,7 @@ def evaluate(
     Raises:
         UserError: no token of text is scored.
     """
-    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(sharding.RULES["batch"]))
+    where = sharding.by_batch(mesh)
     rows = processes.rows(where, batches.batch_size)
     nats_M, bytes_M = np.zeros(batches.num_documents), np.zeros(batches.num_documents, np.int64)
     scored, routers = 0, None

@@ -3,12 +3,15 @@
 B batch, T tokens, L sparse layers.
 """
 
+import dataclasses
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from layers.kernels.cross_entropy import cross_entropy_of_each, cross_entropy_sums
+from layers.kernels.divergence import divergence_sum
 from moe.data.batch import Batch
 from moe.model.transformer import ModelOutput, Transformer
 from routing import Policy, RouterOutput
@@ -23,15 +26,23 @@ class Losses(nnx.Pytree):
         auxiliary: the routers' losses, weighted and summed over layers.
         policy: for routers with a policy, the losses that need each token's cross entropy; weighted
             and summed over layers.
+        distillation: temperature^2 * KL(teacher || student) per scored token; None without one.
     """
 
     task: Float[Array, ""] = nnx.data()
     auxiliary: Float[Array, ""] = nnx.data()
     policy: Float[Array, ""] = nnx.data()
+    distillation: Float[Array, ""] | None = nnx.data(default=None)
 
     @property
     def total(self) -> Float[Array, ""]:
         return self.task + self.auxiliary + self.policy
+
+    def distilled(self, weight) -> Float[Array, ""]:
+        """The sum with a teacher, whose term has this share of the task's place."""
+        assert self.distillation is not None
+        taught = (1 - weight) * self.task + weight * self.distillation
+        return taught + self.auxiliary + self.policy
 
 
 @nnx.dataclass
@@ -60,6 +71,7 @@ def measure(
     scored,
     valid,
     loss_weights: dict[str, Array] | None = None,
+    taught: tuple | None = None,
 ) -> Measured:
     """The losses and statistics of a micro-batch.
 
@@ -71,6 +83,7 @@ def measure(
         scored: the scored tokens of the whole batch.
         valid: the tokens of the whole batch that are not padding.
         loss_weights: as `Context.loss_weights`.
+        taught: a teacher's output weights and representations, and the temperature.
     """
     nats, text_nats = cross_entropy_sums(
         model.head(), out.hidden_BTD, batch.target_BT, batch.scored_BT, text_BT
@@ -95,7 +108,14 @@ def measure(
                 policy += weights[router.key_of(name)] * value_L.sum()
             losses |= policy_values
         routers = RouterOutput(None, losses, auxiliary_L, routers.stats)
-    return Measured(Losses(nats / scored, auxiliary, policy), text_nats, routers, mod)
+    losses = Losses(nats / scored, auxiliary, policy)
+    if taught is not None:
+        weight_DV, hidden_BTD, temperature = taught
+        total = divergence_sum(
+            model.head(), out.hidden_BTD, weight_DV, hidden_BTD, batch.scored_BT, temperature
+        )
+        losses = dataclasses.replace(losses, distillation=total / scored)
+    return Measured(losses, text_nats, routers, mod)
 
 
 def rewarded_by_likelihood(

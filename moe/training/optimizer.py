@@ -251,16 +251,19 @@ class Muon(Optimizer):
         )
 
 
-def matrix_axes(declared: Declared):
-    """The axes that Muon takes as a matrix's rows and columns; None for parameters of Adam.
+def first_column(axes: Axes) -> int:
+    """The first axis of a matrix's columns; those before, but for stacked ones, are its rows.
 
     Weights whose first axis is the model width ("embed") are width by the rest, e.g. (D, H * K);
     others are the rest by the last axis, e.g. (H * K, D).
     """
+    return stacked(axes) + 1 if axes[stacked(axes)] == "embed" else len(axes) - 1
+
+
+def matrix_axes(declared: Declared):
+    """The axes that Muon takes as a matrix's rows and columns; None for parameters of Adam."""
     axes, role, _ = declared
     if not is_matrix(axes) or role in ("embedding", "head", "router"):
         return None
-    first = len(axes) - len(own_axes(axes))
-    every = tuple(range(first, len(axes)))
-    cut = 1 if axes[first] == "embed" else len(every) - 1
-    return optax.contrib.MuonDimensionNumbers(every[:cut], every[cut:])
+    every, cut = tuple(range(len(axes))), first_column(axes)
+    return optax.contrib.MuonDimensionNumbers(every[stacked(axes) : cut], every[cut:])

@@ -22,10 +22,13 @@ from moe.training import train_step
 from moe.training.abstract_model import AbstractModel, Vocabulary, abstract_model
 from moe.training.bad_steps import BadSteps, RewindBadSteps, SkipBadSteps
 from moe.training.corruption import CorruptionChecks
+from moe.training.distillation import Distillation, Teacher
+from moe.training.few_bits import require_library
 from moe.training.logger import Logger, Metric
 from moe.training.objective import NextToken, Objective
 from moe.training.optimizer import AdamW, Optimizer
 from moe.training.precision import Precision
+from moe.training.quantisation import Quantisation
 from moe.training.train_step import Program
 from routing.ranges import Count, Natural, Positive, Size
 from routing.training_text import TokenSequence
@@ -45,6 +48,8 @@ class RunSpec:
         objective: `NextToken()` (where None) or `MaskedToken()`.
         optimizer: with its learning rate and schedule; `AdamW()` where None.
         precision: the types in which parameters and moments are kept; float32 where None.
+        weights: rounds the weights that the model computes with, in training and at evaluation:
+            `Quantisation()`; the optimizer and the checkpoints have floats. None rounds nothing.
         mesh: sizes of the mesh axes; all devices on the data axis where None.
         steps: optimizer steps; the schedule ends there. A run that is continued with more steps is
             trained longer, with a schedule over all of them.
@@ -75,6 +80,7 @@ class RunSpec:
         start_from: the folder of another run, whose parameters and router state a new run starts
             with (fine-tuning).
         start_from_optimizer: with `start_from`: start with its optimizer's state, too.
+        distil: learn from another run's model beside the text: `Distillation()`.
         loggers: where metrics go beside the run's logs, such as `WandB()`.
         metrics: functions from a step's routing and metrics to further metrics.
         bad_steps: what is done where a loss, a gradient or the state is not finite, or spikes:
@@ -89,6 +95,7 @@ class RunSpec:
     objective: Objective | None = None
     optimizer: Optimizer | None = None
     precision: Precision | None = None
+    weights: Quantisation | None = None
     mesh: MeshShape | None = dataclasses.field(default=None, metadata=MAY_CHANGE)
     steps: Count = dataclasses.field(default=1000, metadata=MAY_CHANGE)
     batch_size: Count = 32
@@ -111,6 +118,7 @@ class RunSpec:
     artifacts: bool = dataclasses.field(default=True, metadata=MAY_CHANGE)
     start_from: str | None = None
     start_from_optimizer: bool = False
+    distil: Distillation | None = None
     loggers: Sequence[Logger] = dataclasses.field(default=(), metadata=MAY_CHANGE)
     metrics: Sequence[Metric] = dataclasses.field(default=(), metadata=MAY_CHANGE)
     bad_steps: BadSteps | None = dataclasses.field(default=None, metadata=MAY_CHANGE)
@@ -121,6 +129,8 @@ class RunSpec:
         for name in ("steps", "log_every", "keep", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)} must be at least 1")
+        if self.weights is not None:
+            require_library()
         if self.start_from_optimizer and self.start_from is None:
             raise UserError(
                 "train.start_from_optimizer=True needs train.start_from: a run's folder"
@@ -187,8 +197,11 @@ class RunSpec:
     def build_model(
         self, vocabulary: Vocabulary, training_tokens: TokenSequence | None = None
     ) -> AbstractModel:
-        """The model without values; arguments and errors are those of `abstract_model`."""
-        return abstract_model(
+        """The model without values; arguments and errors are those of `abstract_model`.
+
+        Its weights are rounded as `weights` says; UserError where they can't be.
+        """
+        model = abstract_model(
             self.model,
             self.in_force.objective,
             vocabulary,
@@ -196,30 +209,43 @@ class RunSpec:
             sequence_length=self.sequence_length,
             training_tokens=training_tokens,
         )
+        if self.weights is None:
+            return model
+        self.weights.check(model.shapes[0], model.graph.declared)
+        graph = dataclasses.replace(model.graph, rounding=self.weights)
+        return dataclasses.replace(model, graph=graph)
 
     def build(
-        self, vocabulary: Vocabulary, mesh: Mesh, training_tokens: TokenSequence | None = None
+        self,
+        vocabulary: Vocabulary,
+        mesh: Mesh,
+        training_tokens: TokenSequence | None = None,
+        teacher: Teacher | None = None,
     ) -> tuple[AbstractModel, Program]:
         """The model without values, and the jitted training step on a mesh.
+
+        teacher: of `distil`; where None, the step is that of a run without one.
 
         Raises:
             UserError: as `abstract_model`; or the batch does not divide over micro-batches, groups
                 or the mesh, or a sequence over the mesh.
         """
         model = self.build_model(vocabulary, training_tokens)
-        return model, self._program(model, mesh)
+        return model, self._program(model, mesh, teacher)
 
-    def _program(self, model: AbstractModel, mesh: Mesh) -> Program:
+    def _program(self, model: AbstractModel, mesh: Mesh, teacher: Teacher | None) -> Program:
         batch_size, accumulate = self.batch_size, self.accumulate
-        per_group = min(model.sequences_per_group, batch_size)
+        models = [model, *([teacher.model] if teacher else [])]
+        per_group = math.lcm(*(min(m.sequences_per_group, batch_size) for m in models))
         if batch_size % (accumulate * per_group):
             raise UserError(
                 f"train.batch_size={batch_size} doesn't divide into train.accumulate={accumulate} "
                 f"micro-batches of groups of {per_group} sequences; choose a multiple"
             )
-        num_experts = model.moe_layer.num_experts if model.moe_layer else None
         try:
-            sharding.check_batch(mesh, batch_size // (accumulate * per_group), num_experts)
+            for one in models:
+                experts = one.moe_layer.num_experts if one.moe_layer else None
+                sharding.check_batch(mesh, batch_size // (accumulate * per_group), experts)
             sharding.check_length(mesh, model.sequence_length, per_group)
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -239,6 +265,7 @@ class RunSpec:
             global_batch_losses=router is not None and router.needs_global_batch,
             skip_bad_steps=isinstance(self.bad_steps, SkipBadSteps),
             precision=self.in_force.precision,
+            teacher=teacher,
         ).program()
 
 
@@ -253,7 +280,8 @@ class InForce(NamedTuple):
 
 def check_memory(program: Program) -> None:
     """Raise UserError where the state alone takes more memory than the devices here have."""
-    arrays = jax.tree.leaves(program.abstract_state)
+    taught = program.step.given.teacher
+    arrays = jax.tree.leaves((program.abstract_state, taught and taught[:2]))
     per_device = sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays)
     devices = len(program.batch_sharding.addressable_devices)
     needed, available = per_device * devices, hardware.memory_bytes()

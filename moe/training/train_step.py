@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any, NamedTuple
 
-from einops import rearrange
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,9 @@ from moe.model import sharding
 from moe.model.functional import Arrays, Graph, initial_values, split
 from moe.training import finite
 from moe.training import objective as objectives
+from moe.training.distillation import Teacher, TeacherValues
 from moe.training.losses import measure
+from moe.training.micro_batches import global_batch_of, micro_batches, summed
 from moe.training.optimizer import stacked
 from moe.training.precision import Precision
 from moe.training.rounding import mixed
@@ -60,6 +61,7 @@ class StepMetrics(nnx.Pytree):
         broken: which layers of stacked arrays, or which arrays, are not finite, by name, among
             the parameters before the step, its gradients, and the state after it.
         skipped: whether the update was left out; None where none is.
+        distillation: temperature^2 * KL(teacher || student) per scored token; None without one.
     """
 
     loss: Float[Array, ""] = nnx.data()
@@ -72,6 +74,7 @@ class StepMetrics(nnx.Pytree):
     mod: dict[str, Array] | None = nnx.data(default=None)
     broken: dict[str, Array] | None = nnx.data(default=None)
     skipped: Bool[Array, ""] | None = nnx.data(default=None)
+    distillation: Float[Array, ""] | None = nnx.data(default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +98,14 @@ class Given(NamedTuple):
     rate_N: the learning rate of each of the run's N steps, float32.
     loss_weights: the factors of the routers' losses, as `routing.inputs.Context`.
     limits: the largest loss and gradient norm of a step that counts; None where none is skipped.
+    teacher: its values, sharded as parameters are, temperature and weight; None without one.
     """
 
     seed: np.uint32
     rate_N: np.ndarray
     loss_weights: dict[str, np.float32]
     limits: np.ndarray | None = None
+    teacher: TeacherValues | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +118,10 @@ class Jitted:
     def __call__(self, *arguments, **given):
         """given: fields of `Given` that differ."""
         return self.function(self.given._replace(**given), *arguments)
+
+    def with_given(self, **given) -> "Jitted":
+        """The same function with other fields of `Given`."""
+        return dataclasses.replace(self, given=self.given._replace(**given))
 
     def lower(self, *arguments):
         """As jax.jit's."""
@@ -140,6 +149,7 @@ class TrainingFunctions:
             losses on the statistics of the global batch are exact.
         skip_bad_steps: leave updates out that are not finite, or beyond the limits of `Given`.
         precision: the types in which parameters and moments are kept.
+        teacher: from whose distribution the model learns, too.
     """
 
     graph: Graph
@@ -156,6 +166,7 @@ class TrainingFunctions:
     global_batch_losses: bool = False
     skip_bad_steps: bool = False
     precision: Precision = dataclasses.field(default_factory=Precision)
+    teacher: Teacher | None = None
 
     def init(self, seed) -> TrainState:
         """The state before the first step."""
@@ -169,11 +180,12 @@ class TrainingFunctions:
 
     @property
     def given(self) -> Given:
-        """The seed, the learning rates and the losses' weights, as arrays."""
+        """The seed, the learning rates, the losses' weights and the teacher's values."""
         rate_N = np.zeros(1) if self.rate_N is None else self.rate_N
         weights = {name: np.float32(weight) for name, weight in self.loss_weights.items()}
         limits = np.full(2, np.inf, np.float32) if self.skip_bad_steps else None
-        return Given(np.uint32(self.seed), np.asarray(rate_N, np.float32), weights, limits)
+        teacher = self.teacher and self.teacher.values
+        return Given(np.uint32(self.seed), np.asarray(rate_N, np.float32), weights, limits, teacher)
 
     def step(self, given: Given, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """One optimizer update with a whole batch: the state after it, and the step's metrics."""
@@ -269,6 +281,7 @@ class TrainingFunctions:
             routers=measured.routers,
             grad_norms=grad_norms(grads, self.graph.roles),
             mod=measured.mod,
+            distillation=measured.losses.distillation,
         )
 
     def _loss(self, params, state, batch: Batch, key, global_batch, scored, valid, given):
@@ -278,8 +291,13 @@ class TrainingFunctions:
         out = model(tokens.with_loss_weights(given.loss_weights), global_batch)
         num_bytes_2V = jnp.asarray(self.num_bytes_2V)
         text_BT, _ = objectives.text_of(self.objective, batch, num_bytes_2V)
-        measured = measure(model, out, batch, text_BT, scored, valid, given.loss_weights)
-        return measured.losses.total, measured
+        numbers = scored, valid, given.loss_weights
+        if self.teacher is None:
+            measured = measure(model, out, batch, text_BT, *numbers)
+            return measured.losses.total, measured
+        taught = *self.teacher.read(given.teacher, batch), given.teacher.temperature
+        measured = measure(model, out, batch, text_BT, *numbers, taught)
+        return measured.losses.distilled(given.teacher.weight), measured
 
     def _statistics(self, state: TrainState, micro: Batch, key):
         """The routers' statistics of a micro-batch."""
@@ -292,8 +310,10 @@ class TrainingFunctions:
         # Not from `init`: a restored model may lack the text that initial values depend on.
         shapes = jax.eval_shape(self._first_state, *self.abstract)
         shardings = state_shardings(self.graph, shapes, self.mesh)
-        by_batch = NamedSharding(self.mesh, PartitionSpec(sharding.RULES["batch"]))
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        by_batch = sharding.by_batch(self.mesh)
+        everywhere: Any = NamedSharding(self.mesh, PartitionSpec())
+        taught: Any = self.teacher.shardings(self.mesh) if self.teacher else everywhere
+        given = Given(everywhere, everywhere, everywhere, everywhere, taught)
         exchanges = self.mesh.shape["expert"] > 1
         is_tpu = self.mesh.devices.flat[0].platform == "tpu"
         return Program(
@@ -301,7 +321,7 @@ class TrainingFunctions:
             step=Jitted(
                 jax.jit(
                     self.step,
-                    in_shardings=(everywhere, shardings, by_batch),
+                    in_shardings=(given, shardings, by_batch),
                     out_shardings=(shardings, everywhere),
                     donate_argnums=1,
                     compiler_options=ASYNC_EXCHANGES if exchanges and is_tpu else None,
@@ -309,7 +329,7 @@ class TrainingFunctions:
                 self.given,
             ),
             gradients=Jitted(
-                jax.jit(self.gradients, in_shardings=(everywhere, shardings, by_batch)), self.given
+                jax.jit(self.gradients, in_shardings=(given, shardings, by_batch)), self.given
             ),
             abstract_state=jax.tree.map(
                 lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
@@ -330,45 +350,6 @@ def state_shardings(graph: Graph, shapes: TrainState, mesh: Mesh) -> TrainState:
         return sharding.sharding(mesh, axes, leaf.shape)
 
     return jax.tree_util.tree_map_with_path(sharding_of, shapes)
-
-
-def micro_batches(batch: Batch, accumulate: int, sequences_per_group: int) -> Batch:
-    """The batch as `accumulate` micro-batches, on a new leading axis of every array.
-
-    Groups are dealt in turn, so that every device has sequences of every micro-batch.
-    """
-
-    def deal(a):
-        sizes = {"a": accumulate, "s": sequences_per_group}
-        return rearrange(a, "(g a s) ... -> a (g s) ...", **sizes)
-
-    return jax.tree.map(deal, batch)
-
-
-def global_batch_of(statistics, micro: Batch, valid) -> GlobalBatch | None:
-    """The global batch's statistics, and this micro-batch's share of its tokens, by layer."""
-    if statistics is None:
-        return None
-    share = (micro.segment_BT > 0).sum() / valid
-    layers = statistics.token_count.shape[0]
-    return GlobalBatch(statistics, jnp.full(layers, jnp.maximum(share, 1e-9)))
-
-
-def summed(one: Callable, micros: Batch):
-    """The sum of one(micro-batch) over all micro-batches, computed one at a time.
-
-    Of bfloat16 arrays the sum is float32.
-    """
-    first = jax.tree.map(lambda a: a[0], micros)
-
-    def zeros(a):
-        is_low = a.dtype == jnp.bfloat16
-        return jnp.zeros(a.shape, jnp.float32 if is_low else a.dtype)
-
-    def add(total, micro):
-        return jax.tree.map(jnp.add, total, one(micro)), None
-
-    return jax.lax.scan(add, jax.tree.map(zeros, jax.eval_shape(one, first)), micros)[0]
 
 
 def grad_norms(grads: Arrays, roles: dict[str, Role]) -> dict[str, Array]:

@@ -37,6 +37,7 @@ class BASE(Router):
 
     causality = Causality.CAUSAL_AT_EVALUATION
     balanced = True
+    needs_all_experts = None
     decoding = "each token's best expert"
 
     def __init__(self, sizes: Sizes, shuffle: bool = False, losses: Sequence[RouterLoss] = ()):

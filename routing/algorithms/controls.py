@@ -31,6 +31,7 @@ class UniformRandom(Router):
     causality = Causality.CAUSAL
     order_matters = True
     steps = True
+    needs_all_experts = "it draws experts by their numbers"
     decoding = "a fixed draw for each position"
 
     def __init__(self, sizes: Sizes, k: Count = 2):
@@ -66,6 +67,7 @@ class Balanced(Router):
     order_matters = True
     balanced = True
     steps = True
+    needs_all_experts = "it takes experts in turn, by their numbers"
     decoding = "by the token's place in its group"
 
     def __init__(self, sizes: Sizes, k: Count = 2):
@@ -102,6 +104,7 @@ class Zipf(Router):
     causality = Causality.CAUSAL
     order_matters = True
     steps = True
+    needs_all_experts = "it draws experts by their numbers"
     decoding = "a fixed draw for each position"
 
     def __init__(self, sizes: Sizes, k: Count = 2, exponent: NonNegative = 1.0):
@@ -139,6 +142,7 @@ class AllExperts(Router):
 
     causality = Causality.CAUSAL
     balanced = True
+    needs_all_experts = None
     decoding = "as in training"
 
     def __init__(self, sizes: Sizes, losses: Sequence[RouterLoss] = ()):
@@ -165,6 +169,7 @@ class FrozenTopK(Router):
     """
 
     causality = Causality.CAUSAL
+    needs_all_experts = None
     decoding = "as in training"
 
     def __init__(self, sizes: Sizes, k: Count = 2):

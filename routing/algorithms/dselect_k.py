@@ -41,6 +41,7 @@ class DSelectK(Router):
     """
 
     causality = Causality.CAUSAL
+    needs_all_experts = "its selectors are codes over all experts"
     decoding = "as in training"
 
     def __init__(

@@ -53,6 +53,7 @@ class ExpertChoiceRouter(Router):
 
     causality = Causality.CAUSAL_AT_EVALUATION
     balanced = True
+    needs_all_experts = "a removed expert's tokens would be chosen by no other"
     decoding = "by a threshold per expert, learned in training"
 
     def __init__(

@@ -37,6 +37,7 @@ class GShard(Router):
     """
 
     causality = Causality.CAUSAL
+    needs_all_experts = None
     decoding = "as in training, always with the second expert"
 
     def __init__(

@@ -36,6 +36,7 @@ class Hash(Router):
     needs_token_ids = True
     unit_gates = True
     steps = True
+    needs_all_experts = "its table names experts by their numbers"
     decoding = "as in training"
 
     def __init__(

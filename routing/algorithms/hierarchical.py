@@ -69,6 +69,7 @@ class Hierarchical(Router):
     """
 
     causality = Causality.CAUSAL
+    needs_all_experts = "experts lie in groups of equal size"
     decoding = "as in training, without noise"
 
     def __init__(

@@ -33,6 +33,7 @@ class SMEAR(Router):
 
     causality = Causality.NEVER
     whole_sequences = True
+    needs_all_experts = "it merges all experts and chooses none"
     decoding = "not possible: the mixture depends on the whole sequence; Lory's does not"
 
     def __init__(self, sizes: Sizes, losses: Sequence[RouterLoss] = ()):
@@ -63,6 +64,7 @@ class Lory(Router):
     whole_sequences = True
     order_matters = True
     steps = True
+    needs_all_experts = "it merges all experts and chooses none"
     decoding = "the mixture changes only where a segment begins"
 
     def __init__(

@@ -29,6 +29,7 @@ class MultiHash(Router):
     repeats_experts = True
     needs_token_ids = True
     unit_gates = True
+    needs_all_experts = "its tables name experts by their numbers"
     decoding = "as in training"
 
     def __init__(self, sizes: Sizes, hashes: Count = 2):

@@ -34,6 +34,7 @@ class NoisyTopK(Router):
     """
 
     causality = Causality.CAUSAL
+    needs_all_experts = None
     decoding = "as in training, without noise"
 
     def __init__(self, sizes: Sizes, k: Count = 4, losses: Sequence[RouterLoss] | None = None):

@@ -39,6 +39,7 @@ class ProductKeys(Router):
 
     causality = Causality.CAUSAL
     repeats_experts = True
+    needs_all_experts = "experts are all pairs of two sets of keys"
     decoding = "as in training"
 
     def __init__(

@@ -37,6 +37,7 @@ class ReMoE(Router):
     """
 
     causality = Causality.CAUSAL
+    needs_all_experts = None
     decoding = "as in training"
     reads_global_batch = True
 

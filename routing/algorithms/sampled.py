@@ -63,6 +63,7 @@ class Sampled(Router):
     """
 
     causality = Causality.CAUSAL
+    needs_all_experts = None
     decoding = "greedy: the most likely expert, or the k most likely"
 
     def __init__(

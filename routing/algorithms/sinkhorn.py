@@ -36,6 +36,7 @@ class Sinkhorn(Router):
     """
 
     causality = Causality.CAUSAL_AT_EVALUATION
+    needs_all_experts = None
     decoding = "each token's largest logits"
 
     def __init__(

@@ -50,6 +50,7 @@ class SoftChoice(Router):
     causality = Causality.NEVER
     whole_sequences = True
     balanced = True
+    needs_all_experts = "all experts' slots share in every token"
     decoding = "not possible: every slot mixes the whole sequence; with `segment` it is"
 
     def __init__(

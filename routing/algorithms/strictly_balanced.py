@@ -34,6 +34,7 @@ class StrictlyBalanced(Router):
 
     causality = Causality.CAUSAL_AT_EVALUATION
     balanced = True
+    needs_all_experts = "a removed expert's tokens would be above no other threshold"
     decoding = "by the learned thresholds"
 
     def __init__(self, sizes: Sizes, k: Count = 4, losses: Sequence[RouterLoss] | None = None):

@@ -33,6 +33,7 @@ class Switch(Router):
     """
 
     causality = Causality.CAUSAL
+    needs_all_experts = None
     decoding = "as in training, without jitter"
 
     def __init__(

@@ -58,6 +58,7 @@ class TopK(Router):
     """
 
     causality = Causality.CAUSAL
+    needs_all_experts = None
     decoding = "as in training"
 
     def __init__(
@@ -105,6 +106,10 @@ class TopK(Router):
             parameter(shape, (None, None), truncated_normal(), role="router") if residual else None
         )
         self.balancer = balancer(sizes.num_experts) if balancer else None
+        if expert_groups > 1:
+            self.needs_all_experts = "experts lie in groups of equal size (TopK.expert_groups)"
+        elif residual:
+            self.needs_all_experts = "the next router reads its logits (TopK.residual)"
 
     def route(self, inputs: RouterInputs) -> Routing:
         logits_GTE = jnp.einsum("gtd,de->gte", inputs.x_GTD, self.weight_DE[...])

@@ -36,6 +36,7 @@ class VMoE(Router):
     """
 
     causality = Causality.CAUSAL
+    needs_all_experts = None
     decoding = "as in training, without noise"
 
     def __init__(

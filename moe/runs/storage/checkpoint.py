@@ -1,6 +1,6 @@
 """Checkpoints by Orbax, asynchronous: the last few and the best are kept, the newest read."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import errno
 import logging
@@ -15,7 +15,7 @@ import warnings
 
 import jax
 
-from moe.errors import UserError
+from moe.errors import UserError, first_line
 from moe.machine import processes
 from moe.runs.storage import manifest
 from moe.runs.storage.manifest import Damaged
@@ -113,7 +113,7 @@ class Checkpoints:
             raise
         except Exception as error:
             causes = (os.strerror(n) for n in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO))
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            first = first_line(error)[:160]
             reason = next((cause for cause in causes if cause in str(error)), first)
             raise UserError(
                 f"a checkpoint can't be written to {self.folder} ({reason}); those before "
@@ -179,7 +179,14 @@ class Checkpoints:
 
     def _refuse_other_arrays(self, step: int, wanted: dict[str, Any]) -> None:
         """UserError unless the arrays are those wanted; Orbax would cast dtypes without a word."""
-        if differs := _differences(wanted, self.arrays(step)):
+        there = self.arrays(step)
+        if _has_optimizer(wanted) and not _has_optimizer(there):
+            raise UserError(
+                f"the checkpoint of step {step} in {self.folder} holds a model without optimizer "
+                "state, as `moe prune` writes it: no run goes on from it, but a new one starts "
+                f"from it, with train.start_from = {str(self.folder.parent)!r}"
+            )
+        if differs := _differences(wanted, there):
             raise UserError(f"the checkpoint holds another model: {differs}")
 
     def _verify(self, step: int) -> None:
@@ -208,8 +215,8 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:  # damaged files raise errors of any kind
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                say(f"the checkpoint of step {candidate} can't be believed ({reason[:300]})")
+                reason = first_line(error)[:300]
+                say(f"the checkpoint of step {candidate} can't be believed ({reason})")
                 damaged.append(candidate)
                 continue
             self._set_aside(damaged, say)
@@ -294,6 +301,10 @@ def _temporary_path_class(ocp: Any) -> Any:
             manifest.fsync_folder(final.parent)
 
     return TemporaryPath
+
+
+def _has_optimizer(names: Iterable[str]) -> bool:
+    return any(name.startswith("opt_state.") for name in names)
 
 
 def _refuse_not_finite(arrays: dict[str, jax.Array]) -> None:

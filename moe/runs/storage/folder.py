@@ -17,9 +17,13 @@ from moe.data.tokens.tokenizer import Tokenizer, load_tokenizer
 from moe.errors import UserError
 from moe.runs.storage import manifest
 from moe.runs.storage.json_files import write_json
-from moe.settings.read import bindings_of
+from moe.settings.read import bindings_of, defaults_of
 
 MOVE_AWAY = "move it away, or choose another --workdir"
+
+
+class AnotherRun(UserError):
+    """A folder holds the checkpoints of a run with other settings or data."""
 
 
 class RunFolder:
@@ -41,7 +45,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, way_out: str = "choose another --workdir") -> Iterator[None]:
         """Lock the folder for this process; UserError where another process holds the lock."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._refuse_links()
@@ -50,9 +54,7 @@ class RunFolder:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = _holder(file)
-                raise UserError(
-                    f"{self.path} is in use by {holder}; choose another --workdir"
-                ) from None
+                raise UserError(f"{self.path} is in use by {holder}; {way_out}") from None
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
@@ -101,7 +103,7 @@ class RunFolder:
     def refuse_another_run(
         self, config: str, fingerprint: dict[str, Any], steps: int, may_change: tuple[str, ...]
     ) -> None:
-        """Raise UserError where the folder holds checkpoints of a run with other settings or data.
+        """Raise AnotherRun where the folder holds checkpoints of other settings or data.
 
         Args:
             config: the config text of the run that is to start.
@@ -120,7 +122,10 @@ class RunFolder:
             return
         theirs = self.read_json(self.run, data=dict)["data"] if self.run.exists() else {}
         old = _bindings(self.config, self.config_text())
-        differs = _differences(old, bindings_of(config), may_change)
+        # An option that came after the run began is at its default as if it were not there.
+        later = defaults_of(config) - old.keys()
+        new = {name: value for name, value in bindings_of(config).items() if name not in later}
+        differs = _differences(old, new, may_change)
         differs += [
             f"data {name}: {theirs[name]} there, {value} here"
             for name, value in fingerprint.items()
@@ -134,7 +139,7 @@ class RunFolder:
                 f"train.steps: {most} are trained there, {steps} here; give at least {most}"
             )
         if differs:
-            raise UserError(
+            raise AnotherRun(
                 f"{self.path} holds the checkpoints of another run; choose another --workdir, or "
                 "the same settings to continue it. What differs:\n  " + "\n  ".join(differs)
             )

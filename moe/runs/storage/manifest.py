@@ -9,6 +9,7 @@ core; they are no signature.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -88,6 +89,12 @@ def size(folder: Path) -> tuple[int, int]:
     """The number of a checkpoint's files, and their bytes, by its manifest; Damaged without one."""
     files = _read(folder / NAME)["files"]
     return len(files), sum(size for size, _ in files.values())
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of the sizes and checksums of a checkpoint's files; Damaged without a manifest."""
+    listed = json.dumps(_read(folder / NAME)["files"], sort_keys=True)
+    return hashlib.sha256(listed.encode()).hexdigest()[:16]
 
 
 def verify_file(folder: Path, name: str) -> None:

@@ -6,13 +6,17 @@ once and gets no more numbers: no run ends for it.
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import os
 from pathlib import Path
 import secrets
+import socket
+import struct
+import time
 from typing import Any, Literal
 
 import gin
 
-from moe.errors import UserError
+from moe.errors import UserError, first_line
 from moe.training.logger import Scalars, Writer
 
 
@@ -22,15 +26,53 @@ class TensorBoard:
     """Curves in the run's folder tensorboard/; every run has them."""
 
     def open(self, folder: Path, run: dict[str, Any]) -> Writer:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.summary import scalar
 
-        board = SummaryWriter(str(folder / "tensorboard"))
+        inside = folder / "tensorboard"
+        inside.mkdir(exist_ok=True)
+        # Of two starts in a second, each has its file.
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        events = Events(inside / name)
+        new_event: Any = vars(event_pb2)["Event"]  # protobuf makes its classes on import
+        events.write(new_event(wall_time=time.time(), file_version="brain.Event:2"))
 
-        def scalars(step, values):
+        def scalars(step: int, values: Scalars) -> None:
+            event = new_event(wall_time=time.time(), step=step)
             for name, value in values.items():
-                board.add_scalar(name, value, step)
+                event.summary.MergeFrom(scalar(name, value))
+            events.write(event)
 
-        return _Writer(scalars, board.close)
+        return _Writer(scalars, events.close)
+
+
+class Events:
+    """A file of TensorBoard's events, each with its length before it and two checksums.
+
+    tensorboardX's own writer has a thread and a queue: once the thread has met a full disk, the
+    queue fills up and the run waits for it for ever. Nothing is buffered here, so that nothing is
+    left to write when that fails.
+    """
+
+    def __init__(self, path: Path):
+        self._file = path.open("wb", buffering=0)
+
+    def write(self, event: Any) -> None:
+        """Append a record. Raises OSError where it can't be written whole."""
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        record = length + _checksum(length) + data + _checksum(data)
+        while record:
+            record = record[self._file.write(record) :]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _checksum(data: bytes) -> bytes:
+    from tensorboardX.record_writer import masked_crc32c
+
+    return struct.pack("<I", masked_crc32c(data))
 
 
 @gin.configurable
@@ -123,7 +165,7 @@ class MLflow:
 class _Writer:
     """A writer made of two functions."""
 
-    def __init__(self, scalars: Callable[[int, Scalars], None], close: Callable[[], None]):
+    def __init__(self, scalars: Callable[[int, Scalars], None], close: Callable[[], Any]):
         self._scalars, self._close = scalars, close
 
     def scalars(self, step: int, values: Scalars) -> None:
@@ -151,7 +193,7 @@ class Writers:
         try:
             call(self._writers[name])
         except Exception as error:  # errors of a service or of another package
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            first = first_line(error)[:160]
             self._say(f"{name} has failed and gets no more numbers ({first}); the run goes on")
             del self._writers[name]
 

@@ -14,7 +14,7 @@ class Logs:
     """Appends a line for each logged step. Only the first process of a run has them.
 
     Args:
-        loggers: further ones beside TensorBoard.
+        loggers: further ones beside TensorBoard, opened first: a package may be missing.
         run: the content of run.json.
         say: prints the failure of a logger.
     """
@@ -26,7 +26,7 @@ class Logs:
         run: dict[str, Any] | None = None,
         say: Callable[[str], None] = print,
     ):
-        every = [TensorBoard(), *loggers]
+        every = [*loggers, TensorBoard()]
         self._writers = Writers({str(one): one.open(folder.path, run or {}) for one in every}, say)
         self._folder = folder
         self._open()

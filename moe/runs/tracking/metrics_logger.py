@@ -119,6 +119,8 @@ class MetricsLogger:
             scalars |= metrics.routing_scalars(
                 routing, self.model.loss_coefficients, self.model.kind
             )
+        if measured.distillation is not None:
+            scalars["distillation"] = float(measured.distillation)
         if self.watch.policy is not None:
             scalars["bad_steps"] = self.watch.skipped + self.watch.rewinds
         if measured.mod is not None:
