@@ -284,7 +284,8 @@ def test_changes_take_what_costs_least_time_first():
 def test_collectives_are_counted_by_kind_and_axes_as_often_as_they_run():
     """Of 8 devices, 2 in data and 4 in expert; a loop of three layers, as XLA writes it.
 
-    With a kernel whose attributes take several lines, as those of splash attention do.
+    With a kernel whose attributes take several lines, as those of splash attention do, and with
+    collectives that XLA has combined, whose results are several arrays.
     """
     text = """
 %body (p: f32[8,16]) -> f32[8,16] {
@@ -308,16 +309,24 @@ ENTRY %main (p: f32[8,16]) -> f32[8,16] {
   %c = bf16[16]{0} all-gather-done(%b)
   %d = (f32[2,16]{1,0}, f32[2,16]{1,0}) all-to-all(%a), replica_groups={{0,1,2,3},{4,5,6,7}}
   %e = f32[8]{0} all-reduce(%a), replica_groups=[1,8]<=[8]
+  %g = (f32[8]{0}, /*index=1*/f32[4,4]{1,0}) all-reduce(%a, %d), replica_groups={{0,4}}
+  %h = (f32[8]{0}, f32[4]{0}) all-reduce-start(%a, %d), replica_groups={{0,4}}
+  %i = ((bf16[4]{0}, bf16[8]{0}), (bf16[8]{0}, bf16[16]{0})) all-gather-start(%y, %z), \
+      replica_groups={{0,4}}
+  %j = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%k), \
+      source_target_pairs={{0,4},{4,0}}
 }
 
 """
     assert by_kind(collectives(text, MESH_AXES, SIZES)) == [
-        {"kind": "all-gather", "axes": "data", "count": 1, "times": 1, "moved": 32 / 2},
+        {"kind": "all-gather", "axes": "data", "count": 2, "times": 2, "moved": (32 + 48) / 2},
+        {"kind": "all-reduce", "axes": "data", "count": 2, "times": 2, "moved": 96.0 + 48.0},
         {"kind": "all-reduce", "axes": "data+expert", "count": 1, "times": 1, "moved": 56.0},
         {
             **{"kind": "all-to-all", "axes": "expert", "count": 2, "times": 4},
             "moved": 3 * 512 * 3 / 4 + 256 * 3 / 4,
         },
+        {"kind": "collective-permute", "axes": "data", "count": 1, "times": 1, "moved": 16.0},
         {"kind": "collective-permute", "axes": "expert", "count": 1, "times": 5, "moved": 5 * 32.0},
     ]
     assert result_bytes("(pred[], f32[2,3]{1,0})") == 24

@@ -14,6 +14,7 @@ COLLECTIVES = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
     "collective-permute",
 )
+_PAIRS = ("all-gather", "collective-permute", "ragged-all-to-all")  # starts give operand and result
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "s8": 1, "u8": 1, "f64": 8}
 _LINE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\((.*)")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.-]+) \(.*\{$")
@@ -67,9 +68,11 @@ def collectives(text: str, axis_names: tuple[str, ...], sizes: tuple[int, ...]) 
                 shapes, kind, start, rest = match.groups()
                 group = group_of(rest, sizes)
                 axes = axes_of(group, axis_names, sizes)
-                if start and shapes.startswith("(("):  # ((operands), result, flags)
-                    shapes = shapes.partition("), ")[2].replace("u32[]", "")
-                size = result_bytes(shapes, whole=kind == "all-to-all")
+                pair = start and kind in _PAIRS  # (operand, result, flags)
+                if start and shapes.startswith("(("):  # ((operands), results, flags)
+                    shapes, pair = shapes.partition("), ")[2].replace("u32[]", ""), False
+                # Otherwise several arrays are as many collectives that XLA has combined.
+                size = result_bytes(shapes, whole=not pair)
                 found.append(Collective(kind, axes, len(group), size, times.get(name, 1)))
     return found
 
