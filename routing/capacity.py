@@ -128,7 +128,9 @@ class Capacity:
         experts = choices or decision.num_experts
         rank_GTK = self._rank(decision, inputs)
         if factor is None:
-            return self._with_slots(decision, rank_GTK, decision.keep_GTK, tokens)
+            # More than all tokens choose an expert only where one chooses it twice.
+            keep_GTK = decision.keep_GTK & (rank_GTK < tokens)
+            return self._with_slots(decision, rank_GTK, keep_GTK, tokens)
         size = {"k": k, "num_experts": experts, "factor": factor, "multiple": self.multiple}
         slots = min(slots_per_expert(tokens, **size), -(-tokens // self.multiple) * self.multiple)
         if not inputs.train and self._in_order:

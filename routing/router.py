@@ -21,6 +21,7 @@ from routing.losses import RouterLoss
 from routing.records import (
     AnyArray,
     Causality,
+    Decision,
     DecodingState,
     ExpertChoice,
     RouterOutput,
@@ -64,7 +65,7 @@ class Router(nnx.Module):
     repeats_experts: bool = False
     unit_gates: bool = False
     needs_all_experts: str | None = "it doesn't declare that each expert has a score of its own"
-    decoding: str
+    decoding: str = "as in training"
     steps: bool = False
 
     num_experts: int
@@ -137,6 +138,7 @@ class Router(nnx.Module):
             if not isinstance(found, Routing):
                 who, kind = type(self).__name__, type(found).__name__
                 raise TypeError(f"{who}.route returned {kind}, expected a Routing")
+            check_shapes(found.decision, inputs, type(self).__name__)
             return self._output(found, inputs)
 
     def _output(self, found: Routing, inputs: RouterInputs) -> RouterOutput:
@@ -183,6 +185,24 @@ class Router(nnx.Module):
     def needs_global_batch(self) -> bool:
         """Whether all micro-batches have to run forward before the first gradient."""
         return self.reads_global_batch or any(loss.uses_global_batch for loss in self.losses)
+
+
+def check_shapes(decision: Decision, inputs: RouterInputs, who: str) -> None:
+    """ValueError where the arrays of a choice don't have one shape, or not that of the tokens."""
+    groups, tokens = inputs.x_GTD.shape[:2]
+    if isinstance(decision, TokenChoice):
+        names, first = ("expert_GTK", "gate_GTK", "keep_GTK"), (groups, tokens)
+    elif isinstance(decision, ExpertChoice):
+        names, first = ("token_GEC", "gate_GEC", "keep_GEC"), (groups,)
+    else:
+        return
+    shapes = [getattr(decision, name).shape for name in names]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 3 or shapes[0][: len(first)] != first:
+        told = ", ".join(f"{name} is {shape}" for name, shape in zip(names, shapes, strict=True))
+        raise ValueError(
+            f"{who}.route: {told}; they must have one shape of three axes, the first {first}: "
+            f"x_GTD is {inputs.x_GTD.shape}"
+        )
 
 
 class DepthRouter(Router):

@@ -22,7 +22,7 @@ from moe.errors import UserError
 from moe.runs.loop import Loop
 from moe.training import finite
 from moe.training.abstract_model import Vocabulary
-from moe.training.bad_steps import SkipBadSteps, Watch
+from moe.training.bad_steps import RewindBadSteps, SkipBadSteps, Watch
 from moe.training.run_spec import RunSpec
 from moe.training.train_step import TrainingFunctions, to_devices
 
@@ -259,6 +259,16 @@ def with_bad_texts(texts, loss=TrainingFunctions._loss):
         return total * jnp.where(bad, jnp.nan, 1.0), measured
 
     return broken
+
+
+def test_a_second_rewind_to_one_checkpoint_keeps_out_what_the_first_left_out():
+    """Step n reads batch n - 1 + left_out, from 0; batches 5 and 6 are bad."""
+    watch = Watch.of(RewindBadSteps(most=2), None)
+    saved = watch.record().get("bad_steps")
+    watch.rewound(bad=6, step=4, record=saved)  # step 6 had batch 5
+    assert watch.left_out == 2
+    watch.rewound(bad=5, step=4, record=saved)  # step 5 had batch 6
+    assert watch.left_out == 3 and watch.rewinds == 2
 
 
 @pytest.mark.thorough

@@ -218,7 +218,10 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_run_with_the_arrays_at_faul
     with checkpoint.opened(sound, read_only=True) as saves:
         with pytest.raises(TrainingDiverged, match=r"step 3: the held-out loss is nan") as error:
             require_finite_loss(result, with_nan(3), 3, saves)
-    assert "layer 1" in str(error.value) and "holds step 2" in str(error.value)
+        assert "layer 1" in str(error.value) and "holds step 2" in str(error.value)
+        # By the final evaluation, which comes after the last save: that step is none of the good.
+        with pytest.raises(TrainingDiverged, match="holds step 1"):
+            require_finite_loss(result, with_nan(2), 2, saves)
 
 
 def test_metrics_are_json_where_a_number_is_none(tmp_path):

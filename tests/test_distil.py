@@ -258,19 +258,28 @@ def test_a_run_with_a_teacher_goes_on_bit_for_bit_with_the_checkpoint_it_began_w
     for name in theirs:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
+    runs.done("whole", *taught(teacher))
     # Another checkpoint in its place, or none, is not gone on with; nor is the run by itself.
     (extra,) = (began_with / "extra").glob("metadata")
     extra.write_text(extra.read_text() + " ")
     manifest.write(began_with, 2)
     assert runs("stopped", *taught(teacher)) == 2
     assert "step 2 is not the one that this run began with" in capsys.readouterr().err
+    shutil.rmtree(began_with)  # the teacher has trained on, and keeps its last ones
+    assert runs("stopped", *taught(teacher)) == 2
+    assert "began with the checkpoint of step 2, which that run has no more" in (
+        capsys.readouterr().err
+    )
     shutil.rmtree(teacher)
     assert runs("stopped", *taught(teacher)) == 2
     assert "no run there: it has no config.gin" in capsys.readouterr().err
     assert runs("stopped", *STUDENT) == 2
     assert "train.distil: @Distillation() there, None here" in capsys.readouterr().err
-    # The student needs no teacher to be measured.
-    assert restore_run(str(whole), config.of_folder(str(whole))).step == 6
+    # The student needs no teacher to be measured, nor to be found finished.
+    assert restore_run(str(whole), config.of_folder(str(whole)), step=6).step == 6
+    capsys.readouterr()
+    assert runs("whole", *taught(teacher)) == 0
+    assert "this run is complete at step 8" in capsys.readouterr().out
 
 
 def copy_with(runs, name, change) -> str:

@@ -17,6 +17,7 @@ from tiny import Runs, arrays, lines
 from moe.cli import main as cli
 from moe.data import compressors
 from moe.machine import signals
+from moe.runs.loop import Loop
 from moe.runs.storage import checkpoint
 from moe.runs.tracking import progress
 from moe.training.optimizer import AdamW
@@ -220,6 +221,23 @@ def test_a_finished_run_is_made_longer(runs, base, capsys):
     assert "train.steps: 9 are trained there, 6 here" in capsys.readouterr().err
 
 
+def interrupted(loop, state):
+    raise KeyboardInterrupt
+
+
+def test_a_start_that_was_interrupted_before_its_first_step_may_be_given_other_settings(runs):
+    """It has nothing to lose: no checkpoint and no number."""
+    run = runs.folder / "interrupted"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "run", interrupted)
+        assert runs(run.name, *ADAMW, "train.seed = 4", "train.artifacts = False") == 130
+    assert (run / "config.gin").exists() and not list((run / "checkpoints").iterdir())
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert runs(run.name, *ADAMW, "train.seed = 5", "train.artifacts = False") == 2
+    (run / "metrics.jsonl").unlink()
+    runs.done(run.name, *ADAMW, "train.seed = 5", "train.artifacts = False")
+
+
 # From another run.
 
 
@@ -239,6 +257,17 @@ def test_a_run_starts_from_anothers_parameters(runs, base, capsys):
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-6, err_msg=name)
     record = json.loads((run / "run.json").read_text())
     assert record["started_from"] == {"run": str(base), "step": 6}
+
+
+def test_masters_start_from_anothers_values_too(runs):
+    """After a step that moves nothing, the parameters are still that run's, not the seed's."""
+    kept = ("train.precision = @Precision()", "Precision.parameters = 'masters'")
+    source = runs.done("masters", *kept, *ADAMW[:1], "train.steps = 1", "train.artifacts = False")
+    given = (*kept, *STILL, "train.artifacts = False", "train.seed = 5")
+    run = runs.done("from masters", *given, f"train.start_from = {str(source)!r}")
+    ours, theirs = values(run, 1), values(source, 1)
+    for name in theirs:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
 @pytest.mark.thorough

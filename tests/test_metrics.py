@@ -10,7 +10,15 @@ from tiny import ROOT, Runs, lines
 
 from moe.model.flops import Costs
 from moe.runs.tracking.progress import Pace, line
-from moe.training.metrics import Routing, bits_per_byte, health, routing_scalars, speed_scalars
+from moe.training.metrics import (
+    MOST_SCALARS,
+    Routing,
+    bits_per_byte,
+    bounded,
+    health,
+    routing_scalars,
+    speed_scalars,
+)
 from routing import RouterOutput, RouterStats
 
 EVEN = [[80, 80, 80, 80]]
@@ -112,6 +120,20 @@ def test_shares_are_of_what_the_router_chose():
     scalars = routing_scalars(found, {"balance": 1, "z": 1})
     assert scalars["load/dropped_worst"] == pytest.approx(10 / 32)
     assert scalars["load/dropped"] == pytest.approx(5 / 32)
+
+
+def test_many_losses_leave_forty_numbers_and_the_means_stay_longest():
+    names = [f"loss_{i}" for i in range(12)]
+    kinds = ("router_loss/{}", "router_loss/{}_worst", "router_loss_scaled/{}")
+    losses = {kind.format(name): 1.0 for name in names for kind in kinds}
+    scalars = {f"other_{i}": 0.0 for i in range(20)} | losses
+    found = bounded(scalars)
+    assert len(found) == MOST_SCALARS == 40
+    assert all(f"other_{i}" in found for i in range(20))
+    assert all(f"router_loss/{name}" in found for name in names)
+    worst = [name for name in found if name.endswith("_worst")]
+    assert worst == [f"router_loss/loss_{i}_worst" for i in range(8)]
+    assert bounded(dict(list(scalars.items())[:40])) == dict(list(scalars.items())[:40])
 
 
 def test_bits_per_byte():

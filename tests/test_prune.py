@@ -342,6 +342,11 @@ def test_a_pruned_run_is_evaluated_and_not_gone_on_with(pruned):
     status, said = moe("train", f"--gin_file={new}/config.gin", f"--workdir={new}")
     assert status == 2 and f"with train.start_from = '{new}'" in said
     assert "without optimizer state" in said
+    asked = (f"train.start_from = '{new}'", "train.start_from_optimizer = True")
+    given = [f"--gin_bindings={binding}" for binding in asked]
+    other = f"--workdir={new}-with-optimizer"
+    status, said = moe("train", f"--gin_file={new}/config.gin", other, *given)
+    assert status == 2 and "leave out train.start_from_optimizer" in said
     assert before == sorted(p.name for p in new.rglob("*"))
 
 

@@ -172,7 +172,9 @@ def test_the_final_checkpoint_precedes_the_final_evaluation(runs, base, monkeypa
 
 def test_a_stride_that_cannot_be_is_told_before_training(runs, capsys):
     assert runs("stride", "train.eval_stride = 99") == 2
-    assert "stride=99 must lie in 1 to sequence_length=32" in capsys.readouterr().err
+    assert (
+        "train.eval_stride=99 must lie in 1 to train.sequence_length=32" in capsys.readouterr().err
+    )
     assert not (runs.folder / "stride" / "metrics.jsonl").exists()
 
 

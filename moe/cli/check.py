@@ -1,5 +1,6 @@
 """`moe check`: judges the properties of any router, and prints a line for each."""
 
+import functools
 import importlib
 import inspect
 import json
@@ -10,7 +11,7 @@ import time
 import traceback
 from types import ModuleType
 
-from moe.errors import UserError, nearest
+from moe.errors import UserError, first_line, nearest
 from moe.machine import xla_flags
 
 MARK = {True: "ok", False: "FAILS", None: "-"}
@@ -27,7 +28,8 @@ def run(flags) -> int:
 
     config.bind([], flags.gin_bindings)
     found, width = [], 0
-    print(f"{router.__name__} with {flags.experts} experts")
+    title = getattr(router, "__name__", flags.router)
+    print(f"{title} with {flags.experts} experts")
     try:
         for verdict in check(router, flags.experts):
             width = max(width, len("precision in a bfloat16 layer"))
@@ -35,8 +37,10 @@ def run(flags) -> int:
                 f"  {MARK[verdict.holds]:<6}{verdict.property:<{width}}  {verdict.seen}", flush=True
             )
             found.append(vars(verdict))
-    except (ValueError, TypeError, AttributeError) as error:
-        text = str(error).splitlines()[0]
+    except UserError:
+        raise
+    except Exception as error:  # of the router's code
+        text = first_line(error)
         place = _line_of(error, router)
         raise UserError(
             f"{flags.router} can't be checked: {type(error).__name__}: {text}{place}"
@@ -64,7 +68,10 @@ def find(name: str):
     if not hasattr(module, attribute):
         names = [n for n, value in vars(module).items() if isinstance(value, type)]
         raise UserError(f"{module.__name__} has no {attribute!r}{nearest(attribute, names)}")
-    return getattr(module, attribute)
+    found = getattr(module, attribute)
+    if not callable(found):
+        raise UserError(f"{name} is {found!r}; expected a class or function that makes a router")
+    return found
 
 
 def _module(name: str) -> ModuleType:
@@ -80,16 +87,34 @@ def _module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        if error.name != name.split(".")[0] and error.name != name:  # an import inside it
+            raise UserError(f"{name} can't be imported: {error}{_line_of(error)}") from error
         raise UserError(
             f"no module {error.name!r} in the current folder or on PYTHONPATH; a file is named as "
             "my_router.py:MyRouter"
         ) from error
+    except SyntaxError as error:
+        place = f" ({os.path.relpath(error.filename)}:{error.lineno})" if error.filename else ""
+        raise UserError(f"{name} can't be imported: {error.msg}{place}") from error
+    except Exception as error:  # of the module's code
+        text = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{name} can't be imported: {text}{_line_of(error)}") from error
 
 
-def _line_of(error: Exception, router: type) -> str:
-    """The last line in the router's own file of the error's traceback; empty if it has none."""
-    own = inspect.getsourcefile(router)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == own]
+def _line_of(error: Exception, router=None) -> str:
+    """The last line in the router's own file of the error's traceback; empty if it has none.
+
+    Without a router the last line that no import machinery has.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    if router is None:
+        own = {f.filename for f in frames if not f.filename.startswith("<")} - {__file__}
+        own -= {importlib.__file__}
+    else:
+        while isinstance(router, functools.partial):
+            router = router.func
+        own = {inspect.getsourcefile(inspect.unwrap(router))}
+    frames = [f for f in frames if f.filename in own]
     if not frames:
         return ""
     return f" ({os.path.relpath(frames[-1].filename)}:{frames[-1].lineno}: {frames[-1].line})"

@@ -56,8 +56,11 @@ class Bench:
     ):
         self.num_experts = num_experts
         self.text = TrainingText(np.random.default_rng(0).integers(0, V, 2000), V)
+        made = make(Sizes(D, num_experts, V, self.text))
+        if not isinstance(made, Router):
+            raise TypeError(f"it makes a {type(made).__name__}, expected a Router")
         if settings is None:
-            repeats = make(Sizes(D, num_experts, V, self.text)).repeats_experts
+            repeats = made.repeats_experts
             settings = {"experts": NeuronExperts} if repeats else {}
         self.capacity: Capacity = settings.get("capacity", Capacity())
         self.make_layer = functools.partial(

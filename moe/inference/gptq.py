@@ -34,7 +34,7 @@ def second_order(
         w_SRC: float32.
         hessian_SRR: sums of x x^T over each matrix's inputs.
         inputs_S: how many these were. Of fewer than R, which leave directions unseen, damping
-            grows in proportion; without any input a matrix is rounded to the nearest values.
+            grows in proportion; without any input each weight is rounded to a nearest value.
         name, block: of the format, and rows that share a scale.
     """
     return jax.vmap(functools.partial(_one, name, block))(w_SRC, hessian_SRR, inputs_S)

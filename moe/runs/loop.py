@@ -235,6 +235,6 @@ def require_finite_loss(
     raise TrainingDiverged(
         f"step {step}: the held-out loss is {result.loss}; not finite: "
         f"{broken or 'no value of the state, so that the text or the model is at fault'}; "
-        f"{saves.last_good()}",
+        f"{saves.last_good(not_step=step)}",
         step,
     )

@@ -41,15 +41,18 @@ class Setup:
     teacher_record: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, spec: RunSpec, say: Callable[[str], None]) -> "Setup":
+    def of(cls, spec: RunSpec, say: Callable[[str], None], teach: bool = True) -> "Setup":
         """Prepare the text and build the program; nothing is compiled yet.
+
+        teach: whether the teacher of `train.distil` is looked for; a finished run needs none.
 
         Raises:
             UserError: devices, text or sizes that don't fit together.
         """
         mesh = spec.build_mesh()
         text = spec.prepare_data(say)
-        teacher = teachers.find(spec, text.tokenizer, mesh, say) if spec.distil else None
+        teach = teach and spec.distil is not None
+        teacher = teachers.find(spec, text.tokenizer, mesh, say) if teach else None
         vocabulary = Vocabulary.of(text.tokenizer)
         model, program = spec.build(vocabulary, mesh, text.train.token_N, teacher)
         check_memory(program)

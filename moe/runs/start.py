@@ -15,6 +15,7 @@ from moe.errors import UserError
 from moe.runs.setup import Setup
 from moe.runs.storage import checkpoint
 from moe.runs.storage.folder import AnotherRun, RunFolder
+from moe.training.precision import Precision
 from moe.training.run_spec import RunSpec
 from moe.training.train_step import Program, TrainState
 
@@ -102,7 +103,8 @@ def from_run(
     """The state with another run's values in it, and the step of the checkpoint they come from.
 
     The state's own step stays 0 and its schedule starts anew, even where the optimizer's moments
-    are taken over.
+    are taken over. Float32 masters are taken over with the moments; without them they start at the
+    values of the parameters.
 
     Raises:
         UserError: no such checkpoint, another tokenizer or another model.
@@ -121,6 +123,8 @@ def from_run(
     wanted = {name: a for name, a in abstract.items() if name.split(".")[0] in kinds}
     with checkpoint.opened(folder.checkpoints, read_only=True) as theirs:
         try:
+            if source.optimizer:
+                _refuse_without_optimizer(theirs, step)
             found = theirs.values(wanted, step, say)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
@@ -129,9 +133,23 @@ def from_run(
     values, step = found
     leaves = [values.get(name, leaf) for name, leaf in checkpoint.as_tree(state).items()]
     state = jax.tree.unflatten(jax.tree.structure(state), leaves)
-    state = dataclasses.replace(state, opt_state=_schedule_from_zero(state.opt_state))
+    opt_state = _schedule_from_zero(state.opt_state)
+    if not source.optimizer:
+        opt_state = Precision.with_values(opt_state, state.params)
+    state = dataclasses.replace(state, opt_state=opt_state)
     say(f"starting from step {step} of {source.run}: {', '.join(kinds).replace('_', ' ')}")
     return state, step
+
+
+def _refuse_without_optimizer(theirs: checkpoint.Checkpoints, step: int | None) -> None:
+    if not (steps := theirs.steps()) or step not in (None, *steps):
+        return  # which `values` says
+    step = steps[-1] if step is None else step
+    if not checkpoint.has_optimizer(theirs.arrays(step)):
+        raise UserError(
+            f"the checkpoint of step {step} has no optimizer state, as `moe prune` writes it; "
+            "leave out train.start_from_optimizer"
+        )
 
 
 def _schedule_from_zero(opt_state: Any) -> Any:

@@ -93,11 +93,17 @@ def read(
 
     Raises:
         UserError: no such checkpoint, or none that can be read.
-        AnotherRun: it is not the checkpoint that the run began with.
+        AnotherRun: it is not the checkpoint that the run began with, or that is gone.
     """
     with named(distil):
         folder = folder_of(distil)
         step = before["step"] if before else distil.step
+        if before and not (folder.checkpoints / str(step)).is_dir():
+            raise AnotherRun(
+                f"this run began with the checkpoint of step {step}, which that run has no more "
+                "(train.keep of the teacher says how many stay); put it back from a copy, or "
+                "choose another --workdir"
+            )
         *arrays, step = read_values(folder, teacher.model, mesh, step, say)
         found = manifest.fingerprint(folder.checkpoints / str(step))
         record = {"run": distil.teacher, "step": step, "fingerprint": found}
@@ -111,6 +117,7 @@ def read(
     say(
         f"teacher: {distil.teacher}, step {step}: {costs.parameters_total:,} parameters, "
         f"{costs.parameters_active:,} active; its passes are in the run's time, not in its FLOPs"
+        "; this run needs that checkpoint until it is finished"
     )
     return Taught(teacher.with_values(*arrays), record)
 

@@ -58,13 +58,14 @@ def train(
             stack.enter_context(folder.locked())
 
         # Text, model, mesh and program. Nothing is compiled before all are checked.
-        setup = Setup.of(spec, say)
+        complete = folder.complete(spec.steps, spec.max_seconds)
+        setup = Setup.of(spec, say, teach=complete is None)
         determinism.check(setup)
         text, config_text = setup.text, config(say)
         folder.refuse_another_run(config_text, text.fingerprint(), spec.steps, spec.may_change())
-        if found := folder.complete(spec.steps, spec.max_seconds):
-            say(fit.complete_message(found["step"], spec, folder))
-            return found | {"samples": []}
+        if complete is not None:
+            say(fit.complete_message(complete["step"], spec, folder))
+            return complete | {"samples": []}
         peak = hardware.matmul_peak(setup.model.module.compute_dtype)
         table = setup.settings
         describe(say, table, setup.model, text, peak, folder)

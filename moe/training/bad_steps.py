@@ -150,10 +150,11 @@ class Watch:
 
     def rewound(self, bad: int, step: int, record: dict[str, Any] | None) -> None:
         """Note that the run went back from a bad step to `step`, whose checkpoint has `record`."""
-        there = Watch.of(self.policy, record)
         self.rewinds += 1
-        self.left_out = there.left_out + bad - step
-        self.recent = there.recent
+        # To those that were left out when the bad step was reached: an earlier rewind to the same
+        # checkpoint left out some that the checkpoint does not know of.
+        self.left_out += bad - step
+        self.recent = Watch.of(self.policy, record).recent
 
 
 def outside_vocabulary(batch: Batch, vocab_size: int) -> str | None:

@@ -31,7 +31,8 @@ class Distillation:
     run's loss stays the task's, and the second term is logged as `distillation`.
 
     Attributes:
-        teacher: the folder of a finished or running run with the same tokenizer and objective.
+        teacher: the folder of a run with the same tokenizer and objective, which must keep the
+            checkpoint that is read for as long as this run trains.
         step: of its checkpoint; the newest when this run begins where None.
         temperature: divides the logits of both.
         weight: share of the distillation term in the loss.

@@ -166,3 +166,17 @@ def speed_scalars(
         "speed/utilisation": rate * costs.flops_per_token / peak,
         "speed/effective_utilisation": rate * costs.flops_with(kept) / peak,
     }
+
+
+def bounded(scalars: dict[str, float]) -> dict[str, float]:
+    """At most `MOST_SCALARS` of a step's numbers.
+
+    Of router losses beyond them, the last losses' scaled values go first, then the values of their
+    worst layers, then their means.
+    """
+    losses = [name for name in reversed(scalars) if name.startswith("router_loss")]
+    scaled = [name for name in losses if name.startswith("router_loss_scaled/")]
+    worst = [name for name in losses if name.endswith("_worst")]
+    means = [name for name in losses if name not in scaled and name not in worst]
+    gone = [*scaled, *worst, *means][: max(len(scalars) - MOST_SCALARS, 0)]
+    return {name: value for name, value in scalars.items() if name not in gone}

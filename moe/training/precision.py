@@ -101,6 +101,13 @@ class Precision:
             state = WithMasters({name: after[name] for name in masters}, state)
         return self.stored(after, declared), state, updates
 
+    @staticmethod
+    def with_values(state: Any, params: Arrays) -> Any:
+        """An optimizer's state whose masters, where it has any, have the values of parameters."""
+        if not isinstance(state, WithMasters):
+            return state
+        return state._replace(masters={n: params[n].astype(jnp.float32) for n in state.masters})
+
     def _kept_moments(self, state: Any, params: Arrays, declared: Parameters, seed) -> Any:
         """The optimizer's state with arrays of a parameter's shape as they are kept."""
         if self.moments == "float32":

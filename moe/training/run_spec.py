@@ -129,6 +129,11 @@ class RunSpec:
         for name in ("steps", "log_every", "keep", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)} must be at least 1")
+        if self.eval_stride is not None and self.eval_stride > self.sequence_length:
+            raise UserError(
+                f"train.eval_stride={self.eval_stride} must lie in 1 to "
+                f"train.sequence_length={self.sequence_length}"
+            )
         if self.weights is not None:
             require_library()
         if self.start_from_optimizer and self.start_from is None:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, as values: warm-up, then a shape. All end at `final` times the peak."""
+"""Learning-rate schedules, as values: warm-up, then a shape over the steps that are left."""
 
 import abc
 import dataclasses
@@ -15,7 +15,8 @@ class Schedule(abc.ABC):
 
     Attributes:
         warmup: share of all steps in which the rate rises from 0.
-        final: share of the peak that the last step has.
+        final: share of the peak to which the rate falls: that of the step after the last, so that
+            the last one still learns where it is 0.
     """
 
     @abc.abstractmethod
@@ -94,7 +95,7 @@ class WarmupStableDecay(Schedule):
     """Constant at the peak, then a straight line over the last `decay` share (Hu et al. 2024).
 
     Attributes:
-        decay: share of all steps in which the rate falls.
+        decay: share of all steps in which the rate falls; 0 for none, whatever `final` is.
     """
 
     warmup: Share = 0.05

@@ -124,10 +124,13 @@ class Checkpoints:
         """Steps that have a checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def last_good(self) -> str:
-        """Which checkpoint is the newest, in words; waits until every save is on disk."""
+    def last_good(self, not_step: int | None = None) -> str:
+        """Which checkpoint is the newest, in words; waits until every save is on disk.
+
+        not_step: saved, perhaps, and found bad since.
+        """
         self.wait()
-        steps = self.steps()
+        steps = [step for step in self.steps() if step != not_step]
         where = f"{self.folder} holds step {steps[-1]}" if steps else "there is no checkpoint yet"
         return f"the last good checkpoint: {where}"
 
@@ -180,7 +183,7 @@ class Checkpoints:
     def _refuse_other_arrays(self, step: int, wanted: dict[str, Any]) -> None:
         """UserError unless the arrays are those wanted; Orbax would cast dtypes without a word."""
         there = self.arrays(step)
-        if _has_optimizer(wanted) and not _has_optimizer(there):
+        if has_optimizer(wanted) and not has_optimizer(there):
             raise UserError(
                 f"the checkpoint of step {step} in {self.folder} holds a model without optimizer "
                 "state, as `moe prune` writes it: no run goes on from it, but a new one starts "
@@ -303,7 +306,7 @@ def _temporary_path_class(ocp: Any) -> Any:
     return TemporaryPath
 
 
-def _has_optimizer(names: Iterable[str]) -> bool:
+def has_optimizer(names: Iterable[str]) -> bool:
     return any(name.startswith("opt_state.") for name in names)
 
 

@@ -118,7 +118,11 @@ class RunFolder:
                 f"{self.path} holds checkpoints and no config.gin, so that nothing says whether "
                 f"they are of this run; put its config.gin back, or {MOVE_AWAY}"
             )
-        if not (self.config.exists() and self.checkpoints.exists()):
+        if not self.config.exists():
+            return
+        aside = any(self.path.glob("damaged-checkpoint-*"))
+        logged = self.metrics.exists() and self.metrics.stat().st_size > 0
+        if not (saved or aside or logged):  # interrupted before it had anything to lose
             return
         theirs = self.read_json(self.run, data=dict)["data"] if self.run.exists() else {}
         old = _bindings(self.config, self.config_text())
@@ -139,8 +143,9 @@ class RunFolder:
                 f"train.steps: {most} are trained there, {steps} here; give at least {most}"
             )
         if differs:
+            what = "the checkpoints of another run" if saved else "another run"
             raise AnotherRun(
-                f"{self.path} holds the checkpoints of another run; choose another --workdir, or "
+                f"{self.path} holds {what}; choose another --workdir, or "
                 "the same settings to continue it. What differs:\n  " + "\n  ".join(differs)
             )
 

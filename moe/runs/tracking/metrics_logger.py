@@ -125,7 +125,7 @@ class MetricsLogger:
             scalars["bad_steps"] = self.watch.skipped + self.watch.rewinds
         if measured.mod is not None:
             scalars |= {f"depth/{name}": float(v.mean()) for name, v in measured.mod.items()}
-        assert len(scalars) <= metrics.MOST_SCALARS, sorted(scalars)
+        scalars = metrics.bounded(scalars)
         for metric in tuple(self.own_metrics):
             scalars |= self._own(metric, routing, dict(scalars))
         return scalars
