@@ -113,7 +113,7 @@ def test_flags_become_attributes():
     assert vars(cli.parse(GENERATE, ["--workdir=w", "--prompt=--help", "--top_p=0.9"])) == {
         "workdir": "w",
         "prompt": "--help",
-        "tokens": 128,
+        "tokens": None,
         "temperature": 1.0,
         "top_k": None,
         "top_p": 0.9,

@@ -18,7 +18,7 @@ from moe.planning.chips import CHIPS
 from moe.planning.serving import Serving
 from moe.training.abstract_model import Vocabulary, abstract_model
 from moe.training.objective import NextToken
-from routing import MixtureOfDepths, TopK
+from routing import Lory, MixtureOfDepths, SoftMoE, TopK
 
 T, V = 64, 100
 
@@ -70,6 +70,26 @@ def test_the_union_of_experts_is_that_of_draws():
     assert found.experts_read(1) == 2 and abs(found.experts_read(5) - np.mean(drawn)) < 0.05
     one, all_ = found.weights_read(1), found.weights_read(10_000)
     assert all_ - one == pytest.approx(found.expert_parameters * 2 * (1 - 2 / 8))
+
+
+def test_merged_experts_and_soft_slots_are_all_read():
+    """For one text, as decoding does; slots of a segment are computed for each of its tokens."""
+    width, hidden, experts, layers = 32, 16, 8, 2
+    one = 3 * 2 * width * hidden  # FLOPs of a token in an expert, whose three matrices are gated
+    for router, work in (
+        (functools.partial(SoftMoE, segment=16, slots_per_expert=2), experts * 2 * one),
+        (functools.partial(Lory, segment=16), one + 2 * experts * one // 2),
+    ):
+        moe = functools.partial(MoELayer, router=router, num_experts=experts, d_ff=hidden)
+        _, found = serving(moe=moe)
+        assert found.experts_read(1) == experts
+        assert found.weights_read(1) == found.weights_read(100)
+        assert found.flops(1)["experts"] == layers * work
+
+
+def test_what_no_cache_serves_is_told(capsys):
+    assert cli.main(["cost", "--gin_file=masked.gin", "--chip=h100"]) == 0
+    assert "A masked model fills each mask in by a pass" in capsys.readouterr().out
 
 
 def test_from_the_break_even_on_flops_take_longer():

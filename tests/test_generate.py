@@ -52,6 +52,7 @@ def picks(sampling, count=200):
         Sampling(top_p=1e-6),
         Sampling(top_p=0.0),
         Sampling(temperature=1e-4),
+        Sampling(temperature=1e-40),
     ],
     ids=str,
 )
@@ -66,6 +67,10 @@ def test_cut_tails():
     assert picks(Sampling(top_p=0.71))[0] == {1, 3, 4}
     assert picks(Sampling(top_p=0.69))[1] == {0}
     assert picks(Sampling(top_p=1.0))[0] == {0, 1, 2, 3, 4}
+    many = jax.random.normal(jax.random.key(0), (1, 4096))
+    assert (Sampling(top_p=1.0).probabilities(many) > 0).all()  # the sum of shares is rounded
+    equal = Sampling(top_k=2).probabilities(jnp.zeros((1, 5)))
+    assert (equal > 0).sum() == 2
 
 
 def test_the_nucleus_keeps_the_fewest_that_reach_top_p():
@@ -260,6 +265,27 @@ def test_a_draft_writes_the_same_text_in_fewer_steps(draft, runs, learned, capsy
     assert "guesses held; a step read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--draft=lookup", "--beams=2"])
+def test_drafts_and_beams_stay_within_the_context_where_no_length_is_given(flag, runs, learned):
+    """The context is 32 tokens, one of which begins the text."""
+    flags = ("--prompt=the quick", "--temperature=0", flag, "--context=12")
+    status, out = command("generate", runs.folder / "learned", *flags)
+    assert status == 0 and out.startswith("the quick b")
+
+
+def test_a_text_that_outgrows_the_context_is_told(runs, learned, capsys):
+    flags = ("--prompt=the quick", "--temperature=0")
+    for tokens, told in ((3, ""), (4, "beyond 12 tokens each takes a pass over the last so many")):
+        command("generate", runs.folder / "learned", *flags, "--context=12", f"--tokens={tokens}")
+        assert told in (said := capsys.readouterr().err) and bool(told) == bool(said)
+
+
+def test_a_penalty_on_what_the_text_holds_spares_its_end(generator):
+    document = generator.tokenizer.document_id
+    held_BV = generator._held([[document, 5, 7], [document]])
+    assert np.flatnonzero(held_BV[0]).tolist() == [5, 7] and not held_BV[1].any()
+
+
 def test_beams_print_the_likeliest_texts(runs, learned):
     target = runs.folder / "beams.json"
     flags = ("--prompt=the quick", "--beams=3", "--tokens=10", f"--json={target}")
@@ -279,6 +305,11 @@ def test_beams_print_the_likeliest_texts(runs, learned):
         (["--logit_bias=257:1"], "token ids are below 257"),
         (["--logit_bias=q"], "expected TOKEN:X, such as 17:-inf"),
         (["--logit_bias=q:nan"], "expected TOKEN:X"),
+        (["--logit_bias=q:1e39"], "expected TOKEN:X"),
+        (["--draft="], "--draft= names nothing: a run's folder or lookup"),
+        (["--order=right"], "--order=right: one of surest, left"),
+        (["--seed=4294967296"], "--seed=4294967296: expected"),
+        (["--json=."], "--json=.: this is a folder; name a file"),
         (["--draft=lookups"], "a run's folder or lookup, jacobi, lookahead"),
         (["--draft=lookup", "--tokens=99"], "at most 31 more are within it"),
         (["--draft=lookup", "--repetition_penalty=2"], "don't go together; leave one out"),
@@ -319,9 +350,18 @@ def test_decoding_is_measured(runs, learned):
     assert all(row["milliseconds_per_step"] > 0 for row in rows)
 
 
-def test_decoding_is_measured_of_a_run(capsys):
-    assert cli.main(["bench", "decode"]) == 2
-    assert "give --workdir=FOLDER" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], "give --workdir=FOLDER"),
+        (["--workdir=x", "--plot=nowhere/a.png"], "--plot=nowhere/a.png: there is no such folder"),
+        (["--workdir=x", "--plot=a.foo"], "--plot=a.foo: expected a name that ends in .png"),
+        (["--workdir=x", "--tokens=9"], "--tokens is of `moe bench routers`; decode has no use"),
+    ],
+)
+def test_a_measurement_that_can_not_be_is_told_before_it_is_made(flags, expected, capsys):
+    assert cli.main(["bench", "decode", *flags]) == 2
+    assert expected in capsys.readouterr().err
 
 
 def test_evaluating_the_run_gives_the_summarys_figure(runs, learned):

@@ -5,6 +5,7 @@ import functools
 import json
 from pathlib import Path
 
+from moe.cli.commands import BENCH
 from moe.errors import UserError, nearest
 
 SUITES = ("routers", "layer", "decode")
@@ -16,10 +17,21 @@ def run(flags) -> int:
     if flags.suite not in SUITES:
         hint = nearest(flags.suite, SUITES) or f"; there is {', '.join(SUITES)}"
         raise UserError(f"moe bench has no suite {flags.suite!r}{hint}")
+    _refuse_others(flags)
     rows = list({"routers": routers, "layer": layer, "decode": decode}[flags.suite](flags))
     if flags.json:
         Path(flags.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _refuse_others(flags) -> None:
+    """UserError for a flag of another suite, which this one would not read."""
+    for flag in BENCH.flags:
+        suite, given = flag.help.partition(": ")[0], getattr(flags, flag.name)
+        if suite in SUITES and suite != flags.suite and given not in (flag.default, [], None):
+            raise UserError(
+                f"--{flag.name} is of `moe bench {suite}`; {flags.suite} has no use for it"
+            )
 
 
 def routers(flags) -> Iterator[dict]:
@@ -94,7 +106,8 @@ def decode(flags) -> Iterator[dict]:
     models = [("the run's", run.model, Decoder(run.model.graph, run.params, run.router_state))]
     if flags.twins:
         models += twins.dense_twins(run.spec, run.model, Vocabulary.of(run.tokenizer))
-    print(f"{hardware.describe_device()}; texts of {length} tokens, drawn by the model; medians")
+    print(f"{hardware.describe_device()}; texts of {length} tokens, drawn by the model; ", end="")
+    print("medians, and the fastest of three prefills")
     print(
         "batch, ms of a prefill of half a text, ms of a step, tokens/s, experts read per layer,\n"
         "bytes per token of weights and of cache, share of the roofline by a copy's bandwidth"

@@ -150,7 +150,9 @@ GENERATE = Command(
         RUN,
         IMPORT,
         Flag("prompt", str, "TEXT", "the text to continue (default: none)", ""),
-        Flag("tokens", int, "N", "tokens to add (default: 128)", 128, low=1),
+        Flag(
+            "tokens", int, "N", "tokens to add (default: 128, or what a draft has room for)", low=1
+        ),
         Flag("temperature", float, "X", "0 takes the likeliest token (default: 1)", 1.0, low=0),
         Flag("top_k", int, "N", "draw from the N likeliest tokens (default: all)", low=1),
         Flag("top_p", float, "X", "draw from this share of probability", low=0, high=1),
@@ -174,7 +176,7 @@ GENERATE = Command(
         Flag("beams", int, "N", "the N likeliest texts as a whole, by beam search", low=1),
         Flag("ahead", int, "N", "with --draft: tokens that it guesses (default: 4)", 4, low=1),
         Flag("order", str, "ORDER", "of <mask>s: surest first (the default), or left", "surest"),
-        Flag("seed", int, "N", "same seed, same texts (default: 0)", 0, low=0),
+        Flag("seed", int, "N", "same seed, same texts (default: 0)", 0, low=0, high=2**32 - 1),
         Flag("count", int, "N", "how many texts (default: 1)", 1, low=1),
         WEIGHTS,
         WEIGHTS_OF,

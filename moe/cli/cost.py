@@ -7,6 +7,7 @@ from typing import Any
 
 from moe.cli import config
 from moe.errors import UserError, nearest
+from moe.inference.decoder import reason_to_recompute
 from moe.planning.chips import CHIPS, GIB, Chip
 from moe.planning.report import milliseconds
 from moe.planning.serving import Serving
@@ -65,7 +66,14 @@ def costs(model: AbstractModel, chip: Chip, context: int, value_bytes: int) -> d
                 "fits": texts <= room,
             }
         )
+    if not model.objective.causal:
+        note = "a masked model fills each mask in by a pass over the whole text: it has no cache"
+    elif why := reason_to_recompute(model.module):
+        note = f"each token takes a pass over the whole text, and steps here are of a cache: {why}"
+    else:
+        note = None
     return {
+        "note": note,
         "context": context,
         "parameters_total": model.costs.parameters_total,
         "parameters_active": model.costs.parameters_active,
@@ -115,7 +123,8 @@ def report(found: dict[str, Any]) -> str:
         "At the chip's peaks, with texts that choose their experts evenly and by themselves; what "
         "chips send each other is not counted."
     )
-    return "\n".join([*lines, "", end, notes])
+    note = [found["note"].capitalize() + "."] if found["note"] else []
+    return "\n".join([*lines, "", end, notes, *note])
 
 
 def size(count: float) -> str:

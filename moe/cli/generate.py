@@ -18,6 +18,8 @@ from moe.inference.sampling import Sampling
 from moe.inference.speculative import Speculator
 from moe.runs.restore import Restored, restore_run
 
+TOKENS = 128  # that are added where nothing is said
+LARGEST = 3.4e38  # of float32
 DRAFTS = {"lookup": Lookup, "jacobi": Jacobi, "lookahead": Lookahead}
 
 
@@ -30,6 +32,10 @@ def run(flags) -> int:
         raise UserError(
             "--beams=N prints N texts; leave out --draft, --count, --best_of and --logit_bias"
         )
+    if flags.draft == "":
+        raise UserError(f"--draft= names nothing: a run's folder or {', '.join(DRAFTS)}")
+    if flags.order not in ORDERS:
+        raise UserError(f"--order={flags.order}: one of {', '.join(ORDERS)}")
     if flags.best_of and flags.draft:
         raise UserError("--best_of needs each text's likelihood; leave out --draft")
     if flags.best_of and flags.best_of < flags.count:
@@ -41,6 +47,7 @@ def run(flags) -> int:
         logit_bias=tuple(_bias(given, restored) for given in flags.logit_bias),
     )
     prompts = [flags.prompt] * (flags.best_of or flags.count)
+    flags.tokens = flags.tokens or _tokens(restored, flags)
     how = _beams if flags.beams else _drafted if flags.draft else _plain
     if MASK in flags.prompt and not restored.model.objective.causal:
         how = _infilled
@@ -57,11 +64,28 @@ def run(flags) -> int:
     return 0
 
 
+def _length(restored: Restored, flags) -> int:
+    """Tokens of the prompt, with the one that begins every text."""
+    (ids,) = restored.tokenizer.encode_batch([flags.prompt])
+    return 1 + len(ids)
+
+
+def _tokens(restored: Restored, flags) -> int:
+    """How many tokens are added where nothing is said: drafts and beams stay within the context."""
+    if not (flags.draft or flags.beams):
+        return TOKENS
+    context = flags.context or restored.model.sequence_length
+    return max(1, min(TOKENS, context - _length(restored, flags)))
+
+
 def _plain(restored: Restored, prompts: list[str], sampling: Sampling, flags):
     values = restored.params, restored.router_state
     generator = Generator(restored.model, *values, restored.tokenizer, flags.context)
     if generator.recomputes:
         why = f"each token takes a pass over the whole text: {generator.recomputes}"
+        print(f"moe generate: {why}", file=sys.stderr)
+    elif _length(restored, flags) + flags.tokens > generator.context + 1:
+        why = f"beyond {generator.context} tokens each takes a pass over the last so many"
         print(f"moe generate: {why}", file=sys.stderr)
     given = {"tokens": flags.tokens, "sampling": sampling, "seed": flags.seed}
     if flags.best_of:  # which one is the first isn't known before all have ended
@@ -121,8 +145,6 @@ def _infilled(restored: Restored, prompts: list[str], sampling: Sampling, flags)
         raise UserError(
             f"{MASK} is filled in token by token; leave out --beams, --draft, --best_of"
         )
-    if flags.order not in ORDERS:
-        raise UserError(f"--order={flags.order}: one of {', '.join(ORDERS)}")
     values = restored.params, restored.router_state
     infiller = Infiller(restored.model, *values, restored.tokenizer, flags.order, sampling)
     found = [infiller.fill(text, seed=flags.seed + i) for i, text in enumerate(prompts)]
@@ -141,7 +163,7 @@ def _bias(given: str, restored: Restored) -> tuple[int, float]:
         bias = float(number)
     except ValueError:
         bias = math.nan
-    if not (colon and token) or math.isnan(bias) or bias == math.inf:
+    if not (colon and token) or math.isnan(bias) or bias > LARGEST:
         raise UserError(f"--logit_bias={given!r}: expected TOKEN:X, such as 17:-inf or ' def:2.5'")
     size = restored.tokenizer.vocab_size
     if token.isdecimal():

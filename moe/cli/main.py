@@ -197,14 +197,26 @@ def _check(command: Command, flag: Flag, value: object) -> None:
     # Other paths may have any bytes, but below such a --workdir no checkpoint can be written.
     if (flag.value in ("TEXT", "SETTING") or flag.name == "workdir") and not _is_utf8(value):
         raise UserError(f"moe {command.name}: --{flag.name} holds bytes that are not UTF-8")
-    if flag.name == "json" and value and not Path(str(value)).absolute().parent.is_dir():
-        # Checked before the command, which may take hours.
-        raise UserError(f"moe {command.name}: --json={value}: there is no such folder")
+    if flag.name in ("json", "plot") and value:
+        _check_output(f"moe {command.name}: --{flag.name}={value}", Path(str(value)), flag.name)
     if isinstance(value, int | float):
         low = float("-inf") if flag.low is None else flag.low
         high = float("inf") if flag.high is None else flag.high
         if not low <= value <= high or value == float("inf"):
             raise UserError(f"moe {command.name}: --{flag.name}={value}: expected {flag.expected}")
+
+
+PICTURES = (".png", ".pdf", ".svg")
+
+
+def _check_output(where: str, path: Path, kind: str) -> None:
+    """Refuse a file that can't be written, before the command, which may take hours."""
+    if kind == "plot" and path.suffix not in PICTURES:
+        raise UserError(f"{where}: expected a name that ends in {', '.join(PICTURES)}")
+    if path.is_dir():
+        raise UserError(f"{where}: this is a folder; name a file")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{where}: there is no such folder")
 
 
 def _is_utf8(value: object) -> bool:

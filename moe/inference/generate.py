@@ -161,10 +161,10 @@ class Generator:
         return padded([text[-self.context :] for text in texts], self.context)
 
     def _held(self, texts: list[list[int]]) -> np.ndarray:
-        """The tokens that each text holds: bool (B, V)."""
+        """The tokens that each text holds, but for the one that begins and ends it: bool (B, V)."""
         held_BV = np.zeros((len(texts), self._vocab_size), bool)
         for row_V, text in zip(held_BV, texts, strict=True):
-            row_V[text] = True
+            row_V[text[1:]] = True
         return held_BV
 
 

@@ -20,8 +20,9 @@ class Sampling:
         top_p: draw from the fewest likeliest tokens with this much probability; all where None.
         min_p: draw from tokens with at least this share of the likeliest one's probability; all
             where None.
-        repetition_penalty: logits of tokens that the text holds already, the prompt included, are
-            divided by it where positive and multiplied where negative; 1 changes nothing.
+        repetition_penalty: logits of tokens that the text holds already, the prompt included but
+            not what begins and ends a document, are divided by it where positive and multiplied
+            where negative; 1 changes nothing.
         logit_bias: (token id, number) pairs: the number is added to the token's logit after the
             penalty; -inf is never drawn.
     """
@@ -34,19 +35,24 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
 
     @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken: float32 can't divide by less than 1e-30."""
+        return self.temperature < 1e-30
+
+    @property
     def counts_tokens(self) -> bool:
         """Whether a draw depends on the tokens that the text holds."""
         return self.repetition_penalty != 1
 
     def draw(self, logits_BV: jax.Array, key: jax.Array) -> jax.Array:
         """A token for each row, int32 (B,)."""
-        if self.temperature == 0:
+        if self.greedy:
             return jnp.argmax(self._biased(logits_BV), axis=-1).astype(jnp.int32)
         return jax.random.categorical(key, self._kept(logits_BV)).astype(jnp.int32)
 
     def probabilities(self, logits_BV: Float[Array, "B V"]) -> Float[Array, "B V"]:
         """Those by which `draw` draws; all of it on the likeliest token at temperature 0."""
-        if self.temperature == 0:
+        if self.greedy:
             likeliest_B = jnp.argmax(self._biased(logits_BV), axis=-1)
             return jax.nn.one_hot(likeliest_B, logits_BV.shape[-1])
         return jax.nn.softmax(self._kept(logits_BV))
@@ -61,9 +67,11 @@ class Sampling:
         """The logits (B, V) that are drawn from; -inf where a token is left out."""
         logits_BV = self._biased(logits_BV) / self.temperature
         if self.top_k is not None:
-            kth_B1 = jax.lax.top_k(logits_BV, min(self.top_k, logits_BV.shape[-1]))[0][:, -1:]
-            logits_BV = jnp.where(logits_BV >= kth_B1, logits_BV, -jnp.inf)
-        if self.top_p is not None:
+            likeliest_BK = jax.lax.top_k(logits_BV, min(self.top_k, logits_BV.shape[-1]))[1]
+            row_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+            keep_BV = jnp.zeros(logits_BV.shape, bool).at[row_B1, likeliest_BK].set(True)
+            logits_BV = jnp.where(keep_BV, logits_BV, -jnp.inf)
+        if self.top_p is not None and self.top_p < 1:  # all, whatever their sum is rounded to
             logits_BV = nucleus(logits_BV, self.top_p)
         if self.min_p is not None:
             least_B1 = logits_BV.max(-1, keepdims=True) + jnp.log(self.min_p)

@@ -11,6 +11,7 @@ from layers.mixture_of_depths import blocks_of
 from moe.model.flops import AttentionLayer, attention_layers, matrices_size, size_of, through
 from moe.model.transformer import Transformer
 from moe.planning.chips import Chip
+from moe.training import metrics
 from moe.training.abstract_model import AbstractModel
 from routing.parameters import Role
 
@@ -23,9 +24,11 @@ class Serving:
 
     Attributes:
         projections, router, experts, feed_forward, head: forward FLOPs of a token; `experts` are
-            those chosen, `feed_forward` whatever every token passes beside attention.
+            those chosen, or all slots of a segment, or the merge and one; `feed_forward` whatever
+            every token passes beside attention.
         attention: every layer's.
         sparse_layers, num_experts, experts_per_token: of the mixture; 0, 1 and 0 without one.
+        reads_all: whether a token reads every expert: soft slots, and merged experts.
         expert_parameters, other_parameters: scalars, the latter without tables that are looked up.
         table_parameters: of embeddings that are no head, of which a token reads one row.
         value_bytes: of a weight, and of a value in the cache.
@@ -44,6 +47,7 @@ class Serving:
     other_parameters: int
     table_parameters: int
     value_bytes: int
+    reads_all: bool = False
 
     @classmethod
     def of(cls, model: AbstractModel, value_bytes: int = 2) -> "Serving":
@@ -53,7 +57,12 @@ class Serving:
         head = matrices_size(module, ["head"]) or table
         looked_up = size_of(module, ("position",)) + (table if module.head_DV is not None else 0)
         experts = size_of(module, ("expert",))
-        chosen = costs.sparse_layers * costs.flops_per_assignment * costs.experts_per_token / 3
+        rows = costs.experts_per_token
+        if model.kind == metrics.SOFT:  # all slots of a segment, for each of its tokens
+            rows *= module.moe_layers_of_units()[0].router.segment or model.sequence_length
+        chosen = costs.sparse_layers * costs.flops_per_assignment * rows / 3
+        if model.kind == metrics.MERGED:
+            chosen += 2 * experts  # every expert's weights times its share, added up
         return cls(
             projections=2 * _matrices(module, ["attention"]),
             router=2 * _matrices(module, ["router"]),
@@ -68,6 +77,7 @@ class Serving:
             other_parameters=costs.parameters_total - experts - looked_up,
             table_parameters=looked_up,
             value_bytes=value_bytes,
+            reads_all=model.kind in (metrics.SOFT, metrics.MERGED),
         )
 
     def flops(self, length: int) -> dict[str, float]:
@@ -94,6 +104,8 @@ class Serving:
         """
         if not self.sparse_layers:
             return 0.0
+        if self.reads_all:
+            return float(self.num_experts)
         left = max(0.0, 1 - self.experts_per_token / self.num_experts)
         return self.num_experts * (1 - left**texts)
 
