@@ -86,12 +86,26 @@ class Broken(Router):
         gate_GTK = jnp.take_along_axis(prob_GTE, expert_GTK, -1)
         if wrong == "starved":
             gate_GTK = jnp.ones_like(gate_GTK)
+        if wrong == "nan":
+            gate_GTK = jnp.where(inputs.position_GT[..., None] == 3, jnp.nan, gate_GTK)
+        if wrong == "range":
+            expert_GTK += 1
+        if wrong == "twice":
+            expert_GTK = jnp.repeat(expert_GTK[..., :1], 2, -1)
+        if wrong == "negative":
+            score_GTE = logits_GTE / logits_GTE.sum(-1, keepdims=True)
         keep_GTK = jnp.ones_like(expert_GTK, bool)
         decision = TokenChoice(expert_GTK, gate_GTK, keep_GTK, self.num_experts)
+        if wrong == "shapes":  # afterwards, since these tests check types, which users don't
+            decision.keep_GTK = keep_GTK[..., :1]
         return Routing(decision, logits_GTE, score_GTE)
 
 
 BREAKAGES = [
+    ("range", properties.decision, "expert 4 is chosen, and they are 0 to 3"),
+    ("twice", properties.decision, "chose an expert twice, and repeats_experts=False is declared"),
+    ("nan", properties.decision, "gate_GTK is not finite in "),
+    ("negative", properties.decision, "entropy_sum is not finite in 1 of 1 places: are all scores"),
     ("leak", properties.causality, "leaks the future"),
     ("random", properties.determinism, "still random"),
     ("neighbours", properties.neighbours, "the other sequences change it"),
@@ -117,6 +131,67 @@ def test_a_broken_router_fails_where_it_is_broken(wrong, look, said):
     made = type("Made", (Broken,), {"wrong": wrong})
     failed = [v for v in look(properties.Bench(made, 4)) if v.holds is False]
     assert failed and all(said in verdict.seen for verdict in failed), failed
+
+
+def test_nothing_else_is_judged_where_a_decision_is_none():
+    found = list(properties.check(type("Made", (Broken,), {"wrong": "range"})))
+    assert [verdict.holds for verdict in found] == [False, False, None]
+
+
+def test_arrays_of_a_choice_that_do_not_fit_are_named():
+    made = type("Made", (Broken,), {"wrong": "shapes"})
+    with pytest.raises(ValueError, match=r"Made\.route: expert_GTK is \(24, 11, 2\).*keep_GTK is"):
+        list(properties.decision(properties.Bench(made, 4)))
+
+
+FILE = """
+import functools
+from routing import TopK
+import {module}
+
+part = functools.partial(TopK, k=1)
+three = 3
+
+class Broken(TopK):
+    def route(self, inputs):
+        {line}
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "line", "module", "said"),
+    [
+        ("Broken", "return {}['x']", "json", "KeyError: 'x' (mine.py:11: return {}['x'])"),
+        ("Broken", "assert False", "json", "AssertionError: AssertionError (mine.py:11: assert"),
+        ("three", "pass", "json", "mine.py:three is 3; expected a class or function that makes"),
+        ("part", "pass", "nowhere", "No module named 'nowhere' (mine.py:4: import nowhere)"),
+        ("part", "else", "json", "mine can't be imported: invalid syntax (mine.py:11)"),
+    ],
+)
+def test_mistakes_in_a_routers_file_are_told_with_their_line(
+    what, line, module, said, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    Path("mine.py").write_text(FILE.format(line=line, module=module))
+    assert cli.main(["check", f"mine.py:{what}"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_what_makes_no_router_is_told(capsys):
+    assert cli.main(["check", "BalanceLoss"]) == 2
+    assert "TypeError: it makes a BalanceLoss, expected a Router" in capsys.readouterr().err
+
+
+def test_a_part_of_a_router_is_one(tmp_path, monkeypatch, capsys):
+    """Its name is that which was given."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    Path("mine.py").write_text(FILE.format(line="pass", module="json"))
+    monkeypatch.setattr(properties, "check", lambda make, experts: iter(()))
+    assert cli.main(["check", "mine.py:part"]) == 0
+    assert capsys.readouterr().out.startswith("mine.py:part with 4 experts")
 
 
 def test_a_capacity_that_counts_the_whole_text_leaks_its_length():

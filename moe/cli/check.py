@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from types import ModuleType
+from typing import Any
 
 from moe.errors import UserError, first_line, nearest
 from moe.machine import xla_flags
@@ -53,7 +54,7 @@ def run(flags) -> int:
     return 1 if failed else 0
 
 
-def find(name: str):
+def find(name: str) -> Any:
     """The class or function that `MODULE:ROUTER`, `FILE.py:ROUTER` or `ROUTER` names.
 
     Raises:

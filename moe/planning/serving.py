@@ -59,7 +59,8 @@ class Serving:
         experts = size_of(module, ("expert",))
         rows = costs.experts_per_token
         if model.kind == metrics.SOFT:  # all slots of a segment, for each of its tokens
-            rows *= module.moe_layers_of_units()[0].router.segment or model.sequence_length
+            router = module.moe_layers_of_units()[0].router
+            rows *= getattr(router, "segment", None) or model.sequence_length
         chosen = costs.sparse_layers * costs.flops_per_assignment * rows / 3
         if model.kind == metrics.MERGED:
             chosen += 2 * experts  # every expert's weights times its share, added up
