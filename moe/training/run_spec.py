@@ -60,7 +60,8 @@ class RunSpec:
         log_every: steps between two lines of metrics.
         eval_every: steps between evaluations on part of the held-out documents, each followed by
             a checkpoint; only at the end where None.
-        eval_bytes: bytes of held-out text in those evaluations.
+        eval_bytes: bytes of held-out text in those evaluations. The best checkpoint is chosen by
+            them: where it changes within a run, losses of different text are compared.
         final_eval_bytes: bytes of it in the last evaluation; all where None.
         eval_stride: tokens from one window of a long document to the next; half the sequence where
             None.
