@@ -163,7 +163,12 @@ class Broken(TopK):
     [
         ("Broken", "return {}['x']", "json", "KeyError: 'x' (mine.py:11: return {}['x'])"),
         ("Broken", "assert False", "json", "AssertionError: AssertionError (mine.py:11: assert"),
-        ("three", "pass", "json", "mine.py:three is 3; expected a class or function that makes"),
+        (
+            "three",
+            "pass",
+            "json",
+            "mine.py:three is of type int; expected a class or function that",
+        ),
         ("part", "pass", "nowhere", "No module named 'nowhere' (mine.py:4: import nowhere)"),
         ("part", "else", "json", "mine can't be imported: invalid syntax (mine.py:11)"),
     ],

@@ -26,6 +26,7 @@ Transformer.d_model = 64
 Transformer.num_layers = 2
 train.batch_size = 4
 train.sequence_length = 64
+train.eval_stride = 64
 Transformer.moe_layers = None
 MeshShape.data = -1
 MeshShape.fsdp = 1

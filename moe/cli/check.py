@@ -23,6 +23,11 @@ def run(flags) -> int:
     started = time.monotonic()
     xla_flags.prepare(devices=8)  # before jax is imported
     router = find(flags.router)
+    if not callable(router):
+        kind = type(router).__name__
+        raise UserError(
+            f"{flags.router} is of type {kind}; expected a class or function that makes a router"
+        )
 
     from moe.cli import config
     from moe.conformance.properties import check
@@ -69,10 +74,7 @@ def find(name: str) -> Any:
     if not hasattr(module, attribute):
         names = [n for n, value in vars(module).items() if isinstance(value, type)]
         raise UserError(f"{module.__name__} has no {attribute!r}{nearest(attribute, names)}")
-    found = getattr(module, attribute)
-    if not callable(found):
-        raise UserError(f"{name} is {found!r}; expected a class or function that makes a router")
-    return found
+    return getattr(module, attribute)
 
 
 def _module(name: str) -> ModuleType:
