@@ -22,12 +22,7 @@ def run(flags) -> int:
     """Print a verdict for each property; returns 1 if one fails, else 0. `--json` writes them."""
     started = time.monotonic()
     xla_flags.prepare(devices=8)  # before jax is imported
-    router = find(flags.router)
-    if not callable(router):
-        kind = type(router).__name__
-        raise UserError(
-            f"{flags.router} is of type {kind}; expected a class or function that makes a router"
-        )
+    router = _maker(flags.router)
 
     from moe.cli import config
     from moe.conformance.properties import check
@@ -57,6 +52,17 @@ def run(flags) -> int:
     if flags.json:
         Path(flags.json).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return 1 if failed else 0
+
+
+def _maker(name: str) -> Any:
+    """What `find` finds; UserError unless it can be called."""
+    found = find(name)
+    if not callable(found):
+        kind = type(found).__name__
+        raise UserError(
+            f"{name} is of type {kind}; expected a class or function that makes a router"
+        )
+    return found
 
 
 def find(name: str) -> Any:
