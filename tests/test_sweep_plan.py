@@ -249,6 +249,62 @@ def test_ranges_are_widened_for_all_arms_where_one_is_best_at_an_edge():
     assert {t.phase for t in plan.trials_now(results)[12:]} == {"report", "same"}
 
 
+def ended(plan: Plan, results, score):
+    """Results once everything that the plan calls for has run."""
+    results = dict(results)
+    while left := [t for t in plan.trials_now(results) if t.name not in results]:
+        results |= results_of(left[:1], score)
+    return results
+
+
+def test_arms_and_trials_are_added_to_a_search_that_was_widened():
+    """What has run keeps its values; every cell gets the pieces of the ranges that it lacks."""
+
+    def score(trial):  # each is the better, the lower or the higher the rate
+        return (1 if trial.cell.name == "a" else -1) * trial.tuned["AdamW.learning_rate"]
+
+    one = plan_of(widen=2, controls=())
+    one = dataclasses.replace(one, cells=one.cells[:1])
+    alone = ended(one, {}, score)
+    assert "a/tuning-low2-AdamW.learning_rate-4" in alone and len(alone) == 3 * 4 + 2
+    for more in (
+        dataclasses.replace(one, cells=plan_of().cells[:2]),
+        dataclasses.replace(one, trials=5),
+        dataclasses.replace(one, widen=1),
+    ):
+        assert plans.differences(more, alone) == []
+        tuned = {n: row for n, row in alone.items() if row["phase"] == "tuning"}
+        both = ended(more, tuned, score)
+        assert {n: both[n] for n in tuned} == tuned and plans.differences(more, both) == []
+        by_cell = [
+            {n.split("/")[1]: r["tuned"] for n, r in both.items() if r["cell"] == cell.name}
+            for cell in more.cells
+        ]
+        tuning = [{n: v for n, v in c.items() if n.startswith("tuning")} for c in by_cell]
+        assert all(of_cell == tuning[0] for of_cell in tuning), "all are tuned alike"
+        for row in both.values():
+            if row["phase"] == "report":
+                rows = [r for r in both.values() if r["cell"] == row["cell"]]
+                best = min(
+                    (r for r in rows if r["phase"] == "tuning"),
+                    key=lambda r: r["validation_bits_per_byte"],
+                )
+                assert row["tuned"] == best["tuned"]
+    fewer = dataclasses.replace(one, trials=3)
+    assert "a/tuning-4: tuned a cell with more than sweep.trials=3" in plans.differences(
+        fewer, alone
+    )
+
+
+def test_a_linear_range_is_widened_down_to_zero():
+    name = "AdamW.learning_rate"
+    plan = plan_of(widen=2, ranges={name: (1e-4, 1.0, "linear")}, controls=())
+    results = ended(plan, {}, lambda trial: trial.tuned.get(name, 1.0))
+    added = [r["tuned"][name] for n, r in results.items() if n.startswith("a/tuning-low1")]
+    assert len(added) == 4 and all(0 <= value <= 1e-4 for value in added)
+    assert not any("tuning-low2" in n for n in results), "nothing is left below zero"
+
+
 def test_reported_runs_are_not_left_at_values_that_tuning_has_bettered():
     few, more = plan_of(trials=2, controls=()), plan_of(trials=4, controls=())
     tuning = more.trials_now({})
@@ -294,7 +350,12 @@ def test_points_are_spread_and_more_of_them_begin_with_the_same():
     assert points[:8] == tune.points(ranges, 8, seed=1)
     assert 24 <= sum(p["a"] < 1e-3 for p in points) <= 40
     assert 24 <= sum(p["b"] < 0.5 for p in points) <= 40
-    assert ranges["b"].wider(True, True) == tune.Range(0.0, 1.5, "linear"), "still not negative"
+    assert ranges["b"].beyond("high", 2) == tune.Range(1.5, 2.0, "linear")
+    assert ranges["b"].beyond("low", 1) is None, "still not negative"
+    assert tune.Range(-1.0, 1.0, "linear").beyond("low", 2) == tune.Range(-3.0, -2.0, "linear")
+    low, high = (ranges["a"].beyond(side, 2) for side in ("low", "high"))
+    assert (low.low, low.high) == pytest.approx((1e-6, 1e-5))
+    assert (high.low, high.high) == pytest.approx((1e-1, 1.0))
     assert tune.edges({"a": 1.0}, [{"a": 1.0}, {"a": 2.0}]) == {"a": "low"}
     assert tune.edges({"a": 2.0}, [{"a": 1.0}, {"a": 2.0}, {"a": 3.0}]) == {}
 

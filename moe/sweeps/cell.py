@@ -1,4 +1,4 @@
-"""One cell of a sweep, an arm at one place of the axes: its whole config, and what it costs."""
+"""One cell of a sweep, an arm at one place of the axes: its config, its costs, its trials."""
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
@@ -15,11 +15,12 @@ from moe import settings
 from moe.errors import Problems, UserError
 from moe.model.flops import Costs
 from moe.settings import read
-from moe.sweeps.spec import MATCHED
+from moe.sweeps.spec import MATCHED, folder_name
 from moe.training.abstract_model import AbstractModel, Vocabulary
 from moe.training.run_spec import RunSpec
 from routing.records import Causality
 
+SHUFFLED = "TextData.shuffle_tokens"
 DECODED_AT_ONCE = 16  # sequences, for the facts
 Settings = dict[str, str]  # value by name, both as a config writes them
 
@@ -67,6 +68,64 @@ def read_config(changes: Sequence[str]) -> Config:
     if problems:
         raise Problems(problems)
     return Config(values, tuple(imports), tuple(folders))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """An arm at one place of the axes.
+
+    Attributes:
+        name: unique in the sweep.
+        baseline: the name of the cell that this one is compared with.
+        settings, imports, folders: of its config.
+        tuned: settings that are searched; those that the arm doesn't read are left out.
+        facts: costs, router and causality; and how it was matched.
+    """
+
+    name: str
+    arm: str
+    axes: dict[str, object]
+    baseline: str
+    settings: dict[str, str]
+    imports: tuple[str, ...]
+    folders: tuple[str, ...]
+    tuned: tuple[str, ...]
+    facts: dict[str, Any]
+
+    @property
+    def config(self) -> Config:
+        return Config(self.settings, self.imports, self.folders)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One run: a cell with a seed and tuned values.
+
+    phase: `tuning`, `report`, or the control `same` or `shuffled`.
+    part: of a widened range, as a word of its name; empty within the ranges as they were given.
+    """
+
+    cell: Cell
+    phase: str
+    number: int
+    seed: int
+    tuned: dict[str, float]
+    part: str = ""
+
+    @property
+    def name(self) -> str:
+        words = [self.phase, *filter(None, [self.part]), str(self.number)]
+        return f"{folder_name(self.cell.name)}/{'-'.join(words)}"
+
+    @property
+    def changes(self) -> dict[str, object]:
+        """What it sets beside its cell's config."""
+        shuffled = {SHUFFLED: True} if self.phase == "shuffled" else {}
+        return {"train.seed": self.seed, **self.tuned, **shuffled}
+
+    def text(self) -> str:
+        """The whole config as gin text."""
+        return self.cell.config.text(self.changes)
 
 
 @dataclasses.dataclass(frozen=True)

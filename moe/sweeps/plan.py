@@ -5,69 +5,23 @@ import dataclasses
 from typing import Any
 
 from moe.errors import Problems, UserError, first_line
-from moe.sweeps import tune
-from moe.sweeps.cell import Built, Config, build, matched, read_config, with_steps
+from moe.sweeps import search, tune
+from moe.sweeps.cell import (
+    SHUFFLED,
+    Built,
+    Cell,
+    Config,
+    Trial,
+    build,
+    matched,
+    read_config,
+    with_steps,
+)
 from moe.sweeps.record import VERSION, Row
-from moe.sweeps.spec import MATCHED, SweepSpec, cell_name, check_folder_names, folder_name
+from moe.sweeps.spec import MATCHED, SweepSpec, cell_name, check_folder_names
 
 Say = Callable[[str], None]
-SHUFFLED = "TextData.shuffle_tokens"
 FRESH = 10_000  # is added to the seeds of the baseline's second name
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """An arm at one place of the axes.
-
-    Attributes:
-        name: unique in the sweep.
-        baseline: the name of the cell that this one is compared with.
-        settings, imports, folders: of its config.
-        tuned: settings that are searched; those that the arm doesn't read are left out.
-        facts: costs, router and causality; and how it was matched.
-    """
-
-    name: str
-    arm: str
-    axes: dict[str, object]
-    baseline: str
-    settings: dict[str, str]
-    imports: tuple[str, ...]
-    folders: tuple[str, ...]
-    tuned: tuple[str, ...]
-    facts: dict[str, Any]
-
-    @property
-    def config(self) -> Config:
-        return Config(self.settings, self.imports, self.folders)
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One run: a cell with a seed and tuned values.
-
-    phase: `tuning`, `report`, or the control `same` or `shuffled`.
-    """
-
-    cell: Cell
-    phase: str
-    number: int
-    seed: int
-    tuned: dict[str, float]
-
-    @property
-    def name(self) -> str:
-        return f"{folder_name(self.cell.name)}/{self.phase}-{self.number}"
-
-    @property
-    def changes(self) -> dict[str, object]:
-        """What it sets beside its cell's config."""
-        shuffled = {SHUFFLED: True} if self.phase == "shuffled" else {}
-        return {"train.seed": self.seed, **self.tuned, **shuffled}
-
-    def text(self) -> str:
-        """The whole config as gin text."""
-        return self.cell.config.text(self.changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +41,12 @@ class Plan:
     controls: tuple[str, ...]
     seed: int
     cells: tuple[Cell, ...]
+
+    @property
+    def search(self) -> search.Search:
+        """The tuning of its cells."""
+        ranges = {name: tune.Range(*span) for name, span in self.ranges.items()}
+        return search.Search(self.cells, ranges, self.trials, self.widen, self.seed)
 
     @property
     def reported_seeds(self) -> list[int]:
@@ -147,8 +107,7 @@ class Plan:
         Raises:
             UserError: tuning went on after runs were reported, and has found better values.
         """
-        rounds = self.tuning_rounds(results)
-        tuning = [trial for of_round in rounds for trial in of_round]
+        tuning = self.search.trials(results)
         if not all(trial.name in results for trial in tuning):
             return tuning
         reported = self.reported(results, tuning)
@@ -161,60 +120,9 @@ class Plan:
             )
         return tuning + reported
 
-    def tuning_rounds(self, results: Mapping[str, Row]) -> list[list[Trial]]:
-        """The trials of each round of tuning that has begun or may begin."""
-        ranges = {name: tune.Range(*span) for name, span in self.ranges.items()}
-        points = tune.points(ranges, self.trials, self.seed)
-        rounds = [self._tuning(points, first=1)] if points else []
-        for again in range(self.widen if points else 0):
-            done = [trial for of_round in rounds for trial in of_round]
-            if not all(trial.name in results for trial in done):
-                break
-            wider = self._wider(ranges, results, done)
-            if wider == ranges:
-                break
-            points = self._new_points(wider, ranges, again)
-            rounds.append(self._tuning(points, first=1 + self.trials * (again + 1)))
-            ranges = wider
-        return rounds
-
-    def _tuning(self, points: list[tune.Values], first: int) -> list[Trial]:
-        """A trial of every cell at each point; neighbours are of other cells, so that two workers
-        seldom compile the same program at the same time.
-        """
-        trials = []
-        for number, point in enumerate(points, first):
-            for cell in self.cells:
-                own = {name: value for name, value in point.items() if name in cell.tuned}
-                trials.append(Trial(cell, "tuning", number, self.seed, own))
-        return trials
-
-    def _wider(self, ranges, results, done: list[Trial]) -> dict[str, tune.Range]:
-        """The ranges, widened where the best value of any cell is the lowest or highest tried."""
-        sides: dict[str, set[str]] = {}
-        for cell in self.cells:
-            best = best_of(cell, results, done)
-            tried = [trial.tuned for trial in done if trial.cell is cell]
-            for name, side in tune.edges(best or {}, tried).items():
-                sides.setdefault(name, set()).add(side)
-        return {
-            name: span.wider("low" in sides.get(name, ()), "high" in sides.get(name, ()))
-            for name, span in ranges.items()
-        }
-
-    def _new_points(self, wider, old, again: int) -> list[tune.Values]:
-        """Points whose widened settings lie where no round has been."""
-        seed = self.seed + 1000 * (again + 1)
-        points = tune.points(wider, self.trials, seed)
-        for i, (name, span) in enumerate(wider.items()):
-            if span != old[name]:
-                values = tune.between(span, old[name], self.trials, seed + i)
-                points = [p | {name: v} for p, v in zip(points, values, strict=True)]
-        return points
-
     def reported(self, results: Mapping[str, Row], tuning: list[Trial]) -> list[Trial]:
         """The reported runs, seed by seed over all cells; then the controls."""
-        chosen = {cell.name: best_of(cell, results, tuning) for cell in self.cells}
+        chosen = {cell.name: search.best_of(cell, results, tuning) for cell in self.cells}
         found = []
         for number, seed in enumerate(self.reported_seeds, 1):
             for cell in self.cells:
@@ -237,23 +145,6 @@ class Plan:
         controls = ("same" in self.controls) * baselines
         controls += ("shuffled" in self.controls) * len(self.cells)
         return self.trials * len(self.cells) + self.seeds * (len(self.cells) + controls)
-
-
-def best_of(cell: Cell, results: Mapping[str, Row], tuning: list[Trial]) -> tune.Values | None:
-    """The values of the cell's best tuning trial on validation; None where all of them failed.
-
-    Without tuning, no values: the config's own stand.
-    """
-    own = [trial for trial in tuning if trial.cell is cell]
-    if not own:
-        return {}
-    rows = [(results[trial.name], trial) for trial in own]
-    scored = [
-        (row["validation_bits_per_byte"], trial.number, trial.tuned)
-        for row, trial in rows
-        if row["status"] == "finished" and row["validation_bits_per_byte"] is not None
-    ]
-    return min(scored, key=lambda item: item[:2])[2] if scored else None
 
 
 def make(spec: SweepSpec, name: str, say: Say) -> Plan:
@@ -381,6 +272,9 @@ def differences(plan: Plan, results: Mapping[str, Row]) -> list[str]:
             found.append(f"{name}: the sweep has no {row['cell']!r} any more")
             continue
         as_it_was = Trial(cell, row["phase"], row["number"], row["seed"], row["tuned"])
+        if row["phase"] == "tuning" and row["number"] > plan.trials:
+            found.append(f"{name}: tuned a cell with more than sweep.trials={plan.trials}")
+            continue
         text = ours.get(name, as_it_was).text()
         if text != row["given"]:
             old, new = set(row["given"].splitlines()), set(text.splitlines())

@@ -12,7 +12,8 @@ from moe.machine.signals import catching_signals
 from moe.runs.storage.folder import RunFolder
 from moe.runs.storage.json_files import write_json
 from moe.sweeps import plan as plans
-from moe.sweeps.plan import Plan, Trial
+from moe.sweeps.cell import Trial
+from moe.sweeps.plan import Plan
 from moe.sweeps.record import Row, SweepFolder, read_lines
 from moe.sweeps.worker import Place, Worker
 

@@ -25,16 +25,28 @@ class Range:
             value = self.low + share * (self.high - self.low)
         return float(f"{value:.4g}")
 
-    def wider(self, below: bool, above: bool) -> "Range":
-        """The range with half its length more, below or above or both."""
+    def beyond(self, side: str, number: int) -> "Range | None":
+        """The piece that the range's widening by this number adds: half its length.
+
+        It depends on nothing but this, so that values stay what they are whatever else is widened.
+
+        side: "low" or "high". None where nothing is left: settings that are not negative stay so.
+        """
         if self.scale == "log":
             factor = math.sqrt(self.high / self.low)
-            low, high = self.low / factor, self.high * factor
-        else:
-            length = (self.high - self.low) / 2
-            low, high = self.low - length, self.high + length
-            low = max(low, 0.0) if self.low >= 0 else low  # settings that are not negative stay so
-        return Range(low if below else self.low, high if above else self.high, self.scale)
+            low, high = self.low / factor**number, self.high * factor**number
+            return (
+                Range(low, low * factor, "log")
+                if side == "low"
+                else Range(high / factor, high, "log")
+            )
+        length = (self.high - self.low) / 2
+        if side == "high":
+            start = self.high + length * (number - 1)
+            return Range(start, start + length, "linear")
+        end = self.low - length * (number - 1)
+        start = max(end - length, 0.0) if self.low >= 0 else end - length
+        return Range(start, end, "linear") if start < end else None
 
 
 def points(ranges: Mapping[str, Range], number: int, seed: int) -> list[Values]:
@@ -46,13 +58,6 @@ def points(ranges: Mapping[str, Range], number: int, seed: int) -> list[Values]:
         {name: span.at(share) for (name, span), share in zip(ranges.items(), row, strict=True)}
         for row in shares.tolist()
     ]
-
-
-def between(span: Range, old: Range, number: int, seed: int) -> list[float]:
-    """`number` values of the part of a widened range that the old one did not reach."""
-    shares = qmc.Halton(1, rng=seed).random(4096)[:, 0].tolist()
-    values = (span.at(share) for share in shares)
-    return [v for v in values if not old.low <= v <= old.high][:number]
 
 
 def edges(best: Values, tried: Sequence[Values]) -> dict[str, str]:

@@ -19,7 +19,8 @@ import time
 from moe import received
 from moe.errors import UserError
 from moe.runs.storage.json_files import write_json
-from moe.sweeps.plan import Plan, Trial
+from moe.sweeps.cell import Trial
+from moe.sweeps.plan import Plan
 from moe.sweeps.record import VERSION, Row, SweepFolder, TrialFolder
 from moe.sweeps.trial import INTERRUPTED
 
