@@ -45,6 +45,10 @@ RATE = {"AdamW.learning_rate": (1e-3, 1e-1, "log")}
         ({"trials": 3}, "sweep.tune names no range"),
         ({"tune": {"x.y": (1, 2)}, "trials": 1}, "expected (low, high, 'log' or 'linear')"),
         ({"tune": {"x.y": (2, 1, "log")}, "trials": 1}, "expected 0 < low < high"),
+        ({"tune": {"x.y": ("a", 3e-2, "log")}, "trials": 1}, "expected two numbers, got 'a', 0.03"),
+        ({"tune": {"x.y": (0, float("inf"), "linear")}, "trials": 1}, "two numbers, got 0, inf"),
+        ({"tune": {"x.y": (False, True, "linear")}, "trials": 1}, "two numbers, got False"),
+        ({"axes": {"x.y": (dict, list)}}, "take named changes, as {'switch': ('x.y = @Switch',)"),
         ({"controls": ("sham",)}, "'sham': expected 'same' or 'shuffled'"),
         ({"match": "wall_time"}, "needs sweep.seconds"),
         ({"flops": 1e9, "tokens_per_parameter": 2.0}, "both set train.steps"),
@@ -147,6 +151,58 @@ def test_sweeps_that_would_mislead_are_refused(base, more, changed, said):
     with pytest.raises(UserError, match=r".") as caught:
         made(base, *more, **changed)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"axes": {"train.seed": (5, 6)}}, "sweep.axes: 'train.seed' is set by the sweep (sweep.s"),
+        (
+            {"axes": {"train.steps": (5, 6)}, "tokens_per_parameter": 1.0},
+            "'train.steps' is set by the sweep (sweep.tokens_per_parameter)",
+        ),
+        (
+            {"axes": {"x": {"y": ("train.steps = 5",)}}, "flops": 1e9},
+            "sweep.axes: 'x': 'y': 'train.steps' is set by the sweep (sweep.flops)",
+        ),
+        (
+            {"arms": {"two": ("AdamW.learning_rate = 1.0",)}, "tune": RATE, "trials": 1},
+            "sweep.arms: 'two': 'AdamW.learning_rate' is set by the sweep (sweep.tune)",
+        ),
+        (
+            {"axes": {"train.max_seconds": (5, 6)}, "match": "wall_time", "seconds": 1.0},
+            "'train.max_seconds' is set by the sweep (sweep.seconds)",
+        ),
+        (
+            {"arms": {"two": ("TopK.k = 1",)}, "axes": {"TopK.k": (1, 2)}},
+            "sweep.arms: 'two': 'TopK.k' is set by the axis 'TopK.k'",
+        ),
+        ({"arms": {"two": (), "": ()}}, "'' can't name a folder"),
+        ({"arms": {"two": (), "..": ()}}, "'..' can't name a folder"),
+        ({"arms": {"two": (), "n" * 201: ()}}, "can't name a folder; name the arm with 1 to 200"),
+    ],
+)
+def test_what_the_sweep_sets_itself_and_names_of_no_folder_are_refused(base, changed, said):
+    with pytest.raises(UserError, match=r".") as caught:
+        made(base, **changed)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_settings_that_no_cell_of_an_arm_or_axis_reads_are_refused_together(base):
+    arms = {"two": (), "one": ("Switch.jitter = 0.3",), "bad": ("TopK.k = -1",)}
+    axes = {"Cosine.warmup": (0.1,), "x": {"y": ("Muon.momentum = 0.5",)}}
+    with pytest.raises(UserError, match=r".") as caught:
+        made(base, "train.optimizer = @AdamW()", arms=arms, axes=axes, match=None)
+    said = str(caught.value).splitlines()
+    assert "one: nothing that this arm builds reads Switch.jitter" in said
+    assert "sweep.axes: 'x': 'y': nothing that any arm builds reads Muon.momentum" in said
+    assert any(line.startswith("bad, ") for line in said) and "warmup" not in "".join(said[1:])
+    with pytest.raises(UserError, match=r"^sweep.axes: nothing .* reads Switch.jitter$"):
+        made(base, axes={"Switch.jitter": (0.1,)}, match=None, arms={"two": ()})
+    # An arm may read it at one place of the axes alone.
+    axes = {"r": {"k": (), "s": ("MoELayer.router = @Switch",)}}
+    plan = made(base, arms={"two": ("Switch.jitter = 0.3",)}, axes=axes, match=None)
+    assert len(plan.cells) == 2
 
 
 def test_the_settings_of_a_usual_schedule_can_be_tuned(base):

@@ -15,7 +15,7 @@ from moe import settings
 from moe.errors import Problems, UserError
 from moe.model.flops import Costs
 from moe.settings import read
-from moe.sweeps.spec import MATCHED, folder_name
+from moe.sweeps.spec import MATCHED, folder_name, is_file
 from moe.training.abstract_model import AbstractModel, Vocabulary
 from moe.training.run_spec import RunSpec
 from routing.records import Causality
@@ -56,8 +56,7 @@ def read_config(changes: Sequence[str]) -> Config:
     """
     values, imports, folders, problems = {}, {}, {}, []
     for change in changes:
-        is_file = change.strip().endswith(".gin") and "=" not in change
-        reading = read.read([change], []) if is_file else read.read([], [change])
+        reading = read.read([change], []) if is_file(change) else read.read([], [change])
         problems += [line.removeprefix("--gin_file=") for line in reading.problems]
         for setting in reading.settings:
             values.pop(setting.key, None)

@@ -5,7 +5,7 @@ import dataclasses
 from typing import Any
 
 from moe.errors import Problems, UserError, first_line
-from moe.sweeps import search, tune
+from moe.sweeps import effects, search, tune
 from moe.sweeps.cell import (
     SHUFFLED,
     Built,
@@ -154,7 +154,7 @@ def make(spec: SweepSpec, name: str, say: Say) -> Plan:
         UserError: with a line for each cell that can't be built or matched.
     """
     configs: dict[str, tuple[str, dict[str, object], Config]] = {}
-    problems = []
+    problems = list(effects.overwritten(spec))
     for arm, axes, changes in spec.places():
         cell = cell_name(arm, axes)
         try:
@@ -164,17 +164,17 @@ def make(spec: SweepSpec, name: str, say: Say) -> Plan:
     if problems:
         raise Problems(problems)
     check_folder_names(list(configs))
-    built, cells = {}, []
+    built, unused = {}, {}
     first = [cell for cell in configs if baseline_of(cell, configs, spec) == cell]
     for cell in [*first, *(cell for cell in configs if cell not in first)]:
         say(f"building {cell} ({len(built) + len(problems) + 1} of {len(configs)})")
         try:
-            built[cell] = one_cell(cell, configs, spec, built)
+            built[cell], unused[cell] = one_cell(cell, configs, spec, built)
         except UserError as error:
             problems += [f"{cell}: {line}" for line in str(error).splitlines()]
-    for cell in configs:
-        if cell in built:
-            cells.append(built[cell])
+    cells = [built[cell] for cell in configs if cell in built]
+    places = {cell: (arm, axes) for cell, (arm, axes, _) in configs.items()}
+    problems += effects.unread(spec, places, unused)
     if problems:
         raise Problems(problems)
     if lost := [n for n in spec.tune if not any(n in cell.tuned for cell in cells)]:
@@ -203,8 +203,10 @@ def baseline_of(cell: str, configs, spec: SweepSpec) -> str:
     return cell_name(spec.baseline, {} if fixed is None else axes | fixed)
 
 
-def one_cell(cell: str, configs, spec: SweepSpec, built: Mapping[str, Cell]) -> Cell:
-    """A cell with its steps set and its amount matched to its baseline's."""
+def one_cell(
+    cell: str, configs, spec: SweepSpec, built: Mapping[str, Cell]
+) -> tuple[Cell, frozenset[str]]:
+    """A cell with its steps set and its amount matched to its baseline's; what it doesn't read."""
     arm, axes, config = configs[cell]
     baseline = baseline_of(cell, configs, spec)
     if baseline not in configs:
@@ -242,7 +244,7 @@ def one_cell(cell: str, configs, spec: SweepSpec, built: Mapping[str, Cell]) -> 
     facts = model.facts() | {"matched": words, "solved": solved, "residual": off}
     if spec.match not in (None, "wall_time"):
         facts["amount"] = model.amount(spec.match)
-    return Cell(
+    done = Cell(
         name=cell,
         arm=arm,
         axes=axes,
@@ -253,6 +255,7 @@ def one_cell(cell: str, configs, spec: SweepSpec, built: Mapping[str, Cell]) -> 
         tuned=tuple(name for name in spec.tune if name not in unused),
         facts=facts,
     )
+    return done, model.unused
 
 
 def by_budget(config: Config, model: Built, spec: SweepSpec) -> tuple[Config, Built]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 import itertools
+import math
 import re
 from typing import Literal
 
@@ -11,6 +12,7 @@ import gin
 from moe.errors import Problems, UserError, nearest
 from routing.ranges import Count, Natural, NonNegative, Positive
 
+LONGEST = 200  # bytes of a folder's name
 Changes = Sequence[str]  # gin files and settings, in the order in which they take effect
 Match = Literal[
     "active_flops",
@@ -119,6 +121,11 @@ class SweepSpec:
                 yield f"sweep.axes: {name!r}: expected some values, got {values!r}"
             elif not isinstance(values, Mapping) and "." not in name:
                 yield f"sweep.axes: {name!r} is no setting; give each value its changes, by name"
+            elif not isinstance(values, Mapping) and not all(map(_is_plain, values)):
+                yield (
+                    f"sweep.axes: {name!r}: references take named changes, as "
+                    f"{{'switch': ('{name} = @Switch',)}}"
+                )
         if isinstance(self.outside, Mapping):
             for arm, place in self.outside.items():
                 yield from self._outside_problems(arm, place)
@@ -180,12 +187,32 @@ def _choices(name: str, values: Sequence | Mapping[str, Changes]):
     return ((name, value, [f"{name} = {value!r}"]) for value in values)
 
 
+def _is_plain(value: object) -> bool:
+    """Whether a value is written as it is read, unlike a reference."""
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, [*value.keys(), *value.values()]))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, bytes))
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # pyright: ignore[reportArgumentType]
+
+
 def _range_problems(name: str, given: Sequence):
-    shape = isinstance(given, Sequence) and len(given) == 3
+    shape = isinstance(given, Sequence) and not isinstance(given, str) and len(given) == 3
     if not shape or given[2] not in ("log", "linear"):
         yield f"sweep.tune: {name!r}: expected (low, high, 'log' or 'linear'), got {given!r}"
+    elif not all(map(_is_number, given[:2])):
+        yield f"sweep.tune: {name!r}: expected two numbers, got {given[0]!r}, {given[1]!r}"
     elif not given[0] < given[1] or (given[2] == "log" and given[0] <= 0):
         yield f"sweep.tune: {name!r}: expected 0 < low < high, got {given[0]!r}, {given[1]!r}"
+
+
+def is_file(change: str) -> bool:
+    """Whether a change is a gin file's name, and no setting."""
+    return change.strip().endswith(".gin") and "=" not in change
 
 
 def cell_name(arm: str, axes: Mapping[str, object]) -> str:
@@ -200,9 +227,15 @@ def folder_name(cell: str) -> str:
 
 
 def check_folder_names(cells: Sequence[str]) -> None:
-    """Refuse cells whose folders would be one."""
+    """Refuse cells whose folders would be one, or none below the sweep's."""
     by_folder: dict[str, str] = {}
     for cell in cells:
+        folder = folder_name(cell)
+        if folder in ("", ".", "..") or len(folder.encode()) > LONGEST:
+            shown = cell if len(cell) < 60 else f"{cell[:60]}..."
+            raise UserError(
+                f"sweep: {shown!r} can't name a folder; name the arm with 1 to {LONGEST} letters"
+            )
         other = by_folder.setdefault(folder_name(cell).casefold(), cell)
         if other != cell:
             raise UserError(f"sweep: {other!r} and {cell!r} would share a folder; rename an arm")
