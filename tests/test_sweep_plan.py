@@ -289,6 +289,9 @@ def test_a_cell_whose_tuning_failed_throughout_is_not_reported():
     tuning = plan.trials_now({})
     results = results_of(tuning, lambda t: None if t.cell.name == "b" else 1.0)
     assert {t.cell.name for t in plan.trials_now(results)[12:]} == {"a", "c"}
+    assert plan.untuned(results) == ["b"] and plan.untuned({}) == []
+    assert plan.number_of_trials(results) == len(plan.trials_now(results)) == 18
+    assert plan.number_of_trials(results_of(tuning, lambda t: None)) == 12
 
 
 def test_ranges_are_widened_for_all_arms_where_one_is_best_at_an_edge():

@@ -6,7 +6,7 @@ import sys
 
 from moe import settings
 from moe.cli import config
-from moe.errors import UserError, printable
+from moe.errors import UserError, nearest, printable
 from moe.machine import hardware
 from moe.runs.tracking import progress
 from moe.settings import read
@@ -24,13 +24,15 @@ def run(flags) -> int:
     """Print the plan, or run what is left of it; `--json` also writes the plan."""
     folder = SweepFolder(folder_of(flags.folder, flags.gin_file))
     if flags.list:
-        print(printable(listed(folder)))
+        if flags.folder and not folder.plan.exists():
+            raise UserError(f"--folder={flags.folder} holds no sweep{others_than(folder.path)}")
+        print(printable(listed(folder, warn)))
         return 0
     ray = ray_workers.connected(flags.ray) if flags.ray else None
     workers, _ = ray_workers.size(ray, flags.workers) if ray else (0, None)
     where = [] if ray else places(flags.workers)
     plan = read_plan(flags.gin_file, flags.gin_bindings)
-    print(planned(plan, folder, hardware.matmul_peak("float32"), workers or len(where)))
+    print(planned(plan, folder.table(warn), hardware.matmul_peak("float32"), workers or len(where)))
     if flags.json:
         Path(flags.json).write_text(json.dumps(plan.as_json(), indent=2) + "\n", encoding="utf-8")
     if not (flags.run or flags.slurm):
@@ -47,8 +49,26 @@ def run(flags) -> int:
     if not done:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
-    print(f"\n{listed(folder)}\n\nmoe report {folder.path} draws and judges them")
+    print(f"\n{listed(folder, warn)}")
+    ended = folder.results().values()
+    if not any(row["phase"] == "report" and row["status"] == "finished" for row in ended):
+        raise UserError(
+            f"{folder.path}: nothing can be reported, as no run of any arm has finished: mend what "
+            "is named above, and add --retry_failed"
+        )
+    print(f"\nmoe report {folder.path} draws and judges them")
     return 0
+
+
+def warn(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def others_than(path: Path) -> str:
+    """A hint at the sweeps beside a folder that holds none."""
+    beside = [found.parent for found in sorted(path.absolute().parent.glob("*/sweep.json"))]
+    names = [folder.name for folder in beside]
+    return nearest(path.name, names) or (f"; beside it are {', '.join(names[:5])}" if names else "")
 
 
 def folder_of(given: str | None, gin_files: list[str]) -> Path:

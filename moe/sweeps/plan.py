@@ -139,12 +139,22 @@ class Plan:
                     found.append(Trial(cell, control, number, fresh, values))
         return found
 
-    def number_of_trials(self) -> int:
-        """As many as there will be, if no range is widened."""
-        baselines = len({cell.baseline for cell in self.cells})
-        controls = ("same" in self.controls) * baselines
-        controls += ("shuffled" in self.controls) * len(self.cells)
-        return self.trials * len(self.cells) + self.seeds * (len(self.cells) + controls)
+    def number_of_trials(self, results: Mapping[str, Row] | None = None) -> int:
+        """As many as there will be, if no range is widened any more."""
+        tuning, untuned = self.search.trials(results or {}), self.untuned(results or {})
+        reported = [cell for cell in self.cells if cell.name not in untuned]
+        baselines = [cell for cell in reported if cell.name == cell.baseline]
+        controls = ("same" in self.controls) * len(baselines)
+        controls += ("shuffled" in self.controls) * len(reported)
+        return len(tuning) + self.seeds * (len(reported) + controls)
+
+    def untuned(self, results: Mapping[str, Row]) -> list[str]:
+        """The cells whose tuning has failed throughout: they have nothing to report."""
+        tuning = self.search.trials(results)
+        if not all(trial.name in results for trial in tuning):
+            return []
+        cells = self.cells
+        return [cell.name for cell in cells if search.best_of(cell, results, tuning) is None]
 
 
 def make(spec: SweepSpec, name: str, say: Say) -> Plan:

@@ -5,7 +5,7 @@ trials.jsonl has a row for each trial that ended, well or not, and curves.jsonl 
 step of the reported runs. Both are made anew of the trials' own files.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import json
 from pathlib import Path, PurePosixPath
@@ -133,6 +133,22 @@ class SweepFolder:
             rows[row["trial"]] = row
         return rows
 
+    def table(self, say: Callable[[str], None]) -> list[Row]:
+        """The rows of trials.jsonl; where it is damaged, it is made anew of the trials' own files.
+
+        Raises:
+            UserError: these are damaged, too.
+        """
+        try:
+            rows = list(read_lines(self.trials))
+            for row in rows:
+                check_row(row, self.trials)
+        except UserError as error:
+            say(f"{error}; the table is made anew of the trials' own results")
+            results = self.results()
+            return self.write_tables(results, results)
+        return rows
+
     def write_tables(self, results: Mapping[str, Row], order: Iterable[str]) -> list[Row]:
         """Write trials.jsonl and curves.jsonl of the trials that have ended; returns the rows.
 
@@ -148,7 +164,8 @@ class SweepFolder:
 
 def check_row(row: Any, where: Path) -> None:
     """UserError unless a value is the row of a trial."""
-    received.check(row, ROW, str(where))
+    timed = {name: NUMBER for name in ("wall_seconds", "training_flops") if name in row}
+    received.check(row, ROW | timed, str(where))
     parts = PurePosixPath(row["trial"]).parts
     if not parts or ".." in parts or parts[0] == "/":
         raise UserError(f"{where}: damaged: 'trial' is {received.shown(row['trial'])}, no name")

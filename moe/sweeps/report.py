@@ -1,20 +1,20 @@
 """A sweep as text: its plan before it runs, and its results so far."""
 
+from collections.abc import Callable, Sequence
 import math
 
-from moe import received
 from moe.sweeps.plan import Plan
-from moe.sweeps.record import NUMBER, SweepFolder, check_row, read_lines
+from moe.sweeps.record import Row, SweepFolder
 from moe.sweeps.spec import MATCHED
 
 UTILISATION = 0.15  # is assumed until trials have been timed
 BYTES_OF_LOGS = 200_000
 
 
-def planned(plan: Plan, folder: SweepFolder, peak: float, workers: int) -> str:
+def planned(plan: Plan, ended: Sequence[Row], peak: float, workers: int) -> str:
     """The plan: question, cells with costs and what was matched, trials, hours and disk.
 
-    peak: FLOP/s of this machine's matmuls.
+    ended: rows of the trials that have. peak: FLOP/s of this machine's matmuls.
     """
     rows: list[tuple[str, ...]] = [
         ("cell", "router", "parameters", "active", "FLOPs/token", "tokens", "off by", "solved")
@@ -48,17 +48,14 @@ def planned(plan: Plan, folder: SweepFolder, peak: float, workers: int) -> str:
             f"tuned alike: {tuning or 'nothing'}; {plan.trials} trials a cell",
             f"reported: {plan.seeds} fresh seeds a cell; controls: "
             f"{', '.join(plan.controls) or 'none'}",
-            f"{number} trials, {costs(plan, folder, peak, workers)}",
+            f"{number} trials, {costs(plan, ended, peak, workers)}",
         ]
     )
 
 
-def costs(plan: Plan, folder: SweepFolder, peak: float, workers: int) -> str:
+def costs(plan: Plan, ended: Sequence[Row], peak: float, workers: int) -> str:
     """Hours and disk of the whole, from the trials that were timed or else from FLOPs."""
-    timed = [row for row in read_lines(folder.trials) if row.get("wall_seconds")]
-    for row in timed:
-        numbers: dict[str, received.Kind] = {"wall_seconds": float, "training_flops": float}
-        received.check(row, numbers, str(folder.trials))
+    timed = [row for row in ended if row.get("wall_seconds") and row.get("training_flops")]
     if timed:
         pace = sum(row["wall_seconds"] for row in timed) / sum(r["training_flops"] for r in timed)
         how = f"by the {len(timed)} trials that were timed"
@@ -80,15 +77,16 @@ def costs(plan: Plan, folder: SweepFolder, peak: float, workers: int) -> str:
     return f"about {hours:.1f} h ({how}) with {workers} at a time, {disk / 2**20:,.0f} MiB of disk"
 
 
-def listed(folder: SweepFolder) -> str:
-    """The trials that have ended, a line each, and how many are left."""
-    where = str(folder.trials)
+def listed(folder: SweepFolder, say: Callable[[str], None]) -> str:
+    """The trials that have ended, a line each, and how many are left.
+
+    say: is told of a damaged table.
+    """
+    ended = folder.table(say)
     rows: list[tuple[str, ...]] = [
         ("trial", "seed", "tuned", "bits/byte", "validation", "seconds", "status")
     ]
-    for row in read_lines(folder.trials):
-        check_row(row, folder.trials)
-        received.check(row, {"wall_seconds": NUMBER} if "wall_seconds" in row else {}, where)
+    for row in ended:
         tuned = ", ".join(f"{k.rsplit('.', 1)[-1]}={v:g}" for k, v in row["tuned"].items())
         seconds = row.get("wall_seconds")
         rows.append(
@@ -101,11 +99,15 @@ def listed(folder: SweepFolder) -> str:
                 row["status"] if row["reason"] is None else f"{row['status']}: {row['reason']}",
             )
         )
-    if len(rows) == 1:
+    if not ended:
         return f"{folder.path}: no trial has ended yet"
     found = folder.read_plan()
-    of = Plan.of_json(found).number_of_trials() if found else len(rows) - 1
-    return "\n".join([*table(rows), "", f"{len(rows) - 1} of {max(of, len(rows) - 1)} trials"])
+    results = {row["trial"]: row for row in ended}
+    plan = Plan.of_json(found) if found else None
+    of = plan.number_of_trials(results) if plan else 0
+    untuned = plan.untuned(results) if plan else []
+    failed = [f"no tuning trial of {name!r} has finished: it is not reported" for name in untuned]
+    return "\n".join([*table(rows), "", *failed, f"{len(ended)} of {max(of, len(ended))} trials"])
 
 
 def bits(value: float | None) -> str:

@@ -14,7 +14,7 @@ from moe.runs.storage.json_files import write_json
 from moe.sweeps import plan as plans
 from moe.sweeps.cell import Trial
 from moe.sweeps.plan import Plan
-from moe.sweeps.record import Row, SweepFolder, read_lines
+from moe.sweeps.record import Row, SweepFolder
 from moe.sweeps.worker import Place, Worker
 
 Say = Callable[[str], None]
@@ -45,16 +45,16 @@ def begin(plan: Plan, folder: SweepFolder, say: Say, retry: bool = False) -> dic
                 *changed[:10],
             ]
         )
-    for name in missing(folder, results):
+    for name in missing(folder, results, say):
         say(f"{name} has ended before, but its folder is gone: it runs again")
     folder.path.mkdir(parents=True, exist_ok=True)
     write_json(folder.plan, plan.as_json())
     return results
 
 
-def missing(folder: SweepFolder, results: dict[str, Row]) -> list[str]:
+def missing(folder: SweepFolder, results: dict[str, Row], say: Say) -> list[str]:
     """Trials in the table whose own folder was deleted."""
-    return [row["trial"] for row in read_lines(folder.trials) if row["trial"] not in results]
+    return [row["trial"] for row in folder.table(say) if row["trial"] not in results]
 
 
 def forget_failures(folder: SweepFolder, results: dict[str, Row]) -> list[str]:
@@ -117,7 +117,7 @@ class Progress:
             results = self.folder.results()
             order = [t.name for t in self.plan.trials_now(results)]
             rows = self.folder.write_tables(results, order)
-            total = max(self.plan.number_of_trials(), len(order))
+            total = max(self.plan.number_of_trials(results), len(order))
             if row.get("wall_seconds"):  # a failed one doesn't say
                 self.seconds.append(row["wall_seconds"])
             left = ""

@@ -9,8 +9,6 @@ from moe.sweeps.cell import Cell, Trial
 from moe.sweeps.record import Row
 from moe.sweeps.spec import folder_name
 
-Piece = tuple[str, str, int]  # of a widened range: the setting, the side, and the how-manieth
-
 
 @dataclasses.dataclass(frozen=True)
 class Search:
@@ -35,23 +33,24 @@ class Search:
         points = tune.points(self.ranges, self.number, self.seed)
         trials = self._at(points, part="")
         reached: dict[tuple[str, str], int] = {}
-        for again in itertools.count():
-            if not trials or not all(trial.name in results for trial in trials):
-                return trials
+        again, latest = 0, trials
+        while latest and all(trial.name in results for trial in latest):
             called = self._edges(results, trials) if again < self.widen else set()
-            found = []
+            latest = []
             for name, side in itertools.product(self.ranges, ("low", "high")):
-                more = self._piece((name, side, reached.get((name, side), 0) + 1))
+                number = reached.get((name, side), 0) + 1
+                more = self._piece(name, side, number)
                 if (name, side) in called or any(trial.name in results for trial in more):
-                    reached[name, side] = reached.get((name, side), 0) + 1
-                    found += more
-            if not found:
-                return trials
-            trials += found
+                    reached[name, side] = number
+                    latest += more
+            trials, again = [*trials, *latest], again + 1
+        return trials
 
-    def _piece(self, piece: Piece) -> list[Trial]:
-        """The trials in a piece; the other settings are searched in their ranges as given."""
-        name, side, number = piece
+    def _piece(self, name: str, side: str, number: int) -> list[Trial]:
+        """The trials in the piece that widens a setting's range on a side by this number.
+
+        The other settings are searched in their ranges as given.
+        """
         span = self.ranges[name].beyond(side, number)
         if span is None:
             return []

@@ -206,7 +206,7 @@ def _range_problems(name: str, given: Sequence):
         yield f"sweep.tune: {name!r}: expected (low, high, 'log' or 'linear'), got {given!r}"
     elif not all(map(_is_number, given[:2])):
         yield f"sweep.tune: {name!r}: expected two numbers, got {given[0]!r}, {given[1]!r}"
-    elif not given[0] < given[1] or (given[2] == "log" and given[0] <= 0):
+    elif not given[0] < given[1] or (given[2] == "log" and float(given[0]) <= 0):
         yield f"sweep.tune: {name!r}: expected 0 < low < high, got {given[0]!r}, {given[1]!r}"
 
 

@@ -4,7 +4,8 @@ The process ends, with its state saved, when the worker that has started it is g
 other end of this process's standard input.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import functools
 import math
 import os
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from moe import received
+from moe import received, settings
 from moe.data.corpora.corpus import hash_position
 from moe.data.tokens.sealed import write_atomically
 from moe.errors import UserError, first_line
@@ -78,11 +79,35 @@ def trained(folder: TrialFolder, spec: RunSpec) -> Row:
     if folder.run.exists() and not (folder.begun.exists() and folder.begun.read_bytes() == text):
         forget_run(folder, "the trial has begun with another config")
     write_atomically(folder.begun, text)
+    config = functools.partial(checked_config, spec)
     try:
-        return train(spec, str(folder.run))
+        return train(spec, str(folder.run), config)
     except AnotherRun as error:
         forget_run(folder, str(error))
-        return train(spec, str(folder.run))
+        return train(spec, str(folder.run), config)
+
+
+def checked_config(spec: RunSpec, say: Callable[[str], None]) -> str:
+    """The config's text, for `train`; UserError, before any step, of too few documents.
+
+    The text is prepared by then, so that reading it again is quick.
+    """
+    config = settings.record(say)
+    text = spec.prepare_data()
+    batches = text.validation_batches(*spec.shape, spec.eval_stride, spec.final_eval_bytes)
+    check_documents(text.names_of(batches))
+    return config
+
+
+def check_documents(names: Sequence[str]) -> None:
+    """UserError unless these held-out documents are enough for tuning and for reporting."""
+    tuning = sum(map(is_for_tuning, names))
+    if not tuning or len(names) - tuning < 2:  # of one, nothing is known of how documents scatter
+        raise UserError(
+            f"{len(names)} held-out documents are too few: some are for tuning and others for "
+            "reporting; raise TextData.validation_fraction or train.final_eval_bytes, or give more "
+            "text"
+        )
 
 
 def forget_run(folder: TrialFolder, why: str) -> None:
@@ -100,11 +125,7 @@ def measured(run: RunFolder, summary: dict[str, Any], tokens_per_step: int) -> R
     documents = list(read_lines(run.documents))
     tuning = [d for d in documents if is_for_tuning(d["name"])]
     others = [d for d in documents if not is_for_tuning(d["name"])]
-    if not tuning or len(others) < 2:  # of one, nothing is known of how documents scatter
-        raise UserError(
-            f"{len(documents)} held-out documents are too few: some are for tuning and others for "
-            "reporting; raise TextData.validation_fraction or give more text"
-        )
+    check_documents([d["name"] for d in documents])
     about = received.read_json(run.run)
     tokens = summary["step"] * tokens_per_step
     return {
@@ -191,4 +212,5 @@ def outcome_of(error: BaseException) -> tuple[str, str]:
 def write_outcome(folder: TrialFolder, error: BaseException) -> None:
     """Leave the reason of a failed attempt for the worker."""
     status, reason = outcome_of(error)
-    write_json(folder.outcome, {"status": status, "reason": reason})
+    again = not isinstance(error, UserError)  # a mistake in the config stays one
+    write_json(folder.outcome, {"status": status, "reason": reason, "again": again})

@@ -131,9 +131,10 @@ class Worker:
                 continue
             if "No space left" in outcome["reason"]:
                 raise UserError(f"{folder.path}: {outcome['reason']}; free some and start again")
+            again = outcome.pop("again", True)
             failed.append(outcome)
             write_json(folder.attempts, failed)
-            if outcome["status"] == "diverged":  # it would again
+            if outcome["status"] == "diverged" or not again:  # it would end alike
                 break
         row = identity | failed[-1] | costs_of(trial)
         write_json(folder.result, row)
