@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from moe.statistics.comparison import Estimate, estimate, further_seeds, holm, verdicts
+from moe.statistics.comparison import (
+    MOST_SEEDS,
+    Estimate,
+    estimate,
+    further_seeds,
+    holm,
+    verdicts,
+)
 
 DELTA = 0.01
 
@@ -100,15 +107,33 @@ def test_large_effects_small_effects_and_outliers():
 
 def test_what_would_decide():
     near = Estimate(mean=-0.02, seed_variance=0.02**2, document_variance=0.0, seeds=3, documents=9)
-    more = further_seeds(near, DELTA)
+    [more] = further_seeds([near], DELTA)
     assert more is not None and 3 < more < 10
     decided = verdicts([near.with_seeds(3 + more)], DELTA)[0]
     assert decided.word == "better"
     assert verdicts([near.with_seeds(2 + more)], DELTA)[0].word == "undecided"
     texts = Estimate(mean=-0.02, seed_variance=0.0, document_variance=0.1, seeds=3, documents=9)
-    assert further_seeds(texts, DELTA) is None, "only more text would decide"
+    assert further_seeds([texts], DELTA) == [None], "only more text would decide"
+    loose = Estimate(mean=0.002, seed_variance=1.0, document_variance=0.0, seeds=3, documents=9)
+    assert further_seeds([loose], DELTA) == [MOST_SEEDS + 1], "seeds would, if very many"
     same = Estimate(0.0, 0.0, 0.0, 3, 9)
     assert verdicts([same], DELTA)[0].word == "equivalent" and same.interval() == (0.0, 0.0)
+
+
+def test_what_would_decide_is_what_verdicts_say_of_the_whole_family():
+    """Arms that are plain leave Holm's full factor to none but the first."""
+    clear = [Estimate(-0.3, 1e-5, 1e-8, 3, 40.0)] * 9
+    others = [Estimate(-0.02 - 0.005 * i, 0.02**2, 1e-8 * i, 3, 40.0) for i in range(6)]
+    texts = Estimate(-0.02, 1e-5, 0.01, 3, 40.0)
+    family = [*clear, *others, texts]
+    found = further_seeds(family, DELTA)
+    assert found[:9] == [0] * 9 and found[-1] is None
+    for arm, more in enumerate(found[9:-1], 9):
+        assert more is not None and 0 < more < 100
+        for seeds, open_ in ((more - 1, True), (more, False)):
+            then = verdicts([d.with_seeds(d.seeds + seeds) for d in family], DELTA)
+            assert (then[arm].word == "undecided") == open_, (arm, seeds)
+    assert further_seeds([], DELTA) == []
 
 
 def test_one_seed_is_refused():

@@ -12,6 +12,7 @@ from laws import PUBLISHED, noisy
 import numpy as np
 import pytest
 
+from moe.cli import fit as command
 from moe.cli import main as cli
 from moe.scaling import fit as fitting
 
@@ -41,6 +42,7 @@ MyLaw = Law(
 @pytest.fixture(autouse=True)
 def few_starts(monkeypatch):
     monkeypatch.setattr(fitting, "REFINED", 6)
+    monkeypatch.setattr(command, "LEAST_SAMPLES", 4)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +149,8 @@ MISTAKES = {
     "nothing to fit": (["--fix=A=1,B=1,E=1,alpha=1,beta=1"], "nothing is left to fit"),
     "a plot of no kind": (["--plot=fit.gif"], ".png"),
     "a plot nowhere": (["--plot=nowhere/fit.png"], "no such folder"),
+    "bytes without a budget": (["--bytes_per_parameter=1"], "--budget"),
+    "too few resamples": (["--bootstrap=3"], "at least 4, or 0 for none"),
     "negative resamples": (["--bootstrap=-1"], "at least 0"),
 }
 

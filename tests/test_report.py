@@ -11,7 +11,7 @@ import synthetic_sweep
 
 from moe.cli import main as cli
 from moe.errors import UserError
-from moe.reports import page
+from moe.reports import figures, page
 from moe.reports.findings import control, find, sentence
 from moe.reports.layers import by_layer, layers
 from moe.reports.read import read, routing_lines
@@ -265,6 +265,81 @@ def test_runs_without_a_loss_one_run_none_and_cells_that_are_gone(tmp_path):
     page.page([sweep])
 
 
+def test_an_arm_whose_tuning_has_failed_whole_has_failed(tmp_path):
+    where = synthetic_sweep.write(tmp_path / "s", ARMS)
+
+    def edit(row):
+        if row["cell"] != "bad":
+            return row
+        failed = row | {"bits_per_byte": None, "status": "diverged", "reason": "no loss"}
+        return failed if row["phase"] == "tuning" else None
+
+    edited(where, "trials.jsonl", edit)
+    sweep = read(str(where))
+    findings = find(sweep)
+    [bad] = [f for f in findings if f.cell == "bad"]
+    assert bad.word == "failed" and len(bad.failed) == 3 and not sweep.missing
+    assert "runs of bad have failed" in sentence(sweep, findings)
+    assert "bad/tuning-1: diverged: no loss" in page.notes(sweep, findings)
+    sweep.rows.remove(bad.failed[0])
+    assert [f.word for f in find(sweep) if f.cell == "bad"] == ["not run"] and sweep.missing == 3
+
+
+def test_an_arm_that_fails_costs_the_others_no_verdict(tmp_path):
+    """Of five arms that are one, four with a failed seed: the last is judged as if alone."""
+    apart = {"seeds": 4, "seed_sd": 0.004, "document_sd": 0.001}
+    lone = synthetic_sweep.write(tmp_path / "lone", {"base": 0.0, "x": -0.02}, **apart)
+    [x] = [f for f in find(read(str(lone))) if f.cell == "x"]
+    shaky = {f"y{i}": 0.0 for i in range(4)}
+    arms = {"base": 0.0, "x": -0.02} | shaky
+    many = synthetic_sweep.write(tmp_path / "many", arms, diverged=tuple(shaky), **apart)
+    found = {f.cell: f for f in find(read(str(many)))}
+    own = found["x"].verdict
+    assert own.p_differs == own.difference.p_differs, "it is the whole family"
+    assert x.verdict.p_differs == x.verdict.difference.p_differs
+    assert {found[name].word for name in shaky} == {"unstable"}
+    assert all(found[name].verdict is None for name in shaky)
+
+
+def test_notes_say_what_is_so(tmp_path):
+    where = synthetic_sweep.write(tmp_path / "s", {"base": 0.0, "x": 0.05}, seeds=1)
+    sweep = read(str(where))
+    assert control(sweep) == (
+        "The baseline against itself: fewer than 2 runs each, which show nothing."
+    )
+    assert page.tuned_by(sweep).endswith("; 1 fresh seed.")
+    sweep.rows[:] = [row for row in sweep.rows if row["phase"] != "tuning"]
+    sweep.plan["tuning"] = {"trials": 0, "ranges": {}}
+    sweep.plan["match"] = "nothing"
+    notes = page.notes(sweep, find(sweep))
+    assert notes[:2] == ["Matched: nothing.", "Tuned: nothing; 1 fresh seed."]
+    sweep.plan.update(match="60 seconds of training", matched_by="wall_time")
+    assert page.matched(sweep, find(sweep)) == (
+        "Matched: 60 seconds of training, which is what each run was given."
+    )
+    wide = synthetic_sweep.write(tmp_path / "wide", {"base": 0.0, "x": 0.05}, seed_sd=0.1)
+    assert "], no difference found." in control(read(str(wide)))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_flat_learning_curve_is_drawn(tmp_path):
+    sweep = read(str(synthetic_sweep.write(tmp_path / "s", {"base": 0.0, "x": 0.05})))
+    for row in (row for rows in sweep.curves.values() for row in rows):
+        row["bits_per_byte"] = 2.0
+    assert figures.as_svg(figures.curves(sweep, find(sweep)))
+
+
+def test_several_baselines_have_colours_of_their_own(folder):
+    sweep = read(str(folder))
+    colours = figures.colours_of(find(sweep))
+    assert colours["base"] == figures.BASELINE
+    for cell in sweep.cells:
+        cell["baseline"] = cell["cell"] if cell["cell"] in ("base", "bad") else "base"
+    colours = figures.colours_of(find(sweep))
+    assert len(set(colours.values())) == len(colours) == 6
+    assert {colours["base"], colours["bad"]} == set(figures.COLOURS[:2])
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -279,6 +354,10 @@ def test_runs_without_a_loss_one_run_none_and_cells_that_are_gone(tmp_path):
         (lambda p: edited(p, "sweep.json", without("delta")), "sweep.json: damaged: no 'delta'"),
         (lambda p: edited(p, "trials.jsonl", without("seed")), "no 'seed' in {'bits_per_byte'"),
         (lambda p: edited(p, "curves.jsonl", without("flops")), "no 'flops' in {'trial'"),
+        (
+            lambda p: (p / "trials.jsonl").write_text(2 * (p / "trials.jsonl").read_text()),
+            "trials.jsonl: damaged: two rows of the trial base/tuning-1",
+        ),
         (
             lambda p: edited(p, "trials.jsonl", lambda row: row | {"document_bits": None}),
             "base/report-1 has no bits of single documents",

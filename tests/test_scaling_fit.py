@@ -167,7 +167,8 @@ def test_wide_intervals_are_no_estimates():
     ("points", "words"),
     [
         (Points({"N": np.full(9, 1e8), "D": np.arange(1e9, 10e9, 1e9)}, np.ones(9)), "two values"),
-        (Points({"N": np.arange(1.0, 6), "D": np.arange(1.0, 6)}, np.ones(5)), "at least 6"),
+        (Points({"N": np.arange(1.0, 6), "D": np.arange(1.0, 6)}, np.arange(1, 6)), "at least 6"),
+        (Points({"N": np.arange(1.0, 9), "D": np.arange(1.0, 9)}, np.ones(8)), "L is 1 in every"),
     ],
 )
 def test_points_that_decide_nothing_are_refused(points, words):
@@ -313,6 +314,31 @@ def test_budgets_that_a_law_cannot_judge_are_refused():
         optimum(exact("leverage"), NO_SAMPLES, Budget(1e21, max_memory=1e9))
     with pytest.raises(UserError, match="no model keeps"):
         optimum(exact("joint"), NO_SAMPLES, Budget(1e21, max_memory=10.0))
+
+
+def test_what_follows_from_open_coefficients_is_open():
+    """Two sizes leave A, E and alpha open, and the exponents of the best sizes with them."""
+    N, D = (axis.ravel() for axis in np.meshgrid([1e6, 1e7], [1e8, 1e9, 1e10]))
+    fitted = exact("chinchilla", Points({"N": N, "D": D}, value("chinchilla", N=N, D=D)))
+    found = judge.derived(fitted, np.stack([fitted.theta_P] * 3))
+    assert all(not row["identified"] and row["interval"] is None for row in found.values())
+    whole = exact("chinchilla")
+    found = judge.derived(whole, np.stack([whole.theta_P] * 3))
+    assert all(row["identified"] and row["interval"] for row in found.values())
+    level = judge.follows(
+        LAWS["chinchilla"],
+        LAWS["chinchilla"].pack(PUBLISHED["chinchilla"] | {"alpha": 0.0, "beta": 0.0}),
+    )
+    assert not np.isfinite(level["a"]), "and no ZeroDivisionError"
+
+
+def test_the_edge_of_measured_shares_is_told():
+    S, N, D = (axis.ravel() for axis in np.meshgrid([0.0, 0.1, 0.2, 0.3], [1e7, 1e9], [1e8, 1e10]))
+    points = Points({"N": N, "D": D, "S": S}, value("sparsity", N=N, D=D, S=S))
+    found = optimum(exact("sparsity", points), NO_SAMPLES, Budget(1e19))
+    assert found["S"]["value"] == 0.3
+    assert "the best S is the edge of the data, 0.3" in found["warnings"]
+    assert not any(line.startswith("S=") for line in found["warnings"])
 
 
 def test_a_budget_with_fixed_tokens_is_spent_on_size():

@@ -73,6 +73,8 @@ def test_conditions(condition, rows):
         ("k == 1 + 1", "can't be read at"),
         ("k < 2 < 3", "expected and, or, or the end"),
         ("k == 'open", "can't be read at"),
+        ("(" * 3000 + "k == 1", "more than 100 parentheses"),
+        ("not " * 3000 + "k == 1", "more than 100 parentheses and nots"),
     ],
 )
 def test_conditions_that_cannot_be_read(condition, words):

@@ -309,7 +309,7 @@ FIT = Command(
         Flag("budget", float, "FLOPS", "find the best sizes for so much training", low=1),
         Flag("tokens", float, "N", "with --budget: training tokens, for laws without D", low=1),
         Flag("max_memory", float, "BYTES", "with --budget: for all weights at most", low=1),
-        Flag("bytes_per_parameter", float, "X", "for --max_memory (default: 2)", 2.0, low=0.1),
+        Flag("bytes_per_parameter", float, "X", "for --max_memory (default: 2)", low=0.1),
         Flag("max_inference", float, "FLOPS", "with --budget: a token's forward pass", low=1),
         Flag("plot", str, "PATH", "also draw fit and residuals (.png, .pdf, .svg)"),
         JSON,

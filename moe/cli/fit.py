@@ -17,6 +17,7 @@ from moe.scaling.laws import LAWS
 from moe.scaling.laws.law import Law
 from moe.scaling.optimum import Budget, check_budget, optimum
 
+LEAST_SAMPLES = 40  # of which the lowest and highest are 2.5 % at either end
 ROWS_OF_ONE_PLACE = 5  # so many targets at equal inputs look like a learning curve
 
 
@@ -29,6 +30,11 @@ def run(flags) -> int:
     check_fixed(law, fixed)
     places = [places_of(text, law) for text in flags.predict]
     budget = budget_of(flags, law)
+    if 0 < flags.bootstrap < LEAST_SAMPLES:
+        raise UserError(
+            f"--bootstrap={flags.bootstrap}: too few for 95 % intervals; at least {LEAST_SAMPLES}, "
+            "or 0 for none"
+        )
     if flags.plot:
         check_plot(flags.plot)
     columns = table.read(flags.data)
@@ -121,7 +127,8 @@ def places_of(text: str, law: Law) -> dict[str, float]:
 
 def budget_of(flags, law: Law) -> Budget | None:
     """The budget of the flags; None without one."""
-    given = [name for name in ("max_memory", "max_inference", "tokens") if getattr(flags, name)]
+    limits = ("max_memory", "max_inference", "tokens", "bytes_per_parameter")
+    given = [name for name in limits if getattr(flags, name)]
     if not flags.budget:
         if given:
             raise UserError(
@@ -129,7 +136,11 @@ def budget_of(flags, law: Law) -> Budget | None:
             )
         return None
     budget = Budget(
-        flags.budget, flags.tokens, flags.max_memory, flags.bytes_per_parameter, flags.max_inference
+        flags.budget,
+        flags.tokens,
+        flags.max_memory,
+        flags.bytes_per_parameter or Budget.bytes_per_parameter,
+        flags.max_inference,
     )
     check_budget(law, budget)
     return budget
@@ -208,7 +219,9 @@ def described(fitted: Fit, found: dict) -> str:
         why = "  (given)" if row.get("fixed") else f"  NOT IDENTIFIED: {row.get('reason')}"
         note = "" if row["identified"] and not row.get("fixed") else why
         lines.append(f"  {name:<12}{shown(row)}{note}")
-    lines += [f"  {name:<12}{shown(row)}  (derived)" for name, row in found["derived"].items()]
+    for name, row in found["derived"].items():
+        why = "" if row["identified"] else f"  NOT IDENTIFIED: {row['reason']}"
+        lines.append(f"  {name:<12}{shown(row)}  (derived){why}")
     held_out = found["held_out"]
     lines.append(f"held out: RMSLE {held_out['folds']:.5f} in five folds{largest(held_out)}")
     for row in found["predictions"]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 import io
+import itertools
 import math
 from typing import Any
 
@@ -24,7 +25,6 @@ WORDS = {
     "worse": "#D55E00",
     "equivalent": "#0072B2",
     "undecided": GREY,
-    "unstable": "#CC79A7",
 }
 SETTINGS: Any = {"svg.hashsalt": "moe", "svg.fonttype": "path", "font.size": 9}
 POINTS = 60  # of a learning curve
@@ -41,9 +41,15 @@ def as_svg(figure: Figure) -> str:
 
 
 def colours_of(findings: Sequence[Finding]) -> dict[str, str]:
-    """A colour for each cell: black for baselines, then the best, then grey."""
-    left = iter(COLOURS)
-    return {f.cell: BASELINE if f.is_baseline else next(left, GREY) for f in findings}
+    """A colour for each cell: the baseline is black, the best have one each, then grey.
+
+    Several baselines, at places of the axes, are told apart: they have the first colours instead.
+    """
+    baselines = [f.cell for f in findings if f.is_baseline]
+    first = COLOURS if len(baselines) > 1 else (BASELINE, *COLOURS)
+    order = [*baselines, *(f.cell for f in findings if not f.is_baseline)]
+    found = dict(zip(order, itertools.chain(first, itertools.repeat(GREY)), strict=False))
+    return {f.cell: found[f.cell] for f in findings}
 
 
 def answer(sweep: Sweep, findings: Sequence[Finding]) -> Figure:
@@ -158,7 +164,8 @@ def skip_start(axes, lines) -> None:
     if values:
         top = max(float(v[len(v) // 10]) for v in values)
         low = min(float(np.min(v)) for v in values)
-        axes.set_ylim(low - 0.05 * (top - low), top + 0.05 * (top - low))
+        if top > low:
+            axes.set_ylim(low - 0.05 * (top - low), top + 0.05 * (top - low))
 
 
 def routing(sweep: Sweep, findings: Sequence[Finding]) -> Figure | None:

@@ -11,7 +11,14 @@ from scipy.optimize import isotonic_regression
 from scipy.stats import t as student
 
 from moe.reports.read import Sweep, bits_of, difference
-from moe.statistics.comparison import Estimate, Verdict, estimate, further_seeds, verdicts
+from moe.statistics.comparison import (
+    MOST_SEEDS,
+    Estimate,
+    Verdict,
+    estimate,
+    further_seeds,
+    verdicts,
+)
 from moe.sweeps.record import Row
 from moe.sweeps.tune import edges
 
@@ -40,9 +47,9 @@ class Finding:
         facts: of the plan.
         bits: bits per byte over seeds and documents; None with less than two finished runs.
         values_S: bits per byte of each finished run.
-        verdict: beside the baseline; None for the baseline and where it can't be judged.
-        further: seeds that would decide.
-        failed: reported runs that did not finish.
+        verdict: beside the baseline; None for the baseline and where it isn't ranked.
+        further: seeds that would decide, as `further_seeds` says.
+        failed: reported runs that did not finish; those of tuning where all of it has failed.
         compute, time: multipliers over the baseline.
         edges: tuned settings whose best value was the lowest or highest tried.
         leak: by how much the training rule is better, in bits per byte; None where not measured.
@@ -88,18 +95,25 @@ MEANS = (
 
 
 def find(sweep: Sweep) -> list[Finding]:
-    """All cells: those that may be ranked by their bits per byte, then those that may not."""
+    """All cells: those that may be ranked by their bits per byte, then those that may not.
+
+    Only those that are ranked get a verdict and are of the family over which errors are held: what
+    is never said can't be wrong.
+    """
     differences: dict[str, Estimate] = {}
     for cell in sweep.cells:
         name, baseline = cell["cell"], cell["baseline"]
-        if name != baseline and not cell["leaks"]:
+        if name != baseline and not cell["leaks"] and not sweep.failed(name):
             ours, theirs = paired(sweep, name, baseline)
             if len(ours) >= 2:
                 differences[name] = difference(ours, theirs)
-    judged = dict(
-        zip(differences, verdicts(list(differences.values()), sweep.plan["delta"]), strict=True)
-    )
-    found = [one(sweep, cell, judged.get(cell["cell"]), len(judged)) for cell in sweep.cells]
+    family, delta = list(differences.values()), sweep.plan["delta"]
+    judged = dict(zip(differences, verdicts(family, delta), strict=True))
+    further = dict(zip(differences, further_seeds(family, delta), strict=True))
+    found = [
+        one(sweep, cell, judged.get(cell["cell"]), further.get(cell["cell"]))
+        for cell in sweep.cells
+    ]
     return sorted(found, key=rank)
 
 
@@ -120,14 +134,13 @@ def paired(
     return [ours[seed] for seed in both], [theirs[seed] for seed in both]
 
 
-def one(sweep: Sweep, cell: dict[str, Any], verdict: Verdict | None, family: int) -> Finding:
+def one(
+    sweep: Sweep, cell: dict[str, Any], verdict: Verdict | None, further: int | None
+) -> Finding:
     """The finding of a cell."""
     name, baseline = cell["cell"], cell["baseline"]
     rows = sweep.finished(name)
     bits = estimate(*bits_of(rows)) if len(rows) >= 2 else None
-    further = None
-    if verdict is not None and verdict.word == "undecided":
-        further = further_seeds(verdict.difference, sweep.plan["delta"], family)
     by = {"compute": "flops", "time": "seconds"}
     multipliers = {
         kind: None if name == baseline or cell["leaks"] else multiplier(sweep, name, baseline, axis)
@@ -150,7 +163,7 @@ def one(sweep: Sweep, cell: dict[str, Any], verdict: Verdict | None, family: int
         values_S=[row["bits_per_byte"] for row in rows],
         verdict=verdict,
         further=further,
-        failed=[row for row in sweep.of(name, "report") if row["status"] != "finished"],
+        failed=sweep.failed(name),
         edges=edges_of(sweep, name),
         leak=float(np.mean(leaks)) if leaks else None,
         means=means,
@@ -304,30 +317,39 @@ def shown_difference(finding: Finding) -> str:
     low, high = found.interval()
     text = f"{found.mean:+.4f} [{low:+.4f}, {high:+.4f}]"
     if finding.word == "undecided":
-        more = finding.further
-        seeds = f"{more} further seed{'s' if more != 1 else ''}"
-        text += f", {seeds if more else 'more text'} would decide"
+        text += f", {what_decides(finding.further)} would decide"
     return text
+
+
+def what_decides(further: int | None) -> str:
+    """How many further seeds, in words, or text."""
+    if further is None:
+        return "more text"
+    if further > MOST_SEEDS:
+        return f"more than {MOST_SEEDS:,} further seeds"
+    return f"{further} further seed{'s' if further != 1 else ''}"
 
 
 def control(sweep: Sweep) -> str:
     """What the negative controls have come to, in a sentence."""
-    rows = []
+    rows, ran = [], False
     for baseline in dict.fromkeys(cell["baseline"] for cell in sweep.cells):
         ours, theirs = sweep.finished(baseline, "same"), sweep.finished(baseline)
-        number = min(len(ours), len(theirs))
+        number, ran = min(len(ours), len(theirs)), ran or bool(ours)
         if number >= 2:
             rows.append((baseline, difference(ours[:number], theirs[:number])))
+    if not rows and ran:
+        return "The baseline against itself: fewer than 2 runs each, which show nothing."
     if not rows:
         return "The baseline was not run a second time under another name: no negative control."
     said = []
     judged = verdicts([d for _, d in rows], sweep.plan["delta"])
     for (name, found), verdict in zip(rows, judged, strict=True):
         low, high = found.interval()
-        ok = verdict.word in ("equivalent", "undecided")
+        words = {"equivalent": "no difference, as it must be", "undecided": "no difference found"}
         said.append(
             f"{name} against itself with other seeds: {found.mean:+.4f} "
-            f"[{low:+.4f}, {high:+.4f}], {'no difference, as it must be' if ok else 'A DIFFERENCE'}"
+            f"[{low:+.4f}, {high:+.4f}], {words.get(verdict.word, 'A DIFFERENCE')}"
         )
     return "; ".join(said) + "."
 

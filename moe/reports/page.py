@@ -169,15 +169,12 @@ def html_table(rows: Sequence[Sequence[str]], header: Sequence[str] = HEADER) ->
 def notes(sweep: Sweep, findings: Sequence[Finding]) -> list[str]:
     """What a reader should know before believing the table."""
     plan = sweep.plan
-    worst = max(abs(f.facts["residual"]) for f in findings)
     found = [
-        f"Matched: {plan['match']}; the largest difference left is {worst:.2%}.",
-        f"Tuned: {tried(sweep)} trials for every cell, chosen on other held-out "
-        f"documents than those reported; {len(plan['seeds'])} fresh seeds.",
+        matched(sweep, findings),
+        tuned_by(sweep),
         "Intervals are Student's over seeds and documents, paired by seed with the baseline; "
-        "differences, and equivalences, each hold 5 % over all cells (Holm). Equivalent: two "
-        "one-sided tests within "
-        f"{plan['delta']:g} bits per byte.",
+        "differences, and equivalences, each hold 5 % over all ranked cells (Holm). Equivalent: "
+        f"two one-sided tests within {plan['delta']:g} bits per byte.",
         "compute and time: how many times a cell's FLOPs or seconds the baseline needs for the "
         "same training loss, by its own curve; ~ where that curve had to be extended, < and > "
         "where it is too far from the loss to say more. Amid a "
@@ -203,6 +200,29 @@ def notes(sweep: Sweep, findings: Sequence[Finding]) -> list[str]:
         cells = ", ".join(sorted({row["cell"] for row in tuning}))
         found.append(f"{len(tuning)} tuning trials have failed, of {cells}.")
     return found
+
+
+def matched(sweep: Sweep, findings: Sequence[Finding]) -> str:
+    """What is equal for all cells, and how nearly, in a sentence."""
+    match = sweep.plan["match"]
+    if match == "nothing":
+        return "Matched: nothing."
+    if sweep.plan.get("matched_by") == "wall_time":
+        return f"Matched: {match}, which is what each run was given."
+    worst = max(abs(f.facts["residual"]) for f in findings)
+    return f"Matched: {match}; the largest difference left is {worst:.2%}."
+
+
+def tuned_by(sweep: Sweep) -> str:
+    """How each cell was tuned, and the seeds of what is reported, in a sentence."""
+    count = len(sweep.plan["seeds"])
+    seeds = f"{count} fresh seed{'s' if count != 1 else ''}"
+    if not tried(sweep):
+        return f"Tuned: nothing; {seeds}."
+    return (
+        f"Tuned: {tried(sweep)} trials for every cell, chosen on other held-out "
+        f"documents than those reported; {seeds}."
+    )
 
 
 def tried(sweep: Sweep) -> int:

@@ -65,13 +65,21 @@ class Sweep:
         """Those that have finished."""
         return [row for row in self.of(cell, phase) if row["status"] == "finished"]
 
+    def failed(self, cell: str) -> list[Row]:
+        """Its reported runs that did not finish; its tuning's where it left nothing to report."""
+        reported, tried = self.of(cell, "report"), self.of(cell, "tuning")
+        asked = self.plan["tuning"]["trials"] if self.plan["tuning"]["ranges"] else 0
+        if not reported and 0 < asked <= len(tried) and not self.finished(cell, "tuning"):
+            return tried
+        return [row for row in reported if row["status"] != "finished"]
+
     @property
     def missing(self) -> int:
-        """How many reported runs have not ended."""
-        return sum(
-            max(0, len(self.plan["seeds"]) - len(self.of(cell["cell"], "report")))
-            for cell in self.cells
-        )
+        """How many reported runs have not ended, of cells that have any to run."""
+        names = [cell["cell"] for cell in self.cells]
+        reported = {name: len(self.of(name, "report")) for name in names}
+        left = [name for name in names if reported[name] or not self.failed(name)]
+        return sum(max(0, len(self.plan["seeds"]) - reported[name]) for name in left)
 
 
 def plain(text: str) -> str:
@@ -131,10 +139,13 @@ def check_plan(plan: Row, where: Path) -> None:
 
 def check_rows(rows: Sequence[Row], where: Path) -> None:
     """UserError unless the rows of trials have what a report compares."""
-    tuned = {}
+    tuned, seen = {}, set()
     for row in rows:
         check_row(row, where)
         check_optional(row, OF_ROW, where)
+        if row["trial"] in seen:
+            raise UserError(f"{where}: damaged: two rows of the trial {row['trial'][:40]}")
+        seen.add(row["trial"])
         if row["bits_per_byte"] is None:
             continue
         if row["phase"] != "tuning" and not (row.get("steps") or 0) > 0:

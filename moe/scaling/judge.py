@@ -12,6 +12,7 @@ from moe.scaling.laws.law import Array, Coefficient, Law
 from moe.statistics import bootstrap
 
 FLAT = 1e-7  # of the largest singular value: a direction that changes no prediction
+STEP, MOVES = 1e-4, 1e-3  # along a flat direction; by more of itself a derived value moves
 FACTOR = 10.0  # interval of a positive coefficient that is no estimate any more
 FOLDS = 5
 Interval = tuple[float, float]
@@ -21,7 +22,7 @@ def check_points(law: Law, points: Points, fixed: Mapping[str, float]) -> None:
     """Refuse points that can't decide the law.
 
     Raises:
-        UserError: an input has one value only, or there are too few points.
+        UserError: an input or the target has one value only, or there are too few points.
     """
     for letter, values in points.inputs.items():
         if len(points) and len(np.unique(values)) < 2:
@@ -29,6 +30,11 @@ def check_points(law: Law, points: Points, fixed: Mapping[str, float]) -> None:
                 f"{letter} is {values[0]:g} in every one of the {len(points)} points: the law "
                 f"{law.name} needs at least two values of it"
             )
+    if len(points) and len(np.unique(points.target)) < 2:
+        raise UserError(
+            f"{law.target} is {points.target[0]:g} in every one of the {len(points)} points: the "
+            f"law {law.name} needs at least two values of it"
+        )
     free = len(law.names) - len(fixed)
     if len(points) <= free:
         raise UserError(
@@ -97,17 +103,24 @@ def coefficients(fitted: Fit, theta_SP: Array) -> dict[str, dict]:
 
 def flat_directions(fitted: Fit) -> dict[str, str]:
     """Coefficients that can change, alone or together, with no prediction changing."""
-    problem = Problem(fitted.law, fitted.points, fixed=fitted.fixed)
-    _, jacobian_nP = problem.linearised(fitted.theta_P)
-    names = np.array(fitted.law.names)[problem.moves]
-    _, size, axes = np.linalg.svd(jacobian_nP[:, problem.moves], full_matrices=False)
     found = {}
-    for axis in axes[size < FLAT * size[0]]:
-        moved = [str(name) for name in names[np.abs(axis) > 0.05]]
+    for axis_P in flat_axes(fitted):
+        moved = [n for n, part in zip(fitted.law.names, axis_P, strict=True) if abs(part) > 0.05]
         for name in moved:
             others = ", ".join(other for other in moved if other != name)
             together = f"it can change together with {others}" if others else "it can change"
             found[name] = f"{together} and no prediction at the data changes"
+    return found
+
+
+def flat_axes(fitted: Fit) -> Array:
+    """Directions of the parameters that change no prediction, (directions, P), of length 1."""
+    problem = Problem(fitted.law, fitted.points, fixed=fitted.fixed)
+    _, jacobian_nP = problem.linearised(fitted.theta_P)
+    _, size, axes = np.linalg.svd(jacobian_nP[:, problem.moves], full_matrices=False)
+    flat = axes[size < FLAT * size[0]]
+    found = np.zeros((len(flat), len(fitted.theta_P)))
+    found[:, problem.moves] = flat
     return found
 
 
@@ -227,17 +240,35 @@ def predict(fitted: Fit, theta_SP: Array, at: Mapping[str, float], seed: int) ->
 
 
 def derived(fitted: Fit, theta_SP: Array) -> dict[str, dict]:
-    """What follows from the coefficients, with intervals."""
-    law = fitted.law
+    """What follows from the coefficients, with intervals; none where the data leave it open."""
+    values, samples = (
+        follows(fitted.law, fitted.theta_P),
+        [follows(fitted.law, theta_P) for theta_P in theta_SP],
+    )
+    sides = [
+        [follows(fitted.law, fitted.theta_P + sign * STEP * axis_P) for sign in (1, -1)]
+        for axis_P in flat_axes(fitted)
+    ]
+    found = {}
+    for name, value in values.items():
+        limits = interval(fitted, np.array([s[name] for s in samples]), value)
+        slopes = [abs(up[name] - down[name]) / (2 * STEP) for up, down in sides]
+        fixed = all(slope <= MOVES * abs(value) for slope in slopes)  # not a number: not fixed
+        found[name] = {
+            "value": value,
+            "interval": limits if fixed else None,
+            "identified": fixed,
+        }
+        if not fixed:
+            found[name]["reason"] = "it can change and no prediction at the data changes"
+    return found
+
+
+def follows(law: Law, theta_P: Array) -> dict[str, float]:
+    """The law's derived quantities; not finite where they are not defined."""
     if law.derived is None:
         return {}
-    value = law.derived(SimpleNamespace(**fitted.coefficients))
     with np.errstate(all="ignore"):
-        samples = [law.derived(SimpleNamespace(**law.numbers(theta_P))) for theta_P in theta_SP]
-    return {
-        name: {
-            "value": number,
-            "interval": interval(fitted, np.array([s[name] for s in samples]), number),
-        }
-        for name, number in value.items()
-    }
+        numbers = {name: np.float64(value) for name, value in law.numbers(theta_P).items()}
+        found = law.derived(SimpleNamespace(**numbers))
+    return {name: float(value) for name, value in found.items()}

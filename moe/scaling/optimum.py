@@ -165,7 +165,9 @@ def _axis(law: Law, letter: str, span: tuple[float, float], count: int) -> Array
         within = [v for v in kind.choices if low <= v <= high]
         return np.unique([low, *within, high])
     if kind.low == 0:
-        return 1 - np.geomspace(1 - low, 1 - high, min(count, 61))
+        values = 1 - np.geomspace(1 - low, 1 - high, min(count, 61))
+        values[0], values[-1] = low, high  # the complement's complement may be off by a rounding
+        return values
     return np.geomspace(low, high, count)
 
 

@@ -22,6 +22,7 @@ COMPARE = {
     ">": operator.gt,
 }
 CONSTANTS = {"True": True, "False": False, "true": True, "false": False}
+DEEPEST = 100
 Columns = Mapping[str, Sequence[Any]]
 
 
@@ -44,7 +45,7 @@ class _Parser:
     def __init__(self, text: str, columns: Columns):
         self.text, self.columns = text, columns
         self.tokens = self._tokens()
-        self.place = 0
+        self.place, self.depth = 0, 0
 
     def parse(self) -> np.ndarray:
         mask = self.either()
@@ -65,13 +66,18 @@ class _Parser:
         return mask
 
     def negated(self) -> np.ndarray:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise self.mistake(f"more than {DEEPEST} parentheses and nots within each other")
         if self.take("not"):
-            return ~self.negated()
-        if self.take("("):
+            mask = ~self.negated()
+        elif self.take("("):
             mask = self.either()
             self.need(")")
-            return mask
-        return self.comparison()
+        else:
+            mask = self.comparison()
+        self.depth -= 1
+        return mask
 
     def comparison(self) -> np.ndarray:
         token = self.peek()
@@ -133,7 +139,8 @@ class _Parser:
         """The error for what stands at this place."""
         at = self.tokens[self.place][2] if self.place < len(self.tokens) else len(self.text)
         rest = f"at {self.text[at : at + 20]!r}" if at < len(self.text) else "at its end"
-        return UserError(f"--where={self.text!r}: {why}, {rest}")
+        text = self.text if len(self.text) <= 200 else f"{self.text[:200]}..."
+        return UserError(f"--where={text!r}: {why}, {rest}")
 
     def _tokens(self) -> list[tuple[str, str, int]]:
         found, at = [], 0

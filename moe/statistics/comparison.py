@@ -5,7 +5,7 @@ per byte over all documents. Seeds are few: intervals are Student's, since resam
 is far too narrow.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import math
@@ -166,14 +166,32 @@ def verdicts(differences: Sequence[Estimate], delta: float) -> list[Verdict]:
     return found
 
 
-def further_seeds(difference: Estimate, delta: float, family: int = 1) -> int | None:
-    """How many more seeds would decide, if means and spreads stay; None where none would.
+def further_seeds(differences: Sequence[Estimate], delta: float) -> list[int | None]:
+    """How many more seeds for every arm would decide each, if means and spreads stay.
 
-    family: of arms, of which this one is taken for the last to be decided.
+    The whole family is judged anew with each number of seeds, as `verdicts` would. 0 where a word
+    is found already, `MOST_SEEDS` + 1 where it takes more than `MOST_SEEDS`; None where documents
+    alone keep it open, so that only more text would decide.
     """
-    for seeds in range(difference.seeds + 1, MOST_SEEDS + 1):
-        more, mean = difference.with_seeds(seeds), abs(difference.mean)
-        differs = more.half_width(LEVEL / family / 2) < mean
-        if differs or more.half_width(LEVEL / family) < delta - mean:
-            return seeds - difference.seeds
-    return None
+
+    @functools.cache
+    def decided(more: int) -> list[bool]:
+        family = [d.with_seeds(d.seeds + more) for d in differences]
+        return [v.word != "undecided" for v in verdicts(family, delta)]
+
+    certain = [dataclasses.replace(d, seed_variance=0.0) for d in differences]
+    by_text = [v.word == "undecided" for v in verdicts(certain, delta)]
+    return [None if by_text[i] else _least(decided, i) for i in range(len(differences))]
+
+
+def _least(decided: Callable[[int], list[bool]], arm: int) -> int:
+    """The least number of further seeds that decides an arm: doubled, then halved."""
+    low, high = -1, 0  # not with low, maybe with high
+    while not decided(high)[arm]:
+        if high == MOST_SEEDS:
+            return MOST_SEEDS + 1
+        low, high = high, min(2 * high or 1, MOST_SEEDS)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if decided(middle)[arm] else (middle, high)
+    return high
