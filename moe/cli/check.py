@@ -66,7 +66,7 @@ def _maker(name: str) -> Any:
 
 
 def find(name: str) -> Any:
-    """The class or function that `MODULE:ROUTER`, `FILE.py:ROUTER` or `ROUTER` names.
+    """What `MODULE:NAME`, `FILE.py:NAME` or, of the routers, `NAME` names.
 
     Raises:
         UserError: there is none; with the nearest name.

@@ -35,8 +35,6 @@ def run(flags) -> int:
             f"--bootstrap={flags.bootstrap}: too few for 95 % intervals; at least {LEAST_SAMPLES}, "
             "or 0 for none"
         )
-    if flags.plot:
-        check_plot(flags.plot)
     columns = table.read(flags.data)
     names = table.read_names(flags.columns, law, *others)
     points, *more = [points_of(one, columns, names, flags) for one in (law, *others)]
@@ -144,15 +142,6 @@ def budget_of(flags, law: Law) -> Budget | None:
     )
     check_budget(law, budget)
     return budget
-
-
-def check_plot(path: str) -> None:
-    """Refuse a plot that can't be written, before the work."""
-    endings = (".png", ".pdf", ".svg")
-    if not path.endswith(endings):
-        raise UserError(f"--plot={path}: expected a name that ends in {', '.join(endings)}")
-    if not Path(path).absolute().parent.is_dir():
-        raise UserError(f"--plot={path}: there is no such folder")
 
 
 def points_of(law: Law, columns: table.Columns, names: dict[str, str], flags) -> Points:
