@@ -32,21 +32,25 @@ def written(path, score) -> SweepFolder:
 
 
 @pytest.mark.parametrize("damage", ["{", '{"trial": "x"}\n', "\x00\xff"])
-def test_a_damaged_table_is_made_anew_of_the_trials_own_results(tmp_path, damage):
+def test_a_sweep_goes_on_by_the_trials_own_results_where_the_table_is_damaged(tmp_path, damage):
     folder = written(tmp_path / "s", lambda t: 1.0)
+    assert "12 of 18 trials" in report.listed(folder)
     rows = folder.trials.read_text()
     folder.trials.write_text(damage)
-    told = []
-    assert "12 of 18 trials" in report.listed(folder, told.append)
-    assert len(told) == 1 and "made anew of the trials' own results" in told[0]
+    with pytest.raises(UserError, match=r"trials\.jsonl"):
+        report.listed(folder)
+    told, plan = [], plan_of(controls=())
+    assert len(folder.table(told.append)) == 12
+    assert folder.trials.read_text() == damage, "looking changes nothing"
+    assert len(run.begin(plan, folder, told.append)) == 12
+    assert len(told) == 2 and "of which --run makes the table anew" in told[0]
+    run.finish(plan, folder)
     assert sorted(folder.trials.read_text().splitlines()) == sorted(rows.splitlines())
-    folder.trials.write_text(damage)
-    assert len(run.begin(plan_of(controls=()), folder, told.append)) == 12 and len(told) == 2
 
 
 def test_a_cell_without_a_finished_tuning_trial_is_named(tmp_path):
     folder = written(tmp_path / "s", lambda t: None if t.cell.name == "b" else 1.0)
-    said = report.listed(folder, print)
+    said = report.listed(folder)
     assert "no tuning trial of 'b' has finished: it is not reported" in said
     assert said.endswith("12 of 16 trials")
 

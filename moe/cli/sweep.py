@@ -26,7 +26,7 @@ def run(flags) -> int:
     if flags.list:
         if flags.folder and not folder.plan.exists():
             raise UserError(f"--folder={flags.folder} holds no sweep{others_than(folder.path)}")
-        print(printable(listed(folder, warn)))
+        print(printable(listed(folder)))
         return 0
     ray = ray_workers.connected(flags.ray) if flags.ray else None
     workers, _ = ray_workers.size(ray, flags.workers) if ray else (0, None)
@@ -49,7 +49,7 @@ def run(flags) -> int:
     if not done:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
-    print(f"\n{listed(folder, warn)}")
+    print(f"\n{listed(folder)}")
     ended = folder.results().values()
     if not any(row["phase"] == "report" and row["status"] == "finished" for row in ended):
         raise UserError(

@@ -133,21 +133,24 @@ class SweepFolder:
             rows[row["trial"]] = row
         return rows
 
+    def rows(self) -> list[Row]:
+        """The rows of trials.jsonl; UserError where it is damaged."""
+        rows = list(read_lines(self.trials))
+        for row in rows:
+            check_row(row, self.trials)
+        return rows
+
     def table(self, say: Callable[[str], None]) -> list[Row]:
-        """The rows of trials.jsonl; where it is damaged, it is made anew of the trials' own files.
+        """The rows of trials.jsonl, or those of the trials' own files where it is damaged.
 
         Raises:
             UserError: these are damaged, too.
         """
         try:
-            rows = list(read_lines(self.trials))
-            for row in rows:
-                check_row(row, self.trials)
+            return self.rows()
         except UserError as error:
-            say(f"{error}; the table is made anew of the trials' own results")
-            results = self.results()
-            return self.write_tables(results, results)
-        return rows
+            say(f"{error}; the trials' own results are read, of which --run makes the table anew")
+            return list(self.results().values())
 
     def write_tables(self, results: Mapping[str, Row], order: Iterable[str]) -> list[Row]:
         """Write trials.jsonl and curves.jsonl of the trials that have ended; returns the rows.

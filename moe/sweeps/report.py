@@ -1,6 +1,6 @@
 """A sweep as text: its plan before it runs, and its results so far."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import math
 
 from moe.sweeps.plan import Plan
@@ -77,12 +77,9 @@ def costs(plan: Plan, ended: Sequence[Row], peak: float, workers: int) -> str:
     return f"about {hours:.1f} h ({how}) with {workers} at a time, {disk / 2**20:,.0f} MiB of disk"
 
 
-def listed(folder: SweepFolder, say: Callable[[str], None]) -> str:
-    """The trials that have ended, a line each, and how many are left.
-
-    say: is told of a damaged table.
-    """
-    ended = folder.table(say)
+def listed(folder: SweepFolder) -> str:
+    """The trials that have ended, a line each, and how many are left."""
+    ended = folder.rows()
     rows: list[tuple[str, ...]] = [
         ("trial", "seed", "tuned", "bits/byte", "validation", "seconds", "status")
     ]
