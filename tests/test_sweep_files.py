@@ -1,8 +1,8 @@
 """A sweep's files when something is wrong with them, and its last words; no trial is trained."""
 
+import dataclasses
 import json
 import threading
-from unittest import mock
 
 import pytest
 from test_sweep_plan import plan_of, results_of
@@ -10,10 +10,10 @@ from test_sweep_plan import plan_of, results_of
 from moe.cli import main as cli
 from moe.cli import sweep
 from moe.errors import UserError
+from moe.model.transformer import Transformer
 from moe.runs.storage.json_files import write_json
 from moe.sweeps import report, run, trial, worker
 from moe.sweeps.record import SweepFolder
-from moe.sweeps.trial import is_for_tuning
 from moe.training.run_spec import RunSpec
 
 
@@ -73,19 +73,14 @@ def test_a_folder_without_a_sweep_is_refused(tmp_path, capsys):
     assert not (tmp_path / "our").exists()
 
 
-def test_too_few_documents_are_told_before_any_step(monkeypatch):
-    names = [str(n) for n in range(40)]
-    tuning = [name for name in names if is_for_tuning(name)]
-    others = [name for name in names if not is_for_tuning(name)]
-    trial.check_documents([tuning[0], *others[:2]])
-
-    text = mock.Mock()
-    text.names_of.return_value = [tuning[0], others[0]]
-    spec = mock.Mock(spec=RunSpec, shape=(1, 8), eval_stride=None, final_eval_bytes=100)
-    spec.prepare_data.return_value = text
-    monkeypatch.setattr(trial.settings, "record", lambda say: "config")
-    with pytest.raises(UserError, match=r"^2 held-out documents are too few"):
-        trial.checked_config(spec, print)
+def test_too_few_documents_are_told_before_any_step(text_data):
+    """Of a real text; `train` asks for the config once the text is prepared."""
+    given = {"data": text_data(), "model": Transformer, "batch_size": 1, "sequence_length": 8}
+    spec = RunSpec(**given, eval_stride=8)
+    trial.checked_config(spec, print)
+    few = dataclasses.replace(spec, final_eval_bytes=20)
+    with pytest.raises(UserError, match=r"^\d held-out documents are too few"):
+        trial.checked_config(few, print)
 
 
 @pytest.mark.parametrize(("error", "times"), [(UserError("no"), 1), (RuntimeError("no"), 2)])
