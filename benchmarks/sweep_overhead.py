@@ -1,4 +1,4 @@
-"""The share of a sweep's time outside of training steps: 40 trials of `nano`, a minute each.
+"""The share of a sweep's time outside of training steps: 40 short trials of `nano`.
 
     python benchmarks/sweep_overhead.py --json=benchmarks/results/sweep_overhead.json
 
@@ -32,7 +32,7 @@ sweep.seeds = {seeds}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=110)
+    parser.add_argument("--steps", type=int, default=140)
     parser.add_argument("--trials", type=int, default=34)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--eval_bytes", type=int, default=200_000)
