@@ -90,6 +90,10 @@ def test_merged_experts_and_soft_slots_are_all_read():
 def test_what_no_cache_serves_is_told(capsys):
     assert cli.main(["cost", "--gin_file=masked.gin", "--chip=h100"]) == 0
     assert "A masked model fills each mask in by a pass" in capsys.readouterr().out
+    dropping = ["--gin_file=quickstart.gin", "--gin_bindings=Capacity.eval_factor = 1.0"]
+    assert cli.main(["cost", *dropping, "--chip=h100"]) == 0
+    said = capsys.readouterr().out
+    assert "Each token takes a pass over the whole text" in said and "Capacity.eval_factor" in said
 
 
 def test_from_the_break_even_on_flops_take_longer():

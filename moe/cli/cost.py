@@ -123,7 +123,7 @@ def report(found: dict[str, Any]) -> str:
         "At the chip's peaks, with texts that choose their experts evenly and by themselves; what "
         "chips send each other is not counted."
     )
-    note = [found["note"].capitalize() + "."] if found["note"] else []
+    note = [f"{found['note'][0].upper()}{found['note'][1:]}."] if found["note"] else []
     return "\n".join([*lines, "", end, notes, *note])
 
 

@@ -23,6 +23,7 @@ from moe.machine.allocator import keep_freed_memory
 MISTAKE, INTERRUPTED, BROKEN_PIPE = exits.MISTAKE, 130, exits.BROKEN_PIPE
 HELP = ("--help", "-h", "-help")
 CONFIGURED = ("train", "eval")  # commands with settings in a config
+PICTURES = (".png", ".pdf", ".svg")
 DEFINE = {
     str: absl_flags.DEFINE_string,
     int: absl_flags.DEFINE_integer,
@@ -204,9 +205,6 @@ def _check(command: Command, flag: Flag, value: object) -> None:
         high = float("inf") if flag.high is None else flag.high
         if not low <= value <= high or value == float("inf"):
             raise UserError(f"moe {command.name}: --{flag.name}={value}: expected {flag.expected}")
-
-
-PICTURES = (".png", ".pdf", ".svg")
 
 
 def _check_output(where: str, path: Path, kind: str) -> None:

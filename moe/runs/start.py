@@ -123,9 +123,9 @@ def from_run(
     wanted = {name: a for name, a in abstract.items() if name.split(".")[0] in kinds}
     with checkpoint.opened(folder.checkpoints, read_only=True) as theirs:
         try:
-            if source.optimizer:
-                _refuse_without_optimizer(theirs, step)
             found = theirs.values(wanted, step, say)
+        except checkpoint.NoOptimizer as error:
+            raise UserError(f"{where}: {error}; leave out train.start_from_optimizer") from error
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
     if found is None:
@@ -139,17 +139,6 @@ def from_run(
     state = dataclasses.replace(state, opt_state=opt_state)
     say(f"starting from step {step} of {source.run}: {', '.join(kinds).replace('_', ' ')}")
     return state, step
-
-
-def _refuse_without_optimizer(theirs: checkpoint.Checkpoints, step: int | None) -> None:
-    if not (steps := theirs.steps()) or step not in (None, *steps):
-        return  # which `values` says
-    step = steps[-1] if step is None else step
-    if not checkpoint.has_optimizer(theirs.arrays(step)):
-        raise UserError(
-            f"the checkpoint of step {step} has no optimizer state, as `moe prune` writes it; "
-            "leave out train.start_from_optimizer"
-        )
 
 
 def _schedule_from_zero(opt_state: Any) -> Any:

@@ -26,6 +26,10 @@ Say = Callable[[str], None]
 _NEVER_READ = r"coroutine '(_read_array_index_and_device_put|\S*\bStore\.\w+)' was never awaited"
 
 
+class NoOptimizer(UserError):
+    """A checkpoint has no optimizer state, and it was asked for."""
+
+
 class Checkpoints:
     """The checkpoints folder of a run.
 
@@ -183,8 +187,8 @@ class Checkpoints:
     def _refuse_other_arrays(self, step: int, wanted: dict[str, Any]) -> None:
         """UserError unless the arrays are those wanted; Orbax would cast dtypes without a word."""
         there = self.arrays(step)
-        if has_optimizer(wanted) and not has_optimizer(there):
-            raise UserError(
+        if _has_optimizer(wanted) and not _has_optimizer(there):
+            raise NoOptimizer(
                 f"the checkpoint of step {step} in {self.folder} holds a model without optimizer "
                 "state, as `moe prune` writes it: no run goes on from it, but a new one starts "
                 f"from it, with train.start_from = {str(self.folder.parent)!r}"
@@ -306,7 +310,7 @@ def _temporary_path_class(ocp: Any) -> Any:
     return TemporaryPath
 
 
-def has_optimizer(names: Iterable[str]) -> bool:
+def _has_optimizer(names: Iterable[str]) -> bool:
     return any(name.startswith("opt_state.") for name in names)
 
 
